@@ -1,0 +1,49 @@
+"""dump: what every stage did, as text, in one directory per rank and graph.
+
+    <dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from ringpass.config import DUMP_VARIABLE
+from ringpass.passes.plan import RingPlan
+
+_numbers = count()
+
+
+class Dump:
+    """Writes stages under `directory` (or the directory that RINGPASS_DUMP names); does nothing where neither is given."""
+
+    def __init__(self, directory: str | None, rank: int) -> None:
+        directory = directory or os.environ.get(DUMP_VARIABLE) or None
+        self.path = Path(directory) / f"rank{rank}" / f"graph{next(_numbers)}" if directory else None
+
+    def text(self, name: str, content: str) -> None:
+        if self.path:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_text(content + "\n")
+
+    def graph(self, stage: str, gm: GraphModule) -> None:
+        """A stage's graph, with the shape and dtype of every value."""
+        if self.path:
+            self.text(f"{stage}.py", gm.print_readable(print_output=False, include_stride=False))
+
+    def plan(self, plan: RingPlan, rank: int) -> None:
+        """Sites, plan, and the schedule of `rank`, step by step."""
+        if not self.path:
+            return
+        self.text("sites.txt", "\n".join(str(s.site) for s in plan.sites))
+        self.text("plan.txt", str(plan))
+        lines = []
+        for i in range(len(plan.sites)):
+            program = plan.program(i, rank)
+            steps = [f"  {step}" for step in program.steps] if program else ["  runs replicated"]
+            total = f": {program.area} pairs, {program.received} key tokens received" if program else ""
+            lines += [f"site {i} on rank {rank} of {plan.world}{total}", *steps]
+        self.text("schedule.txt", "\n".join(lines))

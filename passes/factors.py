@@ -1,0 +1,196 @@
+"""Factors: which dims of which tensors are the same index, found by one sweep of rules over the captured graph.
+
+A *factor* is one index variable of the program: batch, sequence, head, channel.  Each dim of each tensor is a list of
+factors, most often one; after `view(B * S, V)` the first dim is the list [B, S], and a later view splits it again along
+its factors, never by guessing from sizes.  Rules tie factors together (`add` ties the dims of its operands, `linear` the
+leading dims of input and output); a union-find keeps the classes.  The *sequence axes* are the classes of the query and
+key dims of the attention sites: by then every other tensor's sequence dim is known, forward and backward alike.
+
+For each node the sweep also notes which factors the op needs *whole* (softmax over them, a slice of them) and over which
+it *sums*; for every other factor, op on shards equals shards of op.
+
+    for node in graph:
+        node.dims = rule(node)             # unifies, marks whole / summed
+    axis of a site = class of the one factor in its query (key) dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+
+Factors = tuple["Factor", ...]
+Dims = tuple[Factors, ...]
+
+
+class Factor:
+    """An index variable.  `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into."""
+
+    __slots__ = ("parent", "parts", "size")
+
+    def __init__(self, size: Any) -> None:
+        self.size = size
+        self.parent: Factor | None = None
+        self.parts: Factors | None = None
+
+    def __repr__(self) -> str:
+        return f"f{id(self) % 9973}:{self.size}"
+
+
+def size_of(n: Any) -> Any:
+    """A dim's size as a sympy expression."""
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
+
+
+@dataclass
+class Note:
+    """What the sweep found out about one node: factors that it needs whole, factors over which it sums."""
+
+    whole: list[Factor] = field(default_factory=list)
+    summed: list[Factor] = field(default_factory=list)
+    known: bool = True  # False: the op has no rule
+
+
+class Sweep:
+    """The state of the sweep, and the vocabulary in which rules are written."""
+
+    def __init__(self) -> None:
+        self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
+        self.notes: dict[Node, Note] = {}
+
+    def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
+        """Applies the rule of every node, in order."""
+        for node in gm.graph.nodes:
+            note = self.notes[node] = Note()
+            if node.op == "output" or not tensors_of(node):
+                continue
+            if node.op in ("placeholder", "get_attr"):
+                self.values[node] = self.fresh(node.meta["val"].shape)
+                continue
+            dims = rule_for(node)(self, node, note)
+            self.values[node] = self.unknown(node, note) if dims is None else dims
+        return self
+
+    # vocabulary of rules
+
+    def new(self, n: Any) -> Factors:
+        """A factor of its own for a dim of size n; none for size 1."""
+        size = size_of(n)
+        return () if size == 1 else (Factor(size),)
+
+    def fresh(self, shape: Sequence[Any]) -> Dims:
+        return tuple(self.new(n) for n in shape)
+
+    def dims(self, node: Node) -> Dims:
+        """Dims of a one-tensor node, split factors expanded."""
+        return tuple(self.resolve(d) for d in self.values[node])
+
+    def resolve(self, factors: Iterable[Factor]) -> Factors:
+        out: list[Factor] = []
+        for factor in factors:
+            root = self.root(factor)
+            out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
+        return tuple(out)
+
+    def root(self, factor: Factor) -> Factor:
+        while factor.parent is not None:
+            factor = factor.parent
+        return factor
+
+    def tie(self, a: Factors, b: Factors, note: Note) -> Factors:
+        """Declares two dims to be one index; returns it.  What cannot be matched is marked whole."""
+        a, b = self.resolve(a), self.resolve(b)
+        if len(a) == 1 and len(b) > 1:
+            a, b = b, a
+        if len(b) == 1 and len(a) > 1 and _product(a) == b[0].size:
+            b[0].parts = a
+            return a
+        if [f.size for f in a] != [f.size for f in b]:
+            note.whole += [*a, *b]
+            return a
+        for x, y in zip(a, b, strict=True):
+            if self.root(x) is not self.root(y):
+                self.root(y).parent = self.root(x)
+        return self.resolve(a)
+
+    def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
+        """Dims of a pointwise op: right-aligned dims are tied, size-1 dims follow the others."""
+        out: list[Factors] = [()] * max((len(d) for d in operands), default=0)
+        for dims in operands:
+            for position, factors in enumerate(dims, start=len(out) - len(dims)):
+                if factors:
+                    out[position] = self.tie(out[position], factors, note) if out[position] else factors
+        return tuple(out)
+
+    def reshape(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
+        """Dims after a view: factors are dealt out in order, split where a new dim ends inside one."""
+        atoms = [f for d in dims for f in self.resolve(d)]
+        out: list[Factors] = []
+        for n in shape:
+            got, wanted = [], size_of(n)
+            while wanted != 1:
+                if not atoms:
+                    return self._give_up(dims, shape, note)
+                first = atoms.pop(0)
+                rest = sympy.cancel(wanted / first.size)
+                if _integral(rest):
+                    got.append(first)
+                    wanted = rest
+                    continue
+                inner = sympy.cancel(first.size / wanted)
+                if not _integral(inner):
+                    return self._give_up(dims, shape, note)
+                first.parts = (Factor(wanted), Factor(inner))
+                got.append(first.parts[0])
+                atoms.insert(0, first.parts[1])
+                wanted = sympy.Integer(1)
+            out.append(tuple(got))
+        return tuple(out)
+
+    def _give_up(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
+        note.whole += [f for d in dims for f in self.resolve(d)]
+        return self.fresh(shape)
+
+    def unknown(self, node: Node, note: Note) -> Any:
+        """No rule: every factor of every operand is needed whole."""
+        note.known = False
+        return self.all_whole(node, note)
+
+    def all_whole(self, node: Node, note: Note) -> Any:
+        note.whole += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return self.fresh(value.shape)
+        return tuple(self.fresh(v.shape) if isinstance(v, torch.Tensor) else () for v in value)
+
+    def operand_dims(self, node: Node) -> Dims:
+        """All dims of all tensors that `node` stands for."""
+        value = self.values.get(node, ())
+        parts = value if isinstance(node.meta.get("val"), torch.Tensor) else [d for v in value for d in v]
+        return tuple(self.resolve(d) for d in parts)
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that `node` produces."""
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def operands_of(node: Node) -> list[Node]:
+    """The operands of `node` that are tensors or tuples of tensors."""
+    return [n for n in node.all_input_nodes if tensors_of(n)]
+
+
+def _product(factors: Factors) -> Any:
+    return sympy.prod([f.size for f in factors])
+
+
+def _integral(expr: Any) -> bool:
+    """Whether a quotient of sizes is a whole number for every value of its symbols."""
+    denominator = sympy.fraction(sympy.together(expr))[1]
+    return bool(denominator == 1 and (not expr.is_number or expr.is_integer))

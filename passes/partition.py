@@ -1,0 +1,469 @@
+"""partition: captured graph + plan -> the program of one rank.  The only writer of graphs before autograd.
+
+A value is *whole* (full length, the same on every rank) or *local* (this rank's tokens of one axis).  A node that
+`placement` put on axis A takes its operands with a dim on A local, and the others whole, through `replicate` where they
+need a gradient.  A node that runs whole gathers operands that are local; each gather is reported with its reason and bytes.
+
+    placeholders; replicate(parameters) in buckets
+    for node in graph, if live: write it in its mode, lengths that name S become L
+    outputs: local ones are described to the caller, which shows them as tensors of global shape
+
+Contract: the sequence of nodes does not depend on the rank; ranks differ in constants only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy, map_arg
+from torch.fx.proxy import GraphAppendingTracer
+from torch.utils.checkpoint import CheckpointPolicy
+
+from ringpass import ops
+from ringpass.errors import UnsupportedError
+from ringpass.kernels import accumulator
+from ringpass.passes.capture import Captured
+from ringpass.passes.factors import Sweep, size_of, tensors_of
+from ringpass.passes.placement import Placement, is_dropout, place
+from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.rules import CONSTANT, RESIZED, SUMS, op_name
+
+aten = torch.ops.aten
+BUCKET_BYTES = 25 * 2**20
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this rank is.  `group` is the process group's name."""
+
+    rank: int
+    world: int
+    group: str
+
+
+@dataclass(frozen=True)
+class LocalOutput:
+    """An output that holds this rank's tokens; `dim` has size outer * L * inner.
+
+    `outer` and `tokens` are ints, or `("extra", i)`: the value of extra output i, where they are symbolic.
+    """
+
+    name: str
+    dim: int
+    outer: Any
+    tokens: Any
+    layout: str
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A value that had to be gathered: which, why, at how many bytes, for which line of the model."""
+
+    value: str
+    reason: str
+    bytes: int
+    where: str
+
+    def __str__(self) -> str:
+        return f"gather {self.value} ({self.bytes} bytes): {self.reason}{f', {self.where}' if self.where else ''}"
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """One rank's program.  `inputs`: fakes for its placeholders: the captured graph's, then the seed if `seeded`."""
+
+    gm: GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[LocalOutput | None, ...]
+    extras: int  # symbolic sizes returned after the outputs
+    gathers: tuple[Gather, ...]
+    seeded: bool
+
+
+def partition(captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool) -> Partitioned:
+    """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
+    return _Writer(captured, plan, place(captured, plan, sweep), rank, strict, gather_outputs).write()
+
+
+class _Writer:
+    def __init__(
+        self, captured: Captured, plan: RingPlan, placement: Placement, rank: Rank, strict: bool, gather_outputs: bool
+    ) -> None:
+        self.captured, self.plan, self.placement, self.rank = captured, plan, placement, rank
+        self.strict, self.gather_outputs = strict, gather_outputs
+        self.graph = Graph()
+        self.wholes: dict[Node, Any] = {}
+        self.locals: dict[Node, Any] = {}
+        self.shards: dict[tuple[Node, int], Node] = {}
+        self.broadcasts: dict[Node, Node] = {}
+        self.gathers: list[Gather] = []
+        self.sizes: dict[Any, Any] = {}
+        self.lengths: dict[int, Any] = {}
+        self.seed: Node | None = None
+        self.streams = 0
+        self.origin: Node | None = None  # the captured node being written
+
+    def write(self) -> Partitioned:
+        nodes, live = list(self.captured.gm.graph.nodes), self.placement.live
+        for node in nodes:
+            if node.op == "placeholder":
+                self.wholes[node] = self._placeholder(node.name, node.meta)
+        if any(self._draws(n) for n in live):
+            with self.captured.fake_mode:
+                self.seed = self._placeholder("ringpass_seed", {"val": torch.zeros((), dtype=torch.int64)})
+        self._replicate_parameters()
+        for node in nodes:
+            if node in live and node.op not in ("placeholder", "output"):
+                self.origin = node
+                self._write(node)
+        outputs, extras = self._write_outputs(nodes[-1])
+        inputs = tuple(n.meta["val"] for n in self.graph.nodes if n.op == "placeholder")
+        inputs = (*self.captured.inputs, *inputs[len(self.captured.inputs) :])
+        gm = GraphModule(self.captured.gm, self.graph)
+        return Partitioned(gm, inputs, outputs, extras, tuple(self.gathers), self.seed is not None)
+
+    # --- one node ---------------------------------------------------------------------------------------------------
+
+    def _write(self, node: Node) -> None:
+        axis = self.placement.modes[node]
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return  # written on demand, from the sizes of the inputs
+        if node in self.placement.sites:
+            self.locals[node] = self._write_site(self.placement.sites[node])
+        elif axis is None:
+            self.wholes[node] = self._write_whole(node)
+        elif self.placement.sums(node):
+            self.wholes[node] = self._write_sum(node, axis)
+        else:
+            self.locals[node] = self._write_local(node, axis)
+
+    def _write_whole(self, node: Node) -> Any:
+        if node.op == "get_attr":
+            new = self.graph.get_attr(str(node.target))
+            new.meta.update(node.meta)
+            return new
+        known = self.placement.sweep.notes[node].known
+        args, kwargs = self._operands(node, None, f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}")
+        if is_dropout(node):
+            return self._write_dropout(node, args[0], (0, 1, 1, "replicated", self.rank.world, self.rank.rank))
+        return self._copy(node, args, kwargs)
+
+    def _write_local(self, node: Node, axis: Axis) -> Any:
+        name = op_name(node)
+        if is_dropout(node):
+            return self._write_dropout(node, self._local(_first(node), axis), self._shard_args(node, axis))
+        if name == "dropout.default" or (name == "slice.Tensor" and _keeps_shape(node)):
+            return self._local(_first(node), axis)
+        args, kwargs = self._operands(node, axis, f"operand of {name}")
+        if name not in RESIZED:
+            return self._copy(node, args, kwargs)
+        shape, position = self._local_shape(node, axis), RESIZED[name]
+        if name in CONSTANT or name == "expand.default":
+            return self._copy(node, (*args[:position], shape, *args[position + 1 :]), kwargs)
+        return self._emit(aten.reshape.default, args[0], shape, name=node.name)
+
+    def _write_dropout(self, node: Node, x: Node, shard_args: tuple[Any, ...]) -> Node:
+        return self._emit(ops.dropout, x, self.seed, float(node.args[1]), self._stream(), *shard_args, name=node.name)  # type: ignore[arg-type]
+
+    def _stream(self) -> int:
+        self.streams += 1
+        return self.streams
+
+    def _write_site(self, plan: SitePlan) -> Node:
+        site, query, key = plan.site, plan.query_axis, plan.key_axis
+        assert query is not None
+        reason = f"attention {site.node.name}"
+        q = self._local(site.q, query)
+        k, v = (self._local(x, key) if key else self._broadcast(x, reason) for x in (site.k, site.v))
+        leaves = [self._broadcast(leaf, f"mask of {site.node.name}") for leaf in site.leaves]
+        missing = 4 - site.q.meta["val"].ndim  # (B, S, D) has one head, (S, D) one batch too
+        for _ in range(missing):
+            q, k, v = (self._emit(aten.unsqueeze.default, x, min(1, x.meta["val"].ndim - 2)) for x in (q, k, v))
+        batch = q.meta["val"].shape[0]
+        k, v = (self._emit(aten.expand.default, x, [batch, -1, -1, -1]) if x.meta["val"].shape[0] != batch else x for x in (k, v))
+        names = [axis.layout.name if axis else "replicated" for axis in (query, key)]
+        lengths = [self._size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
+        seed, stream = (self.seed, self._stream()) if site.dropout else (None, 0)
+        who = self.rank.rank, self.rank.world, self.rank.group
+        learned = ",".join(map(str, self.placement.learned(plan)))
+        bias = "" if site.bias is None else str(site.bias)
+        call = self._emit(
+            ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths, *names,
+            plan.problem.tile, *who, learned, name=f"ring_attention_{site.index}",  # type: ignore[union-attr]
+        )  # fmt: skip
+        out = self._emit(operator.getitem, call, 0, name=site.node.name)
+        for _ in range(missing):
+            out = self._emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
+        return out
+
+    # --- sums over the sequence -------------------------------------------------------------------------------------
+
+    def _write_sum(self, node: Node, axis: Axis) -> Node:
+        """The local part of a sum, added over ranks.  A mean divides by the full number of elements."""
+        name = op_name(node)
+        if name == "cross_entropy_loss.default":
+            return self._write_loss(node, axis)
+        args, kwargs = self._operands(node, axis, f"operand of {name}")
+        if name not in SUMS:
+            return self._emit(ops.reduce, self._copy(node, args, kwargs), self.rank.group, name=f"{node.name}_reduced")
+        value, result = _first(node).meta["val"], node.meta["val"]
+        position = SUMS[name]
+        dims = args[position] if position is not None and len(args) > position else kwargs.get("dim")
+        keep = args[position + 1] if position is not None and len(args) > position + 1 else kwargs.get("keepdim", False)
+        dims = list(range(value.ndim)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+        part = self._emit(aten.sum.dim_IntList, args[0], dims, keep, dtype=accumulator(result.dtype), name=node.name)
+        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+        if name.startswith("mean"):
+            count = self._size(sympy.prod([size_of(value.shape[d]) for d in dims]))
+            total = self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
+        return total if total.meta["val"].dtype == result.dtype else self._emit(aten.to.dtype, total, result.dtype)
+
+    def _write_loss(self, node: Node, axis: Axis) -> Node:
+        """cross_entropy_loss: the local sum, reduced; a mean divides by the number (or weight) of targets that count."""
+        defaults: tuple[Any, ...] = (None, None, None, 1, -100, 0.0)
+        logits, target, weight, reduction, ignored, smoothing = (*node.args, *defaults[len(node.args) :])
+        kwargs = dict(node.kwargs)
+        weight, reduction = kwargs.get("weight", weight), kwargs.get("reduction", reduction)
+        ignored, smoothing = kwargs.get("ignore_index", ignored), kwargs.get("label_smoothing", smoothing)
+        operands = [self._operand(x, axis, "loss") if isinstance(x, Node) else x for x in (logits, target, weight)]
+        part = self._emit(aten.cross_entropy_loss.default, *operands, 2, ignored, smoothing, name=node.name)
+        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+        if reduction == 2:
+            return total
+        counted = self._emit(aten.ne.Scalar, operands[1], ignored)
+        if weight is not None:
+            safe = self._emit(aten.where.ScalarOther, counted, operands[1], 0)
+            weights = self._emit(aten.index.Tensor, operands[2], [safe])
+            counted = self._emit(aten.where.ScalarOther, counted, weights, 0.0)
+        count = self._emit(ops.reduce, self._emit(aten.sum.default, counted), self.rank.group, name=f"{node.name}_targets")
+        return self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
+
+    # --- operands ---------------------------------------------------------------------------------------------------
+
+    def _operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
+        return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))  # type: ignore[return-value]
+
+    def _operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return self._size(size_of(node.meta["val"]))
+        if axis is None:
+            return self._whole(node, reason)
+        return self._local(node, axis) if self.placement.on(node, axis) else self._broadcast(node, reason)
+
+    def _whole(self, node: Node, reason: str) -> Any:
+        """`node` at full length: gathered, and reported, if it is local."""
+        if node not in self.wholes:
+            axis = self.placement.modes[node]
+            assert axis is not None and isinstance(node.meta["val"], torch.Tensor), node
+            gather = Gather(node.name, reason, _bytes(node), _where(self.origin))
+            if self.strict and reason != "output":
+                raise UnsupportedError(
+                    f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by token, or "
+                    "drop strict to gather (same numbers, more memory)."
+                )
+            self.gathers.append(gather)
+            args = self._shard_args(node, axis)
+            self.wholes[node] = self._emit(ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered")
+        return self.wholes[node]
+
+    def _local(self, node: Node, axis: Axis) -> Any:
+        """This rank's tokens of `node` on `axis`."""
+        if node in self.locals and self.placement.modes[node] is axis:
+            return self.locals[node]
+        if (node, axis.index) not in self.shards:
+            whole, args = self._whole(node, "change of axis"), self._shard_args(node, axis)
+            self.shards[node, axis.index] = self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+        return self.shards[node, axis.index]
+
+    def _broadcast(self, node: Node, reason: str) -> Any:
+        """`node` whole for consumers on an axis: their gradients are summed over ranks."""
+        whole = self._whole(node, reason)
+        if node not in self.placement.tracked:
+            return whole
+        if node not in self.broadcasts:
+            self._replicate([node])
+        return self.broadcasts[node]
+
+    def _replicate(self, nodes: list[Node]) -> None:
+        out = self._emit(ops.replicate, [self.wholes[n] for n in nodes], self.rank.group, name="replicate")
+        for i, node in enumerate(nodes):
+            self.broadcasts[node] = self._emit(operator.getitem, out, i, name=f"{node.name}_replicated")
+
+    def _replicate_parameters(self) -> None:
+        """One `replicate` per bucket of inputs that consumers on an axis read whole, in order of first use."""
+        uses = [n for node in self.captured.gm.graph.nodes for n in self.placement.broadcast_operands(node)]
+        buckets: list[list[Node]] = []
+        filled = BUCKET_BYTES
+        for node in dict.fromkeys(uses):
+            if node.op == "placeholder" and node in self.placement.tracked:
+                filled += _bytes(node)
+                if filled > BUCKET_BYTES:
+                    buckets.append([])
+                    filled = _bytes(node)
+                buckets[-1].append(node)
+        for bucket in buckets:
+            self._replicate(bucket)
+
+    def _draws(self, node: Node) -> bool:
+        return is_dropout(node) or (node in self.placement.sites and self.placement.sites[node].site.dropout > 0)
+
+    # --- sizes ------------------------------------------------------------------------------------------------------
+
+    def _shard_args(self, node: Node, axis: Axis) -> tuple[Any, ...]:
+        """(dim, outer, tokens, layout, world, rank) of `node` on `axis`, as the boundary operators take them."""
+        for dim, factors in enumerate(self.placement.sweep.dims(node)):
+            for position, factor in enumerate(factors):
+                if self.placement.axis_of.get(factor) is axis:
+                    outer = self._size(sympy.prod([f.size for f in factors[:position]]))
+                    return dim, outer, self._tokens(axis), axis.layout.name, self.rank.world, self.rank.rank
+        raise AssertionError(f"{node} has no dim on {axis}")
+
+    def _local_shape(self, node: Node, axis: Axis) -> list[Any]:
+        shape = [size_of(n) for n in node.meta["val"].shape]
+        for dim, factors in enumerate(self.placement.sweep.dims(node)):
+            if any(self.placement.axis_of.get(f) is axis for f in factors):
+                rest = self._size(sympy.cancel(shape[dim] / size_of(axis.tokens)))
+                length = self._length(axis)
+                shape[dim] = length if rest == 1 else self._compute(operator.mul, rest, length)
+            else:
+                shape[dim] = self._size(shape[dim])
+        return shape
+
+    def _tokens(self, axis: Axis) -> Any:
+        return self._size(size_of(axis.tokens))
+
+    def _length(self, axis: Axis) -> Any:
+        """L, the number of local tokens."""
+        if axis.index not in self.lengths:
+            self.lengths[axis.index] = self._compute(lambda s: axis.layout.length(self.rank.rank, s), self._tokens(axis))
+        return self.lengths[axis.index]
+
+    def _size(self, expr: Any) -> Any:
+        """A size expression as an int, or as a node computed from the graph's symbolic inputs."""
+        expr = sympy.sympify(expr)
+        if expr.is_number:
+            return int(expr)
+        if expr not in self.sizes:
+            self.sizes[expr] = self._size_node(expr)
+        return self.sizes[expr]
+
+    def _size_node(self, expr: Any) -> Any:
+        if expr.is_Symbol:
+            for node in self.graph.nodes:
+                value = node.meta.get("val")
+                if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr == expr:
+                    return node
+            raise UnsupportedError(f"the size {expr} is no input of the graph")
+        known = {sympy.Add: operator.add, sympy.Mul: operator.mul}
+        name = type(expr).__name__
+        fn = next((f for kind, f in known.items() if isinstance(expr, kind)), None)
+        fn = fn or {"FloorDiv": operator.floordiv, "PythonMod": operator.mod, "Mod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min}.get(name)
+        if fn is None:
+            raise UnsupportedError(f"cannot compute the size {expr} in the graph: {name}")
+        first, *rest = [self._size(a) for a in expr.args]
+        for other in rest:
+            first = self._compute(fn, first, other)
+        return first
+
+    def _compute(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn` on ints and size nodes; the arithmetic is written into the graph."""
+        if not any(isinstance(a, Node) for a in args):
+            return fn(*args)
+        tracer = GraphAppendingTracer(self.graph)
+        out = fn(*(Proxy(a, tracer) if isinstance(a, Node) else a for a in args))
+        for node in self.graph.nodes:
+            if "val" not in node.meta and node.op == "call_function":
+                node.meta["val"] = node.target(*_fakes(node.args))  # type: ignore[operator]
+        return out.node
+
+    # --- emission ---------------------------------------------------------------------------------------------------
+
+    def _copy(self, node: Node, args: Any, kwargs: Any) -> Node:
+        """The same call on new operands.  What is no ATen op (higher-order ops, mode switches) keeps the fake it had."""
+        if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
+            return self._emit(node.target, *args, name=node.name, **kwargs)
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        new.meta.update(node.meta)
+        return new
+
+    def _emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+        """Appends a call, with its fake value and the meta of the node that it comes from."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        with self.captured.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*_fakes(args), **_fakes(kwargs))
+        if self.origin is not None:
+            node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
+        if target in ops.COMMUNICATING and "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return node
+
+    def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
+        node = self.graph.placeholder(name)
+        node.meta.update(meta)
+        return node
+
+    def _write_outputs(self, output: Node) -> tuple[tuple[LocalOutput | None, ...], int]:
+        self.origin = None
+        results, described, extras = [], [], []
+        for value in output.args[0]:  # type: ignore[union-attr]
+            local = isinstance(value, Node) and value in self.locals and value not in self.wholes
+            if local and not self.gather_outputs:
+                results.append(self.locals[value])
+                described.append(self._describe(value, extras))
+            else:
+                results.append(self._operand(value, None, "output") if isinstance(value, Node) else value)
+                described.append(None)
+        node = self.graph.output((*results, *extras))
+        node.meta.update(output.meta)
+        return tuple(described), len(extras)
+
+    def _describe(self, node: Node, extras: list[Node]) -> LocalOutput:
+        axis = self.placement.modes[node]
+        assert axis is not None
+        dim, outer, tokens, layout, *_ = self._shard_args(node, axis)
+
+        def known(n: Any) -> Any:
+            if not isinstance(n, Node):
+                return n
+            if n not in extras:
+                extras.append(n)
+            return ("extra", extras.index(n))
+
+        return LocalOutput(node.name, dim, known(outer), known(tokens), layout)
+
+
+def _fakes(args: Any) -> Any:
+    return map_arg(args, lambda n: n.meta["val"])
+
+
+def _first(node: Node) -> Node:
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def _keeps_shape(node: Node) -> bool:
+    return bool(_first(node).meta["val"].shape == node.meta["val"].shape)
+
+
+def _bytes(node: Node) -> int:
+    return sum(int(size_hint(t)) * t.element_size() for t in tensors_of(node))
+
+
+def size_hint(t: torch.Tensor) -> int:
+    """Number of elements in this compilation."""
+    n = t.numel()
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+def _where(node: Node | None) -> str:
+    """The model's line that a node comes from."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines() if node is not None else []
+    files = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
+    return " ".join(line.strip() for line in lines[files[-1] : files[-1] + 2]) if files else ""

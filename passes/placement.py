@@ -1,0 +1,150 @@
+"""placement: for each node of the captured graph, where it runs: on a sequence axis (local tokens) or whole.
+
+    shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values with
+    a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
+    whole: when the op needs A whole (softmax over the sequence, no rule), when a tensor of it has A twice, or two axes
+
+Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ringpass.passes.capture import Captured
+from ringpass.passes.factors import Note, Sweep, operands_of, tensors_of
+from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.rules import CONSTANT, SUMS, op_name
+
+aten = torch.ops.aten
+CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
+"""Ops whose partial results on shards of a summed factor add up to the result."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The analysis of one graph.  `live`: needed by an output; `tracked`: may need a gradient."""
+
+    sweep: Sweep
+    axis_of: dict[Any, Axis]
+    sites: dict[Node, SitePlan]
+    live: frozenset[Node]
+    tracked: frozenset[Node]
+    modes: dict[Node, Axis | None]
+
+    def on(self, node: Node, axis: Axis) -> bool:
+        """Whether a dim of `node` lies on `axis`."""
+        return any(axis in self._axes(d) for d in self.sweep.operand_dims(node))
+
+    def sums(self, node: Node) -> bool:
+        """Whether `node` runs on an axis and sums over it: its value, once reduced, is whole."""
+        axis = self.modes[node]
+        return axis is not None and node not in self.sites and axis in self._axes(self.sweep.notes[node].summed)
+
+    def broadcast_operands(self, node: Node) -> list[Node]:
+        """Operands that `node`, running on an axis, reads whole."""
+        axis, site = self.modes[node], self.sites.get(node)
+        if axis is None:
+            return []
+        if site:
+            keys = [] if site.key_axis else [site.site.k, site.site.v]
+            return [*keys, *(site.site.leaves[i] for i in self.learned(site))]
+        return [n for n in operands_of(node) if not self.on(n, axis)]
+
+    def learned(self, site: SitePlan) -> list[int]:
+        """Numbers of the site's leaves that need a gradient."""
+        return [i for i, leaf in enumerate(site.site.leaves) if leaf in self.tracked]
+
+    def _axes(self, factors: Any) -> list[Axis]:
+        return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
+
+
+def place(captured: Captured, plan: RingPlan, sweep: Sweep) -> Placement:
+    """Decides each live node's mode, in graph order."""
+    sites = {s.site.node: s for s in plan.sites if s.problem}
+    axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
+    live = _live(captured, sites)
+    modes: dict[Node, Axis | None] = {}
+    placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes)
+    for node in captured.gm.graph.nodes:
+        modes[node] = _decide(placement, node) if node in live else None
+    return placement
+
+
+def has_effect(node: Node) -> bool:
+    """Nodes that stay though nothing reads them: mutations of inputs, switches of the grad and autocast modes."""
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    name = getattr(node.target, "__name__", "")
+    return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+def is_dropout(node: Node) -> bool:
+    """Whether `node` is a dropout that drops something."""
+    return node.op == "call_function" and op_name(node) == "dropout.default" and bool(node.args[2]) and node.args[1] != 0
+
+
+def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
+    """What outputs and effects need, now that the masks of the partitioned sites are functions."""
+    stack = [n for n in captured.gm.graph.nodes if n.op == "output" or has_effect(n)]
+    live: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in live:
+            continue
+        live.add(node)
+        site = sites[node].site if node in sites else None
+        stack += (site.q, site.k, site.v, *site.leaves) if site else node.all_input_nodes
+    return frozenset(live)
+
+
+def _tracked(captured: Captured) -> frozenset[Node]:
+    tracked: set[Node] = set()
+    fakes = iter(captured.inputs)
+    for node in captured.gm.graph.nodes if torch.is_grad_enabled() else ():
+        if node.op == "placeholder":
+            needs = getattr(next(fakes), "requires_grad", False)
+        elif node.op == "get_attr":
+            needs = getattr(getattr(captured.gm, str(node.target), None), "requires_grad", False)
+        else:
+            inherits = node.target is not aten.detach.default and any(n in tracked for n in node.all_input_nodes)
+            needs = inherits and any(t.is_floating_point() for t in tensors_of(node))
+        if needs:
+            tracked.add(node)
+    return frozenset(tracked)
+
+
+def _decide(p: Placement, node: Node) -> Axis | None:
+    if node in p.sites:
+        return p.sites[node].query_axis
+    if node.op != "call_function" or not tensors_of(node):
+        return None
+    if node.target is operator.getitem:
+        return p.modes[node.args[0]]  # type: ignore[index]
+    note, tensors = p.sweep.notes[node], [node, *operands_of(node)]
+    axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
+    if len(axes) != 1 or not note.known or has_effect(node):
+        return None
+    (axis,) = axes
+    if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
+        return None
+    if not operands_of(node) and op_name(node) not in CONSTANT:
+        return None
+    running = any(p.modes[n] is axis and p.on(n, axis) for n in operands_of(node))
+    return axis if running or any(t.is_floating_point() for t in tensors_of(node)) else None
+
+
+def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:
+    """Whether the op on shards of `axis` gives shards of the op, or parts of its sum."""
+    singles = [t for t in tensors if isinstance(t.meta["val"], torch.Tensor)]
+    if any(sum(len(p._axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
+        return False
+    if axis not in p._axes(note.summed):
+        return True
+    return op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS) and node.meta["val"].is_floating_point()

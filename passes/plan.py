@@ -1,0 +1,145 @@
+"""plan: sites + sequence axes -> one layout per axis and one schedule problem per site.  No tensors.
+
+    axes: the factor classes of the query and key dims of the sites
+    an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
+    layout of an axis: the candidate with the smallest largest tile area on any rank, over all sites; then fewest tokens moved
+
+Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ringpass.layout import Layout
+from ringpass.passes.detect import AttentionSite
+from ringpass.passes.factors import Factor, Sweep
+from ringpass.schedule import Problem, Program, program
+
+CANDIDATES = ("contiguous", "zigzag")
+SAMPLED_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One sequence axis.  `tokens` is S, an int or a SymInt; `hint` its value in this compilation."""
+
+    index: int
+    factor: Factor
+    tokens: Any
+    layout: Layout
+
+    @property
+    def hint(self) -> int:
+        return hint_of(self.tokens)
+
+    def __str__(self) -> str:
+        return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Where a site's queries and keys live.  None: replicated on every rank."""
+
+    site: AttentionSite
+    query_axis: Axis | None
+    key_axis: Axis | None
+    problem: Problem | None  # None: the site runs replicated, as the model wrote it
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """The plan of one graph, the same on every rank."""
+
+    world: int
+    axes: tuple[Axis, ...]
+    sites: tuple[SitePlan, ...]
+    rejected: tuple[str, ...] = ()  # layouts not chosen, with their estimates
+    remarks: tuple[str, ...] = ()
+
+    def program(self, index: int, rank: int) -> Program | None:
+        """The schedule of site `index` on `rank`, at the lengths of this compilation."""
+        problem = self.sites[index].problem
+        return program(problem, rank) if problem else None
+
+    def __str__(self) -> str:
+        lines = [f"plan for {self.world} ranks", *map(str, self.axes)]
+        for site in self.sites:
+            where = ", ".join(f"{n} {f'axis {a.index}' if a else 'replicated'}" for n, a in (("queries", site.query_axis), ("keys", site.key_axis)))
+            lines += [f"{site.site}", f"  {where}{'' if site.problem else '; runs replicated'}"]
+        return "\n".join([*lines, *(f"rejected: {r}" for r in self.rejected), *(f"remark: {r}" for r in self.remarks)])
+
+
+def hint_of(n: Any) -> int:
+    """The value of a length in this compilation."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int) -> RingPlan:
+    """Chooses the layouts (`layout`: "auto" or a name) and states each site's schedule problem."""
+    axes: dict[Factor, Axis] = {}
+    remarks: list[str] = []
+    placed = []
+    for site in sites:
+        pair = [_axis(axes, sweep, x, world, remarks) for x in (site.q, site.k)]
+        placed.append((site, pair))
+    chosen, rejected = _choose(placed, world, layout, tile)
+    final = {axis.index: replace(axis, layout=Layout(chosen, world)) for axis in axes.values()}
+    plans = []
+    for site, pair in placed:
+        query, key = (final[a.index] if a else None for a in pair)
+        if query is None:
+            key = None  # few queries over many keys: keys are gathered, the site runs replicated
+        plans.append(SitePlan(site, query, key, _problem(site, query, key, world, tile) if query else None))
+    return RingPlan(world, tuple(final.values()), tuple(plans), tuple(rejected), tuple(remarks))
+
+
+def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: list[str]) -> Axis | None:
+    """The axis of a site's queries or keys; None where it stays replicated."""
+    factors, n = sweep.dims(x)[-2], x.meta["val"].shape[-2]
+    if len(factors) != 1:
+        remarks.append(f"{x.name}: its sequence dim of {n} is {len(factors)} merged dims, and stays replicated")
+        return None
+    if factors[0] in axes:
+        return axes[factors[0]]
+    if n < 2 * world:
+        remarks.append(f"{x.name}: {n} tokens are fewer than 2 per rank, and stay replicated")
+        return None
+    return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, Layout("contiguous", world)))
+
+
+def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, tile: int) -> Problem:
+    replicated = Layout("replicated", world)
+    lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
+    layouts = [axis.layout if axis else replicated for axis in (query, key)]
+    return Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile)
+
+
+def _choose(placed: list[Any], world: int, layout: str, tile: int) -> tuple[str, list[str]]:
+    """The layout's name, and a line on each rejected one."""
+    if layout != "auto" or world == 1:
+        return ("contiguous" if layout == "auto" else layout), []
+    costs = {}
+    for name in CANDIDATES:
+        area = moved = 0
+        for site, (query, key) in placed:
+            if query is None:
+                continue
+            moved_axes = [replace(a, layout=Layout(name, world)) if a else None for a in (query, key)]
+            problem = _problem(site, *moved_axes, world, tile)
+            programs = [program(problem, rank) for rank in sampled_ranks(world)]
+            area += max(p.area for p in programs)
+            moved += max(p.received for p in programs)
+        costs[name] = (area, moved)
+    best = min(CANDIDATES, key=lambda name: costs[name])
+    return best, [f"{n}: largest tile area {a}, tokens received {m}" for n, (a, m) in costs.items() if n != best]
+
+
+def sampled_ranks(world: int) -> list[int]:
+    """Ranks by which a layout is judged: all of few, the first, the last and some between of many."""
+    if world <= SAMPLED_RANKS:
+        return list(range(world))
+    return sorted({rank * (world - 1) // (SAMPLED_RANKS - 1) for rank in range(SAMPLED_RANKS)})

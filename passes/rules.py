@@ -1,0 +1,332 @@
+"""One rule per ATen op: how its output's dims come from its operands'.  Op knowledge is data wherever it can be.
+
+`EINSUM` holds ops whose rule is a line: letters are factors, `*` any leading dims, `!` after a letter: needed whole.
+Pointwise ops need no entry (torch tags them).  The rest are small functions `(sweep, node, note) -> dims`; None, or no
+rule at all, means that every operand is needed whole: the op is then run replicated and reported by name.
+
+Ops that act along a dim (softmax, slice, cat, cumsum) need that dim whole and leave the others alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ringpass.passes.factors import Dims, Factors, Note, Sweep, operands_of, size_of
+
+aten = torch.ops.aten
+Rule = Callable[[Sweep, Node, Note], Any]
+
+EINSUM = {
+    "linear.default": "*i,oi,o->*o",
+    "mm.default": "mk,kn->mn",
+    "bmm.default": "bmk,bkn->bmn",
+    "addmm.default": "mn,mi,in->mn",
+    "baddbmm.default": "bmn,bmk,bkn->bmn",
+    "mv.default": "mk,k->m",
+    "outer.default": "m,n->mn",
+    "embedding.default": "v!d,*->*d",
+}
+POINTWISE = {
+    "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default", "contiguous.default",
+    "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default", "dropout.default",
+    "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar", "masked_fill.Tensor",
+    "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self", "gelu.default", "silu.default",
+    "relu.default", "relu6.default", "leaky_relu.default", "elu.default", "hardtanh.default", "hardswish.default",
+    "mish.default", "softplus.default", "selu.default", "celu.default", "log_sigmoid.default", "prelu.default",
+    "square.default", "rsub.Scalar", "rsub.Tensor", "feature_dropout.default", "float_power.Tensor_Scalar",
+    "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor", "rand_like.default",
+    "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other", "max.other", "empty_like.default",
+}  # fmt: skip
+CREATION = {
+    "arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default", "empty.memory_format",
+    "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default", "scalar_tensor.default", "eye.default",
+    "eye.m", "linspace.default", "randn.default", "rand.default",
+}  # fmt: skip
+CONSTANT = {"zeros.default", "ones.default", "full.default", "new_zeros.default", "new_ones.default", "new_full.default"}
+"""Creation ops whose every element is the same: a shard of one is the same op at the local size."""
+
+VIEWS = {"view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default"}
+RESIZED = {**dict.fromkeys(VIEWS, 1), "expand.default": 1, **dict.fromkeys(CONSTANT, 0), **{f"new_{n}.default": 1 for n in ("zeros", "ones", "full")}}
+"""Ops that name output sizes, and the position of that argument."""
+
+WHOLE_DIM = {  # op -> position of the dim argument (or of a list of dims), default
+    "softmax.int": (1, -1), "log_softmax.int": (1, -1), "_softmax.default": (1, -1), "_log_softmax.default": (1, -1),
+    "cumsum.default": (1, -1), "cumprod.default": (1, -1), "logcumsumexp.default": (1, -1), "flip.default": (1, -1),
+    "roll.default": (2, None), "tril.default": (None, (-2, -1)), "triu.default": (None, (-2, -1)), "glu.default": (1, -1),
+}  # fmt: skip
+SUMS = {"sum.dim_IntList": 1, "sum.default": None, "mean.dim": 1, "mean.default": None}
+REDUCTIONS = {"amax.default": 1, "amin.default": 1, "any.dim": 1, "all.dim": 1, "argmax.default": 1, "argmin.default": 1, "max.dim": 1,
+              "min.dim": 1, "var.correction": 1, "std.correction": 1, "logsumexp.default": 1, "prod.dim_int": 1, "any.default": None,
+              "all.default": None, "max.default": None, "min.default": None, "var.dim": 1, "norm.ScalarOpt_dim": 2}  # fmt: skip
+
+
+def op_name(node: Node) -> str:
+    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
+        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+def rule_for(node: Node) -> Rule:
+    """The rule of a node's op."""
+    name = op_name(node)
+    if name in EINSUM:
+        return _einsum
+    if name in RULES:
+        return RULES[name]
+    target = node.target
+    tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if name in POINTWISE or (tagged and not target._schema.is_mutable):  # type: ignore[union-attr]
+        return _pointwise
+    return lambda sweep, node, note: None
+
+
+# --- whole families ---------------------------------------------------------------------------------------------------
+
+
+def _pointwise(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
+    return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
+
+
+def _einsum(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Applies a line of `EINSUM`.  Factors that are not in the output are summed over."""
+    left, right = EINSUM[op_name(node)].split("->")
+    letters: dict[str, Factors] = {}
+    leading: Dims = ()
+    operands = [a for a in node.args if isinstance(a, Node)]
+    terms = [t for a, t in zip(node.args, left.split(","), strict=False) if isinstance(a, Node)]
+    for operand, term in zip(operands, terms, strict=True):
+        dims, names = sweep.dims(operand), [c for c in term if c not in "*!"]
+        names = names[max(0, len(names) - len(dims)) :]  # addmm's bias may lack leading dims
+        if "*" in term:
+            leading = dims[: len(dims) - len(names)]
+        for name, factors in zip(names, dims[len(dims) - len(names) :], strict=True):
+            letters[name] = sweep.tie(letters[name], factors, note) if letters.get(name) and factors else letters.get(name) or factors
+        note.whole += [f for c, after in zip(term, term[1:], strict=False) if after == "!" for f in letters[c]]
+    note.summed += [f for name, factors in letters.items() if name not in right for f in factors if f not in note.whole]
+    return (*leading, *(letters[c] for c in right if c != "*"))
+
+
+def _creation(sweep: Sweep, node: Node, note: Note) -> Dims:
+    return sweep.fresh(node.meta["val"].shape)
+
+
+def _view(sweep: Sweep, node: Node, note: Note) -> Dims:
+    return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
+
+
+def _first(node: Node) -> Node:
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _whole_dim(sweep: Sweep, node: Node, note: Note) -> Dims:
+    position, default = WHOLE_DIM[op_name(node)]
+    dims = sweep.dims(_first(node))
+    given = default if position is None else _argument(node, position, "dim", default)
+    chosen = range(len(dims)) if given in (None, []) else given if isinstance(given, list | tuple) else [given]
+    for d in chosen:
+        note.whole += dims[d]
+    return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
+
+
+def _reduction(sweep: Sweep, node: Node, note: Note) -> Any:
+    name = op_name(node)
+    position = SUMS.get(name, REDUCTIONS.get(name))
+    dims = sweep.dims(_first(node))
+    given = None if position is None else _argument(node, position, "dim")
+    picked = list(range(len(dims))) if given in (None, []) else [given] if isinstance(given, int) else list(given)
+    picked = [d % len(dims) for d in picked] if dims else []
+    target = note.summed if name in SUMS else note.whole
+    target += [f for d in picked for f in dims[d]]
+    values = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
+    keep = values[0].ndim == len(dims)
+    out = tuple(() if d in picked else f for d, f in enumerate(dims) if keep or d not in picked)
+    return out if isinstance(node.meta["val"], torch.Tensor) else (out,) * len(values)
+
+
+# --- single ops -------------------------------------------------------------------------------------------------------
+
+
+def _matmul(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    a, b = (sweep.dims(n) for n in node.args)  # type: ignore[arg-type]
+    if len(a) < 2 or len(b) < 2:
+        return None
+    note.summed += sweep.tie(a[-1], b[-2], note)
+    return (*sweep.broadcast([a[:-2], b[:-2]], note), a[-2], b[-1])
+
+
+def _attention(sweep: Sweep, node: Node, note: Note) -> Dims:
+    q, k, v = (sweep.dims(n) for n in node.args[:3])  # type: ignore[arg-type]
+    sweep.broadcast([q[:1], k[:1], v[:1]], note)
+    sweep.tie(k[-2], v[-2], note)
+    return (*q[:-1], v[-1])
+
+
+def _norm(count: Callable[[Node], int]) -> Rule:
+    def rule(sweep: Sweep, node: Node, note: Note) -> Dims:
+        dims = sweep.dims(_first(node))
+        note.whole += [f for d in dims[len(dims) - count(node) :] for f in d]
+        return dims
+
+    return rule
+
+
+def _permuted(order: Callable[[Node, int], list[int]]) -> Rule:
+    def rule(sweep: Sweep, node: Node, note: Note) -> Dims:
+        dims = sweep.dims(_first(node))
+        return tuple(dims[d] for d in order(node, len(dims)))
+
+    return rule
+
+
+def _swapped(node: Node, rank: int) -> list[int]:
+    order = list(range(rank))
+    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, rank - 1)
+    order[a], order[b] = order[b], order[a]  # type: ignore[index]
+    return order
+
+
+def _expand(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims, shape = sweep.dims(_first(node)), node.meta["val"].shape
+    dims = ((),) * (len(shape) - len(dims)) + dims
+    return tuple(d if d else sweep.new(n) for d, n in zip(dims, shape, strict=True))
+
+
+def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims = list(sweep.dims(_first(node)))
+    dims.insert(node.args[1] % (len(dims) + 1), ())  # type: ignore[operator]
+    return tuple(dims)
+
+
+def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Dims whose size the op leaves alone pass through; the others are needed whole (slice, pad, cat, repeat, index_select)."""
+    rank = node.meta["val"].ndim
+    operands = [sweep.dims(n) for n in operands_of(node) if n.meta["val"].shape != (0,)]  # cat skips empty 1-D tensors
+    operands = [((),) * (rank - len(d)) + d for d in operands]
+    out = []
+    for position, n in enumerate(node.meta["val"].shape):
+        columns = [d[position] for d in operands]
+        if all(_size(f) == size_of(n) for f in columns):
+            out.append(sweep.broadcast([(f,) for f in columns], note)[0])
+        else:
+            note.whole += [f for column in columns for f in column]
+            out.append(sweep.new(n))
+    return tuple(out)
+
+
+def _size(factors: Factors) -> Any:
+    total = size_of(1)
+    for f in factors:
+        total = total * f.size
+    return total
+
+
+def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims = list(sweep.dims(_first(node)))
+    note.whole += dims.pop(node.args[1])  # type: ignore[arg-type]
+    return tuple(dims)
+
+
+def _pieces(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """split, chunk, unbind: the dim is needed whole, the others pass."""
+    dims = list(sweep.dims(_first(node)))
+    drop = op_name(node) == "unbind.int"
+    dim = _argument(node, 1 if drop else 2, "dim", 0) % len(dims)
+    values = node.meta["val"]
+    if drop:
+        note.whole += dims.pop(dim)
+        return (tuple(dims),) * len(values)
+    if len(values) == 1:
+        return (tuple(dims),)
+    note.whole += dims[dim]
+    return tuple((*dims[:dim], sweep.new(v.shape[dim]), *dims[dim + 1 :]) for v in values)
+
+
+def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
+    value = sweep.values[_first(node)]
+    return tuple(sweep.resolve(d) for d in value[node.args[1]])
+
+
+def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
+    dim = _argument(node, 1, "dim", 0)
+    dims.insert(dim % (len(dims) + 1), sweep.new(node.meta["val"].shape[dim]))
+    return tuple(dims)
+
+
+def _squeeze(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Only dims of size 1 can go, and they have no factors."""
+    return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
+
+
+def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims, dim = list(sweep.dims(_first(node))), _argument(node, 2, "dim")
+    if dim is None:
+        return sweep.unknown(node, note)  # type: ignore[no-any-return]
+    note.whole += dims[dim]
+    dims[dim] = sweep.new(node.meta["val"].shape[dim])
+    return tuple(dims)
+
+
+def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """Logits (N, C) or (C), targets (N): the class dim is needed whole, the mean or sum is over N."""
+    logits, target = (sweep.dims(n) for n in node.args[:2])  # type: ignore[arg-type]
+    if len(logits) != 2 or len(target) != 1:
+        return None
+    note.whole += logits[1]
+    rows = sweep.tie(logits[0], target[0], note) if logits[0] and target[0] else logits[0]
+    if _argument(node, 3, "reduction", 1) == 0:
+        return (rows,)
+    note.summed += rows
+    return ()
+
+
+def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """x[i, j, ..]: the picked dims are needed whole, the index tensors' dims stand in their place."""
+    source, picks = sweep.dims(_first(node)), list(node.args[1])  # type: ignore[arg-type]
+    at = [d for d, p in enumerate(picks) if p is not None]
+    if at != list(range(at[0], at[-1] + 1)) or any(picks[d].meta["val"].dtype == torch.bool for d in at):
+        return None
+    note.whole += [f for d in at for f in source[d]]
+    inner = sweep.broadcast([sweep.dims(picks[d]) for d in at], note)
+    return (*source[: at[0]], *inner, *source[at[-1] + 1 :])
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(CREATION, _creation),
+    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(WHOLE_DIM, _whole_dim),
+    **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
+    **dict.fromkeys(["slice.Tensor", "pad.default", "constant_pad_nd.default", "cat.default", "repeat.default"], _same_or_whole),
+    **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
+    **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
+    **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),
+    "permute.default": _permuted(lambda node, rank: [d % rank for d in node.args[1]]),  # type: ignore[union-attr,operator]
+    "matmul.default": _matmul,
+    "scaled_dot_product_attention.default": _attention,
+    "layer_norm.default": _norm(lambda node: len(node.args[1])),  # type: ignore[arg-type]
+    "rms_norm.default": _norm(lambda node: len(node.args[1])),  # type: ignore[arg-type]
+    "expand.default": _expand,
+    "unsqueeze.default": _unsqueeze,
+    "select.int": _select,
+    "stack.default": _stack,
+    "getitem": _getitem,
+    "repeat_interleave.self_int": _repeat_heads,
+    "cross_entropy_loss.default": _cross_entropy,
+    "index.Tensor": _index,
+}
+assert operator.getitem.__name__ in RULES

@@ -1,0 +1,204 @@
+"""Ranks agree before anything is sent.
+
+Every call of a compiled graph opens with one small collective: each rank shows the graph that it is about to run, a checksum
+of its inputs and a random seed; at a graph's first call also a checksum of the weights.  All ranks see all of it, so all
+reach the same verdict: go on with rank 0's seed, or raise the same MismatchError.  On a mismatch the ranks exchange
+details through the store, to name the ranks and the first difference.  Every wait has a limit, `timeout` seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringpass.errors import MismatchError, PeerError
+
+HEADER = ("graph", "inputs", "weights", "seed")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAMPLE = 65536
+
+
+@dataclass
+class Ring:
+    """The ranks that share a sequence, as one of them sees it.  `pg` is None for a single process without a group."""
+
+    pg: dist.ProcessGroup | None
+    timeout: float
+    calls: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.pg.rank() if self.pg else 0
+
+    @property
+    def world(self) -> int:
+        return self.pg.size() if self.pg else 1
+
+    @property
+    def name(self) -> str:
+        return self.pg.group_name if self.pg else "alone"
+
+    @property
+    def limit(self) -> timedelta:
+        return timedelta(seconds=self.timeout)
+
+    @property
+    def store(self) -> dist.Store:
+        return dist.PrefixStore(f"ringpass/{self.name}", dist.distributed_c10d._get_default_store())
+
+    def await_everyone(self, key: str) -> list[int]:
+        """Waits until all ranks have come to `key`; returns the ranks that did not come in time."""
+        store = self.store
+        store.set(f"{key}/{self.rank}", "here")
+        missing = []
+        for rank in range(self.world):
+            try:
+                store.wait([f"{key}/{rank}"], self.limit if not missing else timedelta(milliseconds=10))
+            except RuntimeError:
+                missing.append(rank)
+        return missing
+
+
+RINGS: dict[str, Ring] = {}
+
+
+def ring(pg: dist.ProcessGroup | None, timeout: float) -> Ring:
+    """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks."""
+    if pg is None and dist.is_available() and dist.is_initialized():
+        pg = dist.group.WORLD
+    found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout))
+    if found.pg is not pg:  # the process group was torn down and made anew under the same name
+        found = RINGS[found.name] = Ring(pg, timeout)
+    found.timeout = timeout
+    return found
+
+
+@dataclass
+class Agreement:
+    """What the ranks compare for one compiled graph.  `facts` are (name, text) pairs that must be equal everywhere."""
+
+    ring: Ring
+    facts: tuple[tuple[str, str], ...]
+    names: tuple[str, ...]
+    first: bool = True
+    history: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> int:
+        return _digest(json.dumps(self.facts))
+
+    def seed(self, args: Sequence[Any], seed: int) -> int:
+        """The seed that all ranks use in this call.  Raises MismatchError or PeerError, on all ranks."""
+        if self.ring.world == 1:
+            return seed
+        self.ring.calls += 1
+        inputs = [(n, checksum(a)) for n, a in zip(self.names, args, strict=False) if not isinstance(a, torch.nn.Parameter)]
+        weights = [(n, checksum(a)) for n, a in zip(self.names, args, strict=False) if isinstance(a, torch.nn.Parameter) and self.first]
+        mine = [self.graph, _digest(json.dumps(inputs)), _digest(json.dumps(weights)), seed]
+        headers = self._exchange(mine)
+        if any(h[:3] != mine[:3] for h in headers):
+            raise self._mismatch(inputs, weights)
+        self.first = False
+        return headers[0][3]
+
+    def _exchange(self, mine: list[int]) -> list[list[int]]:
+        """Every rank's header."""
+        ring = self.ring
+        device = torch.device("cpu") if "gloo" in str(dist.get_backend_config(ring.pg)) else torch.device("cuda", torch.cuda.current_device())
+        store, call = ring.store, ring.calls
+        store.set(f"at/{ring.rank}", str(call))
+        sent = torch.tensor(mine, dtype=torch.int64, device=device)
+        received = [torch.empty_like(sent) for _ in range(ring.world)]
+        try:
+            work = dist.all_gather(received, sent, group=ring.pg, async_op=True)
+            work.wait(ring.limit)
+        except RuntimeError as error:
+            raise PeerError(f"{self._absent()} {error}") from error
+        return [x.tolist() for x in received]
+
+    def _absent(self) -> str:
+        """Which ranks did not come to this call."""
+        late = []
+        for rank in range(self.ring.world):
+            key = f"at/{rank}"
+            reached = int(self.ring.store.get(key)) if self.ring.store.check([key]) else 0
+            if reached < self.ring.calls:
+                late.append(rank)
+        who = f"rank {', '.join(map(str, late))}" if late else "another rank"
+        return (
+            f"rank {self.ring.rank} came to call {self.ring.calls} of a compiled model, {who} did not arrive within "
+            f"{self.ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. Every rank of the "
+            "ring must call the same models, in the same order."
+        )
+
+    def _mismatch(self, inputs: list[tuple[str, int]], weights: list[tuple[str, int]]) -> MismatchError:
+        """The error that says which ranks differ, and where first."""
+        store, key = self.ring.store, f"differ/{self.ring.calls}"
+        mine = [*self.facts, *((f"values of input {n}", str(c)) for n, c in inputs), *((f"weights {n}", str(c)) for n, c in weights)]
+        store.set(f"{key}/{self.ring.rank}", json.dumps(mine))
+        sheets = []
+        for rank in range(self.ring.world):
+            store.wait([f"{key}/{rank}"], self.ring.limit)
+            sheets.append([tuple(x) for x in json.loads(store.get(f"{key}/{rank}"))])
+        for other, sheet in enumerate(sheets):
+            found = _first_difference(sheets[0], sheet)
+            if found:
+                return MismatchError(_advice(other, *found))
+        return MismatchError("the ranks' checksums differ, their details do not: this is a defect of ringpass")
+
+
+def _first_difference(a: list[Any], b: list[Any]) -> tuple[str, str, str] | None:
+    ours, theirs = dict(a), dict(b)
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        if ours.get(name) != theirs.get(name):
+            return name, ours.get(name, "nothing"), theirs.get(name, "nothing")
+    return None
+
+
+ADVICE = {
+    "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per rank, gives each its own. "
+    "Shard the data over the data-parallel ranks only.",
+    "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the model, or broadcast "
+    "the state dict from rank 0.",
+    "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments.",
+    "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a share of it.",
+    "options": "Every rank must pass the same options to torch.compile.",
+}
+
+
+def _advice(other: int, name: str, first: str, second: str) -> str:
+    shown = [_around(text, first, second) for text in (first, second)]
+    advice = ADVICE.get(name.split()[0], "Run the same versions on every rank.")
+    return f"the ranks of the ring differ in {name}: rank 0 has {shown[0]}, rank {other} has {shown[1]}. {advice}"
+
+
+def _around(text: str, first: str, second: str, width: int = 100) -> str:
+    """The part of `text` where two texts part."""
+    at = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), min(len(first), len(second)))
+    start = max(0, at - width // 2)
+    return f"{'...' if start else ''}{text[start : start + width]}{'...' if len(text) > start + width else ''}"
+
+
+def checksum(x: Any) -> int:
+    """A 63-bit number that differs, with near certainty, when the bits of a tensor differ; cheap, independent of threads."""
+    if not isinstance(x, Tensor):
+        return _digest(repr(x))
+    if not x.numel():
+        return 0
+    x = torch.view_as_real(x) if x.is_complex() else x
+    bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
+    some = bits[:: max(1, bits.numel() // SAMPLE)].to(torch.int64)
+    weighted = (some * (torch.arange(some.numel(), device=some.device) * 2 + 1)).sum()
+    return int(bits.sum(dtype=torch.int64) * 31 + weighted) & (2**63 - 1)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,161 @@
+"""The backend `ring_dilated`: from Dynamo's graph to one rank's compiled program, in one straight line.
+
+    model = torch.compile(model, backend="ring_dilated")
+
+Under torchrun every rank passes the same full batch and gets the same full result.  Importing this module tells Dynamo to
+skip logging calls in models, which would else break the graph in two (`torch._dynamo.config.ignore_logging_functions`).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ringpass import codegen
+from ringpass.agreement import Agreement, Ring, ring
+from ringpass.collectives import Shard
+from ringpass.config import RingConfig
+from ringpass.errors import OptionError
+from ringpass.lazy import LazyOutput, Origin
+from ringpass.passes.capture import Captured, capture
+from ringpass.passes.detect import detect
+from ringpass.passes.dump import Dump
+from ringpass.passes.factors import Sweep
+from ringpass.passes.partition import LocalOutput, Partitioned, Rank, partition
+from ringpass.passes.placement import is_dropout
+from ringpass.passes.plan import RingPlan, plan
+from ringpass.passes.rules import rule_for
+
+log = logging.getLogger("ringpass")
+
+
+def ring_dilated(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compiles `gm` for this rank.  `options`: those of `RingConfig`; `mode`: Inductor's modes.
+
+    Raises OptionError for bad options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without
+    a gather), and at the first call MismatchError where ranks differ.
+    """
+    config = RingConfig.from_options(options)
+    inductor = _inductor_options(config, mode)
+    around = ring(config.group, config.timeout)
+    captured = capture(gm, example_inputs)
+    if around.world == 1 and not config.asked and not _draws(captured):
+        return codegen.plain(gm, example_inputs, inductor, config.compiler)
+    sites = detect(captured.gm)
+    if not sites:
+        log.warning("no attention in this graph: compiled as plain %s, every rank computes all of it", config.compiler)
+        if not _draws(captured):
+            return codegen.plain(gm, example_inputs, inductor, config.compiler)
+    dump = Dump(config.dump, around.rank)
+    dump.graph("captured", captured.gm)
+    sweep = Sweep().run(captured.gm, rule_for)
+    planned = plan(sites, sweep, around.world, config.layout, config.tile)
+    dump.plan(planned, around.rank)
+    who = Rank(around.rank, around.world, around.name)
+    local = partition(captured, planned, sweep, who, config.strict, _gathers_outputs(gm, config))
+    dump.graph("partitioned", local.gm)
+    dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
+    _report(planned, local, around)
+    key = (around.rank, around.world, around.name)
+    run = codegen.compile_local(local.gm, local.inputs, config.compiler, inductor, key, dump.graph)
+    return _calling(run, local, Agreement(around, _facts(captured, planned, config), _names(captured)), around)
+
+
+class LoggingCalls(set[Any]):
+    """Functions that Dynamo skips: those already named, warnings.warn, and the methods of loggers that emit a message.
+
+    Methods that libraries add to logging.Logger later (transformers' `warning_once`) count too.
+    """
+
+    METHODS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
+
+    def __contains__(self, function: object) -> bool:
+        name = getattr(function, "__name__", "")
+        emits = name in self.METHODS and getattr(logging.Logger, name, None) is function
+        return emits or function is warnings.warn or super().__contains__(function)
+
+
+def skip_logging_calls() -> None:
+    """Tells Dynamo to skip logging calls, once per process."""
+    config = torch._dynamo.config
+    if not isinstance(config.ignore_logging_functions, LoggingCalls):
+        config.ignore_logging_functions = LoggingCalls({*config.ignore_logging_functions, warnings.warn})
+
+
+skip_logging_calls()
+
+
+def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
+    if mode and config.compiler != "inductor":
+        raise OptionError(f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one")
+    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+
+
+def _draws(captured: Captured) -> bool:
+    """Whether the graph draws random numbers: with one rank too, its dropout is that of every number of ranks."""
+    nodes = captured.gm.graph.nodes
+    return any(is_dropout(n) for n in nodes) or any(site.dropout for site in detect(captured.gm))
+
+
+def _gathers_outputs(gm: GraphModule, config: RingConfig) -> bool:
+    """Outputs are gathered in the graph when asked, and when a graph break feeds them to the next graph."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    broken = bool(reason is not None and reason.graph_break)
+    if broken:
+        log.warning("graph break (%s): the outputs of this piece are gathered for the next one", str(reason.reason).splitlines()[0])
+    return broken or config.outputs == "gathered"
+
+
+def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
+    log.info("%s", planned)
+    for gather in local.gathers if around.rank == 0 and around.world > 1 else ():
+        if gather.reason != "output":
+            log.warning("%s", gather)
+
+
+def _names(captured: Captured) -> tuple[str, ...]:
+    return tuple(n.name for n in captured.gm.graph.nodes if n.op == "placeholder")
+
+
+def _facts(captured: Captured, planned: RingPlan, config: RingConfig) -> tuple[tuple[str, str], ...]:
+    """What must be equal on all ranks, in the order in which a difference is reported."""
+    import ringpass
+
+    nodes = captured.gm.graph.nodes
+    inputs = [(n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape))) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "placeholder"]
+    text = "\n".join(f"{n.name} = {n.target}({n.args}, {n.kwargs})" for n in nodes)
+    return (
+        ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
+        ("options", config.fingerprint()),
+        ("inputs", "; ".join(" ".join(i) for i in inputs)),
+        ("graph", text),
+        ("plan", str(planned)),
+    )
+
+
+def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring) -> Callable[..., Any]:
+    """What Dynamo calls: agree, draw the seed, run, show local outputs as tensors of global shape."""
+
+    def call(*args: Any) -> Any:
+        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if local.seeded else 0
+        seed = agreement.seed(args, drawn)
+        results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
+        outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
+        if around.world == 1:
+            return outputs
+        return [_show(o, i, spec, extras, around) if spec else o for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))]
+
+    return call
+
+
+def _show(output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring) -> LazyOutput:
+    outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
+    shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
+    return LazyOutput(output, Origin(spec.name, around.calls, position, shard, around))

@@ -1,0 +1,110 @@
+"""Handing a partitioned graph to a compiler: Inductor, or AOTAutograd alone.
+
+Everything here that leans on private names of torch: the hook after AOTAutograd, and the lowering of communicating ops as
+Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a scheduler
+that sorts by size would let two ranks enter two different collectives.  A test compiles and fails when torch changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import ir
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import register_lowering
+from torch.fx import Graph, GraphModule
+
+from ringpass import ops
+from ringpass.passes.lower import lower, lower_module
+
+Show = Callable[[str, GraphModule], None]
+
+
+def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Callable[..., Any]:
+    """Compiles `gm` as torch would without ringpass."""
+    if compiler == "aot_eager":
+        return aot_eager(gm, inputs, lambda stage, graph: None)
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
+
+
+def compile_local(
+    gm: GraphModule, inputs: Sequence[Any], compiler: str, inductor: dict[str, Any], key: tuple[Any, ...], show: Show
+) -> Callable[..., Any]:
+    """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward."""
+    if compiler == "aot_eager":
+        return aot_eager(gm, inputs, show)
+    from torch._inductor.compile_fx import compile_fx
+
+    _register_collectives()
+    patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], show: Show) -> Callable[..., Any]:
+    """Runs the lowered forward and backward graphs as they are, without code generation."""
+
+    def compiler(stage: str) -> Callable[..., Any]:
+        def compile_graph(graph: GraphModule, _: Any) -> Any:
+            return make_boxed_func(lower_module(graph, lambda g: show(stage, g)).forward)
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    return backend(gm, list(inputs))  # type: ignore[no-any-return]
+
+
+class _Lower(CustomGraphPass):
+    """`lower` as Inductor's hook before its own post-grad passes: runs for forward and backward."""
+
+    def __init__(self, key: tuple[Any, ...], show: Show) -> None:
+        self.key, self.show, self.seen = key, show, 0
+
+    def __call__(self, graph: Graph) -> None:
+        lower(graph)
+        module = graph.owning_module
+        if isinstance(module, GraphModule):
+            self.show("forward" if self.seen == 0 else "backward", module)
+        self.seen += 1
+
+    def uuid(self) -> Any:
+        return (_sources(), *self.key)
+
+    def __getstate__(self) -> Any:
+        return self.key
+
+    def __setstate__(self, key: Any) -> None:
+        self.__init__(key, lambda stage, graph: None)  # type: ignore[misc]
+
+
+@cache
+def _sources() -> str:
+    """Digest of the sources that decide what a graph means."""
+    here = Path(__file__).resolve().parent
+    files = sorted([*here.glob("*.py"), *(here / "passes").glob("*.py")])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+ORDERED = (ops.gather, ops.reduce, ops.reduce_list, ops.ring_attention, ops.ring_attention_backward)
+
+
+@cache
+def _register_collectives() -> None:
+    """Lowers each op that talks to other ranks as an Inductor collective that is complete when it returns."""
+    for op in ORDERED:
+
+        def lowering(first: Any, *args: Any, op: Any = op) -> Any:
+            out = ir._CollectiveKernel.create_out_of_place(op, first, *args)
+            return torch.utils._pytree.tree_map(ir.TensorBox.create, out)
+
+        register_lowering(op, type_promotion_kind=None)(lowering)

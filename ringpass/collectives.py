@@ -1,0 +1,104 @@
+"""Moving one tensor between replicated and sharded form: the eager bodies of the boundary operators.
+
+`dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The sharded
+tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no padded
+tensor leaves this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringpass.kernels import accumulator
+from ringpass.layout import Layout
+from ringpass.p2p import lost, process_group
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the sequence is in a tensor, and which tokens of it this rank holds.  `tokens` is S, maybe symbolic."""
+
+    dim: int
+    outer: Any
+    tokens: Any
+    layout: str
+    world: int
+    rank: int
+
+    @property
+    def placement(self) -> Layout:
+        return Layout(self.layout, self.world)
+
+    @property
+    def length(self) -> Any:
+        """L, the number of local tokens."""
+        return self.placement.length(self.rank, self.tokens)
+
+    def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
+        """`shape` with `old` tokens in the sequence dim replaced by `new`."""
+        return [*shape[: self.dim], shape[self.dim] // old * new, *shape[self.dim + 1 :]]
+
+    def split(self, x: Tensor, tokens: Any) -> Tensor:
+        """`x` as (before, tokens, after): `before` holds the leading dims and outer, `after` inner and the rest."""
+        before = self.outer
+        for n in x.shape[: self.dim]:
+            before = before * n
+        after = x.shape[self.dim] // (self.outer * tokens)
+        for n in x.shape[self.dim + 1 :]:
+            after = after * n
+        return x.reshape(before, tokens, after)
+
+
+def take(x: Tensor, shard: Shard) -> Tensor:
+    """The local tokens of the full-length `x`."""
+    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
+
+
+def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """All tokens in original order, from every rank's local `x`."""
+    ranks = range(shard.world)
+    lengths = [shard.placement.length(rank, shard.tokens) for rank in ranks]
+    local = shard.split(x, shard.length)
+    padded = local.new_zeros((local.shape[0], max(lengths), local.shape[2]))
+    padded[:, : shard.length] = local
+    everyone = padded.new_empty((shard.world, *padded.shape))
+    run_collective(dist.all_gather, list(everyone.unbind(0)), padded, group=group)
+    out = x.new_empty(shard.resized(x.shape, shard.length, shard.tokens))
+    flat = out.view(local.shape[0], shard.tokens, local.shape[2])
+    for rank in ranks:
+        offset = 0
+        for start, stop in shard.placement.ranges(rank, shard.tokens):
+            flat[:, start:stop] = everyone[rank, :, offset : offset + stop - start]
+            offset += stop - start
+    return out
+
+
+def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
+    """Sums over ranks, added in float32 (float64) and returned in each tensor's dtype: one all-reduce per dtype."""
+    out: dict[int, Tensor] = {}
+    for dtype in sorted({_sum_dtype(x) for x in xs}, key=str):
+        mine = [i for i, x in enumerate(xs) if _sum_dtype(x) == dtype]
+        flat = torch.cat([xs[i].reshape(-1).to(dtype) for i in mine])
+        run_collective(dist.all_reduce, flat, group=group)
+        for i, part in zip(mine, flat.split([xs[i].numel() for i in mine]), strict=True):
+            out[i] = part.view(xs[i].shape).to(xs[i].dtype)
+    return [out[i] if len(xs) == 1 else out[i].clone() for i in range(len(xs))]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return accumulator(x.dtype) if x.is_floating_point() else torch.int64
+
+
+def run_collective(collective: Any, *tensors: Any, group: str) -> None:
+    """Runs a torch.distributed collective; a broken group becomes a PeerError."""
+    try:
+        collective(*tensors, group=process_group(group))
+    except RuntimeError as error:
+        raise lost((), error) from error

@@ -1,0 +1,99 @@
+"""The options of the backend: validated once, none ignored.
+
+    >>> RingConfig.from_options({"layout": "zigzag"}).layout
+    'zigzag'
+    >>> RingConfig.from_options({"layot": "zigzag"})
+    Traceback (most recent call last):
+    ringpass.errors.OptionError: unknown option 'layot': did you mean 'layout'? ...
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch.distributed as dist
+
+from ringpass.errors import OptionError
+
+DUMP_VARIABLE = "RINGPASS_DUMP"
+
+
+@dataclass(frozen=True)
+class RingConfig:
+    """Options of `torch.compile(model, backend="ring_dilated", options={...})`.
+
+    layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous" or "zigzag".
+    compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
+    strict: refuse, instead of gather and report, what has no rule.
+    outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
+    tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated.
+    timeout: seconds, more than 0, that ranks wait for each other where they compare notes (compile skew counts in).
+    dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
+    group: the process group whose ranks are the ring; the default group if None.
+    inductor: options passed on to Inductor as they are.
+    """
+
+    layout: str = "auto"
+    compiler: str = "inductor"
+    strict: bool = False
+    outputs: str = "lazy"
+    tile: int = 1024
+    timeout: float = 300.0
+    dump: str | None = None
+    group: dist.ProcessGroup | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("layout", self.layout, ("auto", "contiguous", "zigzag"))
+        _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
+        _one_of("outputs", self.outputs, ("lazy", "gathered"))
+        _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        _require("tile", self.tile, type(self.tile) is int and self.tile >= 1, "an int of at least 1")
+        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
+        _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
+        _require("group", self.group, self.group is None or isinstance(self.group, dist.ProcessGroup), "a ProcessGroup")
+        _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
+        if self.compiler == "aot_eager" and self.inductor:
+            raise OptionError("the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> RingConfig:
+        """The config that `options` spell.  Raises OptionError for an unknown name, with the nearest known one."""
+        options = options or {}
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options must be a dict of ring_dilated's options, got {type(options).__name__}")
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise OptionError(
+                    f"unknown option {name!r}: {hint}Known options: {', '.join(known)}. "
+                    "Inductor's own options go in the dict option 'inductor'."
+                )
+        return cls(**options)
+
+    @property
+    def asked(self) -> bool:
+        """Whether any option that changes what is computed, or how it is shown, was set."""
+        return any(getattr(self, f.name) != f.default for f in fields(self) if f.name not in ("group", "inductor", "timeout"))
+
+    def fingerprint(self) -> str:
+        """The options that all ranks must share, as text."""
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("group", "dump", "timeout"))
+
+
+def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), valid, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, valid))}, got {value!r}{hint}")
+
+
+def _require(name: str, value: object, holds: bool, what: str) -> None:
+    if not holds:
+        raise OptionError(f"option {name!r} must be {what}, got {value!r}")

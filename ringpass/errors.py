@@ -1,0 +1,25 @@
+"""The errors that users meet.  Each message says what was expected, what came, and what to do."""
+
+
+class RingpassError(Exception):
+    """Base of every error that ringpass raises on purpose."""
+
+
+class OptionError(RingpassError, ValueError):
+    """An option is unknown, has a value that it cannot have, or contradicts another."""
+
+
+class UnsupportedError(RingpassError, ValueError):
+    """The graph holds something that ringpass cannot partition, and `strict` (or exactness) forbids to gather it."""
+
+
+class MismatchError(RingpassError, ValueError):
+    """The ranks of a ring do not agree: on the model, the options, the shapes, the batch or the weights."""
+
+
+class PeerError(RingpassError, RuntimeError):
+    """Another rank of the ring died, stopped, or did not arrive within the time limit."""
+
+
+class ScheduleError(RingpassError, AssertionError):
+    """A schedule does not hold what the proof demands.  A defect of ringpass, never of its user."""

@@ -1,0 +1,73 @@
+"""Token -> rank maps.
+
+    >>> Layout("zigzag", world=2).ranges(rank=0, tokens=10)
+    ((0, 3), (8, 10))
+    >>> Layout("contiguous", world=2).ranges(rank=1, tokens=5)
+    ((3, 5),)
+
+A layout cuts S tokens into n chunks of near-equal size (the first S mod n chunks are one token longer) and gives each
+rank some of them, in ascending order.  *contiguous*: n = P, rank r holds chunk r.  *zigzag*: n = 2P, rank r holds
+chunks r and 2P-1-r, which balances causal attention.  *replicated*: every rank holds all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
+
+NAMES = ("contiguous", "zigzag", "replicated")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of one sequence axis lives.  `world` is the number of ranks P."""
+
+    name: str
+    world: int
+
+    def __post_init__(self) -> None:
+        assert self.name in NAMES, self.name
+
+    @property
+    def replicated(self) -> bool:
+        return self.name == "replicated"
+
+    @property
+    def chunks(self) -> int:
+        return {"contiguous": self.world, "zigzag": 2 * self.world, "replicated": 1}[self.name]
+
+    def owned(self, rank: int) -> tuple[int, ...]:
+        """The chunks that `rank` holds, ascending."""
+        if self.name == "zigzag":
+            return (rank, 2 * self.world - 1 - rank)
+        return (0,) if self.replicated else (rank,)
+
+    def length(self, rank: int, tokens: Any) -> Any:
+        """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
+        if self.replicated:
+            return tokens
+        n = self.chunks
+        sizes = [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)]
+        return sizes[0] if len(sizes) == 1 else sizes[0] + sizes[1]
+
+    def ranges(self, rank: int, tokens: int) -> Ranges:
+        """Token ranges of `rank` in ascending order; neighbouring and empty ones are joined."""
+        out: list[tuple[int, int]] = []
+        for chunk in self.owned(rank):
+            start, stop = self._start(chunk, tokens), self._start(chunk + 1, tokens)
+            if out and out[-1][1] == start:
+                out[-1] = (out[-1][0], stop)
+            elif start < stop:
+                out.append((start, stop))
+        return tuple(out)
+
+    def _start(self, chunk: int, tokens: int) -> int:
+        size, longer = divmod(tokens, self.chunks)
+        return chunk * size + min(chunk, longer)
+
+
+def size(ranges: Ranges) -> int:
+    """Number of tokens in `ranges`."""
+    return sum(stop - start for start, stop in ranges)

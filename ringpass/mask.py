@@ -1,0 +1,350 @@
+"""Attention masks and biases as scalar functions of (b, h, q, k).
+
+    >>> window = parse("k <= q & q - k < 4")
+    >>> classify(window, (8, 12), (0, 4))      # queries 8..11, keys 0..3
+    'empty'
+    >>> str(window)
+    'k <= q & q - k < 4'
+
+An expression is a tree of frozen nodes over the four indices, constants and loads from tensors (*leaves*: padding masks,
+document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by putting
+the tile's positions in place of q and k, so no S x S tensor is ever built; it is classified over a box of positions by
+interval arithmetic; its text is what the dump prints and what the ring op carries, so that nothing hides in a closure.
+
+Contract: `parse(str(e)) == e`.  `classify` never calls a tile empty or full that is not (the converse may happen).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EMPTY, FULL, PARTIAL = "empty", "full", "partial"
+Interval = tuple[float, float]
+Box = dict[str, Interval]  # closed intervals
+
+INFIX = {  # operator -> (text, precedence, python ast node)
+    "or": ("|", 1, ast.BitOr),
+    "and": ("&", 3, ast.BitAnd),
+    "lt": ("<", 4, ast.Lt),
+    "le": ("<=", 4, ast.LtE),
+    "gt": (">", 4, ast.Gt),
+    "ge": (">=", 4, ast.GtE),
+    "eq": ("==", 4, ast.Eq),
+    "ne": ("!=", 4, ast.NotEq),
+    "add": ("+", 6, ast.Add),
+    "sub": ("-", 6, ast.Sub),
+    "mul": ("*", 7, ast.Mult),
+    "div": ("/", 7, ast.Div),
+    "floordiv": ("//", 7, ast.FloorDiv),
+    "mod": ("%", 7, ast.Mod),
+}
+"""Comparisons bind tighter than & and |, unlike in Python: the text is that of mathematics, `parse` regroups it."""
+
+
+@dataclass(frozen=True)
+class Expr:
+    """Base of the four kinds of node."""
+
+    def __str__(self) -> str:
+        return _text(self, 0)
+
+
+@dataclass(frozen=True)
+class Index(Expr):
+    """One of the indices b, h, q, k."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Const(Expr):
+    """A bool, int or float."""
+
+    value: bool | int | float
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Const) and type(self.value) is type(other.value) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.value))
+
+
+@dataclass(frozen=True)
+class Load(Expr):
+    """Element `indices` of leaf number `leaf`."""
+
+    leaf: int
+    indices: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Call(Expr):
+    """Operator `op` of the table `OPERATORS` on `args`."""
+
+    op: str
+    args: tuple[Expr, ...]
+
+
+TRUE, FALSE = Const(True), Const(False)
+B, H, Q, K = Index("b"), Index("h"), Index("q"), Index("k")
+
+
+# --- operators: what torch computes, and what an interval becomes -----------------------------------------------------
+
+
+def _corners(fn: Callable[[float, float], float], a: Interval, b: Interval) -> Interval:
+    values = [fn(x, y) for x in a for y in b]
+    return (-math.inf, math.inf) if any(math.isnan(v) for v in values) else (min(values), max(values))
+
+
+def _compare(surely: Callable[[Interval, Interval], bool], never: Callable[[Interval, Interval], bool]) -> Any:
+    return lambda a, b: (1.0, 1.0) if surely(a, b) else (0.0, 0.0) if never(a, b) else (0.0, 1.0)
+
+
+def _floordiv(a: Interval, b: Interval) -> Interval:
+    if b[0] != b[1] or b[0] <= 0 or math.isinf(a[0]) or math.isinf(a[1]):
+        return (-math.inf, math.inf)
+    return (a[0] // b[0], a[1] // b[0])
+
+
+def _modulo(a: Interval, b: Interval) -> Interval:
+    if b[0] != b[1] or b[0] <= 0:
+        return (-math.inf, math.inf)
+    if math.isfinite(a[0]) and math.isfinite(a[1]) and a[0] // b[0] == a[1] // b[0]:
+        return (a[0] % b[0], a[1] % b[0])
+    return (0.0, b[0] - 1) if a[0] == a[0] // 1 else (0.0, b[0])
+
+
+def _where(c: Interval, a: Interval, b: Interval) -> Interval:
+    if c[0] == c[1]:
+        return a if c[0] else b
+    return (min(a[0], b[0]), max(a[1], b[1]))
+
+
+def _absolute(a: Interval) -> Interval:
+    low = 0.0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))
+    return (low, max(abs(a[0]), abs(a[1])))
+
+
+UNKNOWN: Interval = (-math.inf, math.inf)
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
+    "or": (operator.or_, lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    "and": (operator.and_, lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    "xor": (operator.xor, lambda a, b: (0.0, 1.0)),
+    "not": (torch.logical_not, lambda a: (1.0 - a[1], 1.0 - a[0])),
+    "lt": (operator.lt, _compare(lambda a, b: a[1] < b[0], lambda a, b: a[0] >= b[1])),
+    "le": (operator.le, _compare(lambda a, b: a[1] <= b[0], lambda a, b: a[0] > b[1])),
+    "gt": (operator.gt, _compare(lambda a, b: a[0] > b[1], lambda a, b: a[1] <= b[0])),
+    "ge": (operator.ge, _compare(lambda a, b: a[0] >= b[1], lambda a, b: a[1] < b[0])),
+    "eq": (operator.eq, _compare(lambda a, b: a[0] == a[1] == b[0] == b[1], lambda a, b: a[1] < b[0] or b[1] < a[0])),
+    "ne": (operator.ne, _compare(lambda a, b: a[1] < b[0] or b[1] < a[0], lambda a, b: a[0] == a[1] == b[0] == b[1])),
+    "add": (operator.add, lambda a, b: (a[0] + b[0], a[1] + b[1])),
+    "sub": (operator.sub, lambda a, b: (a[0] - b[1], a[1] - b[0])),
+    "mul": (operator.mul, lambda a, b: _corners(operator.mul, a, b)),
+    "div": (operator.truediv, lambda a, b: UNKNOWN),
+    "floordiv": (operator.floordiv, _floordiv),
+    "mod": (operator.mod, _modulo),
+    "neg": (operator.neg, lambda a: (-a[1], -a[0])),
+    "min": (torch.minimum, lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    "max": (torch.maximum, lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    "abs": (torch.abs, _absolute),
+    "log": (torch.log, lambda a: UNKNOWN),
+    "exp": (torch.exp, lambda a: UNKNOWN),
+    "pow": (torch.pow, lambda a, b: UNKNOWN),
+    "where": (torch.where, _where),
+    "cast": (lambda x, dtype: x.to(dtype), lambda a, dtype: UNKNOWN),
+}
+DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)}  # fmt: skip
+"""`cast` is written as the name of its dtype: `float32(q - k)`."""
+
+
+def call(op: str, *args: Expr) -> Expr:
+    """Node `op(*args)`, with the identities of `and`, `or`, `not` and `where` applied."""
+    if op in ("and", "or"):
+        unit, zero = (TRUE, FALSE) if op == "and" else (FALSE, TRUE)
+        if zero in args:
+            return zero
+        rest = tuple(a for a in args if a != unit)
+        return unit if not rest else rest[0] if len(rest) == 1 or rest[0] == rest[1] else Call(op, rest)
+    if op == "not" and isinstance(args[0], Const):
+        return Const(not args[0].value)
+    if op == "where" and isinstance(args[0], Const):
+        return args[1] if args[0].value else args[2]
+    if op in ("add", "sub") and args[1] == Const(0):
+        return args[0]
+    if op == "add" and args[0] == Const(0):
+        return args[1]
+    if op == "mul" and args[1] == Const(1):
+        return args[0]
+    if op in ("add", "sub", "mul") and all(isinstance(a, Const) and type(a.value) is int for a in args):
+        return Const(OPERATORS[op][0](*(a.value for a in args)))  # type: ignore[attr-defined]
+    return Call(op, args)
+
+
+def cast(expr: Expr, dtype: torch.dtype) -> Expr:
+    """Node that converts `expr` to `dtype`."""
+    return Call("cast", (expr, Index(str(dtype).removeprefix("torch."))))
+
+
+CAUSAL = call("le", K, Q)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _text(e: Expr, outer: int) -> str:
+    if isinstance(e, Index):
+        return e.name
+    if isinstance(e, Const):
+        return f"float('{e.value}')" if isinstance(e.value, float) and not math.isfinite(e.value) else repr(e.value)
+    if isinstance(e, Load):
+        return f"x{e.leaf}[{', '.join(_text(i, 0) for i in e.indices)}]"
+    assert isinstance(e, Call)
+    if e.op == "cast":
+        return f"{e.args[1]}({_text(e.args[0], 0)})"
+    if e.op not in INFIX:
+        return f"{e.op}({', '.join(_text(a, 0) for a in e.args)})"
+    sign, rank, _ = INFIX[e.op]
+    text = f"{_text(e.args[0], rank)} {sign} {_text(e.args[1], rank + 1)}"
+    return f"({text})" if rank < outer else text
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Expr:
+    """The expression that `text` spells.  Raises ValueError where it is not one."""
+    python = text.replace("&", " and ").replace("|", " or ")
+    try:
+        return _from_ast(ast.parse(python.strip(), mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a mask expression: {text!r}") from error
+
+
+def _from_ast(n: Any) -> Expr:
+    if isinstance(n, ast.Name):
+        return {"True": TRUE, "False": FALSE}.get(n.id, Index(n.id))
+    if isinstance(n, ast.Constant):
+        return Const(n.value)
+    if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not):
+        return Call("not", (_from_ast(n.operand),))
+    if isinstance(n, ast.UnaryOp):
+        inner = _from_ast(n.operand)
+        assert isinstance(n.op, ast.USub) and isinstance(inner, Const)
+        return Const(-inner.value)
+    if isinstance(n, ast.Subscript):
+        items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
+        return Load(int(n.value.id[1:]), tuple(_from_ast(i) for i in items))  # type: ignore[attr-defined]
+    if isinstance(n, ast.BoolOp):
+        op, values = ("and" if isinstance(n.op, ast.And) else "or"), [_from_ast(v) for v in n.values]
+        out = values[0]
+        for value in values[1:]:
+            out = Call(op, (out, value))
+        return out
+    if isinstance(n, ast.Call):
+        return _from_call(n)
+    kind = type(n.ops[0]) if isinstance(n, ast.Compare) else type(n.op)
+    left, right = (n.left, n.comparators[0]) if isinstance(n, ast.Compare) else (n.left, n.right)
+    op = next(name for name, (_, _, node) in INFIX.items() if node is kind)
+    return Call(op, (_from_ast(left), _from_ast(right)))
+
+
+def _from_call(n: ast.Call) -> Expr:
+    name = n.func.id  # type: ignore[attr-defined]
+    if name == "float":
+        return Const(float(n.args[0].value))  # type: ignore[attr-defined]
+    args = tuple(_from_ast(a) for a in n.args)
+    if name in DTYPES:
+        return Call("cast", (args[0], Index(name)))
+    OPERATORS[name]
+    return Call(name, args)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
+    """Value of `expr` on one tile, broadcastable to (B, H, Lq, Lk): dims on which it does not depend have size 1.
+
+    `positions` maps b, h, q, k to int64 tensors of shapes (B,1,1,1), (1,H,1,1), (1,1,Lq,1), (1,1,1,Lk).
+    Differentiable in floating-point leaves.
+    """
+    known: dict[Expr, Any] = {}
+
+    def value(e: Expr) -> Any:
+        if e not in known:
+            known[e] = compute(e)
+        return known[e]
+
+    def compute(e: Expr) -> Any:
+        if isinstance(e, Index):
+            return positions[e.name]
+        if isinstance(e, Const):
+            return e.value
+        if isinstance(e, Load):
+            return leaves[e.leaf][tuple(value(i) for i in e.indices)] if e.indices else leaves[e.leaf]
+        assert isinstance(e, Call)
+        if e.op == "cast":
+            x = value(e.args[0])
+            dtype = DTYPES[e.args[1].name]  # type: ignore[attr-defined]
+            return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=positions["q"].device)
+        args = [value(a) for a in e.args]
+        if e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
+            args = [a if isinstance(a, Tensor) else torch.tensor(a, device=positions["q"].device) for a in args]
+        return OPERATORS[e.op][0](*args)
+
+    out = value(expr)
+    if not isinstance(out, Tensor):
+        out = torch.tensor(out, device=positions["q"].device)
+    return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+def bounds(expr: Expr, box: Box) -> Interval:
+    """A closed interval that holds every value of `expr` over `box`; booleans count as 0 and 1."""
+    if isinstance(expr, Index):
+        return box.get(expr.name, (0.0, math.inf))
+    if isinstance(expr, Const):
+        return (float(expr.value), float(expr.value))
+    if isinstance(expr, Load):
+        return UNKNOWN
+    assert isinstance(expr, Call)
+    if expr.op == "cast":
+        inner = bounds(expr.args[0], box)
+        return _cast_bounds(inner, expr.args[1].name)  # type: ignore[attr-defined]
+    args = [bounds(a, box) for a in expr.args]
+    if expr.op in ("and", "or", "not"):
+        args = [(max(0.0, min(1.0, a)), max(0.0, min(1.0, b))) for a, b in args]
+    return OPERATORS[expr.op][1](*args)
+
+
+def _cast_bounds(inner: Interval, dtype: str) -> Interval:
+    if dtype == "bool":
+        return (1.0, 1.0) if inner[0] > 0 or inner[1] < 0 else (0.0, 0.0) if inner == (0.0, 0.0) else (0.0, 1.0)
+    exact = all(math.isfinite(x) and x == int(x) and abs(x) < 2**24 for x in inner)
+    return inner if exact and dtype in ("int32", "int64", "float32", "float64") else UNKNOWN
+
+
+def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str:
+    """EMPTY, FULL or PARTIAL for the half-open position ranges `queries` x `keys`, for every batch and head."""
+    low, high = bounds(expr, {"q": (queries[0], queries[1] - 1), "k": (keys[0], keys[1] - 1)})
+    return FULL if low == high == 1.0 else EMPTY if low == high == 0.0 else PARTIAL
+
+
+def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
+    """`expr` with its leaves renumbered."""
+    if isinstance(expr, Load):
+        return Load(numbers[expr.leaf], tuple(renumber(i, numbers) for i in expr.indices))
+    return Call(expr.op, tuple(renumber(a, numbers) for a in expr.args)) if isinstance(expr, Call) else expr

@@ -1,0 +1,218 @@
+"""The operators that partitioned graphs hold: the four boundary operators, ring attention, counter-based dropout.
+
+The invariant of a partitioned graph: *a replicated value has the whole and equal cotangent on every rank; a sharded value
+has the cotangent of its own tokens.*  Each operator's autograd formula keeps it:
+
+    operator         forward                                   backward
+    shard            take the own tokens                       all-gather
+    gather           all-gather, in original order             take the own tokens
+    reduce           all-reduce (sum)                          identity
+    replicate        identity                                  all-reduce (sum), in float32
+    ring_attention   local rows of attention over all keys     ring_attention_backward
+    dropout          the element's own coin, scaled            the same coin
+
+`replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it takes
+a list, so that the gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse], its
+backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass import collectives, ring
+from ringpass import dropout as counter
+from ringpass.collectives import Shard
+from ringpass.kernels import accumulator
+from ringpass.layout import Layout
+from ringpass.ring import Site
+
+LIBRARY = torch.library.Library("ringpass", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
+SITE = (
+    "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str learned"
+)
+LIBRARY.define(f"shard(Tensor x, {SHARD}, str group) -> Tensor", tags=TAGS)
+LIBRARY.define(f"gather(Tensor x, {SHARD}, str group) -> Tensor", tags=TAGS)
+LIBRARY.define("reduce(Tensor x, str group) -> Tensor", tags=TAGS)
+LIBRARY.define("reduce_list(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
+LIBRARY.define("replicate(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
+LIBRARY.define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]", tags=TAGS)
+LIBRARY.define(
+    "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
+    f"{SITE}) -> Tensor[]",
+    tags=TAGS,
+)
+
+_ops = torch.ops.ringpass
+shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
+reduce_list, dropout = _ops.reduce_list.default, _ops.dropout.default
+ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
+COMMUNICATING = (shard, gather, reduce, reduce_list, replicate, ring_attention, ring_attention_backward)
+"""Saved for the backward, never recomputed; kept in graph order by code generation."""
+
+
+def _implement(name: str, body: Any, fake: Any) -> None:
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
+
+
+def _differentiate(name: str, backward: Any, setup: Any) -> None:
+    torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+# --- shard, gather ----------------------------------------------------------------------------------------------------
+
+
+def _fake_shard(x: Tensor, *args: Any) -> Tensor:
+    where = Shard(*args[:-1])
+    return x.new_empty(where.resized(x.shape, where.tokens, where.length))
+
+
+def _fake_gather(x: Tensor, *args: Any) -> Tensor:
+    where = Shard(*args[:-1])
+    return x.new_empty(where.resized(x.shape, where.length, where.tokens))
+
+
+def _save_arguments(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.arguments = inputs[1:]
+
+
+def _unchanged(ctx: Any) -> tuple[None, ...]:
+    return (None,) * len(ctx.arguments)
+
+
+_implement("shard", lambda x, *args: collectives.take(x, Shard(*args[:-1])), _fake_shard)
+_implement("gather", lambda x, *args: collectives.gather(x, Shard(*args[:-1]), args[-1]), _fake_gather)
+_differentiate("shard", lambda ctx, grad: (gather(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments)
+_differentiate("gather", lambda ctx, grad: (shard(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments)
+
+# --- reduce, replicate ------------------------------------------------------------------------------------------------
+
+_implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
+_implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.shape) for x in xs])
+_implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
+
+
+def _replicate_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None]:
+    present = [g for g in grads if g is not None]
+    if not present:
+        return grads, None
+    summed = iter(reduce_list(present, ctx.arguments[-1]))
+    return [None if g is None else next(summed) for g in grads], None
+
+
+_differentiate("reduce", lambda ctx, grad: (grad, None), _save_arguments)
+_differentiate("replicate", _replicate_backward, _save_arguments)
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, *args: Any) -> Tensor:
+    """Composite: AOTAutograd traces through it, so that code generation fuses the coins into their consumer."""
+    where = Shard(*args)
+    indices = [torch.arange(n, device=x.device) for n in x.shape]
+    if not where.placement.replicated:
+        indices[where.dim] = _global_index(where, x)
+    kept = counter.keep(seed.to(x.device), stream, p, indices)
+    return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
+
+
+def _global_index(where: Shard, x: Tensor) -> Tensor:
+    """Index along the full dim of each local element: outer * S * inner, S in the middle."""
+    inner = x.shape[where.dim] // (where.outer * where.length)
+    tokens = positions(where.placement, where.rank, where.tokens, x.device)
+    outer, last = torch.arange(where.outer, device=x.device), torch.arange(inner, device=x.device)
+    return ((outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last).reshape(-1)
+
+
+def positions(layout: Layout, rank: int, tokens: Any, device: torch.device) -> Tensor:
+    """Original positions of the local tokens, ascending: int64 (L,).  `tokens` may be symbolic."""
+    n, parts = layout.chunks, []
+    for chunk in layout.owned(rank):
+        start = chunk * (tokens // n) + torch.sym_min(tokens % n, chunk)
+        parts.append(start + torch.arange((tokens + (n - 1 - chunk)) // n, device=device))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
+
+# --- ring attention ---------------------------------------------------------------------------------------------------
+
+
+def _site(args: Any) -> tuple[Tensor | None, Site]:
+    seed, *rest, learned = args
+    return seed, Site(*rest, learned=_numbers(learned))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers of the leaves that need a gradient, written as `0,2`: autograd takes no list of ints."""
+    return tuple(int(i) for i in text.split(",") if i)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """The same (B, H, L, D) with B, L, H, D order in memory: what models' own reshapes after attention want."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    seed, site = _site(args)
+    out, lse = ring.forward(site, q, k, v, leaves, seed)
+    return [_rows_first(out), lse.contiguous()]
+
+
+def _ring_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
+) -> list[Tensor]:
+    seed, site = _site(args)
+    dq, dk, dv, dleaves = ring.backward(site, grad, q, k, v, out, lse, leaves, seed)
+    return [_rows_first(dq), _rows_first(dk), _rows_first(dv), *dleaves]
+
+
+def _empty_rows_first(x: Tensor, width: Any) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width)).transpose(1, 2)
+
+
+def _fake_ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    return [_empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
+
+
+def _fake_ring_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
+) -> list[Tensor]:
+    return [*(_empty_rows_first(x, x.shape[3]) for x in (q, k, v)), *(leaves[i].new_empty(leaves[i].shape) for i in _numbers(args[-1]))]
+
+
+def _save_site(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, leaves, seed, *ctx.rest = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.seeded = seed is not None
+    ctx.save_for_backward(q, k, v, out, lse, *leaves, *([seed] if ctx.seeded else []))
+
+
+def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    grad = grads[0]
+    q, k, v, out, lse, *leaves = ctx.saved_tensors
+    seed = leaves.pop() if ctx.seeded else None
+    unused = (None,) * (1 + len(ctx.rest))
+    if grad is None:
+        return None, None, None, [None] * len(leaves), *unused
+    dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest)
+    dleaves: list[Tensor | None] = [None] * len(leaves)
+    for i, g in zip(_numbers(ctx.rest[-1]), dlearned, strict=True):
+        dleaves[i] = g
+    return dq, dk, dv, dleaves, *unused
+
+
+_implement("ring_attention", _ring_attention, _fake_ring_attention)
+_implement("ring_attention_backward", _ring_attention_backward, _fake_ring_attention_backward)
+_differentiate("ring_attention", _ring_attention_grad, _save_site)

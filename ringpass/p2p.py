@@ -1,0 +1,65 @@
+"""Exchanges between two ranks of a ring: start a send and a receive together, wait later.
+
+The engine is torch.distributed.  `start` returns at once with the tensor that will hold what arrives; `wait` blocks
+until it does, and until the sent buffer may be reused.  Both ends post their exchanges in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringpass.errors import PeerError
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group called `name`, as torch's functional collectives resolve it."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Exchange:
+    """An exchange under way.  Holds the sent buffer: it must stay alive until `wait`."""
+
+    received: Tensor
+    sent: Tensor | None
+    works: list[dist.Work]
+    peers: tuple[int | None, int | None]
+
+    def wait(self) -> Tensor:
+        """The received tensor, complete.  Raises PeerError where the other rank died or the group's time limit passed."""
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise lost(self.peers, error) from error
+        self.sent = None
+        return self.received
+
+
+def start(sent: Tensor | None, dst: int | None, numel: int, src: int | None, like: Tensor, tag: int, group: str) -> Exchange:
+    """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements from `src`; None: nothing to do."""
+    pg = process_group(group)
+    received = torch.empty(numel if src is not None else 0, dtype=like.dtype, device=like.device)
+    ops = []
+    if sent is not None and dst is not None:
+        ops.append(dist.P2POp(dist.isend, sent, group=pg, tag=tag, group_peer=dst))
+    if src is not None:
+        ops.append(dist.P2POp(dist.irecv, received, group=pg, tag=tag, group_peer=src))
+    try:
+        return Exchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
+    except RuntimeError as error:
+        raise lost((dst, src), error) from error
+
+
+def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
+    """The error of a rank whose neighbour is gone."""
+    names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None})) 
+    return PeerError(
+        f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, raised an error, or did not arrive in "
+        "time: look for the first error in the other ranks' output. The limit is the process group's timeout, "
+        "init_process_group(timeout=...)."
+    )
