@@ -61,17 +61,17 @@ class Training:
 def main(argv: list[str] | None = None) -> int:
     """Both trainings one after the other, the table, and the line that says whether they agree."""
     args = _arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the ranks end too
     console = Console(highlight=False)
     start = time.monotonic()
-    trainings = []
-    with _progress(console) as progress:
-        tasks = {ranks: progress.add_task(f"{Training(ranks).name}: waiting", total=args.steps) for ranks in args.ranks}
-        for ranks, task in tasks.items():
-            try:
-                trainings.append(train(ranks, args, progress, task))
-            except TrainingFailed as failure:
-                console.print(f"ringpass: {failure}", markup=False, style="red", soft_wrap=True)
-                return 1
+    try:
+        with _progress(console) as progress:
+            names = {ranks: f"{Training(ranks).name}: waiting" for ranks in args.ranks}
+            tasks = {ranks: progress.add_task(name, total=args.steps) for ranks, name in names.items()}
+            trainings = [train(ranks, args, progress, task) for ranks, task in tasks.items()]
+    except TrainingFailed as failure:
+        console.print(f"ringpass: {failure}", markup=False, style="red", soft_wrap=True)
+        return 1
     for table in (_losses(trainings), _costs(trainings)):
         console.print(table)
     console.print(f"{time.monotonic() - start:.0f} s in all")

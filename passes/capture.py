@@ -35,6 +35,7 @@ import torch
 import torch._functorch.vmap as functorch_vmap
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -68,6 +69,7 @@ class Captured:
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Re-trace the graph that Dynamo hands a backend; see the module's contract."""
+    restart_with_constant_floats(gm)
     fake_mode, inputs = fakify(example_inputs)
     flat = flatten_checkpoints(gm)
     outline_transforms(flat)
@@ -77,6 +79,23 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     traced.graph.lint()
     traced.recompile()
     return Captured(traced, inputs, fake_mode)
+
+
+def restart_with_constant_floats(gm: fx.GraphModule) -> None:
+    """Makes Dynamo trace anew with a module's floats as constants, where `dynamic=True` made them inputs.
+
+    A softmax scale or a dropout rate is a constant of the plan.  This is the way in which Inductor, too, sends back the
+    floats that it cannot keep.
+    """
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    memos = [getattr(n.meta.get("example_value"), "item_memo", None) for n in gm.graph.nodes if n.op == "placeholder"]
+    names = [m.node._expr.name for m in memos if isinstance(m, torch.SymFloat) and hasattr(m.node._expr, "name")]
+    fresh = [name for name in names if not TensorifyState.should_specialize(name)]
+    for name in fresh:
+        TensorifyState.specialize(name)
+    if fresh:
+        raise TensorifyScalarRestartAnalysis
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,11 @@ def _is_one(n: Any) -> bool:
 
 
 def _constant(gm: GraphModule, node: Node) -> Any:
-    while node.op == "call_function" and node.target in (aten.lift_fresh_copy.default, aten.detach.default, aten.clone.default):
+    while node.op == "call_function" and node.target in (
+        aten.lift_fresh_copy.default,
+        aten.detach.default,
+        aten.clone.default,
+    ):
         node = node.args[0]  # type: ignore[assignment]
     if node.op != "get_attr":
         return None
@@ -208,7 +212,13 @@ for _op in ("add", "sub", "mul", "div"):
 for _op in ("and", "or", "xor"):
     _pointwise(
         _op,
-        *_overloads(f"__{_op}__.Tensor", f"__{_op}__.Scalar", f"bitwise_{_op}.Tensor", f"bitwise_{_op}.Scalar", f"logical_{_op}.default"),
+        *_overloads(
+            f"__{_op}__.Tensor",
+            f"__{_op}__.Scalar",
+            f"bitwise_{_op}.Tensor",
+            f"bitwise_{_op}.Scalar",
+            f"logical_{_op}.default",
+        ),
     )
 _pointwise("not", *_overloads("logical_not.default"))
 _pointwise("neg", aten.neg.default)
@@ -286,7 +296,9 @@ def _triangle(p: Puller, node: Node, indices: Indices) -> Expr | None:
     offset = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
     if not isinstance(offset, int):
         return None
-    inside = call("le" if node.target is aten.tril.default else "ge", indices[-1], call("add", indices[-2], Const(offset)))
+    inside = call(
+        "le" if node.target is aten.tril.default else "ge", indices[-1], call("add", indices[-2], Const(offset))
+    )
     inner, dtype = p.element(node.args[0], indices), node.meta["val"].dtype
     if dtype == torch.bool:
         return call("and", inside, inner)
@@ -321,7 +333,11 @@ def _permute(p: Puller, node: Node, indices: Indices) -> Expr:
     return p.element(node.args[0], tuple(inner))
 
 
-@_rule(*_overloads("view.default", "reshape.default", "_unsafe_view.default", "squeeze.dim", "squeeze.dims", "squeeze.default"))
+@_rule(
+    *_overloads(
+        "view.default", "reshape.default", "_unsafe_view.default", "squeeze.dim", "squeeze.dims", "squeeze.default"
+    )
+)
 def _view(p: Puller, node: Node, indices: Indices) -> Expr | None:
     inner, outer = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
     kept = [i for n, i in zip(outer, indices, strict=True) if not _is_one(n)]
@@ -347,7 +363,9 @@ def _slice(p: Puller, node: Node, indices: Indices) -> Expr | None:
     at = list(indices)
     at[dim] = call("add", call("mul", at[dim], Const(step)), Const(start))
     source = node.args[0]
-    return p.element(source, tuple(ZERO if _is_one(n) else i for n, i in zip(source.meta["val"].shape, at, strict=True)))  # type: ignore[union-attr]
+    return p.element(
+        source, tuple(ZERO if _is_one(n) else i for n, i in zip(source.meta["val"].shape, at, strict=True))
+    )  # type: ignore[union-attr]
 
 
 @_rule(aten.select.int)

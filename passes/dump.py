@@ -1,6 +1,6 @@
 """dump: what every stage did, as text, in one directory per rank and graph.
 
-    <dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py
+<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ class Partitioned:
     seeded: bool
 
 
-def partition(captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool) -> Partitioned:
+def partition(
+    captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool
+) -> Partitioned:
     """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
     return _Writer(captured, plan, place(captured, plan, sweep), rank, strict, gather_outputs).write()
 
@@ -149,7 +151,9 @@ class _Writer:
             new.meta.update(node.meta)
             return new
         known = self.placement.sweep.notes[node].known
-        args, kwargs = self._operands(node, None, f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}")
+        args, kwargs = self._operands(
+            node, None, f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
+        )
         if is_dropout(node):
             return self._write_dropout(node, args[0], (0, 1, 1, "replicated", self.rank.world, self.rank.rank))
         return self._copy(node, args, kwargs)
@@ -186,7 +190,10 @@ class _Writer:
         for _ in range(missing):
             q, k, v = (self._emit(aten.unsqueeze.default, x, min(1, x.meta["val"].ndim - 2)) for x in (q, k, v))
         batch = q.meta["val"].shape[0]
-        k, v = (self._emit(aten.expand.default, x, [batch, -1, -1, -1]) if x.meta["val"].shape[0] != batch else x for x in (k, v))
+        k, v = (
+            self._emit(aten.expand.default, x, [batch, -1, -1, -1]) if x.meta["val"].shape[0] != batch else x
+            for x in (k, v)
+        )
         names = [axis.layout.name if axis else "replicated" for axis in (query, key)]
         lengths = [self._size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
         seed, stream = (self.seed, self._stream()) if site.dropout else (None, 0)
@@ -241,7 +248,9 @@ class _Writer:
             safe = self._emit(aten.where.ScalarOther, counted, operands[1], 0)
             weights = self._emit(aten.index.Tensor, operands[2], [safe])
             counted = self._emit(aten.where.ScalarOther, counted, weights, 0.0)
-        count = self._emit(ops.reduce, self._emit(aten.sum.default, counted), self.rank.group, name=f"{node.name}_targets")
+        count = self._emit(
+            ops.reduce, self._emit(aten.sum.default, counted), self.rank.group, name=f"{node.name}_targets"
+        )
         return self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
 
     # --- operands ---------------------------------------------------------------------------------------------------
@@ -269,7 +278,9 @@ class _Writer:
                 )
             self.gathers.append(gather)
             args = self._shard_args(node, axis)
-            self.wholes[node] = self._emit(ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered")
+            self.wholes[node] = self._emit(
+                ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered"
+            )
         return self.wholes[node]
 
     def _local(self, node: Node, axis: Axis) -> Any:
@@ -278,7 +289,9 @@ class _Writer:
             return self.locals[node]
         if (node, axis.index) not in self.shards:
             whole, args = self._whole(node, "change of axis"), self._shard_args(node, axis)
-            self.shards[node, axis.index] = self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+            self.shards[node, axis.index] = self._emit(
+                ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local"
+            )
         return self.shards[node, axis.index]
 
     def _broadcast(self, node: Node, reason: str) -> Any:
@@ -341,7 +354,9 @@ class _Writer:
     def _length(self, axis: Axis) -> Any:
         """L, the number of local tokens."""
         if axis.index not in self.lengths:
-            self.lengths[axis.index] = self._compute(lambda s: axis.layout.length(self.rank.rank, s), self._tokens(axis))
+            self.lengths[axis.index] = self._compute(
+                lambda s: axis.layout.length(self.rank.rank, s), self._tokens(axis)
+            )
         return self.lengths[axis.index]
 
     def _size(self, expr: Any) -> Any:
@@ -363,7 +378,13 @@ class _Writer:
         known = {sympy.Add: operator.add, sympy.Mul: operator.mul}
         name = type(expr).__name__
         fn = next((f for kind, f in known.items() if isinstance(expr, kind)), None)
-        fn = fn or {"FloorDiv": operator.floordiv, "PythonMod": operator.mod, "Mod": operator.mod, "Max": torch.sym_max, "Min": torch.sym_min}.get(name)
+        fn = fn or {
+            "FloorDiv": operator.floordiv,
+            "PythonMod": operator.mod,
+            "Mod": operator.mod,
+            "Max": torch.sym_max,
+            "Min": torch.sym_min,
+        }.get(name)
         if fn is None:
             raise UnsupportedError(f"cannot compute the size {expr} in the graph: {name}")
         first, *rest = [self._size(a) for a in expr.args]

@@ -87,7 +87,9 @@ def has_effect(node: Node) -> bool:
 
 def is_dropout(node: Node) -> bool:
     """Whether `node` is a dropout that drops something."""
-    return node.op == "call_function" and op_name(node) == "dropout.default" and bool(node.args[2]) and node.args[1] != 0
+    return (
+        node.op == "call_function" and op_name(node) == "dropout.default" and bool(node.args[2]) and node.args[1] != 0
+    )
 
 
 def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
@@ -147,4 +149,6 @@ def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node
         return False
     if axis not in p._axes(note.summed):
         return True
-    return op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS) and node.meta["val"].is_floating_point()
+    return (
+        op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS) and node.meta["val"].is_floating_point()
+    )

@@ -23,7 +23,7 @@ CANDIDATES = ("contiguous", "zigzag")
 SAMPLED_RANKS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """One sequence axis.  `tokens` is S, an int or a SymInt; `hint` its value in this compilation."""
 
@@ -68,7 +68,10 @@ class RingPlan:
     def __str__(self) -> str:
         lines = [f"plan for {self.world} ranks", *map(str, self.axes)]
         for site in self.sites:
-            where = ", ".join(f"{n} {f'axis {a.index}' if a else 'replicated'}" for n, a in (("queries", site.query_axis), ("keys", site.key_axis)))
+            where = ", ".join(
+                f"{n} {f'axis {a.index}' if a else 'replicated'}"
+                for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
+            )
             lines += [f"{site.site}", f"  {where}{'' if site.problem else '; runs replicated'}"]
         return "\n".join([*lines, *(f"rejected: {r}" for r in self.rejected), *(f"remark: {r}" for r in self.remarks)])
 
@@ -115,7 +118,7 @@ def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: i
     replicated = Layout("replicated", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [axis.layout if axis else replicated for axis in (query, key)]
-    return Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile)
+    return Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile, cut_all=site.dropout > 0)
 
 
 def _choose(placed: list[Any], world: int, layout: str, tile: int) -> tuple[str, list[str]]:

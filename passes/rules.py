@@ -47,11 +47,31 @@ CREATION = {
     "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default", "scalar_tensor.default", "eye.default",
     "eye.m", "linspace.default", "randn.default", "rand.default",
 }  # fmt: skip
-CONSTANT = {"zeros.default", "ones.default", "full.default", "new_zeros.default", "new_ones.default", "new_full.default"}
+CONSTANT = {
+    "zeros.default",
+    "ones.default",
+    "full.default",
+    "new_zeros.default",
+    "new_ones.default",
+    "new_full.default",
+}
 """Creation ops whose every element is the same: a shard of one is the same op at the local size."""
 
-VIEWS = {"view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default"}
-RESIZED = {**dict.fromkeys(VIEWS, 1), "expand.default": 1, **dict.fromkeys(CONSTANT, 0), **{f"new_{n}.default": 1 for n in ("zeros", "ones", "full")}}
+VIEWS = {
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "flatten.using_ints",
+    "unflatten.int",
+    "view_as.default",
+    "reshape_as.default",
+}
+RESIZED = {
+    **dict.fromkeys(VIEWS, 1),
+    "expand.default": 1,
+    **dict.fromkeys(CONSTANT, 0),
+    **{f"new_{n}.default": 1 for n in ("zeros", "ones", "full")},
+}
 """Ops that name output sizes, and the position of that argument."""
 
 WHOLE_DIM = {  # op -> position of the dim argument (or of a list of dims), default
@@ -109,7 +129,11 @@ def _einsum(sweep: Sweep, node: Node, note: Note) -> Dims:
         if "*" in term:
             leading = dims[: len(dims) - len(names)]
         for name, factors in zip(names, dims[len(dims) - len(names) :], strict=True):
-            letters[name] = sweep.tie(letters[name], factors, note) if letters.get(name) and factors else letters.get(name) or factors
+            letters[name] = (
+                sweep.tie(letters[name], factors, note)
+                if letters.get(name) and factors
+                else letters.get(name) or factors
+            )
         note.whole += [f for c, after in zip(term, term[1:], strict=False) if after == "!" for f in letters[c]]
     note.summed += [f for name, factors in letters.items() if name not in right for f in factors if f not in note.whole]
     return (*leading, *(letters[c] for c in right if c != "*"))
@@ -273,6 +297,11 @@ def _squeeze(sweep: Sweep, node: Node, note: Note) -> Dims:
     return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
 
 
+def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
+    return (dims,) * len(node.meta["val"])
+
+
 def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims, dim = list(sweep.dims(_first(node))), _argument(node, 2, "dim")
     if dim is None:
@@ -311,7 +340,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(WHOLE_DIM, _whole_dim),
     **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
-    **dict.fromkeys(["slice.Tensor", "pad.default", "constant_pad_nd.default", "cat.default", "repeat.default"], _same_or_whole),
+    **dict.fromkeys(
+        ["slice.Tensor", "pad.default", "constant_pad_nd.default", "cat.default", "repeat.default"], _same_or_whole
+    ),
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),
@@ -325,6 +356,7 @@ RULES: dict[str, Rule] = {
     "select.int": _select,
     "stack.default": _stack,
     "getitem": _getitem,
+    "broadcast_tensors.default": _broadcast_tensors,
     "repeat_interleave.self_int": _repeat_heads,
     "cross_entropy_loss.default": _cross_entropy,
     "index.Tensor": _index,

@@ -100,8 +100,14 @@ class Agreement:
         if self.ring.world == 1:
             return seed
         self.ring.calls += 1
-        inputs = [(n, checksum(a)) for n, a in zip(self.names, args, strict=False) if not isinstance(a, torch.nn.Parameter)]
-        weights = [(n, checksum(a)) for n, a in zip(self.names, args, strict=False) if isinstance(a, torch.nn.Parameter) and self.first]
+        inputs = [
+            (n, checksum(a)) for n, a in zip(self.names, args, strict=False) if not isinstance(a, torch.nn.Parameter)
+        ]
+        weights = [
+            (n, checksum(a))
+            for n, a in zip(self.names, args, strict=False)
+            if isinstance(a, torch.nn.Parameter) and self.first
+        ]
         mine = [self.graph, _digest(json.dumps(inputs)), _digest(json.dumps(weights)), seed]
         headers = self._exchange(mine)
         if any(h[:3] != mine[:3] for h in headers):
@@ -112,7 +118,11 @@ class Agreement:
     def _exchange(self, mine: list[int]) -> list[list[int]]:
         """Every rank's header."""
         ring = self.ring
-        device = torch.device("cpu") if "gloo" in str(dist.get_backend_config(ring.pg)) else torch.device("cuda", torch.cuda.current_device())
+        device = (
+            torch.device("cpu")
+            if "gloo" in str(dist.get_backend_config(ring.pg))
+            else torch.device("cuda", torch.cuda.current_device())
+        )
         store, call = ring.store, ring.calls
         store.set(f"at/{ring.rank}", str(call))
         sent = torch.tensor(mine, dtype=torch.int64, device=device)
@@ -142,7 +152,11 @@ class Agreement:
     def _mismatch(self, inputs: list[tuple[str, int]], weights: list[tuple[str, int]]) -> MismatchError:
         """The error that says which ranks differ, and where first."""
         store, key = self.ring.store, f"differ/{self.ring.calls}"
-        mine = [*self.facts, *((f"values of input {n}", str(c)) for n, c in inputs), *((f"weights {n}", str(c)) for n, c in weights)]
+        mine = [
+            *self.facts,
+            *((f"values of input {n}", str(c)) for n, c in inputs),
+            *((f"weights {n}", str(c)) for n, c in weights),
+        ]
         store.set(f"{key}/{self.ring.rank}", json.dumps(mine))
         sheets = []
         for rank in range(self.ring.world):

@@ -50,7 +50,7 @@ def ring_dilated(
         return codegen.plain(gm, example_inputs, inductor, config.compiler)
     sites = detect(captured.gm)
     if not sites:
-        log.warning("no attention in this graph: compiled as plain %s, every rank computes all of it", config.compiler)
+        _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not _draws(captured):
             return codegen.plain(gm, example_inputs, inductor, config.compiler)
     dump = Dump(config.dump, around.rank)
@@ -59,7 +59,7 @@ def ring_dilated(
     planned = plan(sites, sweep, around.world, config.layout, config.tile)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
-    local = partition(captured, planned, sweep, who, config.strict, _gathers_outputs(gm, config))
+    local = partition(captured, planned, sweep, who, config.strict, _gathers_outputs(gm, config, around))
     dump.graph("partitioned", local.gm)
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
     _report(planned, local, around)
@@ -94,7 +94,9 @@ skip_logging_calls()
 
 def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     if mode and config.compiler != "inductor":
-        raise OptionError(f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one")
+        raise OptionError(
+            f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one"
+        )
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
@@ -104,20 +106,27 @@ def _draws(captured: Captured) -> bool:
     return any(is_dropout(n) for n in nodes) or any(site.dropout for site in detect(captured.gm))
 
 
-def _gathers_outputs(gm: GraphModule, config: RingConfig) -> bool:
+def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
     """Outputs are gathered in the graph when asked, and when a graph break feeds them to the next graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = bool(reason is not None and reason.graph_break)
     if broken:
-        log.warning("graph break (%s): the outputs of this piece are gathered for the next one", str(reason.reason).splitlines()[0])
+        why = str(reason.reason).splitlines()[0]  # type: ignore[union-attr]
+        _tell(around, f"graph break ({why}): the outputs of this piece are gathered for the next one")
     return broken or config.outputs == "gathered"
 
 
 def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
     log.info("%s", planned)
-    for gather in local.gathers if around.rank == 0 and around.world > 1 else ():
+    for gather in local.gathers if around.world > 1 else ():
         if gather.reason != "output":
-            log.warning("%s", gather)
+            _tell(around, str(gather))
+
+
+def _tell(around: Ring, text: str) -> None:
+    """Warns once per ring: on rank 0."""
+    if around.rank == 0:
+        log.warning("%s", text)
 
 
 def _names(captured: Captured) -> tuple[str, ...]:
@@ -129,7 +138,11 @@ def _facts(captured: Captured, planned: RingPlan, config: RingConfig) -> tuple[t
     import ringpass
 
     nodes = captured.gm.graph.nodes
-    inputs = [(n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape))) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "placeholder"]
+    inputs = [
+        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)))
+        for n in nodes
+        if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "placeholder"
+    ]
     text = "\n".join(f"{n.name} = {n.target}({n.args}, {n.kwargs})" for n in nodes)
     return (
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
@@ -150,7 +163,10 @@ def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, 
         outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
         if around.world == 1:
             return outputs
-        return [_show(o, i, spec, extras, around) if spec else o for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))]
+        return [
+            _show(o, i, spec, extras, around) if spec else o
+            for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))
+        ]
 
     return call
 

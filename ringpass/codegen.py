@@ -59,7 +59,9 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], show: Show) -> Callable[..
         return compile_graph
 
     backend = aot_autograd(
-        fw_compiler=compiler("forward"), bw_compiler=compiler("backward"), partition_fn=min_cut_rematerialization_partition
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        partition_fn=min_cut_rematerialization_partition,
     )
     return backend(gm, list(inputs))  # type: ignore[no-any-return]
 

@@ -1,10 +1,10 @@
 """The options of the backend: validated once, none ignored.
 
-    >>> RingConfig.from_options({"layout": "zigzag"}).layout
-    'zigzag'
-    >>> RingConfig.from_options({"layot": "zigzag"})
-    Traceback (most recent call last):
-    ringpass.errors.OptionError: unknown option 'layot': did you mean 'layout'? ...
+>>> RingConfig.from_options({"layout": "zigzag"}).layout
+'zigzag'
+>>> RingConfig.from_options({"layot": "zigzag"})
+Traceback (most recent call last):
+ringpass.errors.OptionError: unknown option 'layot': did you mean 'layout'? ...
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class RingConfig:
         _require("group", self.group, self.group is None or isinstance(self.group, dist.ProcessGroup), "a ProcessGroup")
         _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
         if self.compiler == "aot_eager" and self.inductor:
-            raise OptionError("the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one")
+            raise OptionError(
+                "the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> RingConfig:
@@ -80,11 +82,15 @@ class RingConfig:
     @property
     def asked(self) -> bool:
         """Whether any option that changes what is computed, or how it is shown, was set."""
-        return any(getattr(self, f.name) != f.default for f in fields(self) if f.name not in ("group", "inductor", "timeout"))
+        return any(
+            getattr(self, f.name) != f.default for f in fields(self) if f.name not in ("group", "inductor", "timeout")
+        )
 
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""
-        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("group", "dump", "timeout"))
+        return ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("group", "dump", "timeout")
+        )
 
 
 def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:

@@ -66,8 +66,19 @@ class LazyOutput(Tensor):
         return self.gathered
 
     METADATA = frozenset(
-        {getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_leaf")}
-        | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+        {
+            getattr(Tensor, n).__get__
+            for n in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_leaf")
+        }
+        | {
+            Tensor.size,
+            Tensor.dim,
+            Tensor.numel,
+            Tensor.ndimension,
+            Tensor.is_floating_point,
+            Tensor.is_complex,
+            Tensor.element_size,
+        }
         | {Tensor.__len__}
     )
 

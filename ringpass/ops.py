@@ -18,6 +18,7 @@ backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from ringpass import collectives, ring
 from ringpass import dropout as counter
 from ringpass.collectives import Shard
 from ringpass.kernels import accumulator
-from ringpass.layout import Layout
 from ringpass.ring import Site
 
 LIBRARY = torch.library.Library("ringpass", "DEF")
@@ -43,6 +43,7 @@ LIBRARY.define(f"gather(Tensor x, {SHARD}, str group) -> Tensor", tags=TAGS)
 LIBRARY.define("reduce(Tensor x, str group) -> Tensor", tags=TAGS)
 LIBRARY.define("reduce_list(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
 LIBRARY.define("replicate(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
+LIBRARY.define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor", tags=TAGS)
 LIBRARY.define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor", tags=TAGS)
 LIBRARY.define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]", tags=TAGS)
 LIBRARY.define(
@@ -53,7 +54,7 @@ LIBRARY.define(
 
 _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
-reduce_list, dropout = _ops.reduce_list.default, _ops.dropout.default
+reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (shard, gather, reduce, reduce_list, replicate, ring_attention, ring_attention_backward)
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
@@ -116,32 +117,30 @@ _differentiate("replicate", _replicate_backward, _save_arguments)
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, *args: Any) -> Tensor:
-    """Composite: AOTAutograd traces through it, so that code generation fuses the coins into their consumer."""
-    where = Shard(*args)
-    indices = [torch.arange(n, device=x.device) for n in x.shape]
-    if not where.placement.replicated:
-        indices[where.dim] = _global_index(where, x)
-    kept = counter.keep(seed.to(x.device), stream, p, indices)
+    """Composite: autograd and code generation see the coins as one op, and the scaling as arithmetic to fuse."""
+    kept = keep(seed.to(x.device), list(x.shape), p, stream, *args)
     return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
-def _global_index(where: Shard, x: Tensor) -> Tensor:
+def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any) -> Tensor:
+    """The coins of the local elements of a tensor whose local shape is `shape`."""
+    where = Shard(*args)
+    indices = [torch.arange(n, device=seed.device) for n in shape]
+    if not where.placement.replicated:
+        indices[where.dim] = _global_index(where, shape[where.dim], seed.device)
+    return counter.keep(seed, stream, p, indices)
+
+
+def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
     """Index along the full dim of each local element: outer * S * inner, S in the middle."""
-    inner = x.shape[where.dim] // (where.outer * where.length)
-    tokens = positions(where.placement, where.rank, where.tokens, x.device)
-    outer, last = torch.arange(where.outer, device=x.device), torch.arange(inner, device=x.device)
+    inner = size // (where.outer * where.length)
+    spans = where.placement.ranges(where.rank, where.tokens)
+    tokens = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+    outer, last = torch.arange(where.outer, device=device), torch.arange(inner, device=device)
     return ((outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last).reshape(-1)
 
 
-def positions(layout: Layout, rank: int, tokens: Any, device: torch.device) -> Tensor:
-    """Original positions of the local tokens, ascending: int64 (L,).  `tokens` may be symbolic."""
-    n, parts = layout.chunks, []
-    for chunk in layout.owned(rank):
-        start = chunk * (tokens // n) + torch.sym_min(tokens % n, chunk)
-        parts.append(start + torch.arange((tokens + (n - 1 - chunk)) // n, device=device))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
+_implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
 LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
 
 # --- ring attention ---------------------------------------------------------------------------------------------------
@@ -187,7 +186,10 @@ def _fake_ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], 
 def _fake_ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
-    return [*(_empty_rows_first(x, x.shape[3]) for x in (q, k, v)), *(leaves[i].new_empty(leaves[i].shape) for i in _numbers(args[-1]))]
+    return [
+        *(_empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
+        *(leaves[i].new_empty(leaves[i].shape) for i in _numbers(args[-1])),
+    ]
 
 
 def _save_site(ctx: Any, inputs: Any, output: Any) -> None:

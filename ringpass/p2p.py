@@ -40,7 +40,9 @@ class Exchange:
         return self.received
 
 
-def start(sent: Tensor | None, dst: int | None, numel: int, src: int | None, like: Tensor, tag: int, group: str) -> Exchange:
+def start(
+    sent: Tensor | None, dst: int | None, numel: int, src: int | None, like: Tensor, tag: int, group: str
+) -> Exchange:
     """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements from `src`; None: nothing to do."""
     pg = process_group(group)
     received = torch.empty(numel if src is not None else 0, dtype=like.dtype, device=like.device)
@@ -57,7 +59,7 @@ def start(sent: Tensor | None, dst: int | None, numel: int, src: int | None, lik
 
 def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
     """The error of a rank whose neighbour is gone."""
-    names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None})) 
+    names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
     return PeerError(
         f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, raised an error, or did not arrive in "
         "time: look for the first error in the other ranks' output. The limit is the process group's timeout, "

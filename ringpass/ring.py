@@ -47,10 +47,13 @@ class Site:
     @property
     def program(self) -> Program:
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        return program(Problem(self.mask, self.queries, self.keys, *layouts, self.tile), self.rank)
+        cut_all = self.dropout > 0 or bool(self.learned)
+        return program(Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all), self.rank)
 
 
-def forward(site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     steps = site.program.steps
     state = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
@@ -64,7 +67,15 @@ def forward(site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor
 
 
 def backward(
-    site: Site, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
+    site: Site,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    leaves: Sequence[Tensor],
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
     steps, dtype = site.program.steps, accumulator(q.dtype)
@@ -94,7 +105,12 @@ def backward(
         _take_return(site, *returning, own, k, v)
     dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))
     (dq_out,) = dq.join(lambda n: (q.new_zeros((*q.shape[:2], n, q.shape[3]), dtype=dtype),))
-    return dq_out.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
+    return (
+        dq_out.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)],
+    )
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -137,7 +153,9 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _zero_block(k: Tensor, v: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return k.new_zeros((*k.shape[:2], n, k.shape[3]), dtype=dtype), v.new_zeros((*v.shape[:2], n, v.shape[3]), dtype=dtype)
+    return k.new_zeros((*k.shape[:2], n, k.shape[3]), dtype=dtype), v.new_zeros(
+        (*v.shape[:2], n, v.shape[3]), dtype=dtype
+    )
 
 
 def _cut(x: Tensor, span: tuple[int, int]) -> Tensor:
@@ -184,7 +202,14 @@ def _take_return(site: Site, exchange: p2p.Exchange, step: Step, own: Rows, k: T
 
 
 def _exchange(
-    site: Site, tag: int, sent: Tensor | None, send: Transfer | None, receive: Transfer | None, k: Tensor, v: Tensor, like: Tensor | None = None
+    site: Site,
+    tag: int,
+    sent: Tensor | None,
+    send: Transfer | None,
+    receive: Transfer | None,
+    k: Tensor,
+    v: Tensor,
+    like: Tensor | None = None,
 ) -> p2p.Exchange:
     numel = receive.size * k.shape[0] * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3]) if receive else 0
     dst, src = send.dst if send else None, receive.src if receive else None
@@ -218,7 +243,9 @@ def _unpack(flat: Tensor, tokens: int, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 # --- what a tile's scores go through ----------------------------------------------------------------------------------
 
 
-def _tile_args(site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None) -> TileArgs:
+def _tile_args(
+    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
+) -> TileArgs:
     where = _positions(site, step, tile, q) if tile.kind == PARTIAL or site.bias or site.dropout else {}
     return TileArgs(
         scale=site.scale,

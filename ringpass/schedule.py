@@ -73,7 +73,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """One site as the schedule sees it.  `mask` is a boolean expression of `ringpass.mask`; lengths are in tokens."""
+    """One site as the schedule sees it.  `mask` is a boolean expression of `ringpass.mask`; lengths are in tokens.
+
+    `cut_all`: no tile may be larger than `tile`, full ones included, because the kernel holds a tile's scores in memory.
+    """
 
     mask: str
     queries: int
@@ -81,6 +84,7 @@ class Problem:
     query_layout: Layout
     key_layout: Layout
     tile: int = TILE
+    cut_all: bool = False
 
     @property
     def world(self) -> int:
@@ -165,7 +169,7 @@ def rows(ranges: Ranges, owned: Ranges) -> Ranges:
 def _local_tiles(problem: Problem, rank: int) -> tuple[Tile, ...]:
     queries = problem.query_layout.ranges(rank, problem.queries)
     keys = problem.key_layout.ranges(rank, problem.keys)
-    if problem.expr == CAUSAL and queries == keys:  # ascending positions: the triangle in rows is that in positions
+    if problem.expr == CAUSAL and queries == keys and not problem.cut_all:  # ascending positions: the triangle in rows is that in positions
         return (Tile((0, size(queries)), (0, size(keys)), CAUSAL_TILE),)
     return _tiles(problem, queries, keys)
 
@@ -178,17 +182,20 @@ def _tiles(problem: Problem, queries: Ranges, keys: Ranges) -> tuple[Tile, ...]:
             for tile_q, tile_k, kind in _split(problem, q, k):
                 (local_q,), (local_k,) = rows((tile_q,), queries), rows((tile_k,), keys)
                 found.append(Tile(local_q, local_k, kind))
-    return _merge(found)
+    return tuple(found) if problem.cut_all else _merge(found)
 
 
 @lru_cache(maxsize=65536)
-def _split(problem: Problem, q: tuple[int, int], k: tuple[int, int]) -> tuple[tuple[tuple[int, int], tuple[int, int], str], ...]:
+def _split(
+    problem: Problem, q: tuple[int, int], k: tuple[int, int]
+) -> tuple[tuple[tuple[int, int], tuple[int, int], str], ...]:
     """Cuts the rectangle in halves until each part is full, empty (left out), or no larger than a tile."""
     expr = problem.expr
     kind = FULL if expr == TRUE else classify(expr, q, k)
     if kind == EMPTY:
         return ()
-    if kind == FULL or max(q[1] - q[0], k[1] - k[0]) <= problem.tile:
+    small = max(q[1] - q[0], k[1] - k[0]) <= problem.tile
+    if small or (kind == FULL and not problem.cut_all):
         return ((q, k, CAUSAL_TILE if kind == PARTIAL and expr == CAUSAL and q == k else kind),)
     if q[1] - q[0] >= k[1] - k[0]:
         middle = (q[0] + q[1]) // 2

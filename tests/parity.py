@@ -1,0 +1,60 @@
+"""Jobs for the ranks of a pool: run a model on the ring and on one device, and tell how far they are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.models import MODELS, batch_for, loss_of, tensors_of
+
+Errors = dict[str, float]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted; infinite where the shapes differ."""
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def compiled(model: nn.Module, group: dist.ProcessGroup, **options: Any) -> Any:
+    """The model on the ring of `group`."""
+    return torch.compile(
+        model, backend="ring_dilated", options={"compiler": "aot_eager", "timeout": 60.0, "group": group, **options}
+    )
+
+
+def parity(group: dist.ProcessGroup, name: str, length: int, labels: bool, padding: bool, **options: Any) -> Errors:
+    """Relative errors of every output, the loss and every parameter gradient against eager on one device."""
+    make = {"length": length} if name == "position_table" else {}
+    model = MODELS[name].make(**make)
+    batch = batch_for(name, length, labels, padding)
+    want = outputs_and_gradients(model, model, batch)
+    got = outputs_and_gradients(model, compiled(model, group, **options), batch)
+    assert got.keys() == want.keys()
+    return {key: relative(got[key], want[key]) for key in want}
+
+
+def outputs_and_gradients(model: nn.Module, run: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One step: each output, and the gradient of each parameter that has one."""
+    model.zero_grad()
+    outputs = run(**batch)
+    tensors = tensors_of(outputs)
+    loss = loss_of(outputs) if has_loss(batch) else sum((t.pow(2).mean() for t in tensors.values()), torch.zeros(()))
+    loss.backward()
+    grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": loss.detach().clone(), **grads}
+
+
+def has_loss(batch: dict[str, Tensor]) -> bool:
+    """Whether the batch makes the model compute its own loss."""
+    return any(key in batch for key in ("labels", "targets", "target"))
+
+
+def worst(results: list[Errors]) -> tuple[float, str]:
+    """The largest error on any rank, and where it is."""
+    return max((error, f"{key} on rank {rank}") for rank, errors in enumerate(results) for key, error in errors.items())
