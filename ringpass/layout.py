@@ -71,3 +71,17 @@ class Layout:
 def size(ranges: Ranges) -> int:
     """Number of tokens in `ranges`."""
     return sum(stop - start for start, stop in ranges)
+
+
+def tokens(ranges: Ranges, rows: tuple[int, int]) -> Ranges:
+    """The tokens that stand in `rows` of a block that holds `ranges`.
+
+    >>> tokens(((0, 3), (8, 10)), rows=(2, 4))
+    ((2, 3), (8, 9))
+    """
+    out, offset = [], 0
+    for start, stop in ranges:
+        low, high = max(rows[0] - offset, 0) + start, min(rows[1] - offset, stop - start) + start
+        out += [(low, high)] if low < high else []
+        offset += stop - start
+    return tuple(out)

@@ -6,8 +6,8 @@
     >>> str(window)
     'k <= q & q - k < 4'
 
-An expression is a tree of frozen nodes over the four indices, constants and loads from tensors (*leaves*: padding masks,
-document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by putting
+An expression is a tree of frozen nodes over the four indices, constants and loads from tensors (*leaves*: padding
+masks, document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by putting
 the tile's positions in place of q and k, so no S x S tensor is ever built; it is classified over a box of positions by
 interval arithmetic; its text is what the dump prints and what the ring op carries, so that nothing hides in a closure.
 
@@ -21,7 +21,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ INFIX = {  # operator -> (text, precedence, python ast node)
     "floordiv": ("//", 7, ast.FloorDiv),
     "mod": ("%", 7, ast.Mod),
 }
+COMPARISON, ATOM = 4, 8  # precedences
 """Comparisons bind tighter than & and |, unlike in Python: the text is that of mathematics, `parse` regroups it."""
 
 
@@ -210,14 +211,16 @@ def _text(e: Expr, outer: int) -> str:
     if isinstance(e, Const):
         return f"float('{e.value}')" if isinstance(e.value, float) and not math.isfinite(e.value) else repr(e.value)
     if isinstance(e, Load):
-        return f"x{e.leaf}[{', '.join(_text(i, 0) for i in e.indices)}]"
+        return f"x{e.leaf}[{', '.join(_text(i, 0) for i in e.indices) or '()'}]"
     assert isinstance(e, Call)
     if e.op == "cast":
         return f"{e.args[1]}({_text(e.args[0], 0)})"
-    if e.op not in INFIX:
-        return f"{e.op}({', '.join(_text(a, 0) for a in e.args)})"
-    sign, rank, _ = INFIX[e.op]
-    text = f"{_text(e.args[0], rank)} {sign} {_text(e.args[1], rank + 1)}"
+    if e.op in INFIX:
+        sign, rank, _ = INFIX[e.op]  # comparisons do not chain
+        text = f"{_text(e.args[0], rank + (rank == COMPARISON))} {sign} {_text(e.args[1], rank + 1)}"
+    else:
+        rank = COMPARISON if e.op == "not" else ATOM  # Python's `not` takes all of a comparison that follows it
+        text = f"{e.op}({', '.join(_text(a, 0) for a in e.args)})"
     return f"({text})" if rank < outer else text
 
 
@@ -227,36 +230,32 @@ def parse(text: str) -> Expr:
     python = text.replace("&", " and ").replace("|", " or ")
     try:
         return _from_ast(ast.parse(python.strip(), mode="eval").body)
-    except (SyntaxError, KeyError, AttributeError) as error:
+    except (SyntaxError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a mask expression: {text!r}") from error
 
 
 def _from_ast(n: Any) -> Expr:
     if isinstance(n, ast.Name):
-        return {"True": TRUE, "False": FALSE}.get(n.id, Index(n.id))
+        return {"b": B, "h": H, "q": Q, "k": K}[n.id]
     if isinstance(n, ast.Constant):
-        return Const(n.value)
-    if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not):
-        return Call("not", (_from_ast(n.operand),))
+        if isinstance(n.value, bool | int | float):
+            return Const(n.value)
+        raise ValueError(n.value)
+    if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.USub) and isinstance(n.operand, ast.Constant):
+        return Const(-n.operand.value)  # type: ignore[operator,arg-type]
     if isinstance(n, ast.UnaryOp):
-        inner = _from_ast(n.operand)
-        assert isinstance(n.op, ast.USub) and isinstance(inner, Const)
-        return Const(-inner.value)
+        return Call({ast.Not: "not"}[type(n.op)], (_from_ast(n.operand),))  # type: ignore[index]
     if isinstance(n, ast.Subscript):
         items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
-        return Load(int(n.value.id[1:]), tuple(_from_ast(i) for i in items))  # type: ignore[attr-defined]
+        return Load(int(n.value.id.removeprefix("x")), tuple(_from_ast(i) for i in items))  # type: ignore[attr-defined]
     if isinstance(n, ast.BoolOp):
-        op, values = ("and" if isinstance(n.op, ast.And) else "or"), [_from_ast(v) for v in n.values]
-        out = values[0]
-        for value in values[1:]:
-            out = Call(op, (out, value))
-        return out
+        op = "and" if isinstance(n.op, ast.And) else "or"
+        return reduce(lambda a, b: Call(op, (a, b)), map(_from_ast, n.values))
     if isinstance(n, ast.Call):
         return _from_call(n)
-    kind = type(n.ops[0]) if isinstance(n, ast.Compare) else type(n.op)
-    left, right = (n.left, n.comparators[0]) if isinstance(n, ast.Compare) else (n.left, n.right)
-    op = next(name for name, (_, _, node) in INFIX.items() if node is kind)
-    return Call(op, (_from_ast(left), _from_ast(right)))
+    sides, sign = ([n.left, *n.comparators], n.ops[0]) if isinstance(n, ast.Compare) else ([n.left, n.right], n.op)
+    left, right = map(_from_ast, sides)
+    return Call({node: name for name, (_, _, node) in INFIX.items()}[type(sign)], (left, right))
 
 
 def _from_call(n: ast.Call) -> Expr:
@@ -265,8 +264,11 @@ def _from_call(n: ast.Call) -> Expr:
         return Const(float(n.args[0].value))  # type: ignore[attr-defined]
     args = tuple(_from_ast(a) for a in n.args)
     if name in DTYPES:
-        return Call("cast", (args[0], Index(name)))
-    OPERATORS[name]
+        (arg,) = args
+        return Call("cast", (arg, Index(name)))
+    arity = OPERATORS[name][1].__code__.co_argcount
+    if name in INFIX or name == "cast" or len(args) != arity or n.keywords:
+        raise ValueError(f"{name} of {len(args)} arguments")
     return Call(name, args)
 
 
@@ -326,8 +328,46 @@ def bounds(expr: Expr, box: Box) -> Interval:
         return _cast_bounds(inner, expr.args[1].name)  # type: ignore[attr-defined]
     args = [bounds(a, box) for a in expr.args]
     if expr.op in ("and", "or", "not"):
-        args = [(max(0.0, min(1.0, a)), max(0.0, min(1.0, b))) for a, b in args]
-    return OPERATORS[expr.op][1](*args)
+        args = [_cast_bounds(a, "bool") for a in args]
+    out = OPERATORS[expr.op][1](*args)
+    if expr.op in ("add", "sub", "mul", "floordiv", "mod"):
+        kind = _kind(expr)
+        if kind == "bool":
+            return _cast_bounds(out, "bool")  # True + True is True
+        if kind == "float" and not (_whole(expr) and all(abs(x) < 2**24 for x in out)):
+            return UNKNOWN  # it may be rounded
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _kind(expr: Expr) -> str:
+    """bool, int or float: what torch computes with.  A load counts as float, the widest."""
+    if isinstance(expr, Const):
+        return type(expr.value).__name__
+    if isinstance(expr, Call):
+        if expr.op == "cast":
+            dtype = DTYPES[expr.args[1].name]  # type: ignore[attr-defined]
+            return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+        if expr.op in ("div", "log", "exp"):
+            return "float"
+        if expr.op in ("not", "xor") or INFIX.get(expr.op, ("", ATOM))[1] <= COMPARISON:
+            return "bool"
+        kinds = [_kind(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
+        return next(kind for kind in ("float", "int", "bool") if kind in kinds)
+    return "int" if isinstance(expr, Index) else "float"
+
+
+@lru_cache(maxsize=4096)
+def _whole(expr: Expr) -> bool:
+    """Whether the value is surely a whole number."""
+    if isinstance(expr, Const):
+        return math.isfinite(expr.value) and expr.value == int(expr.value)
+    if isinstance(expr, Call):
+        if _kind(expr) != "float":
+            return True
+        args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
+        return expr.op not in ("div", "log", "exp", "pow") and all(map(_whole, args))
+    return isinstance(expr, Index)
 
 
 def _cast_bounds(inner: Interval, dtype: str) -> Interval:
@@ -341,6 +381,32 @@ def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str
     """EMPTY, FULL or PARTIAL for the half-open position ranges `queries` x `keys`, for every batch and head."""
     low, high = bounds(expr, {"q": (queries[0], queries[1] - 1), "k": (keys[0], keys[1] - 1)})
     return FULL if low == high == 1.0 else EMPTY if low == high == 0.0 else PARTIAL
+
+
+@lru_cache(maxsize=1024)
+def without_data(expr: Expr, unknown: bool) -> Expr:
+    """`expr` with `unknown` for each condition that depends on data (leaves, batch, head).
+
+    True gives where the mask may hold, False where it must.
+
+    >>> print(without_data(parse("k <= q & not(x0[b, k])"), True))
+    k <= q
+    """
+    if isinstance(expr, Call) and expr.op in ("and", "or"):
+        return call(expr.op, *(without_data(a, unknown) for a in expr.args))
+    if isinstance(expr, Call) and expr.op == "not":
+        return call("not", without_data(expr.args[0], not unknown))
+    if isinstance(expr, Call) and expr.op == "where":
+        c, a, b = (without_data(x, unknown) for x in expr.args)
+        otherwise = call("not", without_data(expr.args[0], not unknown))
+        return call("or", call("or", call("and", c, a), call("and", otherwise, b)), call("and", a, b))
+    return Const(unknown) if _has_data(expr) else expr
+
+
+def _has_data(expr: Expr) -> bool:
+    if isinstance(expr, Call):
+        return any(_has_data(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
+    return isinstance(expr, Load) or expr in (B, H)
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:

@@ -118,6 +118,7 @@ class Program:
 def program(problem: Problem, rank: int) -> Program:
     """The steps of `rank`.  Cost O(P) in planning, whatever the other ranks do."""
     steps = [Step(0, problem.key_layout.ranges(rank, problem.keys), _local_tiles(problem, rank))]
+    queries = problem.query_layout.ranges(rank, problem.queries)
     for shift in range(1, 1 if problem.key_layout.replicated else problem.world):
         src, dst = (rank - shift) % problem.world, (rank + shift) % problem.world
         incoming, outgoing = needed(problem, src, rank), needed(problem, rank, dst)
@@ -126,7 +127,7 @@ def program(problem: Problem, rank: int) -> Program:
                 Step(
                     shift,
                     tokens=incoming,
-                    tiles=_tiles(problem, problem.query_layout.ranges(rank, problem.queries), incoming),
+                    tiles=_tiles(problem, queries, problem.key_layout.ranges(src, problem.keys), incoming),
                     receive=Transfer(src, rank, incoming) if incoming else None,
                     send=Transfer(rank, dst, outgoing) if outgoing else None,
                 )
@@ -169,18 +170,19 @@ def rows(ranges: Ranges, owned: Ranges) -> Ranges:
 def _local_tiles(problem: Problem, rank: int) -> tuple[Tile, ...]:
     queries = problem.query_layout.ranges(rank, problem.queries)
     keys = problem.key_layout.ranges(rank, problem.keys)
-    if problem.expr == CAUSAL and queries == keys and not problem.cut_all:  # ascending positions: the triangle in rows is that in positions
+    if problem.expr == CAUSAL and queries == keys and queries and not problem.cut_all:
+        # positions ascend: the triangle in rows is that in positions
         return (Tile((0, size(queries)), (0, size(keys)), CAUSAL_TILE),)
-    return _tiles(problem, queries, keys)
+    return _tiles(problem, queries, keys, keys)
 
 
-def _tiles(problem: Problem, queries: Ranges, keys: Ranges) -> tuple[Tile, ...]:
-    """Non-empty tiles of `queries` x `keys`, in rows of the two blocks."""
+def _tiles(problem: Problem, queries: Ranges, keys: Ranges, block: Ranges) -> tuple[Tile, ...]:
+    """Non-empty tiles of `queries` x `keys`, in rows of the local queries and of `block`, the keys that tiles use."""
     found = []
     for q in queries:
         for k in keys:
             for tile_q, tile_k, kind in _split(problem, q, k):
-                (local_q,), (local_k,) = rows((tile_q,), queries), rows((tile_k,), keys)
+                (local_q,), (local_k,) = rows((tile_q,), queries), rows((tile_k,), block)
                 found.append(Tile(local_q, local_k, kind))
     return tuple(found) if problem.cut_all else _merge(found)
 

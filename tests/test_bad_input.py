@@ -1,0 +1,258 @@
+"""Bad input ends in a clear error on every rank within a bounded time, and nothing hangs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ringpass import RingConfig, p2p
+from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
+from tests.models import MODELS, batch_for, loss_of
+from tests.parity import compiled
+from tests.workers import spawn
+
+BOUND = 120.0  # seconds for a whole run of a few processes, start included
+
+
+def step(group: dist.ProcessGroup, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Any:
+    run = compiled(model, group, **{"timeout": 10.0, **options})
+    outputs = run(**batch)
+    loss_of(outputs).backward()
+    return outputs
+
+
+def failure(kind: type[Exception], run: Any) -> str:
+    """The message of the error of `kind` that `run` ends in; what went otherwise, else."""
+    try:
+        run()
+    except kind as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__} instead of {kind.__name__}: {error}"
+    return "no error"
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layot": "zigzag"}, "did you mean 'layout'"),
+        ({"layout": "zigzak"}, "did you mean 'zigzag'"),
+        ({"compiler": "gcc"}, "'inductor', 'aot_eager'"),
+        ({"tile": 0}, "at least 1"),
+        ({"tile": True}, "at least 1"),
+        ({"timeout": -1}, "seconds above 0"),
+        ({"strict": "yes"}, "True or False"),
+        ({"group": "ring"}, "ProcessGroup"),
+        ({"compiler": "aot_eager", "inductor": {"max_autotune": True}}, "drop one"),
+    ],
+)
+def test_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        RingConfig.from_options(options)
+
+
+def test_bad_option_reaches_the_user() -> None:
+    model = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", options={"layot": "zigzag"})
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'layout'"):
+        model(**batch_for("nanogpt", 8))
+
+
+def test_mode_without_inductor() -> None:
+    from ringpass.backend import ring_dilated
+
+    with pytest.raises(OptionError, match="drop one"):
+        ring_dilated(torch.fx.symbolic_trace(nn.Identity()), [], options={"compiler": "aot_eager"}, mode="max-autotune")
+
+
+# --- ranks that disagree ----------------------------------------------------------------------------------------------
+
+
+def other_length(group: dist.ProcessGroup) -> str:
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23 + group.rank())
+    return failure(MismatchError, lambda: step(group, model, batch))
+
+
+def other_values(group: dist.ProcessGroup) -> str:
+    """The first step agrees; then rank 1 passes another batch of the same shape."""
+    model = MODELS["nanogpt"].make()
+    run = compiled(model, group, timeout=10.0)
+    loss_of(run(**batch_for("nanogpt", 23))).backward()
+    return failure(MismatchError, lambda: run(**batch_for("nanogpt", 23, seed=int(group.rank() == 1))))
+
+
+def other_weights(group: dist.ProcessGroup) -> str:
+    model = MODELS["nanogpt"].make(seed=group.rank())
+    return failure(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
+
+
+def other_model(group: dist.ProcessGroup) -> str:
+    name = "llama" if group.rank() == 1 else "gpt2"
+    return failure(MismatchError, lambda: step(group, MODELS[name].make(), batch_for(name, 23)))
+
+
+def other_options(group: dist.ProcessGroup) -> str:
+    layout = "contiguous" if group.rank() == 1 else "zigzag"
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    return failure(MismatchError, lambda: step(group, model, batch, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (other_length, ("differ in inputs", "[2, 23]", "[2, 24]", "the whole sequence")),
+        (other_values, ("differ in values of input l_idx_", "DistributedSampler")),
+        (other_weights, ("differ in weights", "same weights", "torch.manual_seed")),
+        (other_model, ("differ in inputs",)),
+        (other_options, ("differ in options", "'zigzag'", "'contiguous'")),
+    ],
+)
+def test_ranks_disagree(job: Any, said: tuple[str, ...]) -> None:
+    outcomes = spawn(job, 3, timeout=BOUND)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exitcode == 0 and not outcome.timed_out, outcome
+        assert all(text in outcome.result for text in said), (rank, outcome.result)
+    assert len({o.result for o in outcomes}) == 1  # the same verdict on every rank
+
+
+# --- ranks that are gone ----------------------------------------------------------------------------------------------
+
+
+def dies_in_the_middle(group: dist.ProcessGroup) -> str:
+    """Rank 1 dies when it starts its third exchange, inside the second attention."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    calls = []
+    start = p2p.start
+
+    def dying(*args: Any) -> Any:
+        calls.append(args)
+        if group.rank() == 1 and len(calls) == 3:
+            os._exit(7)
+        return start(*args)
+
+    with patch.object(p2p, "start", dying):
+        return failure(PeerError, lambda: step(group, model, batch))
+
+
+def test_a_peer_dies() -> None:
+    begun = time.monotonic()
+    outcomes = spawn(dies_in_the_middle, 3, timeout=BOUND)
+    assert time.monotonic() - begun < BOUND
+    assert outcomes[1].exitcode == 7
+    for rank in (0, 2):
+        assert outcomes[rank].exitcode == 0 and not outcomes[rank].timed_out, outcomes[rank]
+        assert "A rank died" in outcomes[rank].result, outcomes[rank].result
+
+
+def stays_away(group: dist.ProcessGroup) -> str:
+    if group.rank() == 1:
+        time.sleep(40)
+        return "late"
+    return failure(PeerError, lambda: step(group, MODELS["nanogpt"].make(), batch_for("nanogpt", 23), timeout=3.0))
+
+
+def test_a_rank_does_not_come() -> None:
+    first, second = spawn(stays_away, 2, timeout=BOUND)
+    assert second.result == "late"
+    assert "rank 1 did not arrive within 3 s" in first.result, first
+
+
+def uses_output_alone(group: dist.ProcessGroup) -> str:
+    outputs = step(group, MODELS["gpt2"].make(), batch_for("gpt2", 23), timeout=5.0)
+    if group.rank() == 1:
+        time.sleep(15)
+        return "untouched"
+    return failure(PeerError, lambda: outputs.logits.sum())
+
+
+def test_output_used_on_one_rank() -> None:
+    first, second = spawn(uses_output_alone, 2, timeout=BOUND)
+    assert second.result == "untouched"
+    assert "was used on rank 0, but not within 5 s" in first.result and "on rank 1" in first.result, first
+    assert "on every rank" in first.result
+
+
+# --- what cannot be partitioned ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ringpass_tests::odd", mutates_args=())
+def odd(x: Tensor) -> Tensor:
+    """An op that no rule knows: each token minus the mean of all tokens."""
+    return x - x.mean(1, keepdim=True)
+
+
+odd.register_fake(torch.empty_like)
+odd.register_autograd(lambda ctx, grad: grad - grad.mean(1, keepdim=True))
+
+
+class Odd(nn.Module):
+    """The unknown op between two attention blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = MODELS["position_table"].make(length=23).blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = odd(x)
+        y: Tensor = self.blocks[1](x)
+        return y
+
+
+def gathers(group: dist.ProcessGroup, strict: bool) -> Any:
+    torch.manual_seed(0)
+    model, batch = Odd(), batch_for("position_table", 23, labels=False)
+    run = compiled(model, group, strict=strict)
+    if strict:
+        return failure(BackendCompilerFailed, lambda: run(**batch))
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringpass").addHandler(handler)
+    got, want = run(**batch), model(**batch)
+    logging.getLogger("ringpass").removeHandler(handler)
+    return float((got - want).abs().max()), records
+
+
+def test_unknown_op_is_gathered_and_named(workers: Any) -> None:
+    results = workers.run(gathers, 2, False)
+    assert all(error < 1e-12 for error, _ in results)
+    (report,) = results[0][1]
+    assert "no rule for ringpass_tests.odd.default" in report and "11776 bytes" in report and "x = odd(x)" in report
+
+
+def test_strict_refuses_an_unknown_op(workers: Any) -> None:
+    for message in workers.run(gathers, 2, True):
+        assert "UnsupportedError" in message and "no rule for ringpass_tests.odd.default" in message
+        assert "x = odd(x)" in message and "drop strict" in message
+    assert issubclass(UnsupportedError, ValueError)
+
+
+def plain_model(group: dist.ProcessGroup) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(3, 4)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringpass").addHandler(handler)
+    run: Any = torch.compile(model, backend="ring_dilated", options={"compiler": "aot_eager", "group": group})
+    equal = torch.equal(run(x), model(x))
+    logging.getLogger("ringpass").removeHandler(handler)
+    return equal, records
+
+
+def test_no_attention(workers: Any) -> None:
+    (equal, records), _ = workers.run(plain_model, 2)
+    assert equal and len(records) == 1 and "no attention in this graph" in records[0]
