@@ -11,7 +11,8 @@ hold data (a padding mask, document ids, a bias table).
     element(index(x, [r, c]), idx)        = element(x, [element(r, idx), element(c, idx)])
     element(anything else, idx)           = load of leaf `x` at idx
 
-Contract: the expression equals the mask for every element.  Nothing is guessed: a node that no line above covers is a leaf.
+Contract: the expression equals the mask for every element.  Nothing is guessed: a node that no line above covers is a
+leaf.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.fx import GraphModule, Node
 from ringpass import mask as m
 from ringpass.errors import UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, Load, call
+from ringpass.passes.factors import args_of
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -72,7 +74,9 @@ def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
             raise UnsupportedError(f"{node.name}: {name} is computed in the graph ({value.name}); pass a Python number")
-    allowed, bias, leaves = TRUE, None, ()
+    allowed: Expr = TRUE
+    bias: Expr | None = None
+    leaves: tuple[Node, ...] = ()
     if given.get("attn_mask") is not None:
         allowed, bias, leaves = _mask(gm, given["attn_mask"])
     if given.get("is_causal", False):
@@ -89,10 +93,7 @@ def _mask(gm: GraphModule, node: Node) -> tuple[Expr, Expr | None, tuple[Node, .
     if rank not in wanted:
         raise UnsupportedError(f"attention mask {node.name} has {rank} dims, expected 2, 3 or 4")
     expr = puller.element(node, puller.clip(node, wanted[rank]))
-    if node.meta["val"].dtype == torch.bool:
-        allowed, bias = expr, None
-    else:
-        allowed, bias = _split_bias(expr)
+    allowed, bias = (expr, None) if node.meta["val"].dtype == torch.bool else _split_bias(expr)
     used = sorted(_leaves(allowed) | (_leaves(bias) if bias is not None else set()))
     numbers = {old: new for new, old in enumerate(used)}
     renamed = m.renumber(bias, numbers) if bias is not None else None
@@ -167,7 +168,7 @@ def _constant(gm: GraphModule, node: Node) -> Any:
         aten.detach.default,
         aten.clone.default,
     ):
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     if node.op != "get_attr":
         return None
     value = getattr(gm, str(node.target), None)
@@ -239,7 +240,7 @@ def _not(p: Puller, node: Node, indices: Indices) -> Expr | None:
 
 @_rule(*_overloads("masked_fill.Scalar", "masked_fill.Tensor"))
 def _masked_fill(p: Puller, node: Node, indices: Indices) -> Expr:
-    x, where, value = node.args
+    x, where, value = args_of(node)
     fill = p.element(value, p.clip(value, indices))
     if isinstance(fill, Const) and node.meta["val"].is_floating_point():
         fill = Const(float(fill.value))
@@ -248,9 +249,9 @@ def _masked_fill(p: Puller, node: Node, indices: Indices) -> Expr:
 
 @_rule(*_overloads("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default"))
 def _to(p: Puller, node: Node, indices: Indices) -> Expr:
-    source = node.args[0]
+    source = args_of(node)[0]
     inner = p.element(source, indices)
-    if source.meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+    if source.meta["val"].dtype == node.meta["val"].dtype:
         return inner
     if isinstance(inner, Const):
         return _typed(inner.value, node.meta["val"].dtype)
@@ -258,7 +259,8 @@ def _to(p: Puller, node: Node, indices: Indices) -> Expr:
 
 
 @_rule(*_overloads(
-    "contiguous.default", "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default"
+    "contiguous.default", "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default",
+    "lift_fresh.default",
 ))  # fmt: skip
 def _same(p: Puller, node: Node, indices: Indices) -> Expr:
     return p.element(node.args[0], indices)
@@ -310,7 +312,7 @@ def _triangle(p: Puller, node: Node, indices: Indices) -> Expr | None:
 
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(p: Puller, node: Node, indices: Indices) -> Expr:
-    dim = node.args[1] % len(indices)  # type: ignore[operator]
+    dim = args_of(node)[1] % len(indices)
     return p.element(node.args[0], indices[:dim] + indices[dim + 1 :])
 
 
@@ -321,16 +323,16 @@ def _expand(p: Puller, node: Node, indices: Indices) -> Expr:
 
 @_rule(aten.permute.default, aten.transpose.int, aten.t.default)
 def _permute(p: Puller, node: Node, indices: Indices) -> Expr:
-    order = list(range(len(indices)))
+    args, order = args_of(node), list(range(len(indices)))
     if node.target is aten.permute.default:
-        order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr,operator]
+        order = [d % len(order) for d in args[1]]
     else:
-        a, b = (node.args[1] % len(order), node.args[2] % len(order)) if node.target is aten.transpose.int else (0, -1)  # type: ignore[operator]
+        a, b = (args[1] % len(order), args[2] % len(order)) if node.target is aten.transpose.int else (0, -1)
         order[a], order[b] = order[b], order[a]
     inner: list[Expr] = [ZERO] * len(order)
     for position, dim in enumerate(order):
         inner[dim] = indices[position]
-    return p.element(node.args[0], tuple(inner))
+    return p.element(args[0], tuple(inner))
 
 
 @_rule(
@@ -339,11 +341,12 @@ def _permute(p: Puller, node: Node, indices: Indices) -> Expr:
     )
 )
 def _view(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    inner, outer = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    source = args_of(node)[0]
+    inner, outer = source.meta["val"].shape, node.meta["val"].shape
     kept = [i for n, i in zip(outer, indices, strict=True) if not _is_one(n)]
     if [n for n in outer if not _is_one(n)] == [n for n in inner if not _is_one(n)]:
         rest = iter(kept)
-        return p.element(node.args[0], tuple(ZERO if _is_one(n) else next(rest) for n in inner))
+        return p.element(source, tuple(ZERO if _is_one(n) else next(rest) for n in inner))
     if not all(type(n) is int for n in (*inner, *outer)):
         return None
     flat: Expr = ZERO
@@ -351,27 +354,27 @@ def _view(p: Puller, node: Node, indices: Indices) -> Expr | None:
         flat = call("add", call("mul", flat, Const(n)), i)
     strides = [math.prod(inner[d + 1 :]) for d in range(len(inner))]
     parts = [call("mod", call("floordiv", flat, Const(s)), Const(n)) for s, n in zip(strides, inner, strict=True)]
-    return p.element(node.args[0], tuple(ZERO if n == 1 else part for n, part in zip(inner, parts, strict=True)))
+    return p.element(source, tuple(ZERO if n == 1 else part for n, part in zip(inner, parts, strict=True)))
 
 
 @_rule(aten.slice.Tensor)
 def _slice(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    dim, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    source, *given = args_of(node)
+    dim, start, _, step = (*given, *defaults[len(given) :])
     start = 0 if start is None else start
     if not all(isinstance(x, int) for x in (dim, start, step)) or start < 0:
         return None
     at = list(indices)
     at[dim] = call("add", call("mul", at[dim], Const(step)), Const(start))
-    source = node.args[0]
-    return p.element(
-        source, tuple(ZERO if _is_one(n) else i for n, i in zip(source.meta["val"].shape, at, strict=True))
-    )  # type: ignore[union-attr]
+    shape = source.meta["val"].shape
+    return p.element(source, tuple(ZERO if _is_one(n) else i for n, i in zip(shape, at, strict=True)))
 
 
 @_rule(aten.select.int)
 def _select(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    source, dim, at = node.args
-    shape = source.meta["val"].shape  # type: ignore[union-attr]
+    source, dim, at = args_of(node)
+    shape = source.meta["val"].shape
     if not (isinstance(at, int) and isinstance(dim, int)) or (at < 0 and not isinstance(shape[dim], int)):
         return None
     dim %= len(shape)
@@ -381,12 +384,12 @@ def _select(p: Puller, node: Node, indices: Indices) -> Expr | None:
 
 @_rule(aten.index.Tensor)
 def _index(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    source, picks = node.args
-    if any(i is None or i.meta["val"].dtype == torch.bool for i in picks):  # type: ignore[union-attr]
+    source, picks = args_of(node)
+    if any(i is None or i.meta["val"].dtype == torch.bool for i in picks):
         return None
-    rest = source.meta["val"].ndim - len(picks)  # type: ignore[union-attr,arg-type]
+    rest = source.meta["val"].ndim - len(picks)
     lead, tail = indices[: len(indices) - rest], indices[len(indices) - rest :]
-    return p.element(source, (*(p.element(i, p.clip(i, lead)) for i in picks), *tail))  # type: ignore[union-attr]
+    return p.element(source, (*(p.element(i, p.clip(i, lead)) for i in picks), *tail))
 
 
 @_rule(aten.embedding.default)

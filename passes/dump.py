@@ -18,7 +18,7 @@ _numbers = count()
 
 
 class Dump:
-    """Writes stages under `directory` (or the directory that RINGPASS_DUMP names); does nothing where neither is given."""
+    """Writes stages under `directory` (or the one that RINGPASS_DUMP names); does nothing where neither is given."""
 
     def __init__(self, directory: str | None, rank: int) -> None:
         directory = directory or os.environ.get(DUMP_VARIABLE) or None

@@ -2,12 +2,12 @@
 
 A *factor* is one index variable of the program: batch, sequence, head, channel.  Each dim of each tensor is a list of
 factors, most often one; after `view(B * S, V)` the first dim is the list [B, S], and a later view splits it again along
-its factors, never by guessing from sizes.  Rules tie factors together (`add` ties the dims of its operands, `linear` the
-leading dims of input and output); a union-find keeps the classes.  The *sequence axes* are the classes of the query and
-key dims of the attention sites: by then every other tensor's sequence dim is known, forward and backward alike.
+its factors, never by guessing from sizes.  Rules tie factors together (`add` ties the dims of its operands, `linear`
+the leading dims of input and output); a union-find keeps the classes.  The *sequence axes* are the classes of the query
+and key dims of the attention sites: by then every other tensor's sequence dim is known, forward and backward alike.
 
-For each node the sweep also notes which factors the op needs *whole* (softmax over them, a slice of them) and over which
-it *sums*; for every other factor, op on shards equals shards of op.
+For each node the sweep also notes which factors the op needs *whole* (softmax over them, a slice of them) and over
+which it *sums*; for every other factor, op on shards equals shards of op.
 
     for node in graph:
         node.dims = rule(node)             # unifies, marks whole / summed
@@ -30,7 +30,10 @@ Dims = tuple[Factors, ...]
 
 
 class Factor:
-    """An index variable.  `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into."""
+    """An index variable.
+
+    `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into.
+    """
 
     __slots__ = ("parent", "parts", "size")
 
@@ -179,6 +182,11 @@ class Sweep:
 def tensors_of(node: Node) -> list[torch.Tensor]:
     """The fake tensors that `node` produces."""
     return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
+    return node.args
 
 
 def operands_of(node: Node) -> list[Node]:

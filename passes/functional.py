@@ -1,8 +1,8 @@
 """functional form: each in-place op of a captured graph becomes its functional twin.
 
-Contract: afterwards no ATen op changes a tensor, save `aten.copy_(placeholder, value)`, which stands where the mutation of an
-input stood and is what later uses read.  A write through a view goes into its base, and other views of it are replayed.
-What has no such form raises MutationError.
+Contract: afterwards no ATen op changes a tensor, save `aten.copy_(placeholder, value)`, which stands where the mutation
+of an input stood and is what later uses read.  A write through a view goes into its base, and other views of it are
+replayed.  What has no such form raises MutationError.
 
 Terms: a *view* shares its storage with its *base*; the *twin* of `add_` is `add`.
 """

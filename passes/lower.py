@@ -1,47 +1,145 @@
 """lower: the forward and backward graphs that AOTAutograd derived -> the graphs that are compiled.
 
-`ringpass::replicate` has done its work once autograd has run: it is an identity, and leaves the graph.  The ring attention ops
-stay rolled: one node each, whose body is the loop of `ringpass.ring`.
+    replicate                 an identity once autograd has run: leaves the graph
+    ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes, named
+    ring_attention_backward     after the step and tile that they belong to
+    neither, above the unroll limit (over all sites, the larger of P and the number of tiles) or where a length is
+                              symbolic: the op stays rolled, one node whose body runs the same code
+    shard, gather             stay one node, named permute_<layout>, restore_<layout>
 
-Contract: runs on the forward and on the backward graph of every compilation, nested graphs included; `uuid` names the
-source of this pass and the rank, so that no compile cache serves one rank's graph to another.
+Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No SDPA op may be left
+that the plan partitioned; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
 """
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops
+from ringpass.ring import LABEL
+
+ROLLED = {ops.ring_attention: ops.ring_attention_body, ops.ring_attention_backward: ops.ring_attention_backward_body}
+SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
+REORDERING = {ops.shard: "permute", ops.gather: "restore"}
+LAYOUT = 4  # position of the layout's name in their arguments
 
 
-def lower(graph: Graph) -> None:
+def lower(graph: Graph, unroll_limit: int) -> None:
     """Rewrites `graph` in place."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is ops.replicate:
-            for user in list(node.users):
-                assert user.target is operator.getitem, user
-                user.replace_all_uses_with(node.args[0][user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(node)
+            _drop_replicate(graph, node)
+        elif node.op == "call_function" and node.target in REORDERING:
+            node._rename(f"{REORDERING[node.target]}_{node.args[LAYOUT]}")
+    sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
+    if not any(_symbolic(n) for n in sites) and sum(_size(n) for n in sites) <= unroll_limit:
+        traced: dict[str, GraphModule] = {}
+        for node in sites:
+            _unroll(graph, node, traced)
+    graph.lint()
 
 
-def lower_module(gm: GraphModule, show: Callable[[GraphModule], None]) -> GraphModule:
-    """Lowers a graph module and every graph module inside it, then shows it."""
+def lower_module(gm: GraphModule, unroll_limit: int) -> GraphModule:
+    """Lowers a graph module and every graph module inside it."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            lower(module.graph)
+            lower(module.graph, unroll_limit)
             module.recompile()
-    show(gm)
     return gm
 
 
-def has_leftover(graph: Graph) -> bool:
-    """Whether a node of `graph` is a `replicate`, which no compiled graph may hold."""
-    return any(n.op == "call_function" and n.target is ops.replicate for n in graph.nodes)
+def _drop_replicate(graph: Graph, node: Node) -> None:
+    values: Any = node.args[0]
+    for user in list(node.users):
+        assert user.target is operator.getitem, user
+        user.replace_all_uses_with(values[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
-assert torch.ops.ringpass.replicate.default is ops.replicate
+def _size(node: Node) -> int:
+    """What unrolling a ring operator costs: the larger of P and its number of tiles."""
+    _, site = ops.site_of(node.args[SITE[node.target] :])  # type: ignore[index]
+    return max(site.world, sum(len(step.tiles) for step in site.program.steps))
+
+
+def _symbolic(node: Node) -> bool:
+    found: list[bool] = []
+
+    def look(n: Node) -> Node:
+        value = n.meta["val"]
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        found.append(any(isinstance(s, torch.SymInt) for s in sizes))
+        return n
+
+    map_arg((node.args, node.kwargs), look)
+    return any(found)
+
+
+def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
+    """Replaces a ring operator by the nodes of its body."""
+    operands = list(dict.fromkeys(node.all_input_nodes))
+    key = _key(node, operands)
+    if key not in traced:
+        traced[key] = _trace(node, operands)
+    body, copies = traced[key], dict[Node, Any]()
+    places = iter(operands)
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(places)
+            elif inner.op == "output":
+                results: Any = map_arg(inner.args[0], copies.__getitem__)
+            else:
+                copies[inner] = _copy(graph, inner, copies, node)
+    for user in list(node.users):
+        assert user.target is operator.getitem, user
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> Node:
+    assert inner.op == "call_function", f"{inner.format_node()} is no call: the ring's body must not capture tensors"
+    new = graph.node_copy(inner, copies.__getitem__)
+    new.meta = {**inner.meta, **{k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}}
+    text = inner.meta.get(LABEL)
+    if text:
+        new._rename(_readable(text, inner))
+    return new
+
+
+def _readable(text: str, inner: Node) -> str:
+    """`attention_step1_q0_4_k0_2` for the op that a label is about, `.._op` for the arithmetic around it."""
+    custom = isinstance(inner.target, torch._ops.OpOverload) and inner.target.namespace == "ringpass"
+    return text if custom else f"{text}_{re.sub(r'_[0-9]+$', '', inner.name)}"
+
+
+def _key(node: Node, operands: list[Node]) -> str:
+    """Text that is equal for calls whose traces are equal."""
+    number = {n: i for i, n in enumerate(operands)}
+    fakes = [(v.shape, v.stride(), v.dtype, v.device) for v in (n.meta["val"] for n in operands)]
+    return repr((node.target, map_arg(node.args, lambda n: f"%{number[n]}"), fakes))  # type: ignore[arg-type,return-value]
+
+
+def _trace(node: Node, operands: list[Node]) -> GraphModule:
+    """The graph of a ring operator's body on the node's own shapes."""
+    body: Callable[..., Any] = ROLLED[node.target]  # type: ignore[index]
+    fakes = [n.meta["val"] for n in operands]
+    mode = fakes[0].fake_mode
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(operands, tensors, strict=True))
+        return tuple(body(*map_arg(node.args, given.__getitem__)))  # type: ignore[arg-type]
+
+    with mode, torch.no_grad():
+        fresh = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=f.device) for f in fakes]
+        return make_fx(run, decomposition_table=select_decomp_table())(*fresh)

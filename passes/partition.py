@@ -2,7 +2,8 @@
 
 A value is *whole* (full length, the same on every rank) or *local* (this rank's tokens of one axis).  A node that
 `placement` put on axis A takes its operands with a dim on A local, and the others whole, through `replicate` where they
-need a gradient.  A node that runs whole gathers operands that are local; each gather is reported with its reason and bytes.
+need a gradient.  A node that runs whole gathers operands that are local; each gather is reported with its reason and
+bytes.
 
     placeholders; replicate(parameters) in buckets
     for node in graph, if live: write it in its mode, lengths that name S become L
@@ -28,10 +29,10 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.kernels import accumulator
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Sweep, size_of, tensors_of
+from ringpass.passes.factors import Sweep, args_of, size_of, tensors_of
 from ringpass.passes.placement import Placement, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, RESIZED, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, LOSSES, RESIZED, SUMS, op_name
 
 aten = torch.ops.aten
 BUCKET_BYTES = 25 * 2**20
@@ -173,15 +174,16 @@ class _Writer:
         return self._emit(aten.reshape.default, args[0], shape, name=node.name)
 
     def _write_dropout(self, node: Node, x: Node, shard_args: tuple[Any, ...]) -> Node:
-        return self._emit(ops.dropout, x, self.seed, float(node.args[1]), self._stream(), *shard_args, name=node.name)  # type: ignore[arg-type]
+        rate = float(args_of(node)[1])
+        return self._emit(ops.dropout, x, self.seed, rate, self._stream(), *shard_args, name=node.name)
 
     def _stream(self) -> int:
         self.streams += 1
         return self.streams
 
     def _write_site(self, plan: SitePlan) -> Node:
-        site, query, key = plan.site, plan.query_axis, plan.key_axis
-        assert query is not None
+        site, query, key, problem = plan.site, plan.query_axis, plan.key_axis, plan.problem
+        assert query is not None and problem is not None
         reason = f"attention {site.node.name}"
         q = self._local(site.q, query)
         k, v = (self._local(x, key) if key else self._broadcast(x, reason) for x in (site.k, site.v))
@@ -201,8 +203,8 @@ class _Writer:
         learned = ",".join(map(str, self.placement.learned(plan)))
         bias = "" if site.bias is None else str(site.bias)
         call = self._emit(
-            ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths, *names,
-            plan.problem.tile, *who, learned, name=f"ring_attention_{site.index}",  # type: ignore[union-attr]
+            ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths,
+            *names, problem.tile, *who, learned, name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
         for _ in range(missing):
@@ -217,6 +219,8 @@ class _Writer:
         if name == "cross_entropy_loss.default":
             return self._write_loss(node, axis)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
+        if name in LOSSES:
+            return self._write_elementwise_loss(node, args, kwargs)
         if name not in SUMS:
             return self._emit(ops.reduce, self._copy(node, args, kwargs), self.rank.group, name=f"{node.name}_reduced")
         value, result = _first(node).meta["val"], node.meta["val"]
@@ -231,10 +235,27 @@ class _Writer:
             total = self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
         return total if total.meta["val"].dtype == result.dtype else self._emit(aten.to.dtype, total, result.dtype)
 
+    def _write_elementwise_loss(self, node: Node, args: Any, kwargs: Any) -> Node:
+        """The local sum of an element-wise loss, reduced; a mean divides by the full number of elements."""
+        position = LOSSES[op_name(node)]
+        reduction = args[position] if len(args) > position else kwargs.get("reduction", 1)
+        named = {k: v for k, v in kwargs.items() if k != "reduction"}
+        schema: Any = node.target
+        missing = [named.pop(a.name, a.default_value) for a in schema._schema.arguments[len(args) : position]]
+        summed = (*args[:position], *missing, 2, *args[position + 1 :])
+        part = self._emit(node.target, *summed, name=node.name, **named)  # type: ignore[arg-type]
+        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+        if reduction == 2:
+            return total
+        shapes = [a.meta["val"].shape for a in node.args[:2] if isinstance(a, Node)]
+        count = self._size(sympy.prod([size_of(n) for n in torch.broadcast_shapes(*shapes)]))
+        return self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
+
     def _write_loss(self, node: Node, axis: Axis) -> Node:
-        """cross_entropy_loss: the local sum, reduced; a mean divides by the number (or weight) of targets that count."""
+        """cross_entropy_loss: the local sum, reduced; a mean divides by the number (weight) of targets that count."""
         defaults: tuple[Any, ...] = (None, None, None, 1, -100, 0.0)
-        logits, target, weight, reduction, ignored, smoothing = (*node.args, *defaults[len(node.args) :])
+        given = args_of(node)
+        logits, target, weight, reduction, ignored, smoothing = (*given, *defaults[len(given) :])
         kwargs = dict(node.kwargs)
         weight, reduction = kwargs.get("weight", weight), kwargs.get("reduction", reduction)
         ignored, smoothing = kwargs.get("ignore_index", ignored), kwargs.get("label_smoothing", smoothing)
@@ -256,7 +277,7 @@ class _Writer:
     # --- operands ---------------------------------------------------------------------------------------------------
 
     def _operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
-        return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))  # type: ignore[return-value]
+        return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))
 
     def _operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
         if isinstance(node.meta.get("val"), torch.SymInt):
@@ -273,8 +294,8 @@ class _Writer:
             gather = Gather(node.name, reason, _bytes(node), _where(self.origin))
             if self.strict and reason != "output":
                 raise UnsupportedError(
-                    f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by token, or "
-                    "drop strict to gather (same numbers, more memory)."
+                    f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "
+                    "token, or drop strict to gather (same numbers, more memory)."
                 )
             self.gathers.append(gather)
             args = self._shard_args(node, axis)
@@ -400,13 +421,13 @@ class _Writer:
         out = fn(*(Proxy(a, tracer) if isinstance(a, Node) else a for a in args))
         for node in self.graph.nodes:
             if "val" not in node.meta and node.op == "call_function":
-                node.meta["val"] = node.target(*_fakes(node.args))  # type: ignore[operator]
+                node.meta["val"] = node.target(*_fakes(node.args))
         return out.node
 
     # --- emission ---------------------------------------------------------------------------------------------------
 
     def _copy(self, node: Node, args: Any, kwargs: Any) -> Node:
-        """The same call on new operands.  What is no ATen op (higher-order ops, mode switches) keeps the fake it had."""
+        """The same call on new operands; what is no ATen op (higher-order ops, mode switches) keeps the fake it had."""
         if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
             return self._emit(node.target, *args, name=node.name, **kwargs)
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
@@ -431,8 +452,10 @@ class _Writer:
 
     def _write_outputs(self, output: Node) -> tuple[tuple[LocalOutput | None, ...], int]:
         self.origin = None
-        results, described, extras = [], [], []
-        for value in output.args[0]:  # type: ignore[union-attr]
+        results: list[Any] = []
+        described: list[LocalOutput | None] = []
+        extras: list[Node] = []
+        for value in args_of(output)[0]:
             local = isinstance(value, Node) and value in self.locals and value not in self.wholes
             if local and not self.gather_outputs:
                 results.append(self.locals[value])

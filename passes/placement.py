@@ -1,7 +1,7 @@
 """placement: for each node of the captured graph, where it runs: on a sequence axis (local tokens) or whole.
 
-    shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values with
-    a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
+    shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values
+    with a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
     whole: when the op needs A whole (softmax over the sequence, no rule), when a tensor of it has A twice, or two axes
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.
@@ -17,9 +17,9 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, operands_of, tensors_of
+from ringpass.passes.factors import Note, Sweep, args_of, operands_of, tensors_of
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, LOSSES, SUMS, op_name
 
 aten = torch.ops.aten
 CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
@@ -87,9 +87,10 @@ def has_effect(node: Node) -> bool:
 
 def is_dropout(node: Node) -> bool:
     """Whether `node` is a dropout that drops something."""
-    return (
-        node.op == "call_function" and op_name(node) == "dropout.default" and bool(node.args[2]) and node.args[1] != 0
-    )
+    if node.op != "call_function" or op_name(node) != "dropout.default":
+        return False
+    _, rate, train = args_of(node)
+    return bool(train and rate != 0)
 
 
 def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
@@ -128,7 +129,7 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     if node.op != "call_function" or not tensors_of(node):
         return None
     if node.target is operator.getitem:
-        return p.modes[node.args[0]]  # type: ignore[index]
+        return p.modes[args_of(node)[0]]
     note, tensors = p.sweep.notes[node], [node, *operands_of(node)]
     axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
     if len(axes) != 1 or not note.known or has_effect(node):
@@ -150,5 +151,5 @@ def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node
     if axis not in p._axes(note.summed):
         return True
     return (
-        op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS) and node.meta["val"].is_floating_point()
+        op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES) and node.meta["val"].is_floating_point()
     )

@@ -2,7 +2,8 @@
 
     axes: the factor classes of the query and key dims of the sites
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
-    layout of an axis: the candidate with the smallest largest tile area on any rank, over all sites; then fewest tokens moved
+    layout of an axis: the candidate with the smallest largest tile area on any rank, over all sites; then fewest tokens
+    moved
 
 Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
 """
@@ -131,8 +132,8 @@ def _choose(placed: list[Any], world: int, layout: str, tile: int) -> tuple[str,
         for site, (query, key) in placed:
             if query is None:
                 continue
-            moved_axes = [replace(a, layout=Layout(name, world)) if a else None for a in (query, key)]
-            problem = _problem(site, *moved_axes, world, tile)
+            queries, keys = (replace(a, layout=Layout(name, world)) if a else None for a in (query, key))
+            problem = _problem(site, queries, keys, world, tile)
             programs = [program(problem, rank) for rank in sampled_ranks(world)]
             area += max(p.area for p in programs)
             moved += max(p.received for p in programs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.passes.factors import Dims, Factors, Note, Sweep, operands_of, size_of
+from ringpass.passes.factors import Dims, Factors, Note, Sweep, args_of, operands_of, size_of
 
 aten = torch.ops.aten
 Rule = Callable[[Sweep, Node, Note], Any]
@@ -33,19 +33,20 @@ EINSUM = {
 }
 POINTWISE = {
     "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default", "contiguous.default",
-    "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default", "dropout.default",
-    "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar", "masked_fill.Tensor",
-    "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self", "gelu.default", "silu.default",
-    "relu.default", "relu6.default", "leaky_relu.default", "elu.default", "hardtanh.default", "hardswish.default",
-    "mish.default", "softplus.default", "selu.default", "celu.default", "log_sigmoid.default", "prelu.default",
-    "square.default", "rsub.Scalar", "rsub.Tensor", "feature_dropout.default", "float_power.Tensor_Scalar",
-    "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor", "rand_like.default",
-    "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other", "max.other", "empty_like.default",
+    "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default",
+    "dropout.default", "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar",
+    "masked_fill.Tensor", "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self",
+    "gelu.default", "silu.default", "relu.default", "relu6.default", "leaky_relu.default", "elu.default",
+    "hardtanh.default", "hardswish.default", "mish.default", "softplus.default", "selu.default", "celu.default",
+    "log_sigmoid.default", "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", "feature_dropout.default",
+    "float_power.Tensor_Scalar", "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor",
+    "rand_like.default", "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other",
+    "max.other", "empty_like.default",
 }  # fmt: skip
 CREATION = {
-    "arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default", "empty.memory_format",
-    "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default", "scalar_tensor.default", "eye.default",
-    "eye.m", "linspace.default", "randn.default", "rand.default",
+    "arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default",
+    "empty.memory_format", "new_zeros.default", "new_ones.default", "new_full.default", "new_empty.default",
+    "scalar_tensor.default", "eye.default", "eye.m", "linspace.default", "randn.default", "rand.default",
 }  # fmt: skip
 CONSTANT = {
     "zeros.default",
@@ -77,12 +78,26 @@ RESIZED = {
 WHOLE_DIM = {  # op -> position of the dim argument (or of a list of dims), default
     "softmax.int": (1, -1), "log_softmax.int": (1, -1), "_softmax.default": (1, -1), "_log_softmax.default": (1, -1),
     "cumsum.default": (1, -1), "cumprod.default": (1, -1), "logcumsumexp.default": (1, -1), "flip.default": (1, -1),
-    "roll.default": (2, None), "tril.default": (None, (-2, -1)), "triu.default": (None, (-2, -1)), "glu.default": (1, -1),
+    "roll.default": (2, None), "tril.default": (None, (-2, -1)), "triu.default": (None, (-2, -1)),
+    "glu.default": (1, -1),
 }  # fmt: skip
 SUMS = {"sum.dim_IntList": 1, "sum.default": None, "mean.dim": 1, "mean.default": None}
-REDUCTIONS = {"amax.default": 1, "amin.default": 1, "any.dim": 1, "all.dim": 1, "argmax.default": 1, "argmin.default": 1, "max.dim": 1,
-              "min.dim": 1, "var.correction": 1, "std.correction": 1, "logsumexp.default": 1, "prod.dim_int": 1, "any.default": None,
-              "all.default": None, "max.default": None, "min.default": None, "var.dim": 1, "norm.ScalarOpt_dim": 2}  # fmt: skip
+LOSSES = {  # element-wise losses -> position of the reduction argument (0 none, 1 mean, 2 sum)
+    "mse_loss.default": 2,
+    "l1_loss.default": 2,
+    "smooth_l1_loss.default": 2,
+    "huber_loss.default": 2,
+    "soft_margin_loss.default": 2,
+    "kl_div.default": 2,
+    "binary_cross_entropy.default": 3,
+    "binary_cross_entropy_with_logits.default": 4,
+}
+REDUCTIONS = {
+    "amax.default": 1, "amin.default": 1, "any.dim": 1, "all.dim": 1, "argmax.default": 1, "argmin.default": 1,
+    "max.dim": 1, "min.dim": 1, "var.correction": 1, "std.correction": 1, "logsumexp.default": 1, "prod.dim_int": 1,
+    "any.default": None, "all.default": None, "max.default": None, "min.default": None, "var.dim": 1,
+    "norm.ScalarOpt_dim": 2,
+}  # fmt: skip
 
 
 def op_name(node: Node) -> str:
@@ -186,7 +201,7 @@ def _reduction(sweep: Sweep, node: Node, note: Note) -> Any:
 
 
 def _matmul(sweep: Sweep, node: Node, note: Note) -> Dims | None:
-    a, b = (sweep.dims(n) for n in node.args)  # type: ignore[arg-type]
+    a, b = (sweep.dims(n) for n in args_of(node))
     if len(a) < 2 or len(b) < 2:
         return None
     note.summed += sweep.tie(a[-1], b[-2], note)
@@ -194,7 +209,7 @@ def _matmul(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 
 def _attention(sweep: Sweep, node: Node, note: Note) -> Dims:
-    q, k, v = (sweep.dims(n) for n in node.args[:3])  # type: ignore[arg-type]
+    q, k, v = (sweep.dims(n) for n in args_of(node)[:3])
     sweep.broadcast([q[:1], k[:1], v[:1]], note)
     sweep.tie(k[-2], v[-2], note)
     return (*q[:-1], v[-1])
@@ -218,9 +233,9 @@ def _permuted(order: Callable[[Node, int], list[int]]) -> Rule:
 
 
 def _swapped(node: Node, rank: int) -> list[int]:
-    order = list(range(rank))
-    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, rank - 1)
-    order[a], order[b] = order[b], order[a]  # type: ignore[index]
+    args, order = args_of(node), list(range(rank))
+    a, b = (args[1], args[2]) if len(args) > 2 else (0, rank - 1)
+    order[a], order[b] = order[b], order[a]
     return order
 
 
@@ -232,12 +247,15 @@ def _expand(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.dims(_first(node)))
-    dims.insert(node.args[1] % (len(dims) + 1), ())  # type: ignore[operator]
+    dims.insert(args_of(node)[1] % (len(dims) + 1), ())
     return tuple(dims)
 
 
 def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Dims whose size the op leaves alone pass through; the others are needed whole (slice, pad, cat, repeat, index_select)."""
+    """Dims whose size the op leaves alone pass through; the others are needed whole.
+
+    For slice, pad, cat, repeat and index_select.
+    """
     rank = node.meta["val"].ndim
     operands = [sweep.dims(n) for n in operands_of(node) if n.meta["val"].shape != (0,)]  # cat skips empty 1-D tensors
     operands = [((),) * (rank - len(d)) + d for d in operands]
@@ -261,7 +279,7 @@ def _size(factors: Factors) -> Any:
 
 def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.dims(_first(node)))
-    note.whole += dims.pop(node.args[1])  # type: ignore[arg-type]
+    note.whole += dims.pop(args_of(node)[1])
     return tuple(dims)
 
 
@@ -297,6 +315,15 @@ def _squeeze(sweep: Sweep, node: Node, note: Note) -> Dims:
     return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
 
 
+def _loss(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """An element-wise loss: its mean or sum is over every dim."""
+    dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
+    if _argument(node, LOSSES[op_name(node)], "reduction", 1) == 0:
+        return dims
+    note.summed += [f for d in dims for f in d]
+    return ()
+
+
 def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
     return (dims,) * len(node.meta["val"])
@@ -313,7 +340,7 @@ def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """Logits (N, C) or (C), targets (N): the class dim is needed whole, the mean or sum is over N."""
-    logits, target = (sweep.dims(n) for n in node.args[:2])  # type: ignore[arg-type]
+    logits, target = (sweep.dims(n) for n in args_of(node)[:2])
     if len(logits) != 2 or len(target) != 1:
         return None
     note.whole += logits[1]
@@ -326,7 +353,7 @@ def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """x[i, j, ..]: the picked dims are needed whole, the index tensors' dims stand in their place."""
-    source, picks = sweep.dims(_first(node)), list(node.args[1])  # type: ignore[arg-type]
+    source, picks = sweep.dims(_first(node)), list(args_of(node)[1])
     at = [d for d, p in enumerate(picks) if p is not None]
     if at != list(range(at[0], at[-1] + 1)) or any(picks[d].meta["val"].dtype == torch.bool for d in at):
         return None
@@ -346,11 +373,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),
-    "permute.default": _permuted(lambda node, rank: [d % rank for d in node.args[1]]),  # type: ignore[union-attr,operator]
+    "permute.default": _permuted(lambda node, rank: [d % rank for d in args_of(node)[1]]),
+    **dict.fromkeys(LOSSES, _loss),
     "matmul.default": _matmul,
     "scaled_dot_product_attention.default": _attention,
-    "layer_norm.default": _norm(lambda node: len(node.args[1])),  # type: ignore[arg-type]
-    "rms_norm.default": _norm(lambda node: len(node.args[1])),  # type: ignore[arg-type]
+    "layer_norm.default": _norm(lambda node: len(args_of(node)[1])),
+    "rms_norm.default": _norm(lambda node: len(args_of(node)[1])),
     "expand.default": _expand,
     "unsqueeze.default": _unsqueeze,
     "select.int": _select,

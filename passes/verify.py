@@ -36,7 +36,7 @@ from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate
 from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program
 
 BRUTE = 4_000_000  # elements of a mask that is checked one by one
-BLOCK = 512  # edge of the parts of a mask that are evaluated at once for the lower bound
+ROWS, COLUMNS = 32, 512  # parts of a mask that are evaluated at once for the lower bound
 Span = tuple[int, int]
 
 
@@ -89,17 +89,17 @@ def lower_bound(problem: Problem, rank: int) -> int:
     """Number of distinct remote key tokens to which some query of `rank` may attend."""
     own = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
     remote = [(stop, start) for (_, stop), (start, _) in zip(own, own[1:], strict=False)]
-    pieces = [(low, min(low + BLOCK, stop)) for start, stop in remote for low in range(start, stop, BLOCK)]
+    pieces = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
     return sum(_needed(problem, rank, piece) for piece in pieces)
 
 
 def _needed(problem: Problem, rank: int, keys: Span) -> int:
     may, found = without_data(problem.expr, True), torch.zeros(keys[1] - keys[0], dtype=torch.bool)
     for start, stop in problem.query_layout.ranges(rank, problem.queries):
-        for low in range(start, stop if classify(may, (start, stop), keys) != EMPTY else 0, BLOCK):
-            q = low, min(low + BLOCK, stop)
-            kind = classify(may, q, keys)
-            if kind == FULL or found.all():
+        whole = classify(may, (start, stop), keys)
+        for low in range(start, stop if whole != EMPTY else 0, ROWS):
+            q = low, min(low + ROWS, stop)
+            if whole == FULL or found.all() or (kind := classify(may, q, keys)) == FULL:
                 return keys[1] - keys[0]
             found |= _values(may, [q], [keys]).any(0) if kind == PARTIAL else False
     return int(found.sum())

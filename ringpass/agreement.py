@@ -1,9 +1,10 @@
 """Ranks agree before anything is sent.
 
-Every call of a compiled graph opens with one small collective: each rank shows the graph that it is about to run, a checksum
-of its inputs and a random seed; at a graph's first call also a checksum of the weights.  All ranks see all of it, so all
-reach the same verdict: go on with rank 0's seed, or raise the same MismatchError.  On a mismatch the ranks exchange
-details through the store, to name the ranks and the first difference.  Every wait has a limit, `timeout` seconds.
+Every call of a compiled graph opens with one small collective: each rank shows the graph that it is about to run, a
+checksum of its inputs and a random seed; at a graph's first call also a checksum of the weights.  All ranks see all of
+it, so all reach the same verdict: go on with rank 0's seed, or raise the same MismatchError.  On a mismatch the ranks
+exchange details through the store, to name the ranks and the first difference.  Every wait has a limit, `timeout`
+seconds.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ class Ring:
         return timedelta(seconds=self.timeout)
 
     @property
-    def store(self) -> dist.Store:
-        return dist.PrefixStore(f"ringpass/{self.name}", dist.distributed_c10d._get_default_store())
+    def store(self) -> dist.distributed_c10d.Store:
+        c10d = dist.distributed_c10d
+        return c10d.PrefixStore(f"ringpass/{self.name}", c10d._get_default_store())
 
     def await_everyone(self, key: str) -> list[int]:
         """Waits until all ranks have come to `key`; returns the ranks that did not come in time."""
         store = self.store
         store.set(f"{key}/{self.rank}", "here")
-        missing = []
+        missing: list[int] = []
         for rank in range(self.world):
             try:
                 store.wait([f"{key}/{rank}"], self.limit if not missing else timedelta(milliseconds=10))
@@ -145,8 +147,8 @@ class Agreement:
         who = f"rank {', '.join(map(str, late))}" if late else "another rank"
         return (
             f"rank {self.ring.rank} came to call {self.ring.calls} of a compiled model, {who} did not arrive within "
-            f"{self.ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. Every rank of the "
-            "ring must call the same models, in the same order."
+            f"{self.ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. "
+            "Every rank of the ring must call the same models, in the same order."
         )
 
     def _mismatch(self, inputs: list[tuple[str, int]], weights: list[tuple[str, int]]) -> MismatchError:
@@ -178,10 +180,10 @@ def _first_difference(a: list[Any], b: list[Any]) -> tuple[str, str, str] | None
 
 
 ADVICE = {
-    "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per rank, gives each its own. "
-    "Shard the data over the data-parallel ranks only.",
-    "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the model, or broadcast "
-    "the state dict from rank 0.",
+    "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per "
+    "rank, gives each its own. Shard the data over the data-parallel ranks only.",
+    "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
+    "model, or broadcast the state dict from rank 0.",
     "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments.",
     "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a share of it.",
     "options": "Every rank must pass the same options to torch.compile.",
@@ -202,7 +204,7 @@ def _around(text: str, first: str, second: str, width: int = 100) -> str:
 
 
 def checksum(x: Any) -> int:
-    """A 63-bit number that differs, with near certainty, when the bits of a tensor differ; cheap, independent of threads."""
+    """A 63-bit number that differs, with near certainty, when a tensor's bits differ; cheap, independent of threads."""
     if not isinstance(x, Tensor):
         return _digest(repr(x))
     if not x.numel():

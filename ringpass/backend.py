@@ -2,8 +2,9 @@
 
     model = torch.compile(model, backend="ring_dilated")
 
-Under torchrun every rank passes the same full batch and gets the same full result.  Importing this module tells Dynamo to
-skip logging calls in models, which would else break the graph in two (`torch._dynamo.config.ignore_logging_functions`).
+Under torchrun every rank passes the same full batch and gets the same full result.  Importing this module tells Dynamo
+to skip logging calls in models, which would else break the graph in two
+(`torch._dynamo.config.ignore_logging_functions`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def ring_dilated(
 ) -> Callable[..., Any]:
     """Compiles `gm` for this rank.  `options`: those of `RingConfig`; `mode`: Inductor's modes.
 
-    Raises OptionError for bad options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without
-    a gather), and at the first call MismatchError where ranks differ.
+    Raises OptionError for bad options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`,
+    without a gather), and at the first call MismatchError where ranks differ.
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
@@ -64,7 +65,7 @@ def ring_dilated(
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
     _report(planned, local, around)
     key = (around.rank, around.world, around.name)
-    run = codegen.compile_local(local.gm, local.inputs, config.compiler, inductor, key, dump.graph)
+    run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, dump.graph)
     return _calling(run, local, Agreement(around, _facts(captured, planned, config), _names(captured)), around)
 
 

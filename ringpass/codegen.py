@@ -21,7 +21,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import register_lowering
 from torch.fx import Graph, GraphModule
 
-from ringpass import ops
+from ringpass import ops, primitives
+from ringpass.config import RingConfig
 from ringpass.passes.lower import lower, lower_module
 
 Show = Callable[[str, GraphModule], None]
@@ -30,31 +31,37 @@ Show = Callable[[str, GraphModule], None]
 def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Callable[..., Any]:
     """Compiles `gm` as torch would without ringpass."""
     if compiler == "aot_eager":
-        return aot_eager(gm, inputs, lambda stage, graph: None)
+        return aot_eager(gm, inputs, 0, lambda stage, graph: None)
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
 
 
 def compile_local(
-    gm: GraphModule, inputs: Sequence[Any], compiler: str, inductor: dict[str, Any], key: tuple[Any, ...], show: Show
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    config: RingConfig,
+    inductor: dict[str, Any],
+    key: tuple[Any, ...],
+    show: Show,
 ) -> Callable[..., Any]:
     """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward."""
-    if compiler == "aot_eager":
-        return aot_eager(gm, inputs, show)
+    if config.compiler == "aot_eager":
+        return aot_eager(gm, inputs, config.unroll_limit, show)
     from torch._inductor.compile_fx import compile_fx
 
     _register_collectives()
-    patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
+    patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit), show)}
     return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
-def aot_eager(gm: GraphModule, inputs: Sequence[Any], show: Show) -> Callable[..., Any]:
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, show: Show) -> Callable[..., Any]:
     """Runs the lowered forward and backward graphs as they are, without code generation."""
 
     def compiler(stage: str) -> Callable[..., Any]:
         def compile_graph(graph: GraphModule, _: Any) -> Any:
-            return make_boxed_func(lower_module(graph, lambda g: show(stage, g)).forward)
+            show(stage, lower_module(graph, unroll_limit))
+            return make_boxed_func(graph.forward)
 
         return compile_graph
 
@@ -67,13 +74,16 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], show: Show) -> Callable[..
 
 
 class _Lower(CustomGraphPass):
-    """`lower` as Inductor's hook before its own post-grad passes: runs for forward and backward."""
+    """`lower` as Inductor's hook before its own post-grad passes: runs for forward and backward.
+
+    `key` is what a lowered graph depends on beside the graph before it; its last entry is the unroll limit.
+    """
 
     def __init__(self, key: tuple[Any, ...], show: Show) -> None:
         self.key, self.show, self.seen = key, show, 0
 
     def __call__(self, graph: Graph) -> None:
-        lower(graph)
+        lower(graph, self.key[-1])
         module = graph.owning_module
         if isinstance(module, GraphModule):
             self.show("forward" if self.seen == 0 else "backward", module)
@@ -97,16 +107,31 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-ORDERED = (ops.gather, ops.reduce, ops.reduce_list, ops.ring_attention, ops.ring_attention_backward)
+COMPLETE = (ops.gather, ops.reduce, ops.reduce_list, ops.ring_attention, ops.ring_attention_backward)
+"""Ops that talk to other ranks and are complete when they return."""
 
 
 @cache
 def _register_collectives() -> None:
-    """Lowers each op that talks to other ranks as an Inductor collective that is complete when it returns."""
-    for op in ORDERED:
+    """Lowers each op that talks to other ranks as an Inductor collective.
+
+    `exchange` is still under way when it returns: Inductor keeps the buffers that it reads alive, and unwritten, until the
+    `wait` on what it returns, output i standing for input i.
+    """
+    for op in (*COMPLETE, primitives.exchange):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
+            if isinstance(first, list):
+                first = [ir.ExternKernel.require_contiguous(x) for x in first]
             out = ir._CollectiveKernel.create_out_of_place(op, first, *args)
             return torch.utils._pytree.tree_map(ir.TensorBox.create, out)
 
         register_lowering(op, type_promotion_kind=None)(lowering)
+
+    def wait(received: Any) -> Any:
+        ir._WaitKernel.create_wait(primitives.wait, received)
+        return received
+
+    register_lowering(primitives.wait, type_promotion_kind=None)(wait)
+    for impure in (primitives.exchange, primitives.wait):
+        torch.fx.node.has_side_effect(impure)

@@ -1,8 +1,8 @@
 """Moving one tensor between replicated and sharded form: the eager bodies of the boundary operators.
 
-`dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The sharded
-tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no padded
-tensor leaves this file.
+`dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The
+sharded tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no
+padded tensor leaves this file.
 """
 
 from __future__ import annotations

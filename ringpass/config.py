@@ -30,6 +30,9 @@ class RingConfig:
     strict: refuse, instead of gather and report, what has no rule.
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
     tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated.
+    unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph while the sites together have
+        at most this many steps (a site counts the larger of P and its number of tiles); above, and for symbolic lengths,
+        each attention is one node that runs the same code.  0: always one node.
     timeout: seconds, more than 0, that ranks wait for each other where they compare notes (compile skew counts in).
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the process group whose ranks are the ring; the default group if None.
@@ -41,6 +44,7 @@ class RingConfig:
     strict: bool = False
     outputs: str = "lazy"
     tile: int = 1024
+    unroll_limit: int = 128
     timeout: float = 300.0
     dump: str | None = None
     group: dist.ProcessGroup | None = None
@@ -52,6 +56,8 @@ class RingConfig:
         _one_of("outputs", self.outputs, ("lazy", "gathered"))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
         _require("tile", self.tile, type(self.tile) is int and self.tile >= 1, "an int of at least 1")
+        natural = type(self.unroll_limit) is int and self.unroll_limit >= 0
+        _require("unroll_limit", self.unroll_limit, natural, "an int of at least 0")
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")

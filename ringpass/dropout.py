@@ -1,4 +1,4 @@
-"""Counter-based dropout: each element's fate is a function of (seed, stream, its global index), so any P gives one mask.
+"""Counter-based dropout: an element's fate is a function of (seed, stream, its global index), so any P gives one mask.
 
     >>> import torch
     >>> whole = keep(torch.tensor(7), 0, 0.25, [torch.arange(2), torch.arange(6)])
@@ -57,4 +57,5 @@ def keep(seed: Tensor, stream: int, p: float, indices: Sequence[Tensor]) -> Tens
     x = x * 0x7FEB352D
     x = x ^ (x >> 16)
     x = x * 0x2C1B3C6D
-    return x >= round(p * 2**32) - 2**31
+    limit = round(p * 2**32) - 2**31
+    return x >= limit if limit < 2**31 else x != x  # an int32 is never so large, and the comparison would wrap

@@ -163,12 +163,14 @@ def _per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
 
 def finite(lse: Tensor) -> Tensor:
     """`lse` with -inf replaced by 0, so that differences with it are never NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.where(lse == -torch.inf, 0.0, lse)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from attention over each: the log-sum-exp merge of flash attention."""
-    total = torch.logaddexp(lse, more_lse)
-    base = finite(total)
-    weight, more_weight = torch.exp(lse - base).unsqueeze(-1), torch.exp(more_lse - base).unsqueeze(-1)
-    return out * weight + more * more_weight, total
+    base = finite(torch.maximum(lse, more_lse))
+    weight, more_weight = torch.exp(lse - base), torch.exp(more_lse - base)
+    total = weight + more_weight
+    share = torch.where(total == 0, 0.0, 1.0 / total)  # a row that no key of either set serves stays 0
+    merged = out * (weight * share).unsqueeze(-1) + more * (more_weight * share).unsqueeze(-1)
+    return merged, base + torch.log(total)

@@ -1,8 +1,8 @@
 """Outputs that hold this rank's tokens and show themselves as tensors of global shape.
 
 A LazyOutput gathers on first use, once, above autograd: its gradient goes back to the local tokens.  Reading its shape,
-dtype or device is no use.  Gathering is a collective: all ranks must use an output, or none; a rank that waits in vain gets a
-PeerError that names the output and the ranks.
+dtype or device is no use.  Gathering is a collective: all ranks must use an output, or none; a rank that waits in vain
+gets a PeerError that names the output and the ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LazyOutput(Tensor):
     @staticmethod
     def __new__(cls, local: Tensor, origin: Origin) -> LazyOutput:
         shape = origin.shard.resized(local.shape, origin.shard.length, origin.shard.tokens)
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
 
@@ -55,9 +55,10 @@ class LazyOutput(Tensor):
             missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
             if missing:
                 raise PeerError(
-                    f"output {o.name!r} of call {o.call} was used on rank {o.ring.rank}, but not within {o.ring.timeout:g} s (option "
-                    f"'timeout') on rank {', '.join(map(str, missing))}. Gathering it needs all ranks: use it on every rank of the ring "
-                    "(print on one rank what all ranks computed), or on none."
+                    f"output {o.name!r} of call {o.call} was used on rank {o.ring.rank}, but not within "
+                    f"{o.ring.timeout:g} s (option 'timeout') on rank {', '.join(map(str, missing))}. Gathering it "
+                    "needs all ranks: use it on every rank of the ring (print on one rank what all ranks computed), or "
+                    "on none."
                 )
             s = o.shard
             args = (s.dim, s.outer, s.tokens, s.layout, s.world, s.rank, o.ring.name)
@@ -91,7 +92,9 @@ class LazyOutput(Tensor):
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs))
         return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @classmethod  # torch's stub has the plain function that switches dispatch off in this place
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs or {}))
         return func(*args, **kwargs)

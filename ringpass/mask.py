@@ -7,9 +7,10 @@
     'k <= q & q - k < 4'
 
 An expression is a tree of frozen nodes over the four indices, constants and loads from tensors (*leaves*: padding
-masks, document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by putting
-the tile's positions in place of q and k, so no S x S tensor is ever built; it is classified over a box of positions by
-interval arithmetic; its text is what the dump prints and what the ring op carries, so that nothing hides in a closure.
+masks, document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by
+putting the tile's positions in place of q and k, so no S x S tensor is ever built; it is classified over a box of
+positions by interval arithmetic; its text is what the dump prints and what the ring op carries, so that nothing hides
+in a closure.
 
 Contract: `parse(str(e)) == e`.  `classify` never calls a tile empty or full that is not (the converse may happen).
 """
@@ -302,13 +303,17 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=positions["q"].device)
         args = [value(a) for a in e.args]
         if e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
-            args = [a if isinstance(a, Tensor) else torch.tensor(a, device=positions["q"].device) for a in args]
+            args = [_tensor(a, positions) for a in args]
+        if e.op == "where":
+            args[0] = _tensor(args[0], positions)
         return OPERATORS[e.op][0](*args)
 
-    out = value(expr)
-    if not isinstance(out, Tensor):
-        out = torch.tensor(out, device=positions["q"].device)
+    out = _tensor(value(expr), positions)
     return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+
+
+def _tensor(x: Any, positions: dict[str, Tensor]) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, device=positions["q"].device)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------

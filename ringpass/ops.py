@@ -28,28 +28,25 @@ from ringpass import collectives, ring
 from ringpass import dropout as counter
 from ringpass.collectives import Shard
 from ringpass.kernels import accumulator
+from ringpass.library import LIBRARY, define, differentiate, empty_rows_first, implement, rows_first
 from ringpass.ring import Site
-
-LIBRARY = torch.library.Library("ringpass", "DEF")
-TAGS = (torch.Tag.pt2_compliant_tag,)
 
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
     "str query_layout, str key_layout, int tile, int rank, int world, str group, str learned"
 )
-LIBRARY.define(f"shard(Tensor x, {SHARD}, str group) -> Tensor", tags=TAGS)
-LIBRARY.define(f"gather(Tensor x, {SHARD}, str group) -> Tensor", tags=TAGS)
-LIBRARY.define("reduce(Tensor x, str group) -> Tensor", tags=TAGS)
-LIBRARY.define("reduce_list(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
-LIBRARY.define("replicate(Tensor[] xs, str group) -> Tensor[]", tags=TAGS)
-LIBRARY.define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor", tags=TAGS)
-LIBRARY.define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor", tags=TAGS)
-LIBRARY.define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]", tags=TAGS)
-LIBRARY.define(
+define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
+define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
+define("reduce(Tensor x, str group) -> Tensor")
+define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
+define("replicate(Tensor[] xs, str group) -> Tensor[]")
+define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor")
+define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor")
+define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
+define(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
-    f"{SITE}) -> Tensor[]",
-    tags=TAGS,
+    f"{SITE}) -> Tensor[]"
 )
 
 _ops = torch.ops.ringpass
@@ -58,15 +55,6 @@ reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _op
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (shard, gather, reduce, reduce_list, replicate, ring_attention, ring_attention_backward)
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
-
-
-def _implement(name: str, body: Any, fake: Any) -> None:
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
-
-
-def _differentiate(name: str, backward: Any, setup: Any) -> None:
-    torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
 # --- shard, gather ----------------------------------------------------------------------------------------------------
@@ -90,16 +78,21 @@ def _unchanged(ctx: Any) -> tuple[None, ...]:
     return (None,) * len(ctx.arguments)
 
 
-_implement("shard", lambda x, *args: collectives.take(x, Shard(*args[:-1])), _fake_shard)
-_implement("gather", lambda x, *args: collectives.gather(x, Shard(*args[:-1]), args[-1]), _fake_gather)
-_differentiate("shard", lambda ctx, grad: (gather(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments)
-_differentiate("gather", lambda ctx, grad: (shard(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments)
+implement("shard", lambda x, *args: collectives.take(x, Shard(*args[:-1])), _fake_shard)
+implement("gather", lambda x, *args: collectives.gather(x, Shard(*args[:-1]), args[-1]), _fake_gather)
+_shard_backward_gather, _gather_backward_shard = gather, shard
+differentiate(
+    "shard", lambda ctx, grad: (_shard_backward_gather(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments
+)
+differentiate(
+    "gather", lambda ctx, grad: (_gather_backward_shard(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments
+)
 
 # --- reduce, replicate ------------------------------------------------------------------------------------------------
 
-_implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
-_implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.shape) for x in xs])
-_implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
+implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
+implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.shape) for x in xs])
+implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
 
 
 def _replicate_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None]:
@@ -110,8 +103,8 @@ def _replicate_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None
     return [None if g is None else next(summed) for g in grads], None
 
 
-_differentiate("reduce", lambda ctx, grad: (grad, None), _save_arguments)
-_differentiate("replicate", _replicate_backward, _save_arguments)
+differentiate("reduce", lambda ctx, grad: (grad, None), _save_arguments)
+differentiate("replicate", _replicate_backward, _save_arguments)
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
@@ -140,13 +133,14 @@ def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
     return ((outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last).reshape(-1)
 
 
-_implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
+implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
 LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
 
 # --- ring attention ---------------------------------------------------------------------------------------------------
 
 
-def _site(args: Any) -> tuple[Tensor | None, Site]:
+def site_of(args: Any) -> tuple[Tensor | None, Site]:
+    """(seed, Site) from the arguments that follow the leaves."""
     seed, *rest, learned = args
     return seed, Site(*rest, learned=_numbers(learned))
 
@@ -156,38 +150,29 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(i) for i in text.split(",") if i)
 
 
-def _rows_first(x: Tensor) -> Tensor:
-    """The same (B, H, L, D) with B, L, H, D order in memory: what models' own reshapes after attention want."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
-    seed, site = _site(args)
+def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    seed, site = site_of(args)
     out, lse = ring.forward(site, q, k, v, leaves, seed)
-    return [_rows_first(out), lse.contiguous()]
+    return [rows_first(out), lse.contiguous()]
 
 
-def _ring_attention_backward(
+def ring_attention_backward_body(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
-    seed, site = _site(args)
+    seed, site = site_of(args)
     dq, dk, dv, dleaves = ring.backward(site, grad, q, k, v, out, lse, leaves, seed)
-    return [_rows_first(dq), _rows_first(dk), _rows_first(dv), *dleaves]
-
-
-def _empty_rows_first(x: Tensor, width: Any) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width)).transpose(1, 2)
+    return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
 
 
 def _fake_ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
-    return [_empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
+    return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
 
 
 def _fake_ring_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
     return [
-        *(_empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
+        *(empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
         *(leaves[i].new_empty(leaves[i].shape) for i in _numbers(args[-1])),
     ]
 
@@ -215,6 +200,6 @@ def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
     return dq, dk, dv, dleaves, *unused
 
 
-_implement("ring_attention", _ring_attention, _fake_ring_attention)
-_implement("ring_attention_backward", _ring_attention_backward, _fake_ring_attention_backward)
-_differentiate("ring_attention", _ring_attention_grad, _save_site)
+implement("ring_attention", ring_attention_body, _fake_ring_attention)
+implement("ring_attention_backward", ring_attention_backward_body, _fake_ring_attention_backward)
+differentiate("ring_attention", _ring_attention_grad, _save_site)

@@ -29,25 +29,25 @@ class Exchange:
     works: list[dist.Work]
     peers: tuple[int | None, int | None]
 
-    def wait(self) -> Tensor:
-        """The received tensor, complete.  Raises PeerError where the other rank died or the group's time limit passed."""
+    def wait(self) -> None:
+        """Returns when `received` is complete.  Raises PeerError where the other rank died or the time limit passed."""
         try:
             for work in self.works:
                 work.wait()
         except RuntimeError as error:
             raise lost(self.peers, error) from error
         self.sent = None
-        return self.received
 
 
-def start(
-    sent: Tensor | None, dst: int | None, numel: int, src: int | None, like: Tensor, tag: int, group: str
-) -> Exchange:
-    """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements from `src`; None: nothing to do."""
+def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> Exchange:
+    """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements of its dtype from `src`.
+
+    None: nothing to send, nothing to receive.
+    """
     pg = process_group(group)
-    received = torch.empty(numel if src is not None else 0, dtype=like.dtype, device=like.device)
+    received = sent.new_empty(numel if src is not None else 0)
     ops = []
-    if sent is not None and dst is not None:
+    if dst is not None:
         ops.append(dist.P2POp(dist.isend, sent, group=pg, tag=tag, group_peer=dst))
     if src is not None:
         ops.append(dist.P2POp(dist.irecv, received, group=pg, tag=tag, group_peer=src))

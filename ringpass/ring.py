@@ -1,6 +1,7 @@
-"""Ring attention, written once: the loop over steps and tiles, forward and backward.
+"""Ring attention, written once: the loop over steps and tiles, forward and backward, over the ops of `primitives`.
 
-Shapes: B batch, H query heads, G key/value heads, D head width, Lq and Lk local query and key tokens.
+Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G key/value
+heads, D head width, Lq and Lk local query and key tokens.
 
     for each step of the program (own keys first):
         take the step's key block: the own one, or what the exchange brought
@@ -13,16 +14,22 @@ and dV) travel as one message.  Partial results are merged in float32 (float64 f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass import dropout, kernels, mask, p2p
-from ringpass.kernels import TileArgs, accumulator
+from ringpass import kernels, primitives
+from ringpass.kernels import accumulator
 from ringpass.layout import Layout, Ranges, size
-from ringpass.schedule import CAUSAL_TILE, PARTIAL, Problem, Program, Step, Tile, Transfer, program, rows
+from ringpass.mask import PARTIAL
+from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
+
+LABEL = "ringpass_label"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,14 @@ class Site:
         cut_all = self.dropout > 0 or bool(self.learned)
         return program(Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all), self.rank)
 
+    @property
+    def owned_queries(self) -> Ranges:
+        return Layout(self.query_layout, self.world).ranges(self.rank, self.queries)
+
+    @property
+    def owned_keys(self) -> Ranges:
+        return Layout(self.key_layout, self.world).ranges(self.rank, self.keys)
+
 
 def forward(
     site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
@@ -57,11 +72,14 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     steps = site.program.steps
     state = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
-    for step, k_block, v_block in _blocks(site, k, v):
+    for step, (k_block, v_block), flying in _blocks(site, k, v):
         for tile in step.tiles:
-            args = _tile_args(site, step, tile, q, leaves, seed)
-            out, lse = kernels.forward(_cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k), args)
-            state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), lambda old, new: kernels.merge(*old, *new))
+            args = _tile_args(site, step, tile, q, leaves, seed, flying)
+            parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
+            with label(f"attention_{_name(step, tile)}"):
+                out, lse = primitives.attention_tile(*parts, *args)
+            with label(f"merge_{_name(step, tile)}"):
+                state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), lambda old, new: kernels.merge(*old, *new))
     out, lse = state.join(lambda n: _nothing(q, v, n))
     return out.to(q.dtype), lse
 
@@ -83,21 +101,24 @@ def backward(
     dq = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
     own = Rows(k.shape[2], [*(t.k for t in steps[0].tiles), *(r for s in steps for r in _sent_rows(site, s))])
     dleaves = [torch.zeros_like(leaves[i], dtype=dtype) for i in site.learned]
-    returning: tuple[p2p.Exchange, Step] | None = None
-    for index, (step, k_block, v_block) in enumerate(_blocks(site, k, v)):
-        block = own if index == 0 else Rows(k_block.shape[2], [tile.k for tile in step.tiles])
+    returning: tuple[Tensor, Step] | None = None
+    for index, (step, blocks, flying) in enumerate(_blocks(site, k, v)):
+        block = own if index == 0 else Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
+        flying = [*flying, *([returning[0]] if returning else [])]
         for tile in step.tiles:
-            args = _tile_args(site, step, tile, q, leaves, seed)
-            row_tensors = [_cut(x, tile.q) for x in (grad, q)], [_cut(x, tile.q) for x in (out, lse)]
-            tile_dq, tile_dk, tile_dv, dbias = kernels.backward(
-                *row_tensors[0], _cut(k_block, tile.k), _cut(v_block, tile.k), *row_tensors[1], args
-            )
-            dq.fold(tile.q, (tile_dq.to(dtype),), _add)
-            block.fold(tile.k, (tile_dk.to(dtype), tile_dv.to(dtype)), _add)
-            if dbias is not None:
-                dleaves = [a + b for a, b in zip(dleaves, _leaf_grads(site, step, tile, q, leaves, dbias), strict=True)]
+            args = _tile_args(site, step, tile, q, leaves, seed, flying)
+            ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
+            with label(f"attention_backward_{_name(step, tile)}"):
+                tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(
+                    *ours[:2], *theirs, *ours[2:], *args
+                )
+            with label(f"add_gradients_{_name(step, tile)}"):
+                dq.fold(tile.q, (tile_dq,), _add)
+                block.fold(tile.k, (tile_dk, tile_dv), _add)
+            if dbias:
+                dleaves = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
         if index:
-            started = _start_return(site, step, block.join(lambda n: _zero_block(k, v, n, dtype)), k, v)
+            started = _start_return(site, step, block.join(lambda n: _zero_block(k, v, n, dtype)), k)
             if returning:
                 _take_return(site, *returning, own, k, v)
             returning = (started, step)
@@ -105,12 +126,31 @@ def backward(
         _take_return(site, *returning, own, k, v)
     dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))
     (dq_out,) = dq.join(lambda n: (q.new_zeros((*q.shape[:2], n, q.shape[3]), dtype=dtype),))
-    return (
-        dq_out.to(q.dtype),
-        dk.to(k.dtype),
-        dv.to(v.dtype),
-        [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)],
-    )
+    learned = [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
+    return dq_out.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def label(text: str) -> Iterator[None]:
+    """While the loop is traced: the nodes written inside carry `text`, after which the lowered graph names them."""
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    graph = mode.tracer.graph
+    last = next(reversed(graph.nodes), None)
+    yield
+    for node in reversed(graph.nodes):
+        if node is last:
+            break
+        node.meta.setdefault(LABEL, text)
+
+
+def _name(step: Step, tile: Tile) -> str:
+    return f"step{step.shift}_q{tile.q[0]}_{tile.q[1]}_k{tile.k[0]}_{tile.k[1]}"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -153,9 +193,8 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _zero_block(k: Tensor, v: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return k.new_zeros((*k.shape[:2], n, k.shape[3]), dtype=dtype), v.new_zeros(
-        (*v.shape[:2], n, v.shape[3]), dtype=dtype
-    )
+    zeros = [x.new_zeros((*x.shape[:2], n, x.shape[3]), dtype=dtype) for x in (k, v)]
+    return zeros[0], zeros[1]
 
 
 def _cut(x: Tensor, span: tuple[int, int]) -> Tensor:
@@ -165,55 +204,61 @@ def _cut(x: Tensor, span: tuple[int, int]) -> Tensor:
 # --- key blocks on the move -------------------------------------------------------------------------------------------
 
 
-def _blocks(site: Site, k: Tensor, v: Tensor):  # type: ignore[no-untyped-def]
-    """Yields (step, keys, values) of each step; the next step's exchange starts before a block is handed out."""
+def _blocks(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
+    """(step, (keys, values), buffers in flight) of each step; the next exchange starts before a block is handed out."""
     steps = site.program.steps
     block, arriving = (k, v), None
     for index, step in enumerate(steps):
         if arriving is not None:
-            block = _unpack(arriving.wait(), size(step.tokens), k, v)
+            with label(f"wait_step{step.shift}"):
+                block = _unpack(primitives.wait(arriving), size(step.tokens), k, v)
         if index + 1 < len(steps):
             arriving = _start_step(site, steps[index + 1], k, v)
-        yield step, *block
+        yield step, block, [arriving] if arriving is not None and index + 1 < len(steps) else []
 
 
-def _start_step(site: Site, step: Step, k: Tensor, v: Tensor) -> p2p.Exchange:
-    sent = _pack([_take(x, _sent_rows(site, step)) for x in (k, v)]) if step.send else None
+def _start_step(site: Site, step: Step, k: Tensor, v: Tensor) -> Tensor:
+    with label(f"send_step{step.shift}_{_peer(step.send)}"):
+        sent = _pack([_take(x, _sent_rows(site, step)) for x in (k, v)]) if step.send else k.new_empty(0)
     return _exchange(site, 2 * step.shift, sent, step.send, step.receive, k, v)
 
 
-def _start_return(site: Site, step: Step, grads: tuple[Tensor, ...], k: Tensor, v: Tensor) -> p2p.Exchange:
+def _start_return(site: Site, step: Step, grads: tuple[Tensor, ...], k: Tensor) -> Tensor:
     """Sends dK, dV of the received block to its owner; receives those of the tokens that were sent out."""
-    sent = _pack(list(grads)) if step.receive else None
     back, home = _reverse(step.receive), _reverse(step.send)
-    like = k.new_empty(0, dtype=accumulator(k.dtype))
-    return _exchange(site, 2 * step.shift + 1, sent, back, home, k, v, like)
+    with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
+        sent = _pack(list(grads)) if back else k.new_empty(0, dtype=accumulator(k.dtype))
+    return _exchange(site, 2 * step.shift + 1, sent, back, home, *grads)
 
 
-def _take_return(site: Site, exchange: p2p.Exchange, step: Step, own: Rows, k: Tensor, v: Tensor) -> None:
-    received = exchange.wait()
-    if step.send is None:
-        return
-    grads = _unpack(received, step.send.size, k, v)
-    offset = 0
-    for start, stop in _sent_rows(site, step):
-        own.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
-        offset += stop - start
+def _take_return(site: Site, arriving: Tensor, step: Step, own: Rows, k: Tensor, v: Tensor) -> None:
+    with label(f"wait_gradients_step{step.shift}"):
+        received = primitives.wait(arriving)
+        if step.send is None:
+            return
+        grads = _unpack(received, step.send.size, k, v)
+    with label(f"add_gradients_step{step.shift}"):
+        offset = 0
+        for start, stop in _sent_rows(site, step):
+            own.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
+            offset += stop - start
 
 
 def _exchange(
-    site: Site,
-    tag: int,
-    sent: Tensor | None,
-    send: Transfer | None,
-    receive: Transfer | None,
-    k: Tensor,
-    v: Tensor,
-    like: Tensor | None = None,
-) -> p2p.Exchange:
+    site: Site, tag: int, sent: Tensor, send: Transfer | None, receive: Transfer | None, k: Tensor, v: Tensor
+) -> Tensor:
+    """Starts an exchange; returns the buffer that will hold what arrives."""
     numel = receive.size * k.shape[0] * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3]) if receive else 0
-    dst, src = send.dst if send else None, receive.src if receive else None
-    return p2p.start(sent, dst, numel, src, k if like is None else like, tag, site.group)
+    dst, src = send.dst if send else primitives.NOBODY, receive.src if receive else primitives.NOBODY
+    with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{_peer(receive, source=True)}"):
+        (received,) = primitives.exchange([sent], numel, dst, src, tag, site.group)
+    return received
+
+
+def _peer(transfer: Transfer | None, source: bool = False) -> str:
+    if transfer is None:
+        return "nothing"
+    return f"from_rank{transfer.src}" if source else f"to_rank{transfer.dst}"
 
 
 def _reverse(transfer: Transfer | None) -> Transfer | None:
@@ -221,8 +266,7 @@ def _reverse(transfer: Transfer | None) -> Transfer | None:
 
 
 def _sent_rows(site: Site, step: Step) -> Ranges:
-    owned = Layout(site.key_layout, site.world).ranges(site.rank, site.keys)
-    return rows(step.send.tokens, owned) if step.send else ()
+    return rows(step.send.tokens, site.owned_keys) if step.send else ()
 
 
 def _take(x: Tensor, spans: Ranges) -> Tensor:
@@ -244,56 +288,44 @@ def _unpack(flat: Tensor, tokens: int, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _tile_args(
-    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
-) -> TileArgs:
-    where = _positions(site, step, tile, q) if tile.kind == PARTIAL or site.bias or site.dropout else {}
-    return TileArgs(
-        scale=site.scale,
-        causal=tile.kind == CAUSAL_TILE,
-        mask=mask.evaluate(mask.parse(site.mask), where, leaves) if tile.kind == PARTIAL else None,
-        bias=mask.evaluate(mask.parse(site.bias), where, leaves) if site.bias else None,
-        keep=_kept(site, where, seed) if site.dropout else None,
-        dropout=site.dropout,
-        learned=bool(site.learned),
-    )
+    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None, flying: list[Tensor]
+) -> tuple[Any, ...]:
+    """The arguments of `attention_tile` after q, k, v."""
+    spans = _spans(site, step, tile, q)
+    allowed = bias = keep = None
+    with label(f"mask_{_name(step, tile)}"):
+        if tile.kind == PARTIAL:
+            allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
+        if site.bias:
+            bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
+    if site.dropout:
+        with label(f"keep_{_name(step, tile)}"):
+            keep = primitives.keep_tile(seed, site.stream, site.dropout, *spans)
+    causal, learned = tile.kind == CAUSAL_TILE, bool(site.learned)
+    return allowed, bias, keep, site.scale, causal, site.dropout, learned, flying
 
 
-def _kept(site: Site, where: dict[str, Tensor], seed: Tensor | None) -> Tensor:
-    assert seed is not None
-    return dropout.keep(seed, site.stream, site.dropout, [where[name].reshape(-1) for name in "bhqk"])
+def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """(B, H, tokens of the query rows, tokens of the key rows) of a tile."""
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, tile.q), _tokens(step.tokens, tile.k)
 
 
-def _positions(site: Site, step: Step, tile: Tile, q: Tensor) -> dict[str, Tensor]:
-    """Global b, h, q, k indices of a tile, as `mask.evaluate` takes them."""
-    queries = Layout(site.query_layout, site.world).ranges(site.rank, site.queries)
-    return {
-        "b": torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1),
-        "h": torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1),
-        "q": _tokens(queries, tile.q, q.device).view(1, 1, -1, 1),
-        "k": _tokens(step.tokens, tile.k, q.device).view(1, 1, 1, -1),
-    }
-
-
-def _tokens(ranges: Ranges, span: tuple[int, int], device: torch.device) -> Tensor:
-    """Positions of rows `span` of a block that holds the tokens `ranges`."""
-    parts, offset = [], 0
+def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
+    """The tokens in rows `span` of a block that holds the tokens `ranges`, as a flat list of ranges."""
+    out, offset = [], 0
     for start, stop in ranges:
         low, high = max(span[0], offset), min(span[1], offset + stop - start)
         if low < high:
-            parts.append(torch.arange(start + low - offset, start + high - offset, device=device))
+            out += [start + low - offset, start + high - offset]
         offset += stop - start
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out
 
 
-def _leaf_grads(site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], dbias: Tensor) -> list[Tensor]:
-    """Gradients of the learned leaves through this tile's bias."""
-    where = _positions(site, step, tile, q)
-
-    def bias(*learned: Tensor) -> Tensor:
-        swapped = list(leaves)
-        for i, leaf in zip(site.learned, learned, strict=True):
-            swapped[i] = leaf
-        return mask.evaluate(mask.parse(site.bias), where, swapped).to(dbias.dtype)
-
-    _, pull = torch.func.vjp(bias, *(leaves[i].to(dbias.dtype) for i in site.learned))
-    return list(pull(dbias))
+def _add_leaf_grads(
+    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], dbias: Tensor, dleaves: list[Tensor]
+) -> list[Tensor]:
+    """`dleaves` plus the gradients of the learned leaves through this tile's bias."""
+    spans = _spans(site, step, tile, q)
+    with label(f"mask_backward_{_name(step, tile)}"):
+        more = primitives.mask_tile_backward(dbias, list(leaves), list(site.learned), q, site.bias, *spans)
+    return [a + b for a, b in zip(dleaves, more, strict=True)]

@@ -23,14 +23,13 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 def compiled(model: nn.Module, group: dist.ProcessGroup, **options: Any) -> Any:
     """The model on the ring of `group`."""
-    return torch.compile(
-        model, backend="ring_dilated", options={"compiler": "aot_eager", "timeout": 60.0, "group": group, **options}
-    )
+    settings: dict[str, Any] = {"compiler": "aot_eager", "timeout": 60.0, "group": group, **options}
+    return torch.compile(model, backend="ring_dilated", options=settings)
 
 
 def parity(group: dist.ProcessGroup, name: str, length: int, labels: bool, padding: bool, **options: Any) -> Errors:
     """Relative errors of every output, the loss and every parameter gradient against eager on one device."""
-    make = {"length": length} if name == "position_table" else {}
+    make: dict[str, Any] = {"length": length} if name == "position_table" else {}
     model = MODELS[name].make(**make)
     batch = batch_for(name, length, labels, padding)
     want = outputs_and_gradients(model, model, batch)

@@ -201,7 +201,8 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = MODELS["position_table"].make(length=23).blocks
+        table: Any = MODELS["position_table"].make(length=23)
+        self.blocks = table.blocks
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks[0](x)
@@ -247,7 +248,8 @@ def plain_model(group: dist.ProcessGroup) -> Any:
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ringpass").addHandler(handler)
-    run: Any = torch.compile(model, backend="ring_dilated", options={"compiler": "aot_eager", "group": group})
+    options: dict[str, Any] = {"compiler": "aot_eager", "group": group}
+    run: Any = torch.compile(model, backend="ring_dilated", options=options)
     equal = torch.equal(run(x), model(x))
     logging.getLogger("ringpass").removeHandler(handler)
     return equal, records

@@ -53,13 +53,13 @@ def compile_step(
 ) -> dict[str, list[GraphModule]]:
     """The graphs of a training step of a model on the current (fake) rank."""
     torch.manual_seed(0)
-    model = MODELS[name].factory(**options).double()
+    model: Any = MODELS[name].factory(**options).double()
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 64:
             module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
     if hasattr(model, "config"):
         model.config.n_positions = model.config.max_position_embeddings = 256
-    run = torch.compile(model, backend="ring_dilated", options={"compiler": "aot_eager"}, dynamic=dynamic)
+    run: Any = torch.compile(model, backend="ring_dilated", options={"compiler": "aot_eager"}, dynamic=dynamic)
     with stages() as seen:
         loss_of(run(**batch_for(name, length, True, padding))).backward()
     return seen

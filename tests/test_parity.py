@@ -61,7 +61,7 @@ def test_other_models_with_the_loss_outside(workers: Workers, name: str) -> None
 
 @pytest.mark.parametrize(("name", "bound"), [("nanogpt", EXACT), ("gpt2", EXACT), ("llama", 1e-6)])
 def test_with_inductor(workers: Workers, name: str, bound: float) -> None:
-    """Llama computes its rotary tables in float32 whatever its dtype, and Inductor's cos is not eager's to the last bit."""
+    """Llama computes its rotary tables in float32 whatever its dtype; Inductor's cos is not eager's to the last bit."""
     error, where = worst(workers.run(parity, 2, name, LENGTH, True, name != "nanogpt", compiler="inductor"))
     assert error < bound, where
 

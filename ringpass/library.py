@@ -1,0 +1,37 @@
+"""The torch.library namespace `ringpass`, and how its operators are registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("ringpass", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def define(schema: str) -> None:
+    """Declares an operator."""
+    LIBRARY.define(schema, tags=TAGS)
+
+
+def implement(name: str, body: Any, fake: Any) -> None:
+    """Gives an operator its body, and the one that only knows shapes."""
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
+
+
+def differentiate(name: str, backward: Any, setup: Any) -> None:
+    """Gives an operator its autograd formula."""
+    torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """The same (B, H, L, D) with B, L, H, D order in memory: what models' own reshapes after attention want."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B, H, L, width) for B, H, L of `x`, rows first."""
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)

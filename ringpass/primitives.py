@@ -1,0 +1,168 @@
+"""The steps of ring attention as operators: each is one node of an unrolled graph, and one call of the rolled loop.
+
+    exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
+    wait                that buffer, complete
+    attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
+    mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
+    keep_tile           the coins of attention dropout on one tile
+
+`after` lists buffers that are in flight while a tile is computed: unused by the op, they make code generation start those
+exchanges before the tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass import dropout, kernels, mask, p2p
+from ringpass.kernels import TileArgs, accumulator
+from ringpass.library import define, empty_rows_first, implement, rows_first
+
+TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned, Tensor[] after"
+SPANS = "int batch, int heads, int[] queries, int[] keys"
+define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
+define("wait(Tensor received) -> Tensor")
+define(f"attention_tile(Tensor q, Tensor k, Tensor v, {TILE}) -> Tensor[]")
+define(
+    f"attention_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {TILE}) -> Tensor[]"
+)
+define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
+define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
+define(f"keep_tile(Tensor seed, int stream, float p, {SPANS}) -> Tensor")
+
+_ops = torch.ops.ringpass
+exchange, wait = _ops.exchange.default, _ops.wait.default
+attention_tile, attention_tile_backward = _ops.attention_tile.default, _ops.attention_tile_backward.default
+mask_tile, mask_tile_backward, keep_tile = (
+    _ops.mask_tile.default,
+    _ops.mask_tile_backward.default,
+    _ops.keep_tile.default,
+)
+
+NOBODY = -1
+
+# --- exchanges --------------------------------------------------------------------------------------------------------
+
+_under_way: dict[int, p2p.Exchange] = {}
+
+
+def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
+    (message,) = sent
+    started = p2p.start(message, dst if dst != NOBODY else None, numel, src if src != NOBODY else None, tag, group)
+    _under_way[_key(started.received)] = started
+    return [started.received]
+
+
+def _wait(received: Tensor) -> Tensor:
+    _under_way.pop(_key(received)).wait()
+    return received
+
+
+def _key(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+implement("exchange", _exchange, lambda sent, numel, *args: [sent[0].new_empty(numel)])
+implement("wait", _wait, lambda received: received)
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def _args(args: Sequence[Any]) -> TileArgs:
+    allowed, bias, keep, scale, causal, drop, learned, _ = args
+    return TileArgs(scale, causal, allowed, bias, keep, drop, learned)
+
+
+def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+    out, lse = kernels.forward(q, k, v, _args(args))
+    return [rows_first(out.to(q.dtype)), lse.contiguous()]
+
+
+def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+    return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
+
+
+def _attention_tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    *grads, dbias = kernels.backward(grad, q, k, v, out, lse, _args(args))
+    dtype = accumulator(q.dtype)
+    return [
+        *(rows_first(g.to(dtype)) for g in grads if g is not None),
+        *([] if dbias is None else [dbias.contiguous()]),
+    ]
+
+
+def _fake_attention_tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    dtype, tile = accumulator(q.dtype), _args(args)
+    grads = [empty_rows_first(x, x.shape[3], dtype) for x in (q, k, v)]
+    return (
+        [*grads, tile.bias.new_empty(tile.bias.shape, dtype=dtype)] if tile.learned and tile.bias is not None else grads
+    )
+
+
+implement("attention_tile", _attention_tile, _fake_attention_tile)
+implement("attention_tile_backward", _attention_tile_backward, _fake_attention_tile_backward)
+
+
+def _mask_tile(leaves: list[Tensor], like: Tensor, expr: str, *spans: Any) -> Tensor:
+    return mask.evaluate(mask.parse(expr), indices(like.device, *spans), leaves).contiguous()
+
+
+def _mask_tile_backward(
+    grad: Tensor, leaves: list[Tensor], learned: list[int], like: Tensor, expr: str, *spans: Any
+) -> list[Tensor]:
+    where = indices(like.device, *spans)
+
+    def value(*changed: Tensor) -> Tensor:
+        swapped = list(leaves)
+        for i, leaf in zip(learned, changed, strict=True):
+            swapped[i] = leaf
+        return mask.evaluate(mask.parse(expr), where, swapped).to(grad.dtype)
+
+    _, pull = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))
+    return [g.contiguous() for g in pull(grad)]
+
+
+def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[int], *args: Any) -> list[Tensor]:
+    return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
+
+
+def _keep_tile(seed: Tensor, stream: int, p: float, *spans: Any) -> Tensor:
+    where = indices(seed.device, *spans)
+    return dropout.keep(seed, stream, p, [where[name].reshape(-1) for name in "bhqk"])
+
+
+def _fake_keep_tile(
+    seed: Tensor, stream: int, p: float, batch: int, heads: int, queries: list[int], keys: list[int]
+) -> Tensor:
+    lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
+    return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)
+
+
+implement("mask_tile", _mask_tile, _mask_tile)
+implement("mask_tile_backward", _mask_tile_backward, _fake_mask_tile_backward)
+implement("keep_tile", _keep_tile, _fake_keep_tile)
+
+
+def indices(
+    device: torch.device, batch: int, heads: int, queries: Sequence[int], keys: Sequence[int]
+) -> dict[str, Tensor]:
+    """Global b, h, q, k indices of a tile, as `mask.evaluate` takes them."""
+    return {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+        "q": _tokens(queries, device).view(1, 1, -1, 1),
+        "k": _tokens(keys, device).view(1, 1, 1, -1),
+    }
+
+
+def _tokens(span: Sequence[int], device: torch.device) -> Tensor:
+    parts = [torch.arange(a, b, device=device) for a, b in zip(span[::2], span[1::2], strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
