@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -190,8 +191,9 @@ def _costs(trainings: list[Training]) -> Table:
 
 def _verdict(trainings: list[Training], steps: int, console: Console) -> int:
     """Print the last line; a loss that is not finite compares as different."""
-    pairs = zip(*(t.losses for t in trainings), strict=True)
-    largest = max((max(losses) - min(losses) for losses in pairs), key=lambda d: (d != d, d))
+    steps_losses = zip(*(t.losses for t in trainings), strict=True)
+    spreads = [max(losses) - min(losses) if all(map(math.isfinite, losses)) else math.nan for losses in steps_losses]
+    largest = max(spreads, key=lambda d: (d != d, d))
     agree = largest <= TOLERANCE
     first, *others = (t.name for t in trainings)
     text = f"ringpass: {first} {'match' if agree else 'DO NOT MATCH'} {', '.join(others)}: "

@@ -1,14 +1,14 @@
 """lower: the forward and backward graphs that AOTAutograd derived -> the graphs that are compiled.
 
     replicate                 an identity once autograd has run: leaves the graph
-    ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes, named
-    ring_attention_backward     after the step and tile that they belong to
+    ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes,
+    ring_attention_backward     named after the step and tile that they belong to
     neither, above the unroll limit (over all sites, the larger of P and the number of tiles) or where a length is
                               symbolic: the op stays rolled, one node whose body runs the same code
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
 
-Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No SDPA op may be left
-that the plan partitioned; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
+Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No SDPA op may be
+left that the plan partitioned; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringpass import ops
 from ringpass.ring import LABEL
 
-ROLLED = {ops.ring_attention: ops.ring_attention_body, ops.ring_attention_backward: ops.ring_attention_backward_body}
+ROLLED: dict[Any, Callable[..., Any]] = {
+    ops.ring_attention: ops.ring_attention_body,
+    ops.ring_attention_backward: ops.ring_attention_backward_body,
+}
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name in their arguments
@@ -127,18 +130,18 @@ def _key(node: Node, operands: list[Node]) -> str:
     """Text that is equal for calls whose traces are equal."""
     number = {n: i for i, n in enumerate(operands)}
     fakes = [(v.shape, v.stride(), v.dtype, v.device) for v in (n.meta["val"] for n in operands)]
-    return repr((node.target, map_arg(node.args, lambda n: f"%{number[n]}"), fakes))  # type: ignore[arg-type,return-value]
+    return repr((node.target, map_arg(node.args, lambda n: f"%{number[n]}"), fakes))
 
 
 def _trace(node: Node, operands: list[Node]) -> GraphModule:
     """The graph of a ring operator's body on the node's own shapes."""
-    body: Callable[..., Any] = ROLLED[node.target]  # type: ignore[index]
+    body = ROLLED[node.target]
     fakes = [n.meta["val"] for n in operands]
     mode = fakes[0].fake_mode
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip(operands, tensors, strict=True))
-        return tuple(body(*map_arg(node.args, given.__getitem__)))  # type: ignore[arg-type]
+        return tuple(body(*map_arg(node.args, given.__getitem__)))
 
     with mode, torch.no_grad():
         fresh = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=f.device) for f in fakes]

@@ -150,6 +150,5 @@ def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node
         return False
     if axis not in p._axes(note.summed):
         return True
-    return (
-        op_name(node) in (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES) and node.meta["val"].is_floating_point()
-    )
+    summing = (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES)
+    return op_name(node) in summing and node.meta["val"].is_floating_point()

@@ -1,8 +1,9 @@
 """Handing a partitioned graph to a compiler: Inductor, or AOTAutograd alone.
 
-Everything here that leans on private names of torch: the hook after AOTAutograd, and the lowering of communicating ops as
-Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a scheduler
-that sorts by size would let two ranks enter two different collectives.  A test compiles and fails when torch changes it.
+Everything here that leans on private names of torch: the hook after AOTAutograd, and the lowering of communicating ops
+as Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a
+scheduler that sorts by size would let two ranks enter two different collectives.  A test compiles and fails when torch
+changes it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, show: S
         bw_compiler=compiler("backward"),
         partition_fn=min_cut_rematerialization_partition,
     )
-    return backend(gm, list(inputs))  # type: ignore[no-any-return]
+    return backend(gm, list(inputs))
 
 
 class _Lower(CustomGraphPass):
@@ -115,8 +116,8 @@ COMPLETE = (ops.gather, ops.reduce, ops.reduce_list, ops.ring_attention, ops.rin
 def _register_collectives() -> None:
     """Lowers each op that talks to other ranks as an Inductor collective.
 
-    `exchange` is still under way when it returns: Inductor keeps the buffers that it reads alive, and unwritten, until the
-    `wait` on what it returns, output i standing for input i.
+    `exchange` is still under way when it returns: Inductor keeps the buffers that it reads alive, and unwritten, until
+    the `wait` on what it returns, output i standing for input i.
     """
     for op in (*COMPLETE, primitives.exchange):
 

@@ -31,8 +31,8 @@ class RingConfig:
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
     tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated.
     unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph while the sites together have
-        at most this many steps (a site counts the larger of P and its number of tiles); above, and for symbolic lengths,
-        each attention is one node that runs the same code.  0: always one node.
+        at most this many steps (a site counts the larger of P and its number of tiles); above, and for symbolic
+        lengths, each attention is one node that runs the same code.  0: always one node.
     timeout: seconds, more than 0, that ranks wait for each other where they compare notes (compile skew counts in).
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the process group whose ranks are the ring; the default group if None.

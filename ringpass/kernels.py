@@ -26,7 +26,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TileArgs:
-    """What a tile's scores go through.  `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's."""
+    """What a tile's scores go through.
+
+    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's.
+    """
 
     scale: float
     causal: bool = False

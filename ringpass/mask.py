@@ -300,12 +300,15 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
         if e.op == "cast":
             x = value(e.args[0])
             dtype = DTYPES[e.args[1].name]  # type: ignore[attr-defined]
-            return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=positions["q"].device)
+            device = positions["q"].device
+            return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]
         if e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
             args = [_tensor(a, positions) for a in args]
         if e.op == "where":
             args[0] = _tensor(args[0], positions)
+            if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
+                args[1:] = [torch.full((), a, dtype=torch.float64, device=args[0].device) for a in args[1:]]  # exact
         return OPERATORS[e.op][0](*args)
 
     out = _tensor(value(expr), positions)
@@ -313,7 +316,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
 
 
 def _tensor(x: Any, positions: dict[str, Tensor]) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(x, device=positions["q"].device)
+    return x if isinstance(x, Tensor) else torch.full((), x, device=positions["q"].device)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The operators that partitioned graphs hold: the four boundary operators, ring attention, counter-based dropout.
 
-The invariant of a partitioned graph: *a replicated value has the whole and equal cotangent on every rank; a sharded value
-has the cotangent of its own tokens.*  Each operator's autograd formula keeps it:
+The invariant of a partitioned graph: *a replicated value has the whole and equal cotangent on every rank; a sharded
+value has the cotangent of its own tokens.*  Each operator's autograd formula keeps it:
 
     operator         forward                                   backward
     shard            take the own tokens                       all-gather
@@ -11,9 +11,9 @@ has the cotangent of its own tokens.*  Each operator's autograd formula keeps it
     ring_attention   local rows of attention over all keys     ring_attention_backward
     dropout          the element's own coin, scaled            the same coin
 
-`replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it takes
-a list, so that the gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse], its
-backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
+`replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it
+takes a list, so that the gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse],
+its backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
     spans = where.placement.ranges(where.rank, where.tokens)
     tokens = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
     outer, last = torch.arange(where.outer, device=device), torch.arange(inner, device=device)
-    return ((outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last).reshape(-1)
+    index: Tensor = (outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last
+    return index.reshape(-1)
 
 
 implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
@@ -142,7 +143,8 @@ LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
 def site_of(args: Any) -> tuple[Tensor | None, Site]:
     """(seed, Site) from the arguments that follow the leaves."""
     seed, *rest, learned = args
-    return seed, Site(*rest, learned=_numbers(learned))
+    fields = [*rest, _numbers(learned)]
+    return seed, Site(*fields)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

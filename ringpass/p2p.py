@@ -7,8 +7,8 @@ until it does, and until the sent buffer may be reused.  Both ends post their ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,7 +17,9 @@ from ringpass.errors import PeerError
 
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group called `name`, as torch's functional collectives resolve it."""
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return]
+    c10d: Any = dist.distributed_c10d
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)
+    return group
 
 
 @dataclass
@@ -61,7 +63,7 @@ def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
     """The error of a rank whose neighbour is gone."""
     names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
     return PeerError(
-        f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, raised an error, or did not arrive in "
-        "time: look for the first error in the other ranks' output. The limit is the process group's timeout, "
-        "init_process_group(timeout=...)."
+        f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, "
+        "raised an error, or did not arrive in time: look for the first error in the other ranks' output. The limit is "
+        "the process group's timeout, init_process_group(timeout=...)."
     )

@@ -6,8 +6,8 @@
     mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
     keep_tile           the coins of attention dropout on one tile
 
-`after` lists buffers that are in flight while a tile is computed: unused by the op, they make code generation start those
-exchanges before the tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..].
+`after` lists buffers that are in flight while a tile is computed: unused by the op, they make code generation start
+those exchanges before the tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..].
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _wait(received: Tensor) -> Tensor:
 
 
 def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 implement("exchange", _exchange, lambda sent, numel, *args: [sent[0].new_empty(numel)])
@@ -126,7 +126,7 @@ def _mask_tile_backward(
             swapped[i] = leaf
         return mask.evaluate(mask.parse(expr), where, swapped).to(grad.dtype)
 
-    _, pull = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))
+    pull: Any = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))[1]
     return [g.contiguous() for g in pull(grad)]
 
 

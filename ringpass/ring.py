@@ -1,7 +1,7 @@
 """Ring attention, written once: the loop over steps and tiles, forward and backward, over the ops of `primitives`.
 
-Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G key/value
-heads, D head width, Lq and Lk local query and key tokens.
+Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G
+key/value heads, D head width, Lq and Lk local query and key tokens.
 
     for each step of the program (own keys first):
         take the step's key block: the own one, or what the exchange brought
@@ -251,7 +251,7 @@ def _exchange(
     numel = receive.size * k.shape[0] * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3]) if receive else 0
     dst, src = send.dst if send else primitives.NOBODY, receive.src if receive else primitives.NOBODY
     with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{_peer(receive, source=True)}"):
-        (received,) = primitives.exchange([sent], numel, dst, src, tag, site.group)
+        received: Tensor = primitives.exchange([sent], numel, dst, src, tag, site.group)[0]
     return received
 
 

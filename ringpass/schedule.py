@@ -1,6 +1,7 @@
 """What each rank sends, receives and computes for one attention site: pure Python, no tensors, any P on one machine.
 
-    >>> site = Problem(mask="k <= q", queries=8, keys=8, query_layout=Layout("zigzag", 2), key_layout=Layout("zigzag", 2))
+    >>> zigzag = Layout("zigzag", 2)
+    >>> site = Problem(mask="k <= q", queries=8, keys=8, query_layout=zigzag, key_layout=zigzag)
     >>> for step in program(site, rank=1).steps: print(step)
     local tokens 2:6: causal q0:4 k0:4
     receive 0:2 from rank 0, send 2:6 to rank 0: full q0:4 k0:2
@@ -29,7 +30,10 @@ TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows `q` (of the local block) x key rows `k` (of the step's key block), half-open; how the mask looks there."""
+    """Query rows `q` (of the local block) x key rows `k` (of the step's key block), half-open.
+
+    `kind`: how the mask looks there.
+    """
 
     q: tuple[int, int]
     k: tuple[int, int]
@@ -54,7 +58,10 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Step:
-    """One exchange and the tiles it serves.  `tokens` are those of the key block; `shift` is t, the same on both sides."""
+    """One exchange and the tiles it serves.
+
+    `tokens` are those of the key block; `shift` is t, the same on both sides.
+    """
 
     shift: int
     tokens: Ranges
@@ -68,14 +75,16 @@ class Step:
             moves.append(f"receive {_text(self.receive.tokens)} from rank {self.receive.src}")
         if self.send:
             moves.append(f"send {_text(self.send.tokens)} to rank {self.send.dst}")
-        return f"{', '.join(moves) or 'local tokens ' + _text(self.tokens)}: {', '.join(map(str, self.tiles)) or 'no tile'}"
+        moved = ", ".join(moves) or f"local tokens {_text(self.tokens)}"
+        return f"{moved}: {', '.join(map(str, self.tiles)) or 'no tile'}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One site as the schedule sees it.  `mask` is a boolean expression of `ringpass.mask`; lengths are in tokens.
+    """One site as the schedule sees it.
 
-    `cut_all`: no tile may be larger than `tile`, full ones included, because the kernel holds a tile's scores in memory.
+    `mask` is a boolean expression of `ringpass.mask`; lengths are in tokens.  `cut_all`: no tile may be larger than
+    `tile`, full ones included, because the kernel holds a tile's scores in memory.
     """
 
     mask: str
