@@ -78,21 +78,23 @@ def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
     bias: Expr | None = None
     leaves: tuple[Node, ...] = ()
     if given.get("attn_mask") is not None:
-        allowed, bias, leaves = _mask(gm, given["attn_mask"])
+        allowed, bias, leaves = _mask(gm, given["attn_mask"], q.meta["val"].ndim)
     if given.get("is_causal", False):
         allowed = call("and", CAUSAL, allowed)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     return AttentionSite(index, node, q, k, v, allowed, bias, leaves, scale, float(dropout))
 
 
-def _mask(gm: GraphModule, node: Node) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
-    """(boolean mask, additive bias, leaves) of an attn_mask node."""
+def _mask(gm: GraphModule, node: Node, query_dims: int) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
+    """(boolean mask, additive bias, leaves) of an attn_mask node, which broadcasts to the scores of the queries."""
     puller = Puller(gm)
+    scores = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}.get(query_dims, ())
     rank = node.meta["val"].ndim
-    wanted = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}
-    if rank not in wanted:
-        raise UnsupportedError(f"attention mask {node.name} has {rank} dims, expected 2, 3 or 4")
-    expr = puller.element(node, puller.clip(node, wanted[rank]))
+    if not 2 <= rank <= len(scores):
+        raise UnsupportedError(
+            f"attention mask {node.name} has {rank} dims, expected 2 to {len(scores)} for such queries"
+        )
+    expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
     allowed, bias = (expr, None) if node.meta["val"].dtype == torch.bool else _split_bias(expr)
     used = sorted(_leaves(allowed) | (_leaves(bias) if bias is not None else set()))
     numbers = {old: new for new, old in enumerate(used)}
@@ -195,9 +197,16 @@ def _pointwise(op: str, *targets: Any) -> None:
             return None
         if op in ("and", "or", "xor") and node.meta["val"].dtype != torch.bool:
             return None
-        return call(op, *(p.element(a, p.clip(a, indices)) for a in node.args))
+        return call(op, *(_operand(p, a, indices, truth="logical" in str(node.target)) for a in node.args))
 
     RULES.update(dict.fromkeys(targets, rule))
+
+
+def _operand(p: Puller, node: Any, indices: Indices, truth: bool) -> Expr:
+    """An operand's element; for the logical_ ops, whether it is not zero."""
+    found = p.element(node, p.clip(node, indices))
+    needs = truth and isinstance(node, Node) and node.meta["val"].dtype != torch.bool
+    return m.cast(found, torch.bool) if needs else found
 
 
 def _overloads(*names: str) -> list[Any]:
@@ -389,7 +398,11 @@ def _index(p: Puller, node: Node, indices: Indices) -> Expr | None:
         return None
     rest = source.meta["val"].ndim - len(picks)
     lead, tail = indices[: len(indices) - rest], indices[len(indices) - rest :]
-    return p.element(source, (*(p.element(i, p.clip(i, lead)) for i in picks), *tail))
+    at = [p.element(i, p.clip(i, lead)) for i in picks]
+    from_the_end = any(
+        m.bounds(i, {})[0] < 0 for i in at
+    )  # a negative index counts from the end: only a load does that
+    return p.leaf(source, (*at, *tail)) if from_the_end else p.element(source, (*at, *tail))
 
 
 @_rule(aten.embedding.default)

@@ -33,8 +33,10 @@ from torch import Tensor
 from ringpass.errors import ScheduleError
 from ringpass.layout import Ranges, size, tokens
 from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate, without_data
+from ringpass.passes.plan import RingPlan
 from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program
 
+PROVED = 65_536  # tiles of a schedule that is proved at every compilation
 BRUTE = 4_000_000  # elements of a mask that is checked one by one
 ROWS, COLUMNS = 32, 512  # parts of a mask that are evaluated at once for the lower bound
 Span = tuple[int, int]
@@ -60,6 +62,20 @@ class Proof:
 def prove(problem: Problem) -> Proof:
     """Proves the programs of all ranks of `problem`; raises ScheduleError where one of them is wrong."""
     return check([program(problem, rank) for rank in range(problem.world)])
+
+
+def prove_all(plan: RingPlan) -> tuple[Proof, ...]:
+    """Proves the schedule of each site of a plan, equal ones once; those of more than `PROVED` tiles are left unproved.
+
+    Runs before a graph is compiled, so before anything is sent.  The bound keeps compilation short at a million tokens.
+    """
+    problems = dict.fromkeys(s.problem for s in plan.sites if s.problem)
+    return tuple(prove(p) for p in problems if _size(p) <= PROVED)
+
+
+def _size(problem: Problem) -> int:
+    """An upper bound on the tiles that a proof looks at, over all ranks."""
+    return (problem.queries // problem.tile + 2 * problem.world) * (problem.keys // problem.tile + 2 * problem.world)
 
 
 def check(programs: Sequence[Program]) -> Proof:

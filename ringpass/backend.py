@@ -31,6 +31,7 @@ from ringpass.passes.partition import LocalOutput, Partitioned, Rank, partition
 from ringpass.passes.placement import is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
+from ringpass.passes.verify import prove_all
 
 log = logging.getLogger("ringpass")
 
@@ -58,6 +59,7 @@ def ring_dilated(
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
     planned = plan(sites, sweep, around.world, config.layout, config.tile)
+    prove_all(planned)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
     local = partition(captured, planned, sweep, who, config.strict, _gathers_outputs(gm, config, around))

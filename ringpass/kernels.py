@@ -91,8 +91,16 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor,
         q, k, v, 0.0, args.causal, attn_mask=_expanded(additive, q, k), scale=args.scale
     )
     if additive is not None:  # the op says lse = 0 for a row that sees nothing
-        lse = lse.masked_fill((additive == -torch.inf).all(-1), -torch.inf)
+        lse = lse.masked_fill(_sees_nothing(additive, args.causal, q, k), -torch.inf)
     return out, lse
+
+
+def _sees_nothing(additive: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
+    """Rows whose every score is -inf; with a causal flag, every score that the triangle leaves."""
+    closed = additive == -torch.inf
+    if causal:
+        closed = closed | torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    return closed.all(-1)
 
 
 def _flash_cpu_backward(
@@ -150,7 +158,8 @@ def _plain_backward(
 
 
 def _dropped(x: Tensor, args: TileArgs) -> Tensor:
-    return x if args.keep is None else torch.where(args.keep, x * (1.0 / (1.0 - args.dropout)), 0.0)
+    scale = 1.0 / (1.0 - args.dropout) if args.dropout < 1.0 else 0.0
+    return x if args.keep is None else torch.where(args.keep, x * scale, 0.0)
 
 
 def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:

@@ -451,19 +451,7 @@ ODD: dict[Callable[..., Tensor], tuple[Tensor, ...]] = {
 }
 
 
-DEFECTS = {
-    per_head: "dim 0 of a 3-D mask is the head of 4-D queries, not the batch",
-    logical_and_of_integers: "logical_and takes the truth of integers, & their bits",
-    index_from_the_end: "a negative index counts from the end; the expression of what is indexed does not",
-}
-
-
-def odd(build: Callable[..., Tensor]) -> Any:
-    marks = [pytest.mark.xfail(strict=True, reason=DEFECTS[build])] if build in DEFECTS else []
-    return pytest.param(build, marks=marks, id=build.__name__)
-
-
-@pytest.mark.parametrize("build", map(odd, ODD))
+@pytest.mark.parametrize("build", ODD, ids=lambda build: build.__name__)
 def test_odd_masks(build: Callable[..., Tensor]) -> None:
     """What matters here is the values: how they are found is no one's concern."""
     x = torch.randn(B, S, H * D, dtype=torch.float64 if "double" in build.__name__ else torch.float32)
