@@ -137,6 +137,8 @@ class Puller:
         """Element `indices` of `node` (one index per dim; size-1 dims are indexed by 0)."""
         if not isinstance(node, Node):
             return Const(node)
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return Const(int(node.meta["val"]))  # a length in the mask's arithmetic: a guard, alike on all ranks
         key = (node, indices)
         if key not in self.known:
             rule = RULES.get(node.target) if node.op == "call_function" else None
@@ -155,7 +157,8 @@ class Puller:
 
     def clip(self, node: Any, indices: Sequence[Expr]) -> Indices:
         """The last of `indices` that `node` has dims for, 0 where its dim has size 1: broadcasting, read backwards."""
-        shape = node.meta["val"].shape if isinstance(node, Node) else ()
+        value = node.meta["val"] if isinstance(node, Node) else None
+        shape = value.shape if isinstance(value, torch.Tensor) else ()
         tail = tuple(indices)[len(indices) - len(shape) :]
         return tuple(ZERO if _is_one(n) else i for n, i in zip(shape, tail, strict=True))
 
@@ -252,7 +255,7 @@ def _masked_fill(p: Puller, node: Node, indices: Indices) -> Expr:
     x, where, value = args_of(node)
     fill = p.element(value, p.clip(value, indices))
     if isinstance(fill, Const) and node.meta["val"].is_floating_point():
-        fill = Const(float(fill.value))
+        fill = _typed(fill.value, node.meta["val"].dtype)
     return call("where", p.element(where, p.clip(where, indices)), fill, p.element(x, p.clip(x, indices)))
 
 
@@ -284,8 +287,13 @@ def _arange(p: Puller, node: Node, indices: Indices) -> Expr | None:
     return call("add", call("mul", indices[0], Const(step)), Const(start))
 
 
-def _typed(value: Any, dtype: torch.dtype) -> Const:
-    return Const(bool(value) if dtype == torch.bool else float(value) if dtype.is_floating_point else int(value))
+def _typed(value: Any, dtype: torch.dtype) -> Expr:
+    """A constant of `dtype`; converted in the expression where float32, torch's default, would round it."""
+    if not dtype.is_floating_point:
+        return Const(bool(value) if dtype == torch.bool else int(value))
+    number = float(value)
+    exact = not math.isfinite(number) or torch.tensor(number, dtype=torch.float32).item() == number
+    return Const(number) if exact or dtype != torch.float64 else m.cast(Const(number), dtype)
 
 
 def _fill(position: int | None, value: Any = None) -> Rule:

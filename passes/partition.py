@@ -30,9 +30,9 @@ from ringpass.errors import UnsupportedError
 from ringpass.kernels import accumulator
 from ringpass.passes.capture import Captured
 from ringpass.passes.factors import Sweep, args_of, size_of, tensors_of
-from ringpass.passes.placement import Placement, is_dropout, place
+from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, LOSSES, RESIZED, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, RESIZED, SUMS, op_name
 
 aten = torch.ops.aten
 BUCKET_BYTES = 25 * 2**20
@@ -85,6 +85,7 @@ class Partitioned:
     extras: int  # symbolic sizes returned after the outputs
     gathers: tuple[Gather, ...]
     seeded: bool
+    draws: bool  # random ops that draw from the default generator, which the ranks must then share
 
 
 def partition(
@@ -111,6 +112,7 @@ class _Writer:
         self.seed: Node | None = None
         self.streams = 0
         self.origin: Node | None = None  # the captured node being written
+        self.keeps = True  # whether what is written now may serve later nodes: not inside a no_grad region of the model
 
     def write(self) -> Partitioned:
         nodes, live = list(self.captured.gm.graph.nodes), self.placement.live
@@ -129,7 +131,8 @@ class _Writer:
         inputs = tuple(n.meta["val"] for n in self.graph.nodes if n.op == "placeholder")
         inputs = (*self.captured.inputs, *inputs[len(self.captured.inputs) :])
         gm = GraphModule(self.captured.gm, self.graph)
-        return Partitioned(gm, inputs, outputs, extras, tuple(self.gathers), self.seed is not None)
+        draws = any(draws_elsewhere(n) for n in live)
+        return Partitioned(gm, inputs, outputs, extras, tuple(self.gathers), self.seed is not None, draws)
 
     # --- one node ---------------------------------------------------------------------------------------------------
 
@@ -151,10 +154,16 @@ class _Writer:
             new = self.graph.get_attr(str(node.target))
             new.meta.update(node.meta)
             return new
+        if node.target is torch._C._set_grad_enabled:
+            self.keeps = bool(node.args[0]) or not torch.is_grad_enabled()
         known = self.placement.sweep.notes[node].known
-        args, kwargs = self._operands(
-            node, None, f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
-        )
+        reason = f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
+        if op_name(node) in CREATION:  # a tensor to take dtype and device from need not be whole
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._like(n, reason))
+            return self._copy(node, args, kwargs)
+        if op_name(node) in PATTERNED:
+            return self._emit(aten.to.dtype, self._whole(_first(node), reason), node.meta["val"].dtype, name=node.name)
+        args, kwargs = self._operands(node, None, reason)
         if is_dropout(node):
             return self._write_dropout(node, args[0], (0, 1, 1, "replicated", self.rank.world, self.rank.rank))
         return self._copy(node, args, kwargs)
@@ -165,13 +174,29 @@ class _Writer:
             return self._write_dropout(node, self._local(_first(node), axis), self._shard_args(node, axis))
         if name == "dropout.default" or (name == "slice.Tensor" and _keeps_shape(node)):
             return self._local(_first(node), axis)
+        if name in PATTERNED:
+            return self._emit(aten.to.dtype, self._local(_first(node), axis), node.meta["val"].dtype, name=node.name)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name not in RESIZED:
-            return self._copy(node, args, kwargs)
+            return self._checked(self._copy(node, args, kwargs), node, axis)
         shape, position = self._local_shape(node, axis), RESIZED[name]
         if name in CONSTANT or name == "expand.default":
             return self._copy(node, (*args[:position], shape, *args[position + 1 :]), kwargs)
         return self._emit(aten.reshape.default, args[0], shape, name=node.name)
+
+    def _checked(self, new: Node, node: Node, axis: Axis) -> Node:
+        """A rule that is wrong about an op shows here: its local result must have the local shape."""
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and all(isinstance(n, int) for n in value.shape):
+            got, want = list(new.meta["val"].shape), self._local_shape(node, axis)
+            assert got == want, f"{op_name(node)} on local tokens gave {got}, its rule says {want}"
+        return new
+
+    def _like(self, node: Node, reason: str) -> Any:
+        """`node` as a pattern for dtype and device: whichever form there is."""
+        if node in self.locals and node not in self.wholes:
+            return self.locals[node]
+        return self._operand(node, None, reason)
 
     def _write_dropout(self, node: Node, x: Node, shard_args: tuple[Any, ...]) -> Node:
         rate = float(args_of(node)[1])
@@ -299,9 +324,10 @@ class _Writer:
                 )
             self.gathers.append(gather)
             args = self._shard_args(node, axis)
-            self.wholes[node] = self._emit(
-                ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered"
-            )
+            whole = self._emit(ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered")
+            if not self.keeps:
+                return whole
+            self.wholes[node] = whole
         return self.wholes[node]
 
     def _local(self, node: Node, axis: Axis) -> Any:
@@ -310,15 +336,16 @@ class _Writer:
             return self.locals[node]
         if (node, axis.index) not in self.shards:
             whole, args = self._whole(node, "change of axis"), self._shard_args(node, axis)
-            self.shards[node, axis.index] = self._emit(
-                ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local"
-            )
+            local = self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+            if not self.keeps:
+                return local
+            self.shards[node, axis.index] = local
         return self.shards[node, axis.index]
 
     def _broadcast(self, node: Node, reason: str) -> Any:
         """`node` whole for consumers on an axis: their gradients are summed over ranks."""
         whole = self._whole(node, reason)
-        if node not in self.placement.tracked:
+        if node not in self.placement.tracked or (not self.keeps and node not in self.broadcasts):
             return whole
         if node not in self.broadcasts:
             self._replicate([node])

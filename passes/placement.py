@@ -19,9 +19,11 @@ from torch.fx import Node
 from ringpass.passes.capture import Captured
 from ringpass.passes.factors import Note, Sweep, args_of, operands_of, tensors_of
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, LOSSES, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS, op_name
 
 aten = torch.ops.aten
+SDPA = "scaled_dot_product_attention.default"
+COUNTER_BASED = ("dropout.default", SDPA)
 CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
 
@@ -85,6 +87,17 @@ def has_effect(node: Node) -> bool:
     return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
+def differentiable(t: torch.Tensor) -> bool:
+    """Whether a tensor of this dtype can carry a gradient."""
+    return t.is_floating_point() or t.is_complex()
+
+
+def draws_elsewhere(node: Node) -> bool:
+    """Whether `node` draws from the default generator: any random op that is not made counter-based."""
+    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+    return torch.Tag.nondeterministic_seeded in tags and op_name(node) not in COUNTER_BASED
+
+
 def is_dropout(node: Node) -> bool:
     """Whether `node` is a dropout that drops something."""
     if node.op != "call_function" or op_name(node) != "dropout.default":
@@ -117,7 +130,7 @@ def _tracked(captured: Captured) -> frozenset[Node]:
             needs = getattr(getattr(captured.gm, str(node.target), None), "requires_grad", False)
         else:
             inherits = node.target is not aten.detach.default and any(n in tracked for n in node.all_input_nodes)
-            needs = inherits and any(t.is_floating_point() for t in tensors_of(node))
+            needs = inherits and any(differentiable(t) for t in tensors_of(node))
         if needs:
             tracked.add(node)
     return frozenset(tracked)
@@ -130,17 +143,22 @@ def _decide(p: Placement, node: Node) -> Axis | None:
         return None
     if node.target is operator.getitem:
         return p.modes[args_of(node)[0]]
-    note, tensors = p.sweep.notes[node], [node, *operands_of(node)]
+    name = op_name(node)
+    if name == SDPA or draws_elsewhere(node):  # an attention that the plan left alone, a draw that all ranks must share
+        return None
+    read = [] if name in CREATION else operands_of(node)[: 1 if name in PATTERNED else None]
+    note, tensors = p.sweep.notes[node], [node, *read]
     axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
     if len(axes) != 1 or not note.known or has_effect(node):
         return None
     (axis,) = axes
     if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
         return None
-    if not operands_of(node) and op_name(node) not in CONSTANT:
-        return None
-    running = any(p.modes[n] is axis and p.on(n, axis) for n in operands_of(node))
-    return axis if running or any(t.is_floating_point() for t in tensors_of(node)) else None
+    passed = any(p.on(n, axis) for n in tensors[1:])
+    if not passed and name not in (*CONSTANT, "expand.default"):
+        return None  # the op makes the dim (slice, cat, pad): at full length
+    running = any(p.modes[n] is axis and p.on(n, axis) for n in tensors[1:])
+    return axis if running or any(differentiable(t) for t in tensors_of(node)) else None
 
 
 def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:

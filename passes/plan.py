@@ -88,7 +88,8 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str
     remarks: list[str] = []
     placed = []
     for site in sites:
-        pair = [_axis(axes, sweep, x, world, remarks) for x in (site.q, site.k)]
+        plain = _plain(site, remarks)
+        pair = [_axis(axes, sweep, x, world, remarks) if plain else None for x in (site.q, site.k)]
         placed.append((site, pair))
     chosen, rejected = _choose(placed, world, layout, tile)
     final = {axis.index: replace(axis, layout=Layout(chosen, world)) for axis in axes.values()}
@@ -99,6 +100,19 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str
             key = None  # few queries over many keys: keys are gathered, the site runs replicated
         plans.append(SitePlan(site, query, key, _problem(site, query, key, world, tile) if query else None))
     return RingPlan(world, tuple(final.values()), tuple(plans), tuple(rejected), tuple(remarks))
+
+
+def _plain(site: AttentionSite, remarks: list[str]) -> bool:
+    """Whether q, k, v have the shapes that the ring takes: 2 to 4 dims, K/V heads that divide the query heads."""
+    q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
+    fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4
+    if fits and len(q) == 4:
+        fits = k[1] == v[1] and q[1] % k[1] == 0
+    if fits and len(q) > 2:
+        fits = all(x[0] == q[0] or x[0] == 1 for x in (k, v))
+    if not fits:
+        remarks.append(f"{site.node.name}: queries {q}, keys {k} and values {v} broadcast, and stay replicated")
+    return bool(fits)
 
 
 def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: list[str]) -> Axis | None:

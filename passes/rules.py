@@ -32,15 +32,15 @@ EINSUM = {
     "embedding.default": "v!d,*->*d",
 }
 POINTWISE = {
-    "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default", "contiguous.default",
+    "to.dtype", "to.dtype_layout", "to.device",  "_to_copy.default",  "contiguous.default",
     "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default",
     "dropout.default", "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar",
     "masked_fill.Tensor", "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self",
     "gelu.default", "silu.default", "relu.default", "relu6.default", "leaky_relu.default", "elu.default",
     "hardtanh.default", "hardswish.default", "mish.default", "softplus.default", "selu.default", "celu.default",
-    "log_sigmoid.default", "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", "feature_dropout.default",
+    "log_sigmoid.default", "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", 
     "float_power.Tensor_Scalar", "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor",
-    "rand_like.default", "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other",
+     "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other",
     "max.other", "empty_like.default",
 }  # fmt: skip
 CREATION = {
@@ -74,6 +74,9 @@ RESIZED = {
     **{f"new_{n}.default": 1 for n in ("zeros", "ones", "full")},
 }
 """Ops that name output sizes, and the position of that argument."""
+
+PATTERNED = ("type_as.default", "to.other")
+"""Ops whose second operand only lends its dtype."""
 
 WHOLE_DIM = {  # op -> position of the dim argument (or of a list of dims), default
     "softmax.int": (1, -1), "log_softmax.int": (1, -1), "_softmax.default": (1, -1), "_log_softmax.default": (1, -1),
@@ -112,10 +115,10 @@ def op_name(node: Node) -> str:
 def rule_for(node: Node) -> Rule:
     """The rule of a node's op."""
     name = op_name(node)
-    if name in EINSUM:
-        return _einsum
     if name in RULES:
         return RULES[name]
+    if name in EINSUM:
+        return _einsum
     target = node.target
     tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     if name in POINTWISE or (tagged and not target._schema.is_mutable):  # type: ignore[union-attr]
@@ -257,17 +260,26 @@ def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
     For slice, pad, cat, repeat and index_select.
     """
     rank = node.meta["val"].ndim
+    padded = _padded_dims(node, rank)
     operands = [sweep.dims(n) for n in operands_of(node) if n.meta["val"].shape != (0,)]  # cat skips empty 1-D tensors
     operands = [((),) * (rank - len(d)) + d for d in operands]
     out = []
     for position, n in enumerate(node.meta["val"].shape):
         columns = [d[position] for d in operands]
-        if all(_size(f) == size_of(n) for f in columns):
+        if position not in padded and all(_size(f) == size_of(n) for f in columns):
             out.append(sweep.broadcast([(f,) for f in columns], note)[0])
         else:
             note.whole += [f for column in columns for f in column]
             out.append(sweep.new(n))
     return tuple(out)
+
+
+def _padded_dims(node: Node, rank: int) -> set[int]:
+    """Dims that a pad changes: also one that it pads on one side and crops on the other, to the same size."""
+    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+        return set()
+    amounts: Any = node.args[1]
+    return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
 
 
 def _size(factors: Factors) -> Any:
@@ -329,6 +341,17 @@ def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]
     return (dims,) * len(node.meta["val"])
 
 
+def _first_operand(sweep: Sweep, node: Node, note: Note) -> Dims:
+    return sweep.dims(_first(node))
+
+
+def _embedding(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """Gradients scaled by the frequency of ids, and sparse ones, need all ids in one place."""
+    if _argument(node, 3, "scale_grad_by_freq", False) or _argument(node, 4, "sparse", False):
+        return None
+    return _einsum(sweep, node, note)
+
+
 def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims, dim = list(sweep.dims(_first(node))), _argument(node, 2, "dim")
     if dim is None:
@@ -384,6 +407,9 @@ RULES: dict[str, Rule] = {
     "select.int": _select,
     "stack.default": _stack,
     "getitem": _getitem,
+    "type_as.default": _first_operand,
+    "to.other": _first_operand,
+    "embedding.default": _embedding,
     "broadcast_tensors.default": _broadcast_tensors,
     "repeat_interleave.self_int": _repeat_heads,
     "cross_entropy_loss.default": _cross_entropy,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from ringpass.agreement import Agreement, Ring, ring
 from ringpass.collectives import Shard
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError
-from ringpass.lazy import LazyOutput, Origin
+from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
 from ringpass.passes.detect import detect
 from ringpass.passes.dump import Dump
 from ringpass.passes.factors import Sweep
 from ringpass.passes.partition import LocalOutput, Partitioned, Rank, partition
-from ringpass.passes.placement import is_dropout
+from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
@@ -106,7 +107,7 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
 def _draws(captured: Captured) -> bool:
     """Whether the graph draws random numbers: with one rank too, its dropout is that of every number of ranks."""
     nodes = captured.gm.graph.nodes
-    return any(is_dropout(n) for n in nodes) or any(site.dropout for site in detect(captured.gm))
+    return any(is_dropout(n) or draws_elsewhere(n) for n in nodes) or any(site.dropout for site in detect(captured.gm))
 
 
 def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
@@ -146,7 +147,7 @@ def _facts(captured: Captured, planned: RingPlan, config: RingConfig) -> tuple[t
         for n in nodes
         if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "placeholder"
     ]
-    text = "\n".join(f"{n.name} = {n.target}({n.args}, {n.kwargs})" for n in nodes)
+    text = "\n".join(f"{n.name} = {_spelled(n.target)}({n.args}, {n.kwargs})" for n in nodes)
     return (
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
         ("options", config.fingerprint()),
@@ -156,13 +157,20 @@ def _facts(captured: Captured, planned: RingPlan, config: RingConfig) -> tuple[t
     )
 
 
+def _spelled(target: Any) -> str:
+    """A call's target without memory addresses, which differ between ranks."""
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
 def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring) -> Callable[..., Any]:
     """What Dynamo calls: agree, draw the seed, run, show local outputs as tensors of global shape."""
 
     def call(*args: Any) -> Any:
-        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if local.seeded else 0
+        draws = local.seeded or local.draws
+        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
         seed = agreement.seed(args, drawn)
-        results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
+        with _generator(seed) if local.draws else nullcontext():
+            results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
         outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
         if around.world == 1:
             return outputs
@@ -174,7 +182,16 @@ def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, 
     return call
 
 
+@contextmanager
+def _generator(seed: int) -> Iterator[None]:
+    """The default generators start from `seed` inside, and are as they were afterwards: all ranks draw alike."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def _show(output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring) -> LazyOutput:
     outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
     shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
-    return LazyOutput(output, Origin(spec.name, around.calls, position, shard, around))
+    return show(output, Origin(spec.name, around.calls, position, shard, around))

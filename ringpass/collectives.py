@@ -63,6 +63,8 @@ def take(x: Tensor, shard: Shard) -> Tensor:
 
 def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """All tokens in original order, from every rank's local `x`."""
+    if x.is_complex():
+        return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
     ranks = range(shard.world)
     lengths = [shard.placement.length(rank, shard.tokens) for rank in ranks]
     local = shard.split(x, shard.length)
@@ -82,6 +84,9 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
 
 def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
     """Sums over ranks, added in float32 (float64) and returned in each tensor's dtype: one all-reduce per dtype."""
+    if any(x.is_complex() for x in xs):
+        parts = reduce([torch.view_as_real(x.contiguous()) if x.is_complex() else x for x in xs], group)
+        return [torch.view_as_complex(p) if x.is_complex() else p for x, p in zip(xs, parts, strict=True)]
     out: dict[int, Tensor] = {}
     for dtype in sorted({_sum_dtype(x) for x in xs}, key=str):
         mine = [i for i, x in enumerate(xs) if _sum_dtype(x) == dtype]

@@ -41,9 +41,7 @@ class LazyOutput(Tensor):
     @staticmethod
     def __new__(cls, local: Tensor, origin: Origin) -> LazyOutput:
         shape = origin.shard.resized(local.shape, origin.shard.length, origin.shard.tokens)
-        return torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
 
     def __init__(self, local: Tensor, origin: Origin) -> None:
         self.local, self.origin, self.gathered = local, origin, None
@@ -60,16 +58,15 @@ class LazyOutput(Tensor):
                     "needs all ranks: use it on every rank of the ring (print on one rank what all ranks computed), or "
                     "on none."
                 )
-            s = o.shard
-            args = (s.dim, s.outer, s.tokens, s.layout, s.world, s.rank, o.ring.name)
-            self.gathered = ops.gather(self.local, *args)
+            with torch.inference_mode(False), torch.enable_grad():  # a first use under no_grad is not the last
+                self.gathered = ops.gather(self.local, *_shard_args(o))
             self.local = self.gathered.new_empty(0)
         return self.gathered
 
     METADATA = frozenset(
         {
             getattr(Tensor, n).__get__
-            for n in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_leaf")
+            for n in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_leaf", "grad_fn")
         }
         | {
             Tensor.size,
@@ -98,3 +95,32 @@ class LazyOutput(Tensor):
     ) -> Any:
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Show(torch.autograd.Function):
+    """Makes the lazy output a node of the autograd graph.
+
+    Code that never asks it for its values, such as a user's own autograd.Function, sends a cotangent of global shape. It
+    is whole and equal on every rank, and the local output takes the own tokens of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, origin: Origin) -> LazyOutput:
+        ctx.origin = origin
+        return LazyOutput(local, origin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ops.shard(grad, *_shard_args(ctx.origin)), None
+
+
+def show(local: Tensor, origin: Origin) -> LazyOutput:
+    """`local` as a tensor of global shape."""
+    lazy: LazyOutput = _Show.apply(local, origin)  # type: ignore[no-untyped-call]
+    lazy.local = local
+    return lazy
+
+
+def _shard_args(origin: Origin) -> tuple[Any, ...]:
+    s = origin.shard
+    return s.dim, s.outer, s.tokens, s.layout, s.world, s.rank, origin.ring.name

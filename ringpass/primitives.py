@@ -25,7 +25,7 @@ from ringpass.library import define, empty_rows_first, implement, rows_first
 TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned, Tensor[] after"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
-define("wait(Tensor received) -> Tensor")
+define("wait(Tensor(a) received) -> Tensor(a)")
 define(f"attention_tile(Tensor q, Tensor k, Tensor v, {TILE}) -> Tensor[]")
 define(
     f"attention_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {TILE}) -> Tensor[]"

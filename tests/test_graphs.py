@@ -49,7 +49,7 @@ def stages() -> Iterator[dict[str, list[GraphModule]]]:
 
 
 def compile_step(
-    name: str, length: int, padding: bool, dynamic: bool | None = None, **options: Any
+    name: str, length: int, padding: bool, dynamic: bool | None = None, unroll_limit: int = 128, **options: Any
 ) -> dict[str, list[GraphModule]]:
     """The graphs of a training step of a model on the current (fake) rank."""
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def compile_step(
             module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
     if hasattr(model, "config"):
         model.config.n_positions = model.config.max_position_embeddings = 256
-    run: Any = torch.compile(model, backend="ring_dilated", options={"compiler": "aot_eager"}, dynamic=dynamic)
+    run: Any = torch.compile(model, backend="ring_dilated", options=chosen, dynamic=dynamic)
     with stages() as seen:
         loss_of(run(**batch_for(name, length, True, padding))).backward()
     return seen
@@ -115,11 +115,31 @@ def test_ranks_have_equal_graphs(name: str, padding: bool) -> None:
     graphs: list[dict[str, list[Any]]] = []
     for rank in range(5):
         with fake_ring(rank, 5):
-            seen = compile_step(name, 23, padding)
+            seen = compile_step(name, 23, padding, unroll_limit=0)
             graphs.append({stage: [structure(g) for g in gms] for stage, gms in seen.items()})
     assert all(g == graphs[0] for g in graphs)
     calls = [t for _, t in graphs[0]["backward"][0] if t.startswith("ringpass")]
     assert "ringpass.ring_attention_backward.default" in calls and "ringpass.reduce_list.default" in calls
+
+
+def collectives(gm: GraphModule) -> list[tuple[str, Any]]:
+    """What all ranks enter together, in order, with what they pass that must be equal."""
+    kinds = (ops.gather, ops.reduce, ops.reduce_list)
+    return [
+        (str(n.target), [str(a) for a in n.args[1:-1] if isinstance(a, str)])
+        for n in gm.graph.nodes
+        if n.target in kinds
+    ]
+
+
+def test_unrolled_ranks_enter_equal_collectives() -> None:
+    """Unrolled, ranks differ in tiles and transfers; what they enter together keeps its order."""
+    orders = []
+    for rank in range(5):
+        with fake_ring(rank, 5):
+            seen = compile_step("conditioned", 23, False)
+            orders.append({stage: [collectives(g) for g in seen[stage]] for stage in ("forward", "backward")})
+    assert all(o == orders[0] for o in orders) and orders[0]["backward"][0]
 
 
 def test_guards_agree_for_every_length() -> None:
@@ -159,5 +179,6 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mask k <= q & bool(x0[b, k])" in (folder / "sites.txt").read_text()
     assert "axis 0: 23 tokens, zigzag" in (folder / "plan.txt").read_text()
     assert "receive" in (folder / "schedule.txt").read_text()
-    assert "ringpass.ring_attention.default" in (folder / "forward.py").read_text()
-    assert "ringpass.ring_attention_backward.default" in (folder / "backward.py").read_text()
+    assert "ringpass.ring_attention.default" in (folder / "partitioned.py").read_text()
+    assert "receive_step1_from_rank0 = torch.ops.ringpass.exchange" in (folder / "forward.py").read_text()
+    assert "attention_backward_step1" in (folder / "backward.py").read_text()
