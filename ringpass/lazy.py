@@ -100,8 +100,8 @@ class LazyOutput(Tensor):
 class _Show(torch.autograd.Function):
     """Makes the lazy output a node of the autograd graph.
 
-    Code that never asks it for its values, such as a user's own autograd.Function, sends a cotangent of global shape. It
-    is whole and equal on every rank, and the local output takes the own tokens of it.
+    Code that never asks it for its values, such as a user's own autograd.Function, sends a cotangent of global shape;
+    being whole and equal on every rank, it gives the local output its own tokens.
     """
 
     @staticmethod
