@@ -59,7 +59,7 @@ def compile_step(
             module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
     if hasattr(model, "config"):
         model.config.n_positions = model.config.max_position_embeddings = 256
-    chosen = {"compiler": "aot_eager", "unroll_limit": unroll_limit}
+    chosen: Any = {"compiler": "aot_eager", "unroll_limit": unroll_limit}
     run: Any = torch.compile(model, backend="ring_dilated", options=chosen, dynamic=dynamic)
     with stages() as seen:
         loss_of(run(**batch_for(name, length, True, padding))).backward()
