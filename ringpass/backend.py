@@ -68,7 +68,7 @@ def ring_dilated(
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
     _report(planned, local, around)
     key = (around.rank, around.world, around.name)
-    run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, dump.graph)
+    run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, dump.graph, dump.path is not None)
     return _calling(run, local, Agreement(around, _facts(captured, planned, config), _names(captured)), around)
 
 

@@ -45,15 +45,23 @@ def compile_local(
     inductor: dict[str, Any],
     key: tuple[Any, ...],
     show: Show,
+    shown: bool,
 ) -> Callable[..., Any]:
-    """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward."""
+    """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward.
+
+    `shown`: someone looks at the stages, so the caches, which would skip them, are left out.
+    """
     if config.compiler == "aot_eager":
         return aot_eager(gm, inputs, config.unroll_limit, show)
     from torch._inductor.compile_fx import compile_fx
 
     _register_collectives()
     patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit), show)}
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+    if not shown:
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+    patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
 def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, show: Show) -> Callable[..., Any]:
