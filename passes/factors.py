@@ -189,6 +189,13 @@ def args_of(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def first_of(node: Node) -> Node:
+    """The first argument of a node that takes a tensor there."""
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
 def operands_of(node: Node) -> list[Node]:
     """The operands of `node` that are tensors or tuples of tensors."""
     return [n for n in node.all_input_nodes if tensors_of(n)]

@@ -29,9 +29,9 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.kernels import accumulator
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Sweep, args_of, size_of, tensors_of
+from ringpass.passes.factors import Sweep, args_of, first_of, size_of, tensors_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
-from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.plan import Axis, RingPlan, SitePlan, hint_of
 from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, RESIZED, SUMS, op_name
 
 aten = torch.ops.aten
@@ -162,7 +162,9 @@ class _Writer:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._like(n, reason))
             return self._copy(node, args, kwargs)
         if op_name(node) in PATTERNED:
-            return self._emit(aten.to.dtype, self._whole(_first(node), reason), node.meta["val"].dtype, name=node.name)
+            return self._emit(
+                aten.to.dtype, self._whole(first_of(node), reason), node.meta["val"].dtype, name=node.name
+            )
         args, kwargs = self._operands(node, None, reason)
         if is_dropout(node):
             return self._write_dropout(node, args[0], (0, 1, 1, "replicated", self.rank.world, self.rank.rank))
@@ -171,11 +173,11 @@ class _Writer:
     def _write_local(self, node: Node, axis: Axis) -> Any:
         name = op_name(node)
         if is_dropout(node):
-            return self._write_dropout(node, self._local(_first(node), axis), self._shard_args(node, axis))
+            return self._write_dropout(node, self._local(first_of(node), axis), self._shard_args(node, axis))
         if name == "dropout.default" or (name == "slice.Tensor" and _keeps_shape(node)):
-            return self._local(_first(node), axis)
+            return self._local(first_of(node), axis)
         if name in PATTERNED:
-            return self._emit(aten.to.dtype, self._local(_first(node), axis), node.meta["val"].dtype, name=node.name)
+            return self._emit(aten.to.dtype, self._local(first_of(node), axis), node.meta["val"].dtype, name=node.name)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name not in RESIZED:
             return self._checked(self._copy(node, args, kwargs), node, axis)
@@ -248,7 +250,7 @@ class _Writer:
             return self._write_elementwise_loss(node, args, kwargs)
         if name not in SUMS:
             return self._emit(ops.reduce, self._copy(node, args, kwargs), self.rank.group, name=f"{node.name}_reduced")
-        value, result = _first(node).meta["val"], node.meta["val"]
+        value, result = first_of(node).meta["val"], node.meta["val"]
         position = SUMS[name]
         dims = args[position] if position is not None and len(args) > position else kwargs.get("dim")
         keep = args[position + 1] if position is not None and len(args) > position + 1 else kwargs.get("keepdim", False)
@@ -513,24 +515,12 @@ def _fakes(args: Any) -> Any:
     return map_arg(args, lambda n: n.meta["val"])
 
 
-def _first(node: Node) -> Node:
-    first = node.args[0]
-    assert isinstance(first, Node)
-    return first
-
-
 def _keeps_shape(node: Node) -> bool:
-    return bool(_first(node).meta["val"].shape == node.meta["val"].shape)
+    return bool(first_of(node).meta["val"].shape == node.meta["val"].shape)
 
 
 def _bytes(node: Node) -> int:
-    return sum(int(size_hint(t)) * t.element_size() for t in tensors_of(node))
-
-
-def size_hint(t: torch.Tensor) -> int:
-    """Number of elements in this compilation."""
-    n = t.numel()
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+    return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
 
 
 def _where(node: Node | None) -> str:

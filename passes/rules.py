@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.passes.factors import Dims, Factors, Note, Sweep, args_of, operands_of, size_of
+from ringpass.passes.factors import Dims, Factors, Note, Sweep, args_of, first_of, operands_of, size_of
 
 aten = torch.ops.aten
 Rule = Callable[[Sweep, Node, Note], Any]
@@ -32,16 +32,15 @@ EINSUM = {
     "embedding.default": "v!d,*->*d",
 }
 POINTWISE = {
-    "to.dtype", "to.dtype_layout", "to.device",  "_to_copy.default",  "contiguous.default",
-    "clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default",
-    "dropout.default", "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar",
-    "masked_fill.Tensor", "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self",
-    "gelu.default", "silu.default", "relu.default", "relu6.default", "leaky_relu.default", "elu.default",
-    "hardtanh.default", "hardswish.default", "mish.default", "softplus.default", "selu.default", "celu.default",
-    "log_sigmoid.default", "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", 
-    "float_power.Tensor_Scalar", "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor",
-     "isfinite.default", "isinf.default", "isnan.default", "nan_to_num.default", "min.other",
-    "max.other", "empty_like.default",
+    "to.dtype", "to.dtype_layout", "to.device", "_to_copy.default", "contiguous.default", "clone.default",
+    "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default", "dropout.default",
+    "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar", "masked_fill.Tensor",
+    "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self", "gelu.default",
+    "silu.default", "relu.default", "relu6.default", "leaky_relu.default", "elu.default", "hardtanh.default",
+    "hardswish.default", "mish.default", "softplus.default", "selu.default", "celu.default", "log_sigmoid.default",
+    "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", "float_power.Tensor_Scalar",
+    "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor", "isfinite.default",
+    "isinf.default", "isnan.default", "nan_to_num.default", "min.other", "max.other", "empty_like.default",
 }  # fmt: skip
 CREATION = {
     "arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default",
@@ -162,13 +161,7 @@ def _creation(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 
 def _view(sweep: Sweep, node: Node, note: Note) -> Dims:
-    return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
-
-
-def _first(node: Node) -> Node:
-    first = node.args[0]
-    assert isinstance(first, Node)
-    return first
+    return sweep.reshape(sweep.dims(first_of(node)), node.meta["val"].shape, note)
 
 
 def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -177,7 +170,7 @@ def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 def _whole_dim(sweep: Sweep, node: Node, note: Note) -> Dims:
     position, default = WHOLE_DIM[op_name(node)]
-    dims = sweep.dims(_first(node))
+    dims = sweep.dims(first_of(node))
     given = default if position is None else _argument(node, position, "dim", default)
     chosen = range(len(dims)) if given in (None, []) else given if isinstance(given, list | tuple) else [given]
     for d in chosen:
@@ -188,7 +181,7 @@ def _whole_dim(sweep: Sweep, node: Node, note: Note) -> Dims:
 def _reduction(sweep: Sweep, node: Node, note: Note) -> Any:
     name = op_name(node)
     position = SUMS.get(name, REDUCTIONS.get(name))
-    dims = sweep.dims(_first(node))
+    dims = sweep.dims(first_of(node))
     given = None if position is None else _argument(node, position, "dim")
     picked = list(range(len(dims))) if given in (None, []) else [given] if isinstance(given, int) else list(given)
     picked = [d % len(dims) for d in picked] if dims else []
@@ -220,7 +213,7 @@ def _attention(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _norm(count: Callable[[Node], int]) -> Rule:
     def rule(sweep: Sweep, node: Node, note: Note) -> Dims:
-        dims = sweep.dims(_first(node))
+        dims = sweep.dims(first_of(node))
         note.whole += [f for d in dims[len(dims) - count(node) :] for f in d]
         return dims
 
@@ -229,7 +222,7 @@ def _norm(count: Callable[[Node], int]) -> Rule:
 
 def _permuted(order: Callable[[Node, int], list[int]]) -> Rule:
     def rule(sweep: Sweep, node: Node, note: Note) -> Dims:
-        dims = sweep.dims(_first(node))
+        dims = sweep.dims(first_of(node))
         return tuple(dims[d] for d in order(node, len(dims)))
 
     return rule
@@ -243,13 +236,13 @@ def _swapped(node: Node, rank: int) -> list[int]:
 
 
 def _expand(sweep: Sweep, node: Node, note: Note) -> Dims:
-    dims, shape = sweep.dims(_first(node)), node.meta["val"].shape
+    dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
     dims = ((),) * (len(shape) - len(dims)) + dims
     return tuple(d if d else sweep.new(n) for d, n in zip(dims, shape, strict=True))
 
 
 def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
-    dims = list(sweep.dims(_first(node)))
+    dims = list(sweep.dims(first_of(node)))
     dims.insert(args_of(node)[1] % (len(dims) + 1), ())
     return tuple(dims)
 
@@ -290,14 +283,14 @@ def _size(factors: Factors) -> Any:
 
 
 def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
-    dims = list(sweep.dims(_first(node)))
+    dims = list(sweep.dims(first_of(node)))
     note.whole += dims.pop(args_of(node)[1])
     return tuple(dims)
 
 
 def _pieces(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """split, chunk, unbind: the dim is needed whole, the others pass."""
-    dims = list(sweep.dims(_first(node)))
+    dims = list(sweep.dims(first_of(node)))
     drop = op_name(node) == "unbind.int"
     dim = _argument(node, 1 if drop else 2, "dim", 0) % len(dims)
     values = node.meta["val"]
@@ -311,7 +304,7 @@ def _pieces(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 
 
 def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
-    value = sweep.values[_first(node)]
+    value = sweep.values[first_of(node)]
     return tuple(sweep.resolve(d) for d in value[node.args[1]])
 
 
@@ -324,7 +317,7 @@ def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _squeeze(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Only dims of size 1 can go, and they have no factors."""
-    return sweep.reshape(sweep.dims(_first(node)), node.meta["val"].shape, note)
+    return sweep.reshape(sweep.dims(first_of(node)), node.meta["val"].shape, note)
 
 
 def _loss(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -342,7 +335,7 @@ def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]
 
 
 def _first_operand(sweep: Sweep, node: Node, note: Note) -> Dims:
-    return sweep.dims(_first(node))
+    return sweep.dims(first_of(node))
 
 
 def _embedding(sweep: Sweep, node: Node, note: Note) -> Dims | None:
@@ -353,7 +346,7 @@ def _embedding(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 
 def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
-    dims, dim = list(sweep.dims(_first(node))), _argument(node, 2, "dim")
+    dims, dim = list(sweep.dims(first_of(node))), _argument(node, 2, "dim")
     if dim is None:
         return sweep.unknown(node, note)  # type: ignore[no-any-return]
     note.whole += dims[dim]
@@ -376,7 +369,7 @@ def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """x[i, j, ..]: the picked dims are needed whole, the index tensors' dims stand in their place."""
-    source, picks = sweep.dims(_first(node)), list(args_of(node)[1])
+    source, picks = sweep.dims(first_of(node)), list(args_of(node)[1])
     at = [d for d, p in enumerate(picks) if p is not None]
     if at != list(range(at[0], at[-1] + 1)) or any(picks[d].meta["val"].dtype == torch.bool for d in at):
         return None

@@ -25,7 +25,7 @@ from ringpass.config import RingConfig
 from ringpass.errors import OptionError
 from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
-from ringpass.passes.detect import detect
+from ringpass.passes.detect import AttentionSite, detect
 from ringpass.passes.dump import Dump
 from ringpass.passes.factors import Sweep
 from ringpass.passes.partition import LocalOutput, Partitioned, Rank, partition
@@ -49,12 +49,13 @@ def ring_dilated(
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
     captured = capture(gm, example_inputs)
-    if around.world == 1 and not config.asked and not _draws(captured):
-        return codegen.plain(gm, example_inputs, inductor, config.compiler)
     sites = detect(captured.gm)
+    draws = _draws(captured, sites)
+    if around.world == 1 and not config.asked and not draws:
+        return codegen.plain(gm, example_inputs, inductor, config.compiler)
     if not sites:
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
-        if not _draws(captured):
+        if not draws:
             return codegen.plain(gm, example_inputs, inductor, config.compiler)
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
@@ -104,10 +105,10 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
-def _draws(captured: Captured) -> bool:
+def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
     """Whether the graph draws random numbers: with one rank too, its dropout is that of every number of ranks."""
     nodes = captured.gm.graph.nodes
-    return any(is_dropout(n) or draws_elsewhere(n) for n in nodes) or any(site.dropout for site in detect(captured.gm))
+    return any(is_dropout(n) or draws_elsewhere(n) for n in nodes) or any(site.dropout for site in sites)
 
 
 def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
