@@ -92,14 +92,14 @@ def partition(
     captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool
 ) -> Partitioned:
     """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
-    return _Writer(captured, plan, place(captured, plan, sweep), rank, strict, gather_outputs).write()
+    return _Writer(captured, place(captured, plan, sweep), rank, strict, gather_outputs).write()
 
 
 class _Writer:
     def __init__(
-        self, captured: Captured, plan: RingPlan, placement: Placement, rank: Rank, strict: bool, gather_outputs: bool
+        self, captured: Captured, placement: Placement, rank: Rank, strict: bool, gather_outputs: bool
     ) -> None:
-        self.captured, self.plan, self.placement, self.rank = captured, plan, placement, rank
+        self.captured, self.placement, self.rank = captured, placement, rank
         self.strict, self.gather_outputs = strict, gather_outputs
         self.graph = Graph()
         self.wholes: dict[Node, Any] = {}
