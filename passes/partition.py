@@ -92,14 +92,14 @@ def partition(
     captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool
 ) -> Partitioned:
     """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
-    return _Writer(captured, place(captured, plan, sweep), rank, strict, gather_outputs).write()
+    return _Writer(captured, place(captured, plan, sweep), plan.comm, rank, strict, gather_outputs).write()
 
 
 class _Writer:
     def __init__(
-        self, captured: Captured, placement: Placement, rank: Rank, strict: bool, gather_outputs: bool
+        self, captured: Captured, placement: Placement, comm: str, rank: Rank, strict: bool, gather_outputs: bool
     ) -> None:
-        self.captured, self.placement, self.rank = captured, placement, rank
+        self.captured, self.placement, self.comm, self.rank = captured, placement, comm, rank
         self.strict, self.gather_outputs = strict, gather_outputs
         self.graph = Graph()
         self.wholes: dict[Node, Any] = {}
@@ -231,7 +231,7 @@ class _Writer:
         bias = "" if site.bias is None else str(site.bias)
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, learned, name=f"ring_attention_{site.index}",
+            *names, problem.tile, *who, self.comm, learned, name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
         for _ in range(missing):

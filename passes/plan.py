@@ -18,10 +18,9 @@ import torch
 from ringpass.layout import Layout
 from ringpass.passes.detect import AttentionSite
 from ringpass.passes.factors import Factor, Sweep
-from ringpass.schedule import Problem, Program, program
+from ringpass.schedule import Problem, Program, program, tiling
 
 CANDIDATES = ("contiguous", "zigzag")
-SAMPLED_RANKS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +57,7 @@ class RingPlan:
     world: int
     axes: tuple[Axis, ...]
     sites: tuple[SitePlan, ...]
+    comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
     rejected: tuple[str, ...] = ()  # layouts not chosen, with their estimates
     remarks: tuple[str, ...] = ()
 
@@ -67,7 +67,7 @@ class RingPlan:
         return program(problem, rank) if problem else None
 
     def __str__(self) -> str:
-        lines = [f"plan for {self.world} ranks", *map(str, self.axes)]
+        lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
         for site in self.sites:
             where = ", ".join(
                 f"{n} {f'axis {a.index}' if a else 'replicated'}"
@@ -82,7 +82,7 @@ def hint_of(n: Any) -> int:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
-def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int) -> RingPlan:
+def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int, comm: str) -> RingPlan:
     """Chooses the layouts (`layout`: "auto" or a name) and states each site's schedule problem."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
@@ -99,7 +99,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str
         if query is None:
             key = None  # few queries over many keys: keys are gathered, the site runs replicated
         plans.append(SitePlan(site, query, key, _problem(site, query, key, world, tile) if query else None))
-    return RingPlan(world, tuple(final.values()), tuple(plans), tuple(rejected), tuple(remarks))
+    return RingPlan(world, tuple(final.values()), tuple(plans), comm, tuple(rejected), tuple(remarks))
 
 
 def _plain(site: AttentionSite, remarks: list[str]) -> bool:
@@ -148,16 +148,9 @@ def _choose(placed: list[Any], world: int, layout: str, tile: int) -> tuple[str,
                 continue
             queries, keys = (replace(a, layout=Layout(name, world)) if a else None for a in (query, key))
             problem = _problem(site, queries, keys, world, tile)
-            programs = [program(problem, rank) for rank in sampled_ranks(world)]
-            area += max(p.area for p in programs)
-            moved += max(p.received for p in programs)
+            whole = tiling(problem)
+            area += int(whole.areas(world).max())
+            moved += int(whole.received(world).max())
         costs[name] = (area, moved)
     best = min(CANDIDATES, key=lambda name: costs[name])
     return best, [f"{n}: largest tile area {a}, tokens received {m}" for n, (a, m) in costs.items() if n != best]
-
-
-def sampled_ranks(world: int) -> list[int]:
-    """Ranks by which a layout is judged: all of few, the first, the last and some between of many."""
-    if world <= SAMPLED_RANKS:
-        return list(range(world))
-    return sorted({rank * (world - 1) // (SAMPLED_RANKS - 1) for rank in range(SAMPLED_RANKS)})

@@ -16,27 +16,39 @@ Contract: `prove` returns only if all of this holds, and raises ScheduleError fo
     coverage     tiles are disjoint; pairs outside may not attend; in full tiles all must; causal tiles are k <= q
     thrift       each received token serves a tile, and no tile is provably empty or larger than it has to be
 
-Coverage is checked for each element of a mask that has at most BRUTE of them, else by arithmetic over rectangles.
+Coverage is checked for each element of a mask that has at most BRUTE of them, else by arithmetic (`cover`).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 
 from ringpass.errors import ScheduleError
 from ringpass.layout import Ranges, size, tokens
 from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate, without_data
+from ringpass.passes.cover import cover
 from ringpass.passes.plan import RingPlan
-from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program
+from ringpass.schedule import (
+    CAUSAL_TILE,
+    TILE_KINDS,
+    Problem,
+    Program,
+    Step,
+    Tile,
+    Tiling,
+    Transfer,
+    program,
+    tiling,
+)  # fmt: skip
 
-PROVED = 65_536  # tiles of a schedule that is proved at every compilation
+PROVED = 16_384  # tiles of a schedule whose programs on all ranks are written down and proved one by one
 BRUTE = 4_000_000  # elements of a mask that is checked one by one
 ROWS, COLUMNS = 32, 512  # parts of a mask that are evaluated at once for the lower bound
 Span = tuple[int, int]
@@ -64,18 +76,47 @@ def prove(problem: Problem) -> Proof:
     return check([program(problem, rank) for rank in range(problem.world)])
 
 
-def prove_all(plan: RingPlan) -> tuple[Proof, ...]:
-    """Proves the schedule of each site of a plan, equal ones once; those of more than `PROVED` tiles are left unproved.
-
-    Runs before a graph is compiled, so before anything is sent.  The bound keeps compilation short at a million tokens.
-    """
+def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
+    """Proves the schedule of each site of a plan, equal ones once, before anything is sent."""
     problems = dict.fromkeys(s.problem for s in plan.sites if s.problem)
-    return tuple(prove(p) for p in problems if _size(p) <= PROVED)
+    return tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
 
 
-def _size(problem: Problem) -> int:
-    """An upper bound on the tiles that a proof looks at, over all ranks."""
-    return (problem.queries // problem.tile + 2 * problem.world) * (problem.keys // problem.tile + 2 * problem.world)
+def prove_from(problem: Problem, rank: int) -> Proof:
+    """Proves the tiles of all ranks as arrays, and that the program of `rank` is what they say.
+
+    For schedules of many tiles, whose programs on all ranks would take minutes to write down.  That every send has its
+    receive follows, since both ends read one table; that nothing waits in a circle, since every rank's shifts ascend:
+    a wait for shift t only waits for what its peer does after the peer's own waits for shifts below t.
+    """
+    whole, one = tiling(problem), program(problem, rank)
+    for index, step in enumerate(one.steps):
+        _wellformed(one, index, step)
+    shifts = [step.shift for step in one.steps]
+    _demand(shifts == sorted(set(shifts)), rank, None, "its shifts {} do not ascend", shifts)
+    runs, sent = whole.of(rank).used(), whole.serving(rank).used()
+    for side, peers, table in (("receive", runs.src, runs), ("send", sent.dst, sent)):
+        found = [(x.src, x.dst, span) for s in one.steps if (x := getattr(s, side)) for span in x.tokens]
+        ends = zip(
+            table.src.tolist(), table.dst.tolist(), zip(*(x.tolist() for x in table.k), strict=True), strict=True
+        )
+        wanted = [end for end, remote in zip(ends, (peers != rank).tolist(), strict=True) if remote]
+        _demand(sorted(found) == sorted(wanted), rank, None, "does not {} what the tiles use", side)
+    _cover_rectangles(one)
+    for other in range(problem.world):
+        if other != rank:
+            cover(problem, other, whole.of(other))
+    remote = whole.take(whole.dst != whole.src)
+    certain = remote.take(remote.kind == TILE_KINDS.index(FULL))
+    areas = whole.areas(problem.world)
+    return Proof(
+        world=problem.world,
+        exchanges=len({*zip(remote.dst.tolist(), remote.src.tolist(), strict=True)}),
+        moved=int(whole.received(problem.world).sum()),
+        lower_bound=int(certain.received(problem.world).sum()),  # what partial tiles need is not counted
+        largest_area=int(areas.max()),
+        mean_area=float(areas.mean()),
+    )
 
 
 def check(programs: Sequence[Program]) -> Proof:
@@ -254,42 +295,29 @@ def _cover_elements(one: Program) -> None:
 
 
 def _cover_rectangles(one: Program) -> None:
-    """Queries are cut where tiles begin and end; what tiles leave of a cut must be empty."""
-    problem, found = one.problem, list(_tiles(one))
-    for step, tile, q, k in found:
-        full = tile.kind != FULL or all(_proved(problem.expr, a, b, FULL) for a in q for b in k)
-        _demand(full, one.rank, step, "the mask is not full in tile {}", tile)
-    queries = problem.query_layout.ranges(one.rank, problem.queries)
-    cuts = sorted({edge for spans in (queries, *(q for _, _, q, _ in found)) for span in spans for edge in span})
-    strips: list[list[Span]] = [[] for _ in cuts]
-    for _, _, q, k in found:
-        for start, stop in q:
-            for index in range(bisect_left(cuts, start), bisect_left(cuts, stop)):
-                strips[index] += k
-    for start, stop, strip in zip(cuts, cuts[1:], strips, strict=False):
-        if _within(((start, stop),), queries):
-            _cover_strip(one, (start, stop), sorted(strip))
+    parts = [part for _, tile, q, k in _tiles(one) for part in _parts(tile, q, k)]
+    owner = [_owner(one, k) for _, k, _ in parts]
+    columns = np.array([(*q, *k, kind) for q, k, kind in parts], dtype=np.int64).reshape(-1, 5).T
+    dst, src = np.full(len(parts), one.rank), np.array(owner, dtype=np.int64)
+    cover(one.problem, one.rank, Tiling(dst, src, (columns[0], columns[1]), (columns[2], columns[3]), columns[4]))
 
 
-def _cover_strip(one: Program, q: Span, covered: list[Span]) -> None:
-    reached, expr = 0, one.problem.expr
-    for start, stop in [*covered, (one.problem.keys, one.problem.keys)]:
-        gap = (reached, start)
-        _demand(reached <= start, one.rank, None, "two tiles cover queries {}, keys {}", q, (start, reached))
-        empty = reached == start or _proved(expr, q, gap, EMPTY)
-        _demand(empty, one.rank, None, "no tile covers queries {}, keys {}, which the mask may allow", q, gap)
-        reached = stop
+def _parts(tile: Tile, q: Ranges, k: Ranges) -> Iterator[tuple[Span, Span, int]]:
+    """A tile in rows as tiles in tokens: each run of queries by each run of keys."""
+    for i, queries in enumerate(q):
+        for j, keys in enumerate(k):
+            if tile.kind != CAUSAL_TILE:
+                yield queries, keys, TILE_KINDS.index(tile.kind)
+            elif i >= j:
+                yield queries, keys, TILE_KINDS.index(CAUSAL_TILE if i == j else FULL)
 
 
-def _proved(expr: Expr, q: Span, k: Span, kind: str) -> bool:
-    """Whether the mask is `kind` in all of q x k: cut in halves until each part is known."""
-    found = classify(expr, q, k)
-    if found != PARTIAL or max(q[1] - q[0], k[1] - k[0]) <= 1:
-        return found == kind
-    middle_q, middle_k = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
-    if q[1] - q[0] >= k[1] - k[0]:
-        return _proved(expr, (q[0], middle_q), k, kind) and _proved(expr, (middle_q, q[1]), k, kind)
-    return _proved(expr, q, (k[0], middle_k), kind) and _proved(expr, q, (middle_k, k[1]), kind)
+def _owner(one: Program, keys: Span) -> int:
+    """The rank that the program takes `keys` from: its own, or the sender of the step that brings them."""
+    for step in one.steps[1:]:
+        if step.receive and any(a <= keys[0] < b for a, b in step.receive.tokens):
+            return step.receive.src
+    return one.rank
 
 
 def _thrift(one: Program) -> None:

@@ -116,7 +116,9 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-COMPLETE = (ops.gather, ops.reduce, ops.reduce_list, ops.ring_attention, ops.ring_attention_backward)
+COMPLETE = (
+    ops.gather, ops.reduce, ops.reduce_list, ops.reduce_scatter, ops.ring_attention, ops.ring_attention_backward,
+)  # fmt: skip
 """Ops that talk to other ranks and are complete when they return."""
 
 

@@ -82,6 +82,21 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     return out
 
 
+def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """The local tokens of the sum over ranks of the full-length `x`."""
+    longest = max(shard.placement.length(rank, shard.tokens) for rank in range(shard.world))
+    whole = shard.split(x, shard.tokens)
+    padded = whole.new_zeros((shard.world, whole.shape[0], longest, whole.shape[2]))
+    for rank in range(shard.world):
+        offset = 0
+        for start, stop in shard.placement.ranges(rank, shard.tokens):
+            padded[rank, :, offset : offset + stop - start] = whole[:, start:stop]
+            offset += stop - start
+    mine = torch.empty_like(padded[0])
+    run_collective(dist.reduce_scatter_tensor, mine.view(-1), padded.view(-1), group=group)
+    return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
+
+
 def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
     """Sums over ranks, added in float32 (float64) and returned in each tensor's dtype: one all-reduce per dtype."""
     if any(x.is_complex() for x in xs):

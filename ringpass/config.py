@@ -26,6 +26,8 @@ class RingConfig:
     """Options of `torch.compile(model, backend="ring_dilated", options={...})`.
 
     layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous" or "zigzag".
+    comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
+        all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
     strict: refuse, instead of gather and report, what has no rule.
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
@@ -40,6 +42,7 @@ class RingConfig:
     """
 
     layout: str = "auto"
+    comm: str = "ring"
     compiler: str = "inductor"
     strict: bool = False
     outputs: str = "lazy"
@@ -52,6 +55,7 @@ class RingConfig:
 
     def __post_init__(self) -> None:
         _one_of("layout", self.layout, ("auto", "contiguous", "zigzag"))
+        _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
         _one_of("outputs", self.outputs, ("lazy", "gathered"))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")

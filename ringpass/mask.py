@@ -25,12 +25,17 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
-Interval = tuple[float, float]
+KINDS = (EMPTY, PARTIAL, FULL)
+Bound = Any  # a float, or a float64 array of them: one per box
+Interval = tuple[Bound, Bound]
 Box = dict[str, Interval]  # closed intervals
+Spans = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
 
 INFIX = {  # operator -> (text, precedence, python ast node)
     "or": ("|", 1, ast.BitOr),
@@ -103,61 +108,77 @@ B, H, Q, K = Index("b"), Index("h"), Index("q"), Index("k")
 # --- operators: what torch computes, and what an interval becomes -----------------------------------------------------
 
 
-def _corners(fn: Callable[[float, float], float], a: Interval, b: Interval) -> Interval:
-    values = [fn(x, y) for x in a for y in b]
-    return (-math.inf, math.inf) if any(math.isnan(v) for v in values) else (min(values), max(values))
+# Interval arithmetic works on whole arrays of boxes at once: a bound is a float or a float64 array.
 
 
-def _compare(surely: Callable[[Interval, Interval], bool], never: Callable[[Interval, Interval], bool]) -> Any:
-    return lambda a, b: (1.0, 1.0) if surely(a, b) else (0.0, 0.0) if never(a, b) else (0.0, 1.0)
+def _corners(fn: Callable[[Bound, Bound], Bound], a: Interval, b: Interval) -> Interval:
+    with np.errstate(all="ignore"):
+        values = [fn(x, y) for x in a for y in b]
+    nan = reduce(np.logical_or, map(np.isnan, values))
+    return np.where(nan, -np.inf, reduce(np.fmin, values)), np.where(nan, np.inf, reduce(np.fmax, values))
+
+
+def _compare(surely: Callable[[Interval, Interval], Any], never: Callable[[Interval, Interval], Any]) -> Any:
+    return lambda a, b: (np.where(surely(a, b), 1.0, 0.0), np.where(never(a, b), 0.0, 1.0))
+
+
+def _equal(a: Interval, b: Interval) -> Any:
+    return (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
+
+
+def _apart(a: Interval, b: Interval) -> Any:
+    return (a[1] < b[0]) | (b[1] < a[0])
 
 
 def _floordiv(a: Interval, b: Interval) -> Interval:
-    if b[0] != b[1] or b[0] <= 0 or math.isinf(a[0]) or math.isinf(a[1]):
-        return (-math.inf, math.inf)
-    return (a[0] // b[0], a[1] // b[0])
+    known = (b[0] == b[1]) & (b[0] > 0) & np.isfinite(a[0]) & np.isfinite(a[1])
+    with np.errstate(all="ignore"):
+        low, high = np.floor_divide(a[0], b[0]), np.floor_divide(a[1], b[0])
+    return np.where(known, low, -np.inf), np.where(known, high, np.inf)
 
 
 def _modulo(a: Interval, b: Interval) -> Interval:
-    if b[0] != b[1] or b[0] <= 0:
-        return (-math.inf, math.inf)
-    if math.isfinite(a[0]) and math.isfinite(a[1]) and a[0] // b[0] == a[1] // b[0]:
-        return (a[0] % b[0], a[1] % b[0])
-    return (0.0, b[0] - 1) if a[0] == a[0] // 1 else (0.0, b[0])
+    known = (b[0] == b[1]) & (b[0] > 0)
+    with np.errstate(all="ignore"):
+        low, high, starts, ends = *(np.floor_divide(x, b[0]) for x in a), *(np.mod(x, b[0]) for x in a)
+    inside = np.isfinite(a[0]) & np.isfinite(a[1]) & (low == high)
+    most = np.where(np.isfinite(a[0]) & (a[0] == np.floor(a[0])), b[0] - 1, b[0])
+    bottom, top = np.where(inside, starts, 0.0), np.where(inside, ends, most)
+    return np.where(known, bottom, -np.inf), np.where(known, top, np.inf)
 
 
 def _where(c: Interval, a: Interval, b: Interval) -> Interval:
-    if c[0] == c[1]:
-        return a if c[0] else b
-    return (min(a[0], b[0]), max(a[1], b[1]))
+    low = np.where(c[0] != c[1], np.minimum(a[0], b[0]), np.where(c[0] != 0, a[0], b[0]))
+    return low, np.where(c[0] != c[1], np.maximum(a[1], b[1]), np.where(c[0] != 0, a[1], b[1]))
 
 
 def _absolute(a: Interval) -> Interval:
-    low = 0.0 if a[0] <= 0 <= a[1] else min(abs(a[0]), abs(a[1]))
-    return (low, max(abs(a[0]), abs(a[1])))
+    ends = np.abs(a[0]), np.abs(a[1])
+    return np.where((a[0] <= 0) & (a[1] >= 0), 0.0, np.minimum(*ends)), np.maximum(*ends)
 
 
 UNKNOWN: Interval = (-math.inf, math.inf)
+lowest, highest = np.minimum, np.maximum
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
-    "or": (operator.or_, lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
-    "and": (operator.and_, lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
+    "or": (operator.or_, lambda a, b: (highest(a[0], b[0]), highest(a[1], b[1]))),
+    "and": (operator.and_, lambda a, b: (lowest(a[0], b[0]), lowest(a[1], b[1]))),
     "xor": (operator.xor, lambda a, b: (0.0, 1.0)),
     "not": (torch.logical_not, lambda a: (1.0 - a[1], 1.0 - a[0])),
     "lt": (operator.lt, _compare(lambda a, b: a[1] < b[0], lambda a, b: a[0] >= b[1])),
     "le": (operator.le, _compare(lambda a, b: a[1] <= b[0], lambda a, b: a[0] > b[1])),
     "gt": (operator.gt, _compare(lambda a, b: a[0] > b[1], lambda a, b: a[1] <= b[0])),
     "ge": (operator.ge, _compare(lambda a, b: a[0] >= b[1], lambda a, b: a[1] < b[0])),
-    "eq": (operator.eq, _compare(lambda a, b: a[0] == a[1] == b[0] == b[1], lambda a, b: a[1] < b[0] or b[1] < a[0])),
-    "ne": (operator.ne, _compare(lambda a, b: a[1] < b[0] or b[1] < a[0], lambda a, b: a[0] == a[1] == b[0] == b[1])),
+    "eq": (operator.eq, _compare(_equal, _apart)),
+    "ne": (operator.ne, _compare(_apart, _equal)),
     "add": (operator.add, lambda a, b: (a[0] + b[0], a[1] + b[1])),
     "sub": (operator.sub, lambda a, b: (a[0] - b[1], a[1] - b[0])),
-    "mul": (operator.mul, lambda a, b: _corners(operator.mul, a, b)),
+    "mul": (operator.mul, lambda a, b: _corners(np.multiply, a, b)),
     "div": (operator.truediv, lambda a, b: UNKNOWN),
     "floordiv": (operator.floordiv, _floordiv),
     "mod": (operator.mod, _modulo),
     "neg": (operator.neg, lambda a: (-a[1], -a[0])),
-    "min": (torch.minimum, lambda a, b: (min(a[0], b[0]), min(a[1], b[1]))),
-    "max": (torch.maximum, lambda a, b: (max(a[0], b[0]), max(a[1], b[1]))),
+    "min": (torch.minimum, lambda a, b: (lowest(a[0], b[0]), lowest(a[1], b[1]))),
+    "max": (torch.maximum, lambda a, b: (highest(a[0], b[0]), highest(a[1], b[1]))),
     "abs": (torch.abs, _absolute),
     "log": (torch.log, lambda a: UNKNOWN),
     "exp": (torch.exp, lambda a: UNKNOWN),
@@ -323,7 +344,10 @@ def _tensor(x: Any, positions: dict[str, Tensor]) -> Tensor:
 
 
 def bounds(expr: Expr, box: Box) -> Interval:
-    """A closed interval that holds every value of `expr` over `box`; booleans count as 0 and 1."""
+    """A closed interval that holds every value of `expr` over `box`, or over each of an array of boxes.
+
+    Booleans count as 0 and 1.
+    """
     if isinstance(expr, Index):
         return box.get(expr.name, (0.0, math.inf))
     if isinstance(expr, Const):
@@ -337,14 +361,15 @@ def bounds(expr: Expr, box: Box) -> Interval:
     args = [bounds(a, box) for a in expr.args]
     if expr.op in ("and", "or", "not"):
         args = [_cast_bounds(a, "bool") for a in args]
-    out = OPERATORS[expr.op][1](*args)
+    low, high = OPERATORS[expr.op][1](*args)
     if expr.op in ("add", "sub", "mul", "floordiv", "mod"):
         kind = _kind(expr)
         if kind == "bool":
-            return _cast_bounds(out, "bool")  # True + True is True
-        if kind == "float" and not (_whole(expr) and all(abs(x) < 2**24 for x in out)):
-            return UNKNOWN  # it may be rounded
-    return out
+            return _cast_bounds((low, high), "bool")  # True + True is True
+        if kind == "float":  # it may be rounded
+            exact = _whole(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
+            return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
+    return low, high
 
 
 @lru_cache(maxsize=4096)
@@ -379,16 +404,27 @@ def _whole(expr: Expr) -> bool:
 
 
 def _cast_bounds(inner: Interval, dtype: str) -> Interval:
+    low, high = inner
     if dtype == "bool":
-        return (1.0, 1.0) if inner[0] > 0 or inner[1] < 0 else (0.0, 0.0) if inner == (0.0, 0.0) else (0.0, 1.0)
-    exact = all(math.isfinite(x) and x == int(x) and abs(x) < 2**24 for x in inner)
-    return inner if exact and dtype in ("int32", "int64", "float32", "float64") else UNKNOWN
+        return np.where((low > 0) | (high < 0), 1.0, 0.0), np.where((low == 0) & (high == 0), 0.0, 1.0)
+    if dtype not in ("int32", "int64", "float32", "float64"):
+        return UNKNOWN
+    exact = reduce(operator.and_, ((np.abs(x) < 2**24) & (x == np.floor(x)) for x in inner))
+    return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
 
 
 def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str:
     """EMPTY, FULL or PARTIAL for the half-open position ranges `queries` x `keys`, for every batch and head."""
-    low, high = bounds(expr, {"q": (queries[0], queries[1] - 1), "k": (keys[0], keys[1] - 1)})
+    low, high = bounds(expr, {"q": (float(queries[0]), queries[1] - 1.0), "k": (float(keys[0]), keys[1] - 1.0)})
     return FULL if low == high == 1.0 else EMPTY if low == high == 0.0 else PARTIAL
+
+
+def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
+    """`classify` of many tiles at once, as indices into KINDS: tile i is q[0][i]:q[1][i] x k[0][i]:k[1][i]."""
+    box = {"q": (q[0].astype(float), q[1] - 1.0), "k": (k[0].astype(float), k[1] - 1.0)}
+    low, high = bounds(expr, box)
+    full, empty = (low == 1.0) & (high == 1.0), (low == 0.0) & (high == 0.0)
+    return np.broadcast_to(np.where(full, 2, np.where(empty, 0, 1)), q[0].shape).astype(np.int8)
 
 
 @lru_cache(maxsize=1024)

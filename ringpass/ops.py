@@ -6,6 +6,7 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     operator         forward                                   backward
     shard            take the own tokens                       all-gather
     gather           all-gather, in original order             take the own tokens
+    reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys     ring_attention_backward
@@ -34,10 +35,11 @@ from ringpass.ring import Site
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
-    "str query_layout, str key_layout, int tile, int rank, int world, str group, str learned"
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str learned"
 )
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
+define(f"reduce_scatter(Tensor x, {SHARD}, str group) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
 define("replicate(Tensor[] xs, str group) -> Tensor[]")
@@ -52,8 +54,11 @@ define(
 _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
+reduce_scatter = _ops.reduce_scatter.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
-COMMUNICATING = (shard, gather, reduce, reduce_list, replicate, ring_attention, ring_attention_backward)
+COMMUNICATING = (
+    shard, gather, reduce, reduce_list, reduce_scatter, replicate, ring_attention, ring_attention_backward,
+)  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
 
 
@@ -80,6 +85,7 @@ def _unchanged(ctx: Any) -> tuple[None, ...]:
 
 implement("shard", lambda x, *args: collectives.take(x, Shard(*args[:-1])), _fake_shard)
 implement("gather", lambda x, *args: collectives.gather(x, Shard(*args[:-1]), args[-1]), _fake_gather)
+implement("reduce_scatter", lambda x, *args: collectives.reduce_scatter(x, Shard(*args[:-1]), args[-1]), _fake_shard)
 _shard_backward_gather, _gather_backward_shard = gather, shard
 differentiate(
     "shard", lambda ctx, grad: (_shard_backward_gather(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments

@@ -10,6 +10,8 @@ key/value heads, D head width, Lq and Lk local query and key tokens.
 
 The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind.  K and V (dK
 and dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
+
+How keys come and their gradients go is a `Transport`: `Exchanges` as above, or, to measure against, `AllGather`.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Site:
     rank: int
     world: int
     group: str
+    comm: str = "ring"
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
 
     @property
@@ -72,7 +75,7 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     steps = site.program.steps
     state = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
-    for step, (k_block, v_block), flying in _blocks(site, k, v):
+    for step, (k_block, v_block), flying in transport(site, k, v).blocks():
         for tile in step.tiles:
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
             parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
@@ -99,12 +102,12 @@ def backward(
     steps, dtype = site.program.steps, accumulator(q.dtype)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     dq = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
-    own = Rows(k.shape[2], [*(t.k for t in steps[0].tiles), *(r for s in steps for r in _sent_rows(site, s))])
+    keys = transport(site, k, v)
+    own = Rows(k.shape[2], [*(t.k for t in steps[0].tiles), *keys.returned_rows])
     dleaves = [torch.zeros_like(leaves[i], dtype=dtype) for i in site.learned]
-    returning: tuple[Tensor, Step] | None = None
-    for index, (step, blocks, flying) in enumerate(_blocks(site, k, v)):
+    for index, (step, blocks, flying) in enumerate(keys.blocks()):
         block = own if index == 0 else Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
-        flying = [*flying, *([returning[0]] if returning else [])]
+        flying = [*flying, *keys.returning]
         for tile in step.tiles:
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
             ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
@@ -118,12 +121,8 @@ def backward(
             if dbias:
                 dleaves = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
         if index:
-            started = _start_return(site, step, block.join(lambda n: _zero_block(k, v, n, dtype)), k)
-            if returning:
-                _take_return(site, *returning, own, k, v)
-            returning = (started, step)
-    if returning:
-        _take_return(site, *returning, own, k, v)
+            keys.give_back(step, block.join(lambda n: _zero_block(k, v, n, dtype)), own)
+    keys.finish(own)
     dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))
     (dq_out,) = dq.join(lambda n: (q.new_zeros((*q.shape[:2], n, q.shape[3]), dtype=dtype),))
     learned = [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
@@ -204,44 +203,131 @@ def _cut(x: Tensor, span: tuple[int, int]) -> Tensor:
 # --- key blocks on the move -------------------------------------------------------------------------------------------
 
 
-def _blocks(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
-    """(step, (keys, values), buffers in flight) of each step; the next exchange starts before a block is handed out."""
-    steps = site.program.steps
-    block, arriving = (k, v), None
-    for index, step in enumerate(steps):
-        if arriving is not None:
-            with label(f"wait_step{step.shift}"):
-                block = _unpack(primitives.wait(arriving), size(step.tokens), k, v)
-        if index + 1 < len(steps):
-            arriving = _start_step(site, steps[index + 1], k, v)
-        yield step, block, [arriving] if arriving is not None and index + 1 < len(steps) else []
+def transport(site: Site, k: Tensor, v: Tensor) -> Transport:
+    """How the keys of other ranks come, and their gradients go home."""
+    return {"ring": Exchanges, "allgather": AllGather}[site.comm](site, k, v)
 
 
-def _start_step(site: Site, step: Step, k: Tensor, v: Tensor) -> Tensor:
-    with label(f"send_step{step.shift}_{_peer(step.send)}"):
-        sent = _pack([_take(x, _sent_rows(site, step)) for x in (k, v)]) if step.send else k.new_empty(0)
-    return _exchange(site, 2 * step.shift, sent, step.send, step.receive, k, v)
+class Transport:
+    """`blocks` yields (step, (keys, values), buffers in flight) of each step; after the tiles of each but the first,
+    the backward calls `give_back` with the block's dK, dV, and `finish` at the end: together they add the gradients
+    that other ranks computed to `own`, those of the own tokens.
+    """
+
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
+        self.site, self.k, self.v, self.steps = site, k, v, site.program.steps
+        self.returning: list[Tensor] = []  # buffers of gradients in flight
+
+    @property
+    def returned_rows(self) -> Ranges:
+        """The rows of the own block as `own` receives them."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
+        raise NotImplementedError
+
+    def give_back(self, step: Step, grads: tuple[Tensor, ...], own: Rows) -> None:
+        raise NotImplementedError
+
+    def finish(self, own: Rows) -> None:
+        raise NotImplementedError
 
 
-def _start_return(site: Site, step: Step, grads: tuple[Tensor, ...], k: Tensor) -> Tensor:
-    """Sends dK, dV of the received block to its owner; receives those of the tokens that were sent out."""
-    back, home = _reverse(step.receive), _reverse(step.send)
-    with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
-        sent = _pack(list(grads)) if back else k.new_empty(0, dtype=accumulator(k.dtype))
-    return _exchange(site, 2 * step.shift + 1, sent, back, home, *grads)
+class Exchanges(Transport):
+    """The ring: one exchange per step, started before the tiles of the step before; gradients return a step behind."""
+
+    late: Step | None = None
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return tuple(span for step in self.steps for span in _sent_rows(self.site, step))
+
+    def blocks(self) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
+        block, arriving = (self.k, self.v), None
+        for index, step in enumerate(self.steps):
+            if arriving is not None:
+                with label(f"wait_step{step.shift}"):
+                    block = _unpack(primitives.wait(arriving), size(step.tokens), self.k, self.v)
+            if index + 1 < len(self.steps):
+                arriving = self._start(self.steps[index + 1])
+            yield step, block, [arriving] if arriving is not None and index + 1 < len(self.steps) else []
+
+    def give_back(self, step: Step, grads: tuple[Tensor, ...], own: Rows) -> None:
+        back, home = _reverse(step.receive), _reverse(step.send)
+        with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
+            sent = _pack(list(grads)) if back else self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+        started = _exchange(self.site, 2 * step.shift + 1, sent, back, home, *grads)
+        self.finish(own)
+        self.returning, self.late = [started], step
+
+    def finish(self, own: Rows) -> None:
+        for arriving in self.returning:
+            assert self.late is not None
+            self._take(arriving, self.late, own)
+        self.returning = []
+
+    def _start(self, step: Step) -> Tensor:
+        with label(f"send_step{step.shift}_{_peer(step.send)}"):
+            rows_sent = _sent_rows(self.site, step)
+            sent = _pack([_take(x, rows_sent) for x in (self.k, self.v)]) if step.send else self.k.new_empty(0)
+        return _exchange(self.site, 2 * step.shift, sent, step.send, step.receive, self.k, self.v)
+
+    def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
+        with label(f"wait_gradients_step{step.shift}"):
+            received = primitives.wait(arriving)
+            if step.send is None:
+                return
+            grads = _unpack(received, step.send.size, self.k, self.v)
+        with label(f"add_gradients_step{step.shift}"):
+            offset = 0
+            for start, stop in _sent_rows(self.site, step):
+                own.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
+                offset += stop - start
 
 
-def _take_return(site: Site, arriving: Tensor, step: Step, own: Rows, k: Tensor, v: Tensor) -> None:
-    with label(f"wait_gradients_step{step.shift}"):
-        received = primitives.wait(arriving)
-        if step.send is None:
+class AllGather(Transport):
+    """Every rank gathers all keys before its first tile; one reduce-scatter brings the gradients home.
+
+    The tiles are the ring's own.  Holds K, V and their gradients at full length.
+    """
+
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
+        super().__init__(site, k, v)
+        self.where = (2, 1, site.keys, site.key_layout, site.world, site.rank, site.group)
+        self.given: list[tuple[Ranges, tuple[Tensor, ...]]] = []
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return ()
+
+    def blocks(self) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
+        full = [self.k, self.v]
+        if self.site.world > 1 and self.site.key_layout != "replicated":
+            with label("gather_keys"):
+                full = [torch.ops.ringpass.gather(x, *self.where) for x in full]
+        for index, step in enumerate(self.steps):
+            if index == 0:
+                yield step, (self.k, self.v), []
+            elif step.tokens:
+                yield step, (_take(full[0], step.tokens), _take(full[1], step.tokens)), []
+
+    def give_back(self, step: Step, grads: tuple[Tensor, ...], own: Rows) -> None:
+        self.given.append((step.tokens, grads))
+
+    def finish(self, own: Rows) -> None:
+        if self.site.world == 1 or self.site.key_layout == "replicated":
             return
-        grads = _unpack(received, step.send.size, k, v)
-    with label(f"add_gradients_step{step.shift}"):
-        offset = 0
-        for start, stop in _sent_rows(site, step):
-            own.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
-            offset += stop - start
+        whole = Rows(self.site.keys, [span for tokens, _ in self.given for span in tokens])
+        for tokens, grads in self.given:
+            offset = 0
+            for start, stop in tokens:
+                whole.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
+                offset += stop - start
+        dtype = accumulator(self.k.dtype)
+        with label("reduce_scatter_gradients"):
+            sums = whole.join(lambda n: _zero_block(self.k, self.v, n, dtype))
+            home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
+        own.fold((0, self.k.shape[2]), home, _add)
 
 
 def _exchange(

@@ -11,6 +11,8 @@ key block.  A *transfer* names the token ranges that travel, never a whole shard
 transfer out, and the tiles that the arrived keys serve; step 0 is the rank's own keys.  In step t, rank r receives from
 rank r - t and sends to rank r + t (mod P): each step is a matching, and the order of steps is the same on all ranks.
 
+`tiling` finds the non-empty tiles of all ranks at once, as arrays; `program` reads one rank's steps out of it.
+
 Contract (proved by `ringpass.passes.verify.prove` for all ranks together): each send has its receive, in the same order
 on both sides; nothing waits in a circle; each (query, key) pair that the mask may allow is in exactly one tile; a rank
 receives only tokens that a tile of its own uses.
@@ -19,13 +21,21 @@ receives only tokens that a tile of its own uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ringpass.layout import Layout, Ranges, size
-from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, TRUE, Expr, classify, parse
+from ringpass.mask import CAUSAL, FULL, KINDS, Expr, Spans, classify_all, parse
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
+TILE_KINDS = (*KINDS, CAUSAL_TILE)
+_EMPTY, _PARTIAL, _FULL, _CAUSAL = range(4)  # indices into TILE_KINDS
+BATCH = 1 << 18  # rectangles classified at once
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,70 @@ class Problem:
         return parse(self.mask)
 
 
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """The non-empty tiles of a problem on all ranks: arrays of equal length, sorted by (dst, src, q, k).
+
+    Tile i holds queries q[0][i]:q[1][i], of rank dst[i], and keys k[0][i]:k[1][i], of rank src[i], in positions of the
+    sequence; kind[i] is an index into TILE_KINDS.
+    """
+
+    dst: Array
+    src: Array
+    q: Spans
+    k: Spans
+    kind: Array
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def take(self, where: Array | slice) -> Tiling:
+        """The tiles at the indices `where`."""
+        q, k = ((x[0][where], x[1][where]) for x in (self.q, self.k))
+        return Tiling(self.dst[where], self.src[where], q, k, self.kind[where])
+
+    def of(self, dst: int) -> Tiling:
+        """The tiles of the queries of rank `dst`."""
+        return self.take(slice(*np.searchsorted(self.dst, (dst, dst + 1))))
+
+    def serving(self, src: int) -> Tiling:
+        """The tiles that use keys of rank `src`, sorted by dst."""
+        return self.take(self._by_source[slice(*np.searchsorted(self.src[self._by_source], (src, src + 1)))])
+
+    @cached_property
+    def _by_source(self) -> Array:
+        return np.argsort(self.src, kind="stable")
+
+    @cached_property
+    def area(self) -> Array:
+        """(query, key) pairs of each tile; a causal tile counts its triangle."""
+        n, m = self.q[1] - self.q[0], self.k[1] - self.k[0]
+        pairs: Array = np.where(self.kind == _CAUSAL, n * (n + 1) // 2, n * m)
+        return pairs
+
+    def areas(self, world: int) -> Array:
+        """(query, key) pairs of each rank."""
+        return np.bincount(self.dst, self.area, world)
+
+    def received(self, world: int) -> Array:
+        """Key tokens that each rank receives."""
+        runs = self.used()
+        remote = runs.src != runs.dst
+        return np.bincount(runs.dst[remote], (runs.k[1] - runs.k[0])[remote], world)
+
+    def used(self) -> Tiling:
+        """One entry per (dst, src, run of keys that tiles use): their queries and kinds mean nothing."""
+        order = np.lexsort((self.k[0], self.src, self.dst))
+        dst, src, start, stop = (x[order] for x in (self.dst, self.src, *self.k))
+        pair = np.concatenate([[0], np.cumsum((np.diff(dst) != 0) | (np.diff(src) != 0))])[: len(dst)]
+        offset = pair * (int(stop.max(initial=0)) + 1)  # keeps the pairs apart in one running maximum
+        reached = np.maximum.accumulate(stop + offset)
+        begins = np.concatenate([[True], (start + offset)[1:] > reached[:-1]])[: len(dst)]
+        ends = np.concatenate([begins[1:], [True]])[: len(dst)]
+        runs = start[begins], (reached - offset)[ends]
+        return Tiling(dst[begins], src[begins], runs, runs, np.zeros(int(begins.sum()), np.int8))
+
+
 @dataclass(frozen=True)
 class Program:
     """One rank's steps for one site, the own keys first."""
@@ -123,40 +197,90 @@ class Program:
         return sum(step.receive.size for step in self.steps if step.receive)
 
 
+@lru_cache(maxsize=64)
+def tiling(problem: Problem) -> Tiling:
+    """The non-empty tiles of all ranks: pairs of chunks, cut in halves until each is full, empty or small enough."""
+    q, k = chunks(problem.query_layout, problem.queries), chunks(problem.key_layout, problem.keys)
+    found = []
+    rows_at_once = max(1, BATCH // max(1, len(k[0])))
+    for low in range(0, max(1, len(q[0])), rows_at_once):
+        some = [x[low : low + rows_at_once] for x in q]
+        pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
+        found += _halve(problem, *_with_ranks(problem, *pairs))
+    dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
+    order = np.lexsort((k0, q0, src, dst))
+    return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
+
+
+def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:
+    """(rank, start, stop) of each range of each rank; a replicated sequence belongs to all ranks."""
+    spans = [(rank, *span) for rank in range(layout.world) for span in layout.ranges(rank, tokens)]
+    table = np.array(spans, dtype=np.int64).reshape(-1, 3)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]:
+    """dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are each rank's own."""
+    pairs = [q[0], k[0], *q[1:], *k[1:]]
+    return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
+
+
+def _halve(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
+    """Cuts rectangles along their longer side; returns the columns of the tiles found at each size."""
+    expr, found = problem.expr, []
+    while True:
+        kind = classify_all(expr, (q0, q1), (k0, k1))
+        small = np.maximum(q1 - q0, k1 - k0) <= problem.tile
+        whole = (kind == _FULL) & (not problem.cut_all)
+        if expr == CAUSAL:
+            kind = np.where(small & (kind == _PARTIAL) & (q0 == k0) & (q1 == k1), np.int8(_CAUSAL), kind)
+        done, more = (kind != _EMPTY) & (small | whole), (kind != _EMPTY) & ~(small | whole)
+        found.append([x[done] for x in (dst, src, q0, q1, k0, k1, kind)])
+        if not more.any():
+            return found
+        dst, src, q0, q1, k0, k1 = (x[more] for x in (dst, src, q0, q1, k0, k1))
+        tall = q1 - q0 >= k1 - k0
+        q, k = (q0 + q1) // 2, (k0 + k1) // 2
+        first = [dst, src, q0, np.where(tall, q, q1), k0, np.where(tall, k1, k)]
+        second = [dst, src, np.where(tall, q, q0), q1, np.where(tall, k0, k), k1]
+        dst, src, q0, q1, k0, k1 = (np.concatenate(pair) for pair in zip(first, second, strict=True))
+
+
 @lru_cache(maxsize=4096)
 def program(problem: Problem, rank: int) -> Program:
-    """The steps of `rank`.  Cost O(P) in planning, whatever the other ranks do."""
-    steps = [Step(0, problem.key_layout.ranges(rank, problem.keys), _local_tiles(problem, rank))]
-    queries = problem.query_layout.ranges(rank, problem.queries)
-    for shift in range(1, 1 if problem.key_layout.replicated else problem.world):
+    """The steps of `rank`."""
+    whole = tiling(problem)
+    mine, queries = whole.of(rank), problem.query_layout.ranges(rank, problem.queries)
+    own = problem.key_layout.ranges(rank, problem.keys)
+    steps = [Step(0, own, _local_tiles(problem, queries, own, _from(mine, rank)))]
+    incoming, outgoing = _by_peer(mine.used(), "src"), _by_peer(whole.serving(rank).used(), "dst")
+    for shift in range(1, problem.world):
         src, dst = (rank - shift) % problem.world, (rank + shift) % problem.world
-        incoming, outgoing = needed(problem, src, rank), needed(problem, rank, dst)
-        if incoming or outgoing:
+        receives, sends = incoming.get(src, ()), outgoing.get(dst, ())
+        if receives or sends:
             steps.append(
                 Step(
                     shift,
-                    tokens=incoming,
-                    tiles=_tiles(problem, queries, problem.key_layout.ranges(src, problem.keys), incoming),
-                    receive=Transfer(src, rank, incoming) if incoming else None,
-                    send=Transfer(rank, dst, outgoing) if outgoing else None,
+                    tokens=receives,
+                    tiles=_tiles(problem, queries, receives, _from(mine, src)),
+                    receive=Transfer(src, rank, receives) if receives else None,
+                    send=Transfer(rank, dst, sends) if sends else None,
                 )
             )
     return Program(problem, rank, tuple(steps))
 
 
-@lru_cache(maxsize=65536)
-def needed(problem: Problem, src: int, dst: int) -> Ranges:
-    """The tokens of rank `src` whose keys serve a non-empty tile of rank `dst`, ascending."""
-    queries = problem.query_layout.ranges(dst, problem.queries)
-    keys = problem.key_layout.ranges(src, problem.keys)
-    used = sorted({tile[1] for q in queries for k in keys for tile in _split(problem, q, k)})
-    out: list[tuple[int, int]] = []
-    for start, stop in used:
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(stop, out[-1][1]))
-        else:
-            out.append((start, stop))
-    return tuple(out)
+def _from(mine: Tiling, src: int) -> Tiling:
+    """Those of one rank's tiles whose keys are those of `src`."""
+    return mine.take(slice(*np.searchsorted(mine.src, (src, src + 1))))
+
+
+def _by_peer(used: Tiling, side: str) -> dict[int, Ranges]:
+    """The runs of keys, by the rank that they come from (`src`) or go to (`dst`)."""
+    out: dict[int, Ranges] = {}
+    for peer, start, stop in zip(getattr(used, side).tolist(), *(x.tolist() for x in used.k), strict=True):
+        out[peer] = (*out.get(peer, ()), (start, stop))
+    return out
 
 
 def rows(ranges: Ranges, owned: Ranges) -> Ranges:
@@ -176,43 +300,27 @@ def rows(ranges: Ranges, owned: Ranges) -> Ranges:
     return tuple(out)
 
 
-def _local_tiles(problem: Problem, rank: int) -> tuple[Tile, ...]:
-    queries = problem.query_layout.ranges(rank, problem.queries)
-    keys = problem.key_layout.ranges(rank, problem.keys)
+def _local_tiles(problem: Problem, queries: Ranges, keys: Ranges, found: Tiling) -> tuple[Tile, ...]:
     if problem.expr == CAUSAL and queries == keys and queries and not problem.cut_all:
         # positions ascend: the triangle in rows is that in positions
         return (Tile((0, size(queries)), (0, size(keys)), CAUSAL_TILE),)
-    return _tiles(problem, queries, keys, keys)
+    return _tiles(problem, queries, keys, found)
 
 
-def _tiles(problem: Problem, queries: Ranges, keys: Ranges, block: Ranges) -> tuple[Tile, ...]:
-    """Non-empty tiles of `queries` x `keys`, in rows of the local queries and of `block`, the keys that tiles use."""
-    found = []
-    for q in queries:
-        for k in keys:
-            for tile_q, tile_k, kind in _split(problem, q, k):
-                (local_q,), (local_k,) = rows((tile_q,), queries), rows((tile_k,), block)
-                found.append(Tile(local_q, local_k, kind))
-    return tuple(found) if problem.cut_all else _merge(found)
+def _tiles(problem: Problem, queries: Ranges, block: Ranges, found: Tiling) -> tuple[Tile, ...]:
+    """The tiles `found` in rows of the local queries and of `block`, the keys that they use."""
+    q, k = _rows(found.q, queries), _rows(found.k, block)
+    columns = [x.tolist() for x in (*q, *k, found.kind)]
+    tiles = [Tile((a, b), (c, d), TILE_KINDS[kind]) for a, b, c, d, kind in zip(*columns, strict=True)]
+    return tuple(tiles) if problem.cut_all else _merge(tiles)
 
 
-@lru_cache(maxsize=65536)
-def _split(
-    problem: Problem, q: tuple[int, int], k: tuple[int, int]
-) -> tuple[tuple[tuple[int, int], tuple[int, int], str], ...]:
-    """Cuts the rectangle in halves until each part is full, empty (left out), or no larger than a tile."""
-    expr = problem.expr
-    kind = FULL if expr == TRUE else classify(expr, q, k)
-    if kind == EMPTY:
-        return ()
-    small = max(q[1] - q[0], k[1] - k[0]) <= problem.tile
-    if small or (kind == FULL and not problem.cut_all):
-        return ((q, k, CAUSAL_TILE if kind == PARTIAL and expr == CAUSAL and q == k else kind),)
-    if q[1] - q[0] >= k[1] - k[0]:
-        middle = (q[0] + q[1]) // 2
-        return _split(problem, (q[0], middle), k) + _split(problem, (middle, q[1]), k)
-    middle = (k[0] + k[1]) // 2
-    return _split(problem, q, (k[0], middle)) + _split(problem, q, (middle, k[1]))
+def _rows(spans: Spans, owned: Ranges) -> Spans:
+    """Where each of `spans`, each inside one range of `owned`, stands in a block that holds the tokens `owned`."""
+    starts = np.array([a for a, _ in owned], dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum([b - a for a, b in owned])])[: len(owned)]
+    shift = (before - starts)[np.searchsorted(starts, spans[0], side="right") - 1] if len(owned) else spans[0]
+    return spans[0] + shift, spans[1] + shift
 
 
 def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:

@@ -155,3 +155,11 @@ def test_graphs_without_attention_are_left_alone() -> None:
         assert torch.equal(
             torch.compile(NoAttention(), backend="ring_dilated", options={"compiler": "aot_eager"})(x), x * 2
         )
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 5))
+def test_gathered_keys_give_the_same_numbers(workers: Workers, ranks: int) -> None:
+    for name, padding, limit in (("gpt2", True, 10_000), ("cross", False, 0)):
+        results = workers.run(parity, ranks, name, 23, True, padding, comm="allgather", unroll_limit=limit, tile=4)
+        error, where = worst(results)
+        assert error < 1e-10, where

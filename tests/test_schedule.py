@@ -13,7 +13,7 @@ from ringpass.errors import ScheduleError
 from ringpass.layout import NAMES, Layout, size
 from ringpass.mask import EMPTY, FULL, PARTIAL, classify
 from ringpass.passes import verify
-from ringpass.passes.verify import check, lower_bound, prove
+from ringpass.passes.verify import check, lower_bound, prove, prove_from
 from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
 
 CAUSAL = "k <= q"
@@ -441,6 +441,9 @@ def test_any_problem_is_proved(p: Problem) -> None:
     proof = prove(p)
     assert proof.largest_area <= p.queries * p.keys
     assert proof.moved == sum(program(p, r).received for r in range(p.world))
+    fast = prove_from(p, p.world - 1)
+    assert (fast.moved, fast.largest_area, fast.mean_area) == (proof.moved, proof.largest_area, proof.mean_area)
+    assert fast.lower_bound <= proof.lower_bound
     again = [program(replace(p), rank) for rank in range(p.world)]
     assert again == [program(p, rank) for rank in range(p.world)]
 
