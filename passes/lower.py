@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops
+from ringpass.errors import UnsupportedError
 from ringpass.ring import LABEL
 
 ROLLED: dict[Any, Callable[..., Any]] = {
@@ -35,8 +36,12 @@ REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name in their arguments
 
 
-def lower(graph: Graph, unroll_limit: int) -> None:
-    """Rewrites `graph` in place."""
+def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
+    """Rewrites `graph` in place.  `whole`: how many attentions the plan lets run replicated, as the model wrote them.
+
+    Raises UnsupportedError where more are left: an attention that was not partitioned would see local tokens only.
+    """
+    _refuse_leftovers(graph, whole)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is ops.replicate:
             _drop_replicate(graph, node)
@@ -50,13 +55,35 @@ def lower(graph: Graph, unroll_limit: int) -> None:
     graph.lint()
 
 
-def lower_module(gm: GraphModule, unroll_limit: int) -> GraphModule:
+def lower_module(gm: GraphModule, unroll_limit: int, whole: int) -> GraphModule:
     """Lowers a graph module and every graph module inside it."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            lower(module.graph, unroll_limit)
+            lower(module.graph, unroll_limit, whole)
             module.recompile()
     return gm
+
+
+def attentions(graph: Graph) -> list[Node]:
+    """The attention ops of a graph and of the graphs inside it, forward ones only."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and re.search(r"scaled_dot_product(?!.*backward)", str(node.target)):
+            found.append(node)
+        elif node.op == "get_attr" and isinstance(graph.owning_module, GraphModule):
+            inner = getattr(graph.owning_module, str(node.target).split(".")[0], None)
+            found += attentions(inner.graph) if isinstance(inner, GraphModule) else []
+    return found
+
+
+def _refuse_leftovers(graph: Graph, whole: int) -> None:
+    left = attentions(graph)
+    if len(left) > whole:
+        names = ", ".join(f"{n.name} ({n.target})" for n in left)
+        raise UnsupportedError(
+            f"{len(left)} attention ops are left after partitioning where the plan has {whole}: {names}. "
+            "They would attend to this rank's tokens only. This is a fault of ringpass: please report it with the dump."
+        )
 
 
 def _drop_replicate(graph: Graph, node: Node) -> None:

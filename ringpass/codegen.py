@@ -9,6 +9,7 @@ changes it.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ Show = Callable[[str, GraphModule], None]
 def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Callable[..., Any]:
     """Compiles `gm` as torch would without ringpass."""
     if compiler == "aot_eager":
-        return aot_eager(gm, inputs, 0, lambda stage, graph: None)
+        return aot_eager(gm, inputs, 0, sys.maxsize, lambda stage, graph: None)
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
@@ -44,19 +45,22 @@ def compile_local(
     config: RingConfig,
     inductor: dict[str, Any],
     key: tuple[Any, ...],
+    whole: int,
     show: Show,
     shown: bool,
 ) -> Callable[..., Any]:
     """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward.
 
+    `whole`: how many attentions stay as the model wrote them.
+
     `shown`: someone looks at the stages, so the caches, which would skip them, are left out.
     """
     if config.compiler == "aot_eager":
-        return aot_eager(gm, inputs, config.unroll_limit, show)
+        return aot_eager(gm, inputs, config.unroll_limit, whole, show)
     from torch._inductor.compile_fx import compile_fx
 
     _register_collectives()
-    patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit), show)}
+    patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit, whole), show)}
     if not shown:
         return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
@@ -64,12 +68,12 @@ def compile_local(
         return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
-def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, show: Show) -> Callable[..., Any]:
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, whole: int, show: Show) -> Callable[..., Any]:
     """Runs the lowered forward and backward graphs as they are, without code generation."""
 
     def compiler(stage: str) -> Callable[..., Any]:
         def compile_graph(graph: GraphModule, _: Any) -> Any:
-            show(stage, lower_module(graph, unroll_limit))
+            show(stage, lower_module(graph, unroll_limit, whole))
             return make_boxed_func(graph.forward)
 
         return compile_graph
@@ -85,14 +89,14 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, show: S
 class _Lower(CustomGraphPass):
     """`lower` as Inductor's hook before its own post-grad passes: runs for forward and backward.
 
-    `key` is what a lowered graph depends on beside the graph before it; its last entry is the unroll limit.
+    `key` is what a lowered graph depends on beside the graph before it; its last two entries are `lower`'s.
     """
 
     def __init__(self, key: tuple[Any, ...], show: Show) -> None:
         self.key, self.show, self.seen = key, show, 0
 
     def __call__(self, graph: Graph) -> None:
-        lower(graph, self.key[-1])
+        lower(graph, *self.key[-2:])
         module = graph.owning_module
         if isinstance(module, GraphModule):
             self.show("forward" if self.seen == 0 else "backward", module)

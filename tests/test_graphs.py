@@ -183,3 +183,13 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ringpass.ring_attention.default" in (folder / "partitioned.py").read_text()
     assert "receive_step1_from_rank0 = torch.ops.ringpass.exchange" in (folder / "forward.py").read_text()
     assert "attention_backward_step1" in (folder / "backward.py").read_text()
+
+
+def test_graphs_do_not_grow_with_ranks() -> None:
+    """Above the unroll limit an attention is one node, whatever P; all 1,024 ranks are planned and proved."""
+    sizes = set()
+    for world in (200, 1024):
+        with fake_ring(world // 3, world):
+            seen = compile_step("llama", 2 * 1024 + 5, False)
+        sizes.add(tuple(len(seen[stage][0].graph.nodes) for stage in ("partitioned", "forward", "backward")))
+    assert len(sizes) == 1

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops, primitives
+from ringpass.errors import UnsupportedError
+from ringpass.passes.lower import lower
 from tests.models import MODELS, batch_for, loss_of
 from tests.parity import parity, worst
 from tests.test_graphs import compile_step, fake_ring
@@ -142,6 +145,22 @@ def test_leftover_wait_is_refused() -> None:
         assert (
             sum(n.target is primitives.exchange for n in nodes) == sum(n.target is primitives.wait for n in nodes) > 0
         )
+
+
+def test_an_attention_that_was_not_partitioned_is_refused(lowered: dict[str, GraphModule]) -> None:
+    x = torch.empty(1, 2, 5, 4)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    inner = make_fx(attend, pre_dispatch=True)(x)
+    graph = Graph()
+    graph.output(graph.create_node("get_attr", "body"))
+    nested = GraphModule({"body": inner}, graph)
+    for left in (inner.graph, nested.graph):
+        with pytest.raises(UnsupportedError, match="1 attention ops are left after partitioning where the plan has 0"):
+            lower(left, 128, 0)
+        lower(left, 128, 1)
 
 
 class NoAttention(nn.Module):
