@@ -1,0 +1,66 @@
+"""What a tile's scores go through, and what its kernels share: head groups, additive masks, rows that see nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileArgs:
+    """What a tile's scores go through.
+
+    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's.
+    """
+
+    scale: float
+    causal: bool = False
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    keep: Tensor | None = None
+    dropout: float = 0.0
+    learned: bool = False  # the bias needs its gradient
+
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v, bias
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial results are merged."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_query_head(kv: Tensor, q: Tensor) -> Tensor:
+    """Keys or values with each head repeated for the query heads that read it."""
+    return kv if kv.shape[1] == q.shape[1] else kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
+    """The gradient of `kv` from that of its repeated heads, summed in the accumulator's dtype."""
+    if grad.shape[1] == kv.shape[1]:
+        return grad
+    grouped: Tensor = grad.unflatten(1, (kv.shape[1], -1))
+    return grouped.sum(2, dtype=accumulator(grad.dtype))
+
+
+def additive(q: Tensor, args: TileArgs) -> Tensor | None:
+    """Mask and bias as one additive mask in q's dtype, of their own broadcast shape."""
+    if args.mask is None:
+        return None if args.bias is None else args.bias.to(q.dtype)
+    bias = torch.zeros((), dtype=q.dtype, device=q.device) if args.bias is None else args.bias.to(q.dtype)
+    return torch.where(args.mask, bias, -torch.inf)
+
+
+def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
+    """Rows whose every score is -inf; with a causal flag, every score that the triangle leaves."""
+    closed = added == -torch.inf
+    if causal:
+        closed = closed | above_diagonal(q, k)
+    return closed.all(-1)
+
+
+def above_diagonal(q: Tensor, k: Tensor) -> Tensor:
+    """(Lq, Lk), True where a causal tile is closed."""
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)

@@ -1,0 +1,98 @@
+"""P ranks in one process: a thread each, and mailboxes in place of a process group.
+
+>>> run(3, job)               # job(rank, group) on three threads -> [result, result, result]
+
+A job passes its `group` on as the group's name.  A message is copied by whichever side waits first once both have
+posted, at the latest moment that is legal: a buffer that is freed or written too early, or a wait too few, shows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from ringpass import p2p
+
+TIMEOUT = 60.0
+NAME = "thread"
+
+
+@dataclass
+class Letter:
+    """One message: what the sender posts, and the receiver."""
+
+    sent: Tensor | None = None
+    received: Tensor | None = None
+    delivered: bool = False
+    posted: threading.Condition = field(default_factory=threading.Condition)
+
+    def post(self, **side: Tensor) -> None:
+        with self.posted:
+            for name, buffer in side.items():
+                setattr(self, name, buffer)
+            self.posted.notify_all()
+
+    def wait(self) -> None:
+        """As a process group's work: returns when both buffers are their owners' again."""
+        with self.posted:
+            if not self.posted.wait_for(lambda: self.sent is not None and self.received is not None, TIMEOUT):
+                raise RuntimeError(f"the other side posted nothing within {TIMEOUT:g} s")
+            assert self.sent is not None and self.received is not None
+            if not self.delivered:
+                assert (self.sent.shape, self.sent.dtype) == (self.received.shape, self.received.dtype)
+                self.received.copy_(self.sent)
+                self.delivered = True
+
+
+class Mailboxes:
+    """The letters between all ranks, first in, first out for each pair and tag."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.letters: dict[tuple[int, int, int, int], Letter] = {}
+        self.posted: dict[tuple[int, int, int, str], int] = {}
+
+    def start(self, sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.Exchange:
+        """In place of `p2p.start`."""
+        rank = int(group.removeprefix(NAME))
+        received = sent.new_empty(numel if src is not None else 0)
+        works: list[Any] = []
+        if dst is not None:
+            works.append(self._letter(rank, dst, tag, "sent"))
+            works[-1].post(sent=sent)
+        if src is not None:
+            works.append(self._letter(src, rank, tag, "received"))
+            works[-1].post(received=received)
+        return p2p.Exchange(received, sent, works, (dst, src))
+
+    def _letter(self, src: int, dst: int, tag: int, side: str) -> Letter:
+        with self.lock:
+            number = self.posted.get((src, dst, tag, side), 0)
+            self.posted[src, dst, tag, side] = number + 1
+            return self.letters.setdefault((src, dst, tag, number), Letter())
+
+    @property
+    def unread(self) -> int:
+        """Letters that nobody waited for."""
+        return sum(not letter.delivered for letter in self.letters.values())
+
+
+def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
+    """Results of `job(rank, group)` on each rank; raises the first error of a rank."""
+    mailboxes = Mailboxes()
+
+    def member(rank: int) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):  # else ranks on one device share a backward thread
+            return job(rank, f"{NAME}{rank}")
+
+    with patch.object(p2p, "start", mailboxes.start), ThreadPoolExecutor(world) as pool:
+        results = list(pool.map(member, range(world)))
+    assert mailboxes.unread == 0
+    return results
