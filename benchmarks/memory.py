@@ -1,4 +1,9 @@
-"""Peak memory of one training step, from the profiler's record of every allocation.
+"""How much activation memory does a rank need? Peak memory of one training step, by the profiler's record.
+
+    python -m benchmarks.memory --ranks 1 2 3 4 5 6 7 8 --length 8192
+
+The largest peak of any of P ranks, against the peak of plain Inductor on one process: a GPT-2 without dropout, forward
+and backward. The measurement itself, for other programs:
 
 >>> peak_bytes(lambda: model(**batch).loss.backward(), kept=lambda: [p.grad for p in model.parameters()])
 123456789
@@ -10,11 +15,20 @@ step (parameters, optimiser state, older gradients), and the tensors named by ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.paired import Case, against, arguments, collect, conclude, on_ranks, screen
+
+BOUND, BOUND_RANKS = 1.15, 4  # of 1/P
+MIB = 2**20
+QUICK = {"ranks": [2], "length": 256, "width": 32, "layers": 1, "compiler": "aot_eager"}
 
 
 class Allocation(NamedTuple):
@@ -65,3 +79,78 @@ def _peak(events: list[Allocation], kept: set[int]) -> int:
             live += event.size
         peak = max(peak, live)
     return peak
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table and the verdict, write the JSON."""
+    args = _arguments(argv)
+    runs = [(1, False), *((ranks, True) for ranks in args.ranks)]
+    messages = (message for ranks, ring in runs for message in on_ranks(ranks, job, args, ring))
+    cases = collect(screen(), "activation memory", 1 + len(args.ranks), messages)
+    one = max(cases[0].facts["bytes"])
+    for case in cases:
+        case.facts["of 1/P"] = max(case.facts["bytes"]) * case.case["ranks"] / one
+    conclude(screen(), "memory", args, _table(cases, one), cases, _verdict(cases[1:]))
+
+
+def job(args: argparse.Namespace, ring: bool) -> Iterator[Any]:
+    """On each rank: the peak of the second step, in bytes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from ringpass.backend import skip_logging_calls
+
+    ranks = dist.get_world_size()
+    yield f"P = {ranks}" if ring else "one process"
+    skip_logging_calls()  # one graph for plain Inductor too
+    heads = {"n_head": max(1, args.width // 64), "n_layer": args.layers, "n_embd": args.width}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # else one process holds S x S for dropout
+    config = GPT2Config(vocab_size=256, n_positions=args.length, **heads, **rates, bos_token_id=0, eos_token_id=0)
+    model: Any = GPT2LMHeadModel(config).train()
+    options = {"compiler": args.compiler}
+    how: dict[str, Any] = {"backend": "ring_dilated", "options": options} if ring else {"backend": args.compiler}
+    run: Any = torch.compile(model, **how)
+    ids = torch.randint(0, 256, (1, args.length))
+
+    def step() -> None:
+        run(input_ids=ids, labels=ids).loss.backward()
+
+    step()  # compiles, and makes the gradients
+    mine = peak_bytes(step, kept=lambda: [p.grad for p in model.parameters()])
+    peaks: list[int] = [0] * ranks
+    dist.all_gather_object(peaks, mine)
+    name = f"ring_dilated, {args.compiler}" if ring else f"plain {args.compiler}"
+    yield Case({"ranks": ranks, "program": name}, facts={"bytes": peaks})
+
+
+def _table(cases: Sequence[Case], one: int) -> Table:
+    title = "peak activation memory of a rank"
+    table = Table("P", "program", "largest, MiB", "smallest, MiB", "of one process", "of 1/P", title=title)
+    for case in cases:
+        peaks = case.facts["bytes"]
+        sizes = f"{max(peaks) / MIB:.1f}", f"{min(peaks) / MIB:.1f}", f"{max(peaks) / one:.3f}"
+        table.add_row(str(case.case["ranks"]), case.case["program"], *sizes, f"{case.facts['of 1/P']:.3f}")
+    return table
+
+
+def _verdict(cases: Sequence[Case]) -> str:
+    found = {case.case["ranks"]: case.facts["of 1/P"] for case in cases}
+    ranks = BOUND_RANKS if BOUND_RANKS in found else max(found)
+    value = against(found[ranks], BOUND, at_least=False)
+    return f"peak activation memory at P={ranks}, times P, over that of one process: {value}"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(range(1, 9)), metavar="P")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--compiler", default="inductor", choices=["inductor", "aot_eager"], help="of both")
+    return arguments(parser, argv, QUICK)
+
+
+if __name__ == "__main__":
+    main()

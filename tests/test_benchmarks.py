@@ -1,0 +1,87 @@
+"""The benchmarks run: the cheap ones at sizes that measure nothing, the others as far as their --help."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import memory, overlap, step_time
+from benchmarks.paired import Case, RankFailed, against, on_ranks
+from benchmarks.timeline import Event, as_trace, covered, picture
+
+NAMES = ("alternatives", "compile_time", "memory", "overlap", "step_time")
+PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_and_page_name_the_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    assert f"python -m benchmarks.{name}" in capsys.readouterr().out
+    assert f"python -m benchmarks.{name}" in PAGE
+
+
+def test_step_time_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step_time.main(["--quick", "--what", "attention", "--out", str(tmp_path / "found.json")])
+    assert re.search(r"efficiency at S=128, of what independent processes reach: attention \S+;", _last(capsys))
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    alone, independent, ring = (case["seconds"][name]["samples"] for name in ("alone", "independent", "ring"))
+    assert case["ratios"]["scaling"]["samples"] == [a / b for a, b in zip(alone, independent, strict=True)]
+    assert case["ratios"]["of independent"]["samples"] == pytest.approx(
+        [b / (2 * c) for b, c in zip(independent, ring, strict=True)]
+    )
+
+
+def test_overlap_and_its_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlap.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).startswith("ring over the larger of compute and transfer: forward, 2 heads x 256 tokens")
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    counts = [
+        sum(event[0] == 0 and event[1] == lane for event in case["events"])
+        for case in cases
+        for lane in ("tile", "transfer", "wait")
+    ]
+    assert counts == [2, 1, 1, 2, 2, 2]  # backward: the keys and values come, then the gradients of the own ones
+    trace = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
+    assert sum(entry["ph"] == "X" for entry in trace) == sum(len(case["events"]) for case in cases)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert re.search(r"at P=2, times P, over that of one process: \S+ \(bound <= 1.15", _last(capsys))
+
+
+def test_a_failing_rank_ends_the_run() -> None:
+    with pytest.raises(RankFailed, match="ZeroDivisionError"):
+        list(on_ranks(1, divmod, 1, 0))
+
+
+def test_bounds_are_reported_whichever_way_they_fall() -> None:
+    assert against(0.95, 0.92, at_least=True) == "0.95 (bound >= 0.92: met)"
+    assert against(1.25, 1.1, at_least=False) == "1.25 (bound <= 1.1: MISSED)"
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    case = Case({}, {"a": [1.0, 8.0], "no overlap": [2.0, 4.0]})
+    case.add_ratio("r", lambda a, no_overlap: a / no_overlap)
+    assert case.ratios == {"r": [0.5, 2.0]}
+
+
+def test_timeline() -> None:
+    tile, transfer = Event(0, "tile", "tile", 0.0, 2.0), Event(0, "transfer", "transfer", 1.0, 4.0)
+    assert covered([transfer], [tile]) == 1.0
+    tiles, transfers, waits, _ = (line.partition("|")[2] for line in picture([tile, transfer]).splitlines())
+    assert (tiles.count("#"), transfers.count("="), waits.count("w")) == (60, 90, 0)
+    shown = [(e["ts"], e["dur"]) for e in as_trace({"x": [tile, transfer]})["traceEvents"] if e["ph"] == "X"]
+    assert shown == [(0.0, 2e6), (1e6, 3e6)]
+
+
+def _last(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.strip().splitlines()[-1]
