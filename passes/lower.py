@@ -5,6 +5,7 @@
     ring_attention_backward     named after the step and tile that they belong to
     neither, above the unroll limit (over all sites, the larger of P and the number of tiles) or where a length is
                               symbolic: the op stays rolled, one node whose body runs the same code
+    pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
 
 Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No SDPA op may be
@@ -23,7 +24,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass import ops
+from ringpass import ops, primitives
 from ringpass.errors import UnsupportedError
 from ringpass.ring import LABEL
 
@@ -31,6 +32,8 @@ ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
     ops.ring_attention_backward: ops.ring_attention_backward_body,
 }
+"""Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
+SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name in their arguments
@@ -51,6 +54,15 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
     if not any(_symbolic(n) for n in sites) and sum(_size(n) for n in sites) <= unroll_limit:
         traced: dict[str, GraphModule] = {}
         for node in sites:
+            _unroll(graph, node, traced)
+    graph.lint()
+
+
+def spell_out(graph: Graph) -> None:
+    """Replaces each `pack` and `merge` by the ATen ops of its body.  In place; the last step before code generation."""
+    traced: dict[str, GraphModule] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in SPELLED:
             _unroll(graph, node, traced)
     graph.lint()
 
@@ -115,7 +127,7 @@ def _symbolic(node: Node) -> bool:
 
 
 def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
-    """Replaces a ring operator by the nodes of its body."""
+    """Replaces an operator by the nodes of its body."""
     operands = list(dict.fromkeys(node.all_input_nodes))
     key = _key(node, operands)
     if key not in traced:
@@ -130,6 +142,8 @@ def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
                 results: Any = map_arg(inner.args[0], copies.__getitem__)
             else:
                 copies[inner] = _copy(graph, inner, copies, node)
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(results[0])
     for user in list(node.users):
         assert user.target is operator.getitem, user
         user.replace_all_uses_with(results[user.args[1]])
@@ -148,7 +162,7 @@ def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> N
 
 
 def _readable(text: str, inner: Node) -> str:
-    """`attention_step1_q0_4_k0_2` for the op that a label is about, `.._op` for the arithmetic around it."""
+    """`attention_step1_q0to4_k0to2` for the op that a label is about, `.._op` for the arithmetic around it."""
     custom = isinstance(inner.target, torch._ops.OpOverload) and inner.target.namespace == "ringpass"
     return text if custom else f"{text}_{re.sub(r'_[0-9]+$', '', inner.name)}"
 
@@ -161,14 +175,15 @@ def _key(node: Node, operands: list[Node]) -> str:
 
 
 def _trace(node: Node, operands: list[Node]) -> GraphModule:
-    """The graph of a ring operator's body on the node's own shapes."""
-    body = ROLLED[node.target]
+    """The graph of an operator's body on the node's own shapes."""
+    body: Any = {**ROLLED, **SPELLED}[node.target]
     fakes = [n.meta["val"] for n in operands]
     mode = fakes[0].fake_mode
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip(operands, tensors, strict=True))
-        return tuple(body(*map_arg(node.args, given.__getitem__)))
+        out = body(*map_arg(node.args, given.__getitem__))
+        return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
     with mode, torch.no_grad():
         fresh = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=f.device) for f in fakes]

@@ -25,7 +25,7 @@ from torch.fx import Graph, GraphModule
 
 from ringpass import ops, primitives
 from ringpass.config import RingConfig
-from ringpass.passes.lower import lower, lower_module
+from ringpass.passes.lower import lower, lower_module, spell_out
 
 Show = Callable[[str, GraphModule], None]
 
@@ -100,6 +100,7 @@ class _Lower(CustomGraphPass):
         module = graph.owning_module
         if isinstance(module, GraphModule):
             self.show("forward" if self.seen == 0 else "backward", module)
+        spell_out(graph)
         self.seen += 1
 
     def uuid(self) -> Any:

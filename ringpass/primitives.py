@@ -1,13 +1,16 @@
 """The steps of ring attention as operators: each is one node of an unrolled graph, and one call of the rolled loop.
 
+    pack                rows of K and V (dK and dV) as one message
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
     wait                that buffer, complete
     attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
+    merge               the log-sum-exp merge of two (out, lse) of the same rows
     mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
     keep_tile           the coins of attention dropout on one tile
 
-`after` lists buffers that are in flight while a tile is computed: unused by the op, they make code generation start
-those exchanges before the tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..].
+`pack` and `merge` are arithmetic: what a compiler gets is their bodies, to fuse.  `after` lists buffers that are in
+flight while a tile is computed: unused by the op, they make code generation start those exchanges before the tile.
+Spans are flat lists of token ranges, [start, stop, start, stop, ..].
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from ringpass.library import define, empty_rows_first, implement, rows_first
 
 TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned, Tensor[] after"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
+define("pack(Tensor[] tensors, int[] rows) -> Tensor")
 define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
 define("wait(Tensor(a) received) -> Tensor(a)")
 define(f"attention_tile(Tensor q, Tensor k, Tensor v, {TILE}) -> Tensor[]")
 define(
     f"attention_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {TILE}) -> Tensor[]"
 )
+define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
 define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
 define(f"keep_tile(Tensor seed, int stream, float p, {SPANS}) -> Tensor")
@@ -43,9 +48,25 @@ mask_tile, mask_tile_backward, keep_tile = (
     _ops.keep_tile.default,
 )
 
+pack, merge = _ops.pack.default, _ops.merge.default
+
 NOBODY = -1
 
 # --- exchanges --------------------------------------------------------------------------------------------------------
+
+
+def pack_body(tensors: list[Tensor], rows: list[int]) -> Tensor:
+    """The given rows (dim 2; start, stop, start, stop, ..) of each tensor, flat, one tensor after the other."""
+    spans = list(zip(rows[::2], rows[1::2], strict=True))
+    return torch.cat([torch.cat([x[:, :, a:b] for a, b in spans], dim=2).reshape(-1) for x in tensors])
+
+
+def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
+    count = sum(rows[1::2]) - sum(rows[::2])
+    return tensors[0].new_empty(sum(x.shape[0] * x.shape[1] * x.shape[3] for x in tensors) * count)
+
+
+implement("pack", pack_body, _fake_pack)
 
 _under_way: dict[int, p2p.Exchange] = {}
 
@@ -109,6 +130,19 @@ def _fake_attention_tile_backward(
 
 implement("attention_tile", _attention_tile, _fake_attention_tile)
 implement("attention_tile_backward", _attention_tile_backward, _fake_attention_tile_backward)
+
+
+def merge_body(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
+    """`kernels.merge` in the accumulator's dtype; the merged out is rows first."""
+    merged, total = kernels.merge(out, lse, more.to(out.dtype), more_lse)
+    return [rows_first(merged), total]
+
+
+def _fake_merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
+    return [empty_rows_first(out, out.shape[3]), lse.new_empty(lse.shape)]
+
+
+implement("merge", merge_body, _fake_merge)
 
 
 def _mask_tile(leaves: list[Tensor], like: Tensor, expr: str, *spans: Any) -> Tensor:

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass import kernels, primitives
+from ringpass import primitives
 from ringpass.kernels import accumulator
 from ringpass.layout import Layout, Ranges, size
 from ringpass.mask import PARTIAL
 from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
 
 LABEL = "ringpass_label"
+Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ def forward(
     for step, (k_block, v_block), flying in transport(site, k, v).blocks():
         for tile in step.tiles:
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
-            parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
             with label(f"attention_{_name(step, tile)}"):
+                parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
                 out, lse = primitives.attention_tile(*parts, *args)
-            with label(f"merge_{_name(step, tile)}"):
-                state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), lambda old, new: kernels.merge(*old, *new))
-    out, lse = state.join(lambda n: _nothing(q, v, n))
-    return out.to(q.dtype), lse
+            state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), _merge, f"merge_{_name(step, tile)}")
+    with label("join_rows"):
+        out, lse = state.join(lambda n: _nothing(q, v, n))
+        return out.to(q.dtype), lse
 
 
 def backward(
@@ -110,23 +111,23 @@ def backward(
         flying = [*flying, *keys.returning]
         for tile in step.tiles:
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
-            ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
             with label(f"attention_backward_{_name(step, tile)}"):
+                ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
                 tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(
                     *ours[:2], *theirs, *ours[2:], *args
                 )
-            with label(f"add_gradients_{_name(step, tile)}"):
-                dq.fold(tile.q, (tile_dq,), _add)
-                block.fold(tile.k, (tile_dk, tile_dv), _add)
+            dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
+            block.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
             if dbias:
                 dleaves = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
         if index:
             keys.give_back(step, block.join(lambda n: _zero_block(k, v, n, dtype)), own)
     keys.finish(own)
-    dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))
-    (dq_out,) = dq.join(lambda n: (q.new_zeros((*q.shape[:2], n, q.shape[3]), dtype=dtype),))
-    learned = [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
-    return dq_out.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
+    with label("join_gradients"):
+        dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))
+        (dq_out,) = dq.join(lambda n: (q.new_zeros((*q.shape[:2], n, q.shape[3]), dtype=dtype),))
+        learned = [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
+        return dq_out.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -149,7 +150,8 @@ def label(text: str) -> Iterator[None]:
 
 
 def _name(step: Step, tile: Tile) -> str:
-    return f"step{step.shift}_q{tile.q[0]}_{tile.q[1]}_k{tile.k[0]}_{tile.k[1]}"
+    """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
+    return f"step{step.shift}_q{tile.q[0]}to{tile.q[1]}_k{tile.k[0]}to{tile.k[1]}"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -166,10 +168,11 @@ class Rows:
         self.pieces = list(zip(cuts[:-1], cuts[1:], strict=True))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Callable[..., tuple[Tensor, ...]]) -> None:
-        """Combines `new`, the values of rows `span`, with what these rows hold."""
-        for piece in self.pieces:
-            if span[0] <= piece[0] and piece[1] <= span[1]:
+    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
+        """Combines `new`, the values of rows `span`, with what these rows hold; `text` labels the nodes."""
+        inside = [piece for piece in self.pieces if span[0] <= piece[0] and piece[1] <= span[1]]
+        for piece in inside:
+            with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
                 part = tuple(_cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
                 self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
 
@@ -181,8 +184,20 @@ class Rows:
         return tuple(xs[0] if len(xs) == 1 else torch.cat(xs, dim=2) for xs in zip(*parts, strict=True))
 
 
+def _merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(primitives.merge(*old, *new))
+
+
 def _add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(a + b for a, b in zip(old, new, strict=True))
+
+
+def _fold_runs(into: Rows, runs: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads`, whose rows are those `runs` of `into` one after the other."""
+    offset = 0
+    for start, stop in runs:
+        into.fold((start, stop), tuple(_cut(x, (offset, offset + stop - start)) for x in grads), _add, text)
+        offset += stop - start
 
 
 def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +270,8 @@ class Exchanges(Transport):
     def give_back(self, step: Step, grads: tuple[Tensor, ...], own: Rows) -> None:
         back, home = _reverse(step.receive), _reverse(step.send)
         with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
-            sent = _pack(list(grads)) if back else self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+            nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+            sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
         started = _exchange(self.site, 2 * step.shift + 1, sent, back, home, *grads)
         self.finish(own)
         self.returning, self.late = [started], step
@@ -268,8 +284,8 @@ class Exchanges(Transport):
 
     def _start(self, step: Step) -> Tensor:
         with label(f"send_step{step.shift}_{_peer(step.send)}"):
-            rows_sent = _sent_rows(self.site, step)
-            sent = _pack([_take(x, rows_sent) for x in (self.k, self.v)]) if step.send else self.k.new_empty(0)
+            rows_sent = [edge for span in _sent_rows(self.site, step) for edge in span]
+            sent = primitives.pack([self.k, self.v], rows_sent) if step.send else self.k.new_empty(0)
         return _exchange(self.site, 2 * step.shift, sent, step.send, step.receive, self.k, self.v)
 
     def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
@@ -278,11 +294,7 @@ class Exchanges(Transport):
             if step.send is None:
                 return
             grads = _unpack(received, step.send.size, self.k, self.v)
-        with label(f"add_gradients_step{step.shift}"):
-            offset = 0
-            for start, stop in _sent_rows(self.site, step):
-                own.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
-                offset += stop - start
+        _fold_runs(own, _sent_rows(self.site, step), grads, f"add_gradients_step{step.shift}")
 
 
 class AllGather(Transport):
@@ -319,15 +331,12 @@ class AllGather(Transport):
             return
         whole = Rows(self.site.keys, [span for tokens, _ in self.given for span in tokens])
         for tokens, grads in self.given:
-            offset = 0
-            for start, stop in tokens:
-                whole.fold((start, stop), tuple(x.narrow(2, offset, stop - start) for x in grads), _add)
-                offset += stop - start
+            _fold_runs(whole, tokens, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)
         with label("reduce_scatter_gradients"):
             sums = whole.join(lambda n: _zero_block(self.k, self.v, n, dtype))
             home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
-        own.fold((0, self.k.shape[2]), home, _add)
+        own.fold((0, self.k.shape[2]), home, _add, "add_gradients_home")
 
 
 def _exchange(
@@ -358,10 +367,6 @@ def _sent_rows(site: Site, step: Step) -> Ranges:
 def _take(x: Tensor, spans: Ranges) -> Tensor:
     parts = [_cut(x, span) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _pack(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def _unpack(flat: Tensor, tokens: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
