@@ -72,8 +72,8 @@ def job(ranks: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     graphs = set()
     lower, tiles = passes_lower.lower, (primitives.attention_tile, primitives.attention_tile_backward)
 
-    def watched(graph: torch.fx.Graph, limit: int) -> Any:
-        done = lower(graph, limit)
+    def watched(graph: torch.fx.Graph, limit: int, whole: int) -> Any:
+        done = lower(graph, limit, whole)
         graphs.add(any(node.target in tiles for node in graph.nodes))
         return done
 

@@ -8,6 +8,7 @@ hold data (a padding mask, document ids, a bias table).
     element(arange(n), [i])               = i
     element(expand(x), [.., i, ..])       = element(x, [.., 0 or i, ..])
     element(x & y, idx)                   = element(x, idx) & element(y, idx)
+    element(diff(x), idx)                 = element(x, idx) - element(x, idx - 1), where that is one number
     element(index(x, [r, c]), idx)        = element(x, [element(r, idx), element(c, idx)])
     element(anything else, idx)           = load of leaf `x` at idx
 
@@ -19,14 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import mask as m
-from ringpass.errors import UnsupportedError
+from ringpass.closed_form import constant, simplify
+from ringpass.errors import OptionError, UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, Load, call
 from ringpass.passes.factors import args_of
 
@@ -59,10 +62,14 @@ class AttentionSite:
         return "; ".join([*parts, f"scale {self.scale:.6g}"])
 
 
-def detect(gm: GraphModule) -> tuple[AttentionSite, ...]:
-    """The sites of `gm`, in graph order.  Raises UnsupportedError for an attention call that cannot be read."""
+def detect(gm: GraphModule, also: Expr = TRUE) -> tuple[AttentionSite, ...]:
+    """The sites of `gm`, in graph order; `also` is ANDed with the mask of each.
+
+    Raises UnsupportedError for an attention call that cannot be read.
+    """
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is SDPA]
-    return tuple(_site(gm, index, node) for index, node in enumerate(nodes))
+    sites = [_site(gm, index, node) for index, node in enumerate(nodes)]
+    return tuple(replace(site, mask=simplify(call("and", site.mask, also))) for site in sites)
 
 
 def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
@@ -80,7 +87,7 @@ def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
     if given.get("attn_mask") is not None:
         allowed, bias, leaves = _mask(gm, given["attn_mask"], q.meta["val"].ndim)
     if given.get("is_causal", False):
-        allowed = call("and", CAUSAL, allowed)
+        allowed = simplify(call("and", CAUSAL, allowed))
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     return AttentionSite(index, node, q, k, v, allowed, bias, leaves, scale, float(dropout))
 
@@ -96,10 +103,36 @@ def _mask(gm: GraphModule, node: Node, query_dims: int) -> tuple[Expr, Expr | No
         )
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
     allowed, bias = (expr, None) if node.meta["val"].dtype == torch.bool else _split_bias(expr)
+    allowed = simplify(allowed)
     used = sorted(_leaves(allowed) | (_leaves(bias) if bias is not None else set()))
     numbers = {old: new for new, old in enumerate(used)}
     renamed = m.renumber(bias, numbers) if bias is not None else None
     return m.renumber(allowed, numbers), renamed, tuple(puller.leaves[i] for i in used)
+
+
+def scalar_function(allowed: Callable[..., Any]) -> Expr:
+    """The expression of a function of scalar tensors (b, h, q, k).  Raises OptionError for what is not elementwise."""
+    try:
+        gm = make_fx(lambda *at: allowed(*at), pre_dispatch=True)(*(torch.zeros((), dtype=torch.int64) for _ in "bhqk"))
+    except Exception as error:
+        raise OptionError(
+            "the mask function cannot be traced on scalar indices: it may neither branch on them nor index a tensor "
+            f"by them ({error})"
+        ) from error
+    *indices, output = (n for n in gm.graph.nodes if n.op in ("placeholder", "output"))
+    result = output.args[0]
+    if isinstance(result, bool):
+        return Const(result)
+    if not isinstance(result, Node) or result.meta["val"].dtype != torch.bool or result.meta["val"].ndim:
+        raise OptionError("the mask function must return a boolean scalar for scalar indices")
+    puller = Puller(gm)
+    for node, index in zip(indices, (m.B, m.H, m.Q, m.K), strict=True):
+        puller.known[node, ()] = index
+    expr = puller.element(result, ())
+    if puller.leaves:
+        names = ", ".join(n.name for n in puller.leaves)
+        raise OptionError(f"the mask function reads tensors, or uses ops that have no closed form: {names}")
+    return expr
 
 
 def _split_bias(expr: Expr) -> tuple[Expr, Expr | None]:
@@ -322,6 +355,34 @@ def _triangle(p: Puller, node: Node, indices: Indices) -> Expr | None:
     if dtype == torch.bool:
         return call("and", inside, inner)
     return call("where", inside, inner, _typed(0, dtype))
+
+
+@_rule(*_overloads("diff.default"))
+def _diff(p: Puller, node: Node, indices: Indices) -> Expr | None:
+    """Differences of neighbours that are the same everywhere, the one with what is prepended too: diff(arange) is 1."""
+    source, *given = args_of(node)
+    defaults: tuple[Any, ...] = (1, -1, None, None)
+    order, dim, prepend, append = (*given, *defaults[len(given) :])
+    dim %= len(indices)
+    if order != 1 or append is not None or dim != len(indices) - 1:
+        return None
+    lead, at = indices[:-1], indices[-1]
+    first = p.element(source, (*lead, at if prepend is not None else call("add", at, Const(1))))
+    before = p.element(source, (*lead, call("sub", at, Const(1)) if prepend is not None else at))
+    step = constant(call("sub", first, before))
+    if step is not None and prepend is not None:
+        start = call("sub", p.element(source, (*lead, ZERO)), p.element(prepend, p.clip(prepend, (*lead, ZERO))))
+        step = step if _is_one(prepend.meta["val"].shape[-1]) and constant(start) == step else None
+    return step
+
+
+@_rule(*_overloads("cumsum.default"))
+def _cumsum(p: Puller, node: Node, indices: Indices) -> Expr | None:
+    """Sums of nothing: of a condition that holds nowhere."""
+    source, dim = args_of(node)[:2]
+    inner = simplify(p.element(source, indices))
+    nothing = isinstance(inner, Const) and inner.value == 0 and dim % len(indices) == len(indices) - 1
+    return Const(0) if nothing and not node.meta["val"].is_floating_point() else None
 
 
 # --- views and indexing -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from itertools import count
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class Dump:
     def graph(self, stage: str, gm: GraphModule) -> None:
         """A stage's graph, with the shape and dtype of every value."""
         if self.path:
-            self.text(f"{stage}.py", gm.print_readable(print_output=False, include_stride=False))
+            text = gm.print_readable(print_output=False, include_stride=False)
+            text = re.sub(r";(  |)(\w+ = )+None$", "", text, flags=re.MULTILINE)  # where values die
+            self.text(f"{stage}.py", text.replace(f"File: {os.getcwd()}{os.sep}", "File: "))
 
     def plan(self, plan: RingPlan, rank: int) -> None:
         """Sites, plan, and the schedule of `rank`, step by step."""

@@ -50,7 +50,7 @@ def ring_dilated(
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
     captured = capture(gm, example_inputs)
-    sites = detect(captured.gm)
+    sites = detect(captured.gm, config.mask.expr)
     draws = _draws(captured, sites)
     if around.world == 1 and not config.asked and not draws:
         return codegen.plain(gm, example_inputs, inductor, config.compiler)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch.distributed as dist
 
 from ringpass.errors import OptionError
+from ringpass.patterns import Pattern, everything
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
 
@@ -26,6 +27,7 @@ class RingConfig:
     """Options of `torch.compile(model, backend="ring_dilated", options={...})`.
 
     layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous" or "zigzag".
+    mask: a `ringpass.patterns.Pattern`, ANDed with each attention's own mask: which keys a query may attend to.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
@@ -42,6 +44,7 @@ class RingConfig:
     """
 
     layout: str = "auto"
+    mask: Pattern = field(default_factory=everything)
     comm: str = "ring"
     compiler: str = "inductor"
     strict: bool = False
@@ -55,6 +58,7 @@ class RingConfig:
 
     def __post_init__(self) -> None:
         _one_of("layout", self.layout, ("auto", "contiguous", "zigzag"))
+        _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
         _one_of("outputs", self.outputs, ("lazy", "gathered"))
@@ -93,7 +97,9 @@ class RingConfig:
     def asked(self) -> bool:
         """Whether any option that changes what is computed, or how it is shown, was set."""
         return any(
-            getattr(self, f.name) != f.default for f in fields(self) if f.name not in ("group", "inductor", "timeout")
+            getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
+            for f in fields(self)
+            if f.name not in ("group", "inductor", "timeout")
         )
 
     def fingerprint(self) -> str:

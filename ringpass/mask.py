@@ -363,7 +363,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
         args = [_cast_bounds(a, "bool") for a in args]
     low, high = OPERATORS[expr.op][1](*args)
     if expr.op in ("add", "sub", "mul", "floordiv", "mod"):
-        kind = _kind(expr)
+        kind = kind_of(expr)
         if kind == "bool":
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
@@ -373,7 +373,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
 
 
 @lru_cache(maxsize=4096)
-def _kind(expr: Expr) -> str:
+def kind_of(expr: Expr) -> str:
     """bool, int or float: what torch computes with.  A load counts as float, the widest."""
     if isinstance(expr, Const):
         return type(expr.value).__name__
@@ -385,7 +385,7 @@ def _kind(expr: Expr) -> str:
             return "float"
         if expr.op in ("not", "xor") or INFIX.get(expr.op, ("", ATOM))[1] <= COMPARISON:
             return "bool"
-        kinds = [_kind(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
+        kinds = [kind_of(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
     return "int" if isinstance(expr, Index) else "float"
 
@@ -396,7 +396,7 @@ def _whole(expr: Expr) -> bool:
     if isinstance(expr, Const):
         return math.isfinite(expr.value) and expr.value == int(expr.value)
     if isinstance(expr, Call):
-        if _kind(expr) != "float":
+        if kind_of(expr) != "float":
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
         return expr.op not in ("div", "log", "exp", "pow") and all(map(_whole, args))

@@ -51,7 +51,7 @@ def test_readme_script(tmp_path: Path) -> None:
 
 def test_main_job_prints_what_the_readme_promises() -> None:
     """Its verdict on losses that agree is the README's line; on others it is not, and the exit code says so."""
-    from examples.train_gpt2 import _verdict
+    from examples.train import _verdict
 
     promised = "ringpass: 2 ranks match 1 rank: largest loss difference <difference> <= 1e-03 over 16 steps"
     assert promised in README
@@ -63,3 +63,18 @@ def test_main_job_prints_what_the_readme_promises() -> None:
         page = io.StringIO()
         assert _verdict(trainings, 16, Console(file=page, width=200)) == code
         assert (re.sub(r"\d\.\de-\d\d <=", "<difference> <=", page.getvalue().strip()) == promised) == (code == 0)
+
+
+def test_the_dump_that_the_documentation_reads(tmp_path: Path) -> None:
+    """docs/lowered_graph.md shows the real dump of its own command; where it differs, paste the new one."""
+    page = (ROOT / "docs" / "lowered_graph.md").read_text()
+    blocks = re.findall(r"^```(?:python)?\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    command = re.search(r"^    torchrun (.*) --dump dump$", page, flags=re.MULTILINE)
+    assert command and blocks[0] in (ROOT / "examples" / "attention.py").read_text()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = [*command.group(1).split(), f"--dump={tmp_path}"]
+    result = subprocess.run([*torchrun, *job], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    graph = tmp_path / "rank1" / "graph0"
+    for name, block in zip(("schedule.txt", "forward.py", "backward.py"), blocks[1:], strict=True):
+        assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/lowered_graph.md"

@@ -1,6 +1,9 @@
-"""What each rank runs: an unmodified Hugging Face GPT-2 learns Python's standard library, byte by byte.
+"""What each rank runs: an unmodified Hugging Face model learns Python's standard library, byte by byte.
 
-    torchrun --nproc-per-node 2 -m examples.gpt2_rank --steps 16
+    torchrun --nproc-per-node 2 -m examples.train_rank --model gpt2 --steps 16
+
+    gpt2    multi-head attention, learned positions, dropout
+    llama   grouped K/V heads, rotary positions; two texts of different length, the shorter one padded
 
 Every rank passes the same full batch and gets the same full loss. Nothing here imports ringpass or knows of the ring.
 """
@@ -17,11 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import peak_bytes
 
-LENGTH = 4096
+TOKENS = 4096  # in a batch, padding included
+SHAPES = {"gpt2": (1, TOKENS), "llama": (2, TOKENS // 2)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo")
     report = Report(args.report)
-    model = make_model(args.seed)
+    model = make_model(args.model, args.seed)
     report.write(parameters=sum(p.numel() for p in model.parameters()))
     compiled = torch.compile(model, backend=args.backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
@@ -38,29 +42,38 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)  # the same dropout on every rank
     for step in range(args.steps):
         start = time.perf_counter()
-        ids = batch(text, step, args.seed)
-        loss = compiled(input_ids=ids, labels=ids).loss
+        loss = compiled(**batch(args.model, text, step, args.seed)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         report.write(step=step, loss=loss.item(), seconds=time.perf_counter() - start)
-    ids = batch(text, args.steps, args.seed)
+    last = batch(args.model, text, args.steps, args.seed)
     peak = peak_bytes(
-        lambda: compiled(input_ids=ids, labels=ids).loss.backward(),
+        lambda: compiled(**last).loss.backward(),
         kept=lambda: [p.grad for p in model.parameters()],
     )
     report.write(peak=peak)
     dist.destroy_process_group()
 
 
-def make_model(seed: int) -> torch.nn.Module:
-    """About 10M parameters, random start, dropout as configured by default."""
+def make_model(name: str, seed: int) -> torch.nn.Module:
+    """About 10M parameters, random start, otherwise as configured by default."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=256, n_positions=LENGTH, n_embd=480, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    model: torch.nn.Module = GPT2LMHeadModel(config)
-    return model.train()
+    length = SHAPES[name][1]
+    if name == "gpt2":
+        sizes = {"n_positions": length, "n_embd": 480, "n_layer": 3, "n_head": 2}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=256, **sizes, bos_token_id=0, eos_token_id=0))
+    else:
+        sizes = {
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_hidden_layers": 3,
+            "max_position_embeddings": length,
+        }
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes, **heads, bos_token_id=0, eos_token_id=0))
+    trained: torch.nn.Module = model.train()
+    return trained
 
 
 def corpus() -> torch.Tensor:
@@ -69,11 +82,18 @@ def corpus() -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
 
 
-def batch(text: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-    """One window of the text, drawn by (seed, step) alone: input ids of shape (1, LENGTH)."""
+def batch(name: str, text: torch.Tensor, step: int, seed: int) -> dict[str, torch.Tensor]:
+    """Windows of the text, drawn by (seed, step) alone; for llama, the second one ends in padding."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    start = int(torch.randint(len(text) - LENGTH, (), generator=generator))
-    return text[start : start + LENGTH].long().unsqueeze(0)
+    rows, length = SHAPES[name]
+    starts = torch.randint(len(text) - length, (rows,), generator=generator).tolist()
+    ids = torch.stack([text[start : start + length].long() for start in starts])
+    if name == "gpt2":
+        return {"input_ids": ids, "labels": ids}
+    mask = torch.ones_like(ids)
+    mask[1, int(torch.randint(length // 2, length, (), generator=generator)) :] = 0
+    ids = ids * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 class Report:
@@ -91,6 +111,7 @@ class Report:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))

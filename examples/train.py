@@ -1,8 +1,8 @@
-"""The main job: train GPT-2 on a ring of ranks and, from the same seeds, on one rank; compare step by step.
+"""The main job: train a model on a ring of ranks and, from the same seeds, on one rank; compare step by step.
 
-    python -m examples.train_gpt2 --ranks 2 --steps 16
+    python -m examples.train --model gpt2 --ranks 2 --steps 16
 
-Each training (examples/gpt2_rank.py) has the machine to itself, its threads divided among its ranks. The last line
+Each training (examples/train_rank.py) has the machine to itself, its threads divided among its ranks. The last line
 says whether the losses agree; the exit code is 0 only if they do.
 """
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from examples.gpt2_rank import LENGTH
+from examples.train_rank import SHAPES, TOKENS
 
 TOLERANCE = 1e-3
 STALL = 600.0  # seconds without a new step after which a training counts as hung
@@ -56,7 +56,7 @@ class Training:
     @property
     def tokens_per_second(self) -> float:
         """Of the median step after the first, which compiles."""
-        return LENGTH / statistics.median(self.seconds[1:] or self.seconds)
+        return TOKENS / statistics.median(self.seconds[1:] or self.seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def train(ranks: int, args: argparse.Namespace, progress: Progress, task: TaskID
 def _record(training: Training, line: dict[str, Any], steps: int, progress: Progress, task: TaskID) -> None:
     if "parameters" in line:
         training.parameters = line["parameters"]
-        text = f"{training.name}: compiling ({training.parameters / 1e6:.1f}M parameters, {LENGTH} tokens)"
+        text = f"{training.name}: compiling ({training.parameters / 1e6:.1f}M parameters, {TOKENS} tokens)"
         progress.console.print(text)
         progress.update(task, description=text)
     elif "loss" in line:
@@ -117,8 +117,8 @@ def _launched(ranks: int, args: argparse.Namespace, directory: str, log: Any) ->
     """torchrun in its own session, so that no rank outlives this block."""
     threads = max(1, _cpus() // ranks)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    job = ["-m", "examples.gpt2_rank", f"--steps={args.steps}", f"--seed={args.seed}", f"--backend={args.backend}"]
-    options = [f"--threads={threads}", f"--report={directory}"]
+    job = ["-m", "examples.train_rank", f"--model={args.model}", f"--steps={args.steps}", f"--seed={args.seed}"]
+    options = [f"--backend={args.backend}", f"--threads={threads}", f"--report={directory}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
         torchrun + job + options,
@@ -185,7 +185,7 @@ def _costs(trainings: list[Training]) -> Table:
     table.add_row("peak activation memory of each rank, MiB", *peaks)
     table.add_row("tokens/s", *(f"{t.tokens_per_second:.0f}" for t in trainings))
     table.add_row("first step, s (compiles)", *(f"{t.seconds[0]:.1f}" for t in trainings))
-    table.add_row("median step after it, s", *(f"{LENGTH / t.tokens_per_second:.1f}" for t in trainings))
+    table.add_row("median step after it, s", *(f"{TOKENS / t.tokens_per_second:.1f}" for t in trainings))
     return table
 
 
@@ -204,6 +204,7 @@ def _verdict(trainings: list[Training], steps: int, console: Console) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--ranks", type=int, default=2, help="size of the ring that is compared with 1 rank")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

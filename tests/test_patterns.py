@@ -1,0 +1,184 @@
+"""Patterns: each is what its definition says, on one device and on the ring; wrong ones are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ringpass import OptionError, RingConfig
+from ringpass.layout import Layout
+from ringpass.mask import evaluate
+from ringpass.passes.verify import prove
+from ringpass.patterns import (
+    Pattern,
+    block_causal,
+    causal,
+    dilated_window,
+    everything,
+    fixed,
+    from_function,
+    global_tokens,
+    grid_window,
+    nothing,
+    prefix,
+    sink,
+    strided,
+    window,
+)  # fmt: skip
+from ringpass.schedule import Problem, program
+from tests.parity import compiled, relative
+from tests.workers import Workers
+
+S = 24
+DEFINED: dict[str, tuple[Pattern, Callable[[int, int], bool]]] = {
+    "causal": (causal(), lambda q, k: k <= q),
+    "everything": (everything(), lambda q, k: True),
+    "nothing": (nothing(), lambda q, k: False),
+    "window": (window(3, 2), lambda q, k: -2 <= q - k <= 3),
+    "causal window": (causal() & window(3), lambda q, k: 0 <= q - k <= 3),
+    "dilated window": (dilated_window(2, 3), lambda q, k: q - k in (-6, -3, 0, 3, 6)),
+    "sink": (causal() & (sink(2) | window(4)), lambda q, k: k <= q and (k < 2 or q - k <= 4)),
+    "global": (global_tokens(2) | window(1, 1), lambda q, k: q < 2 or k < 2 or abs(q - k) <= 1),
+    "prefix": (prefix(5), lambda q, k: k <= q or k < 5),
+    "no prefix": (prefix(0), lambda q, k: k <= q),
+    "block causal": (block_causal(5), lambda q, k: k // 5 <= q // 5),
+    "strided": (strided(5), lambda q, k: k <= q and (q - k < 5 or (q - k) % 5 == 0)),
+    "fixed": (fixed(6, 2), lambda q, k: k <= q and (q // 6 == k // 6 or k % 6 >= 4)),
+    "grid": (grid_window((4, 6), 1), lambda q, k: abs(q // 6 - k // 6) <= 1 and abs(q % 6 - k % 6) <= 1),
+    "box": (
+        grid_window((2, 3, 4), 1),
+        lambda q, k: all(abs(q // s % n - k // s % n) <= 1 for s, n in ((12, 2), (4, 3), (1, 4))),
+    ),
+    "grid after a prefix": (
+        grid_window((2, 11), 2, skip=2),
+        lambda q, k: min(q, k) < 2 or abs((q - 2) // 11 - (k - 2) // 11) <= 2 and abs((q - 2) % 11 - (k - 2) % 11) <= 2,
+    ),
+    "not": (~causal(), lambda q, k: k > q),
+    "function": (from_function(lambda b, h, q, k: (q - k).abs() * 2 < 9), lambda q, k: abs(q - k) * 2 < 9),
+}
+
+
+def dense(pattern: Pattern, length: int = S) -> Tensor:
+    at = torch.arange(length)
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    where = {"b": one, "h": one, "q": at.view(1, 1, -1, 1), "k": at.view(1, 1, 1, -1)}
+    return evaluate(pattern.expr, where, []).to(torch.bool).expand(1, 1, length, length)[0, 0]
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_patterns_are_what_they_say(name: str) -> None:
+    pattern, defined = DEFINED[name]
+    wanted = torch.tensor([[defined(q, k) for k in range(S)] for q in range(S)])
+    assert torch.equal(dense(pattern), wanted)
+    assert pattern(q=7, k=3) == defined(7, 3)
+
+
+SOME = st.sampled_from([pattern for pattern, _ in DEFINED.values()])
+
+
+@st.composite
+def compositions(draw: st.DrawFn) -> Pattern:
+    pattern = draw(SOME)
+    for _ in range(draw(st.integers(0, 3))):
+        other = draw(SOME)
+        pattern = draw(st.sampled_from([pattern & other, pattern | other, ~pattern]))
+    return pattern
+
+
+@settings(max_examples=150, deadline=None)
+@given(SOME, SOME)
+def test_combinations(a: Pattern, b: Pattern) -> None:
+    assert torch.equal(dense(a & b), dense(a) & dense(b))
+    assert torch.equal(dense(a | b), dense(a) | dense(b))
+    assert torch.equal(dense(~a), ~dense(a))
+
+
+@settings(max_examples=150, deadline=None)
+@given(compositions(), st.integers(1, 5), st.sampled_from(["contiguous", "zigzag"]), st.sampled_from([1, 4, 64]))
+def test_any_composition_is_scheduled_and_proved(pattern: Pattern, world: int, layout: str, tile: int) -> None:
+    sides = Layout(layout, world)
+    prove(Problem(str(pattern), S, S, sides, sides, tile))
+
+
+def test_what_is_empty_is_neither_computed_nor_sent() -> None:
+    sides = Layout("contiguous", 8)
+    site = Problem(str(causal() & window(63)), 1024, 1024, sides, sides, 16)
+    for rank in range(8):
+        one = program(site, rank)
+        assert one.received <= 64 and len(one.steps) <= 3
+        assert one.area <= 128 * (64 + 2 * 16)
+
+
+# --- on the ring ------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Attention with a mask of its own, which the option's pattern is ANDed with."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.project, self.causal = nn.Linear(8, 24), causal
+
+    def forward(self, x: Tensor, also: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        if also is None:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=also)
+        return out.transpose(1, 2).reshape(*x.shape[:2], 8)
+
+
+def with_pattern(group: dist.ProcessGroup, names: tuple[str, ...], length: int, **options: Any) -> list[float]:
+    """Errors of output and gradient of a model compiled with each pattern, against its dense mask on one device."""
+    errors = []
+    for name in names:
+        for is_causal in (True, False):
+            torch._dynamo.reset()
+            pattern, model = DEFINED[name][0], Attention(is_causal).double()
+            x = torch.randn(2, length, 8, dtype=torch.float64)
+            allowed = dense(pattern & causal() if is_causal else pattern, length)
+            run = compiled(model, group, mask=pattern, **options)
+            found = []
+            for out in (run(x), model(x, allowed)):
+                (grad,) = torch.autograd.grad(out.square().sum(), model.project.weight)
+                found.append((out, grad))
+            errors += [
+                relative(got, want) if want.any() else float(got.abs().max()) for got, want in zip(*found, strict=True)
+            ]
+    return errors
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 3, 5))
+def test_parity_with_the_dense_mask(workers: Workers, ranks: int) -> None:
+    names = ("causal window", "dilated window", "sink", "fixed", "grid", "nothing")
+    for errors in workers.run(with_pattern, ranks, names, S, tile=4):
+        assert max(errors) < 1e-10, errors
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "negative": (lambda: window(-1), "before must be an int of at least 0, got -1"),
+    "fraction": (lambda: sink(1.5), "tokens must be an int of at least 1, got 1.5"),  # type: ignore[arg-type]
+    "summary": (lambda: fixed(4, 5), "summary must be at most the block, got 5 of 4"),
+    "other": (lambda: causal() & True, "a pattern combines with a pattern, not with bool"),  # type: ignore[operator]
+    "text": (lambda: RingConfig(mask="k <= q"), "option 'mask' must be a Pattern"),  # type: ignore[arg-type]
+    "arity": (lambda: from_function(lambda q, k: k <= q), r"takes \(b, h, q, k\), this one takes \(q, k\)"),
+    "capture": (lambda: from_function(lambda b, h, q, k: torch.ones(9)[k] > 0), "nor index a tensor by them"),
+    "branch": (lambda: from_function(lambda b, h, q, k: k if k > q else q), "cannot be traced"),
+    "number": (lambda: from_function(lambda b, h, q, k: q - k), "must return a boolean"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_patterns_are_refused(name: str) -> None:
+    build, message = BAD[name]
+    with pytest.raises(OptionError, match=message):
+        build()
