@@ -20,7 +20,10 @@ from ringpass import RingConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = ("layout", "mask", "schedule", "dropout", "kernels", "config")
+MODULES = (
+    "layout", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config", "passes.cover",
+    "passes.verify",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -37,7 +40,8 @@ def test_readme_names_every_option() -> None:
 
 
 def test_readme_script(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script, patterns = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(patterns, {})
     assert len([line for line in script.splitlines() if line and not line.startswith("#")]) <= 10
     small = script.replace("GPT2Config()", "GPT2Config(n_layer=1, n_embd=64, n_head=2, bos_token_id=0, eos_token_id=0)")
     path = tmp_path / "train.py"
