@@ -2,8 +2,7 @@
 
     axes: the factor classes of the query and key dims of the sites
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
-    layout of an axis: the candidate with the smallest largest tile area on any rank, over all sites; then fewest tokens
-    moved
+    layout of the axes: `balance`
 
 Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
 """
@@ -16,11 +15,10 @@ from typing import Any
 import torch
 
 from ringpass.layout import Layout
+from ringpass.passes.balance import Load, choose, grain
 from ringpass.passes.detect import AttentionSite
 from ringpass.passes.factors import Factor, Sweep
-from ringpass.schedule import Problem, Program, program, tiling
-
-CANDIDATES = ("contiguous", "zigzag")
+from ringpass.schedule import TILE, Problem, Program, program
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +56,7 @@ class RingPlan:
     axes: tuple[Axis, ...]
     sites: tuple[SitePlan, ...]
     comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
-    rejected: tuple[str, ...] = ()  # layouts not chosen, with their estimates
+    weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
     def program(self, index: int, rank: int) -> Program | None:
@@ -74,7 +72,7 @@ class RingPlan:
                 for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
             )
             lines += [f"{site.site}", f"  {where}{'' if site.problem else '; runs replicated'}"]
-        return "\n".join([*lines, *(f"rejected: {r}" for r in self.rejected), *(f"remark: {r}" for r in self.remarks)])
+        return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
 
 
 def hint_of(n: Any) -> int:
@@ -82,7 +80,9 @@ def hint_of(n: Any) -> int:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
-def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int, comm: str) -> RingPlan:
+def plan(
+    sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int | None, comm: str
+) -> RingPlan:
     """Chooses the layouts (`layout`: "auto" or a name) and states each site's schedule problem."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
@@ -91,7 +91,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str
         plain = _plain(site, remarks)
         pair = [_axis(axes, sweep, x, world, remarks) if plain else None for x in (site.q, site.k)]
         placed.append((site, pair))
-    chosen, rejected = _choose(placed, world, layout, tile)
+    chosen, weighed = _choose(placed, world, layout, tile)
     final = {axis.index: replace(axis, layout=Layout(chosen, world)) for axis in axes.values()}
     plans = []
     for site, pair in placed:
@@ -99,7 +99,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str
         if query is None:
             key = None  # few queries over many keys: keys are gathered, the site runs replicated
         plans.append(SitePlan(site, query, key, _problem(site, query, key, world, tile) if query else None))
-    return RingPlan(world, tuple(final.values()), tuple(plans), comm, tuple(rejected), tuple(remarks))
+    return RingPlan(world, tuple(final.values()), tuple(plans), comm, tuple(weighed), tuple(remarks))
 
 
 def _plain(site: AttentionSite, remarks: list[str]) -> bool:
@@ -129,28 +129,29 @@ def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: l
     return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, Layout("contiguous", world)))
 
 
-def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, tile: int) -> Problem:
+def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, tile: int | None) -> Problem:
     replicated = Layout("replicated", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [axis.layout if axis else replicated for axis in (query, key)]
-    return Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile, cut_all=site.dropout > 0)
+    cut_all = site.dropout > 0
+    problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile or TILE, cut_all)
+    return problem if tile else replace(problem, tile=grain(problem))
 
 
-def _choose(placed: list[Any], world: int, layout: str, tile: int) -> tuple[str, list[str]]:
-    """The layout's name, and a line on each rejected one."""
+def _choose(placed: list[Any], world: int, layout: str, tile: int | None) -> tuple[str, list[str]]:
+    """The layout's name, and a line on each layout that was weighed, the chosen one first."""
     if layout != "auto" or world == 1:
         return ("contiguous" if layout == "auto" else layout), []
-    costs = {}
-    for name in CANDIDATES:
-        area = moved = 0
-        for site, (query, key) in placed:
-            if query is None:
-                continue
-            queries, keys = (replace(a, layout=Layout(name, world)) if a else None for a in (query, key))
-            problem = _problem(site, queries, keys, world, tile)
-            whole = tiling(problem)
-            area += int(whole.areas(world).max())
-            moved += int(whole.received(world).max())
-        costs[name] = (area, moved)
-    best = min(CANDIDATES, key=lambda name: costs[name])
-    return best, [f"{n}: largest tile area {a}, tokens received {m}" for n, (a, m) in costs.items() if n != best]
+    sharded = [(site, query, key) for site, (query, key) in placed if query is not None]
+    loads = [_load(site, _problem(site, query, key, world, tile)) for site, query, key in sharded]
+    fixed = all(isinstance(axis.tokens, int) for _, *pair in sharded for axis in pair if axis)
+    tried = choose(loads, world, fixed)
+    return tried[0].layout, list(map(str, tried))
+
+
+def _load(site: AttentionSite, problem: Problem) -> Load:
+    """FLOPs and bytes of a forward; those of a backward are in the same proportion."""
+    q, k, v = (x.meta["val"] for x in (site.q, site.k, site.v))
+    heads, groups = (hint_of(x.shape[1]) if x.ndim == 4 else 1 for x in (q, k))
+    widths = hint_of(k.shape[-1]) + hint_of(v.shape[-1])
+    return Load(problem, flops=2.0 * heads * widths, bytes=float(groups * widths * k.element_size()))

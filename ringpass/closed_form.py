@@ -25,6 +25,7 @@ import sympy
 from ringpass.mask import CAUSAL, FALSE, TRUE, Call, Const, Expr, Index, K, Load, Q, bounds, call, kind_of
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
+WHOLE = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # integers of integers
 Sum = dict[Expr, int]  # coefficient of each term; Const(1) carries the constant
 ONE = Const(1)
 
@@ -60,7 +61,9 @@ def _integer(expr: Expr) -> bool:
     if isinstance(expr, Load):
         return False
     if isinstance(expr, Call):
-        known = expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs") or _widened(expr)
+        known = expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket") or _widened(
+            expr
+        )
         return known and all(_integer(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
     return isinstance(expr, Index) or (isinstance(expr, Const) and type(expr.value) is int)
 

@@ -93,7 +93,10 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
             padded[rank, :, offset : offset + stop - start] = whole[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
-    run_collective(dist.reduce_scatter_tensor, mine.view(-1), padded.view(-1), group=group)
+    sum_and_scatter = getattr(
+        dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+    )  # the former is torch 2.13's name
+    run_collective(sum_and_scatter, mine.view(-1), padded.view(-1), group=group)
     return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
 
 

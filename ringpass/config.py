@@ -26,14 +26,15 @@ DUMP_VARIABLE = "RINGPASS_DUMP"
 class RingConfig:
     """Options of `torch.compile(model, backend="ring_dilated", options={...})`.
 
-    layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous" or "zigzag".
+    layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous", "zigzag" or "striped".
     mask: a `ringpass.patterns.Pattern`, ANDed with each attention's own mask: which keys a query may attend to.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
     strict: refuse, instead of gather and report, what has no rule.
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
-    tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated.
+    tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated; None: chosen for each attention, 1024
+        or less where its mask is narrow.
     unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph while the sites together have
         at most this many steps (a site counts the larger of P and its number of tiles); above, and for symbolic
         lengths, each attention is one node that runs the same code.  0: always one node.
@@ -49,7 +50,7 @@ class RingConfig:
     compiler: str = "inductor"
     strict: bool = False
     outputs: str = "lazy"
-    tile: int = 1024
+    tile: int | None = None
     unroll_limit: int = 128
     timeout: float = 300.0
     dump: str | None = None
@@ -57,13 +58,14 @@ class RingConfig:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("layout", self.layout, ("auto", "contiguous", "zigzag"))
+        _one_of("layout", self.layout, ("auto", "contiguous", "zigzag", "striped"))
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
         _one_of("outputs", self.outputs, ("lazy", "gathered"))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
-        _require("tile", self.tile, type(self.tile) is int and self.tile >= 1, "an int of at least 1")
+        edge = self.tile is None or (type(self.tile) is int and self.tile >= 1)
+        _require("tile", self.tile, edge, "an int of at least 1, or None")
         natural = type(self.unroll_limit) is int and self.unroll_limit >= 0
         _require("unroll_limit", self.unroll_limit, natural, "an int of at least 0")
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)

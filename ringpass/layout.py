@@ -6,18 +6,28 @@
     ((3, 5),)
 
 A layout cuts S tokens into n chunks of near-equal size (the first S mod n chunks are one token longer) and gives each
-rank some of them, in ascending order.  *contiguous*: n = P, rank r holds chunk r.  *zigzag*: n = 2P, rank r holds
-chunks r and 2P-1-r, which balances causal attention.  *replicated*: every rank holds all tokens.
+rank some of them, in ascending order.
+
+    contiguous       n = P, rank r holds chunk r
+    zigzag           n = 2P, rank r holds chunks r and 2P-1-r, which balances causal attention
+    striped          n = 8P, rank r holds every P-th chunk from r on
+    chunks 0,1,1,0   as many chunks as numbers, each held by the rank of that number
+    replicated       every rank holds all tokens
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 from typing import Any
 
 Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 
-NAMES = ("contiguous", "zigzag", "replicated")
+NAMES = ("contiguous", "zigzag", "striped", "replicated")
+STRIPES = 8  # chunks of each rank in the striped layout
+ASSIGNED = "chunks "
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.name in NAMES, self.name
+        assert self.name in NAMES or self.name.startswith(ASSIGNED), self.name
 
     @property
     def replicated(self) -> bool:
@@ -36,12 +46,19 @@ class Layout:
 
     @property
     def chunks(self) -> int:
-        return {"contiguous": self.world, "zigzag": 2 * self.world, "replicated": 1}[self.name]
+        if self.name.startswith(ASSIGNED):
+            return len(_owners(self.name))
+        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES}
+        return 1 if self.replicated else per_rank[self.name] * self.world
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The chunks that `rank` holds, ascending."""
         if self.name == "zigzag":
             return (rank, 2 * self.world - 1 - rank)
+        if self.name == "striped":
+            return tuple(range(rank, self.chunks, self.world))
+        if self.name.startswith(ASSIGNED):
+            return tuple(chunk for chunk, owner in enumerate(_owners(self.name)) if owner == rank)
         return (0,) if self.replicated else (rank,)
 
     def length(self, rank: int, tokens: Any) -> Any:
@@ -49,8 +66,7 @@ class Layout:
         if self.replicated:
             return tokens
         n = self.chunks
-        sizes = [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)]
-        return sizes[0] if len(sizes) == 1 else sizes[0] + sizes[1]
+        return reduce(operator.add, [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)] or [0])
 
     def ranges(self, rank: int, tokens: int) -> Ranges:
         """Token ranges of `rank` in ascending order; neighbouring and empty ones are joined."""
@@ -66,6 +82,16 @@ class Layout:
     def _start(self, chunk: int, tokens: int) -> int:
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
+
+
+def assigned(owners: Sequence[int]) -> str:
+    """The name of the layout whose chunk i is held by rank `owners[i]`."""
+    return ASSIGNED + ",".join(map(str, owners))
+
+
+@lru_cache(maxsize=256)
+def _owners(name: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in name.removeprefix(ASSIGNED).split(","))
 
 
 def size(ranges: Ranges) -> int:

@@ -18,6 +18,7 @@ Contract: `parse(str(e)) == e`.  `classify` never calls a tile empty or full tha
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -157,6 +158,17 @@ def _absolute(a: Interval) -> Interval:
     return np.where((a[0] <= 0) & (a[1] >= 0), 0.0, np.minimum(*ends)), np.maximum(*ends)
 
 
+def _bucket(x: Tensor | int, *edges: int) -> Tensor:
+    """How many of the ascending `edges` are at most x."""
+    where = torch.as_tensor(x)
+    return torch.bucketize(where, torch.tensor(edges, dtype=torch.int64, device=where.device), right=True)
+
+
+def _bucket_bounds(x: Interval, *edges: Interval) -> Interval:
+    at = np.array([edge[0] for edge in edges])
+    return np.searchsorted(at, x[0], side="right") * 1.0, np.searchsorted(at, x[1], side="right") * 1.0
+
+
 UNKNOWN: Interval = (-math.inf, math.inf)
 lowest, highest = np.minimum, np.maximum
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
@@ -184,6 +196,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
     "exp": (torch.exp, lambda a: UNKNOWN),
     "pow": (torch.pow, lambda a, b: UNKNOWN),
     "where": (torch.where, _where),
+    "bucket": (_bucket, _bucket_bounds),
     "cast": (lambda x, dtype: x.to(dtype), lambda a, dtype: UNKNOWN),
 }
 DTYPES = {str(d).removeprefix("torch."): d for d in (
@@ -288,8 +301,9 @@ def _from_call(n: ast.Call) -> Expr:
     if name in DTYPES:
         (arg,) = args
         return Call("cast", (arg, Index(name)))
-    arity = OPERATORS[name][1].__code__.co_argcount
-    if name in INFIX or name == "cast" or len(args) != arity or n.keywords:
+    code = OPERATORS[name][1].__code__
+    fits = len(args) == code.co_argcount or (code.co_flags & inspect.CO_VARARGS and len(args) > code.co_argcount)
+    if name in INFIX or name == "cast" or not fits or n.keywords:
         raise ValueError(f"{name} of {len(args)} arguments")
     return Call(name, args)
 

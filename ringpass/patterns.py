@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -126,6 +127,21 @@ def fixed(block: int, summary: int) -> Pattern:
     if _natural("summary", summary, 1) > _natural("block", block, 1):
         raise OptionError(f"summary must be at most the block, got {summary} of {block}")
     return causal() & (_pattern(f"q // {block} == k // {block}") | _pattern(f"k % {block} >= {block - summary}"))
+
+
+def documents(lengths: Sequence[int]) -> Pattern:
+    """Documents packed one after the other: each token sees its own document (combine with `causal`).
+
+    >>> print(causal() & documents([3, 5]))
+    k <= q & bucket(k, 3) == bucket(q, 3)
+
+    `lengths` add up to S; tokens beyond would belong to the last document.
+    """
+    for length in lengths:
+        _natural("each length", length, 1)
+    ends = [*accumulate(lengths)][:-1]
+    q, k = (f"bucket({x}, {', '.join(map(str, ends))})" for x in "qk")
+    return _pattern(f"{q} == {k}") if len(lengths) > 1 else everything()
 
 
 def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:

@@ -20,6 +20,7 @@ receives only tokens that a tile of its own uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causa
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
 TILE_KINDS = (*KINDS, CAUSAL_TILE)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL = range(4)  # indices into TILE_KINDS
+TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
 BATCH = 1 << 18  # rectangles classified at once
 Array = NDArray[Any]
 
@@ -208,8 +210,32 @@ def tiling(problem: Problem) -> Tiling:
         pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
         found += _halve(problem, *_with_ranks(problem, *pairs))
     dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
+    remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
+    if len(remote) <= TRIMMED:
+        by = q0[remote], q1[remote]
+        k0[remote], k1[remote] = _trim(problem.expr, by, (k0[remote], k1[remote]))
+        kind[remote] = classify_all(problem.expr, by, (k0[remote], k1[remote]))
     order = np.lexsort((k0, q0, src, dst))
+    order = order[kind[order] != _EMPTY]
     return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
+
+
+def _trim(expr: Expr, q: Spans, k: Spans) -> Spans:
+    """The keys of each tile without those at either end that no query sees, by bisection: what is left travels."""
+    start = k[0] + _empty(lambda n: classify_all(expr, q, (k[0], k[0] + n)), k[1] - k[0])
+    stop = k[1] - _empty(lambda n: classify_all(expr, q, (k[1] - n, k[1])), k[1] - start)
+    return start, stop
+
+
+def _empty(kind_of_strip: Callable[[Array], Array], width: Array) -> Array:
+    """For each tile, the width of the widest strip that is empty; that of `width` is known not to be."""
+    low, high = np.zeros_like(width), width
+    while (high - low > 1).any():
+        middle = np.where(high - low > 1, (low + high) // 2, np.maximum(low, 1))
+        empty = kind_of_strip(middle) == _EMPTY
+        found = high - low > 1
+        low, high = np.where(found & empty, middle, low), np.where(found & ~empty, middle, high)
+    return low
 
 
 def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringpass import layout
-from ringpass.layout import NAMES, Layout, size, tokens
+from ringpass.layout import NAMES, Layout, assigned, size, tokens
 
 lengths = st.integers(0, 500)
 worlds = st.integers(1, 12)
@@ -37,7 +37,7 @@ def test_ranges(name: str, world: int, length: int, expected: list[layout.Ranges
     assert [Layout(name, world).ranges(rank, length) for rank in range(world)] == expected
 
 
-@given(st.sampled_from(("contiguous", "zigzag")), worlds, lengths)
+@given(st.sampled_from(("contiguous", "zigzag", "striped")), worlds, lengths)
 def test_each_token_has_one_owner(name: str, world: int, length: int) -> None:
     shares = [Layout(name, world).ranges(rank, length) for rank in range(world)]
     assert sorted(t for ranges in shares for a, b in ranges for t in range(a, b)) == list(range(length))
@@ -51,8 +51,16 @@ def test_ranges_are_normal(name: str, world: int, length: int) -> None:
         assert all(a < b for a, b in ranges)
         assert all(before < after for (_, before), (after, _) in zip(ranges, ranges[1:], strict=False))
         assert size(ranges) == here.length(rank, length)
-        assert len(ranges) <= 2
+        assert len(ranges) <= here.chunks / (1 if name == "replicated" else world)
     assert max(map(size, shares)) - min(map(size, shares)) <= (2 if name == "zigzag" else 1)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), lengths)
+def test_assigned_chunks_have_one_owner(owners: list[int], length: int) -> None:
+    here = Layout(assigned(owners), 5)
+    shares = [here.ranges(rank, length) for rank in range(5)]
+    assert sorted(t for ranges in shares for a, b in ranges for t in range(a, b)) == list(range(length))
+    assert [size(r) for r in shares if r] == [here.length(rank, length) for rank in range(5) if shares[rank]]
 
 
 @given(st.sampled_from(NAMES), worlds, lengths)
@@ -65,8 +73,8 @@ def test_lengths_of_symbols(name: str, world: int, length: int) -> None:
 
 
 def test_only_replicated_axes_are_replicated() -> None:
-    assert [Layout(name, 3).replicated for name in NAMES] == [False, False, True]
-    assert [Layout(name, 3).chunks for name in NAMES] == [3, 6, 1]
+    assert [Layout(name, 3).replicated for name in NAMES] == [False, False, False, True]
+    assert [Layout(name, 3).chunks for name in NAMES] == [3, 6, 24, 1]
     assert Layout("zigzag", 3).owned(1) == (1, 4)
     with pytest.raises(AssertionError):
         Layout("spiral", 2)

@@ -21,6 +21,7 @@ from ringpass.patterns import (
     block_causal,
     causal,
     dilated_window,
+    documents,
     everything,
     fixed,
     from_function,
@@ -60,6 +61,11 @@ DEFINED: dict[str, tuple[Pattern, Callable[[int, int], bool]]] = {
         grid_window((2, 11), 2, skip=2),
         lambda q, k: min(q, k) < 2 or abs((q - 2) // 11 - (k - 2) // 11) <= 2 and abs((q - 2) % 11 - (k - 2) % 11) <= 2,
     ),
+    "documents": (
+        causal() & documents([7, 1, 9, 7]),
+        lambda q, k: k <= q and sum(e <= q for e in (7, 8, 17)) == sum(e <= k for e in (7, 8, 17)),
+    ),
+    "one document": (documents([24]), lambda q, k: True),
     "not": (~causal(), lambda q, k: k > q),
     "function": (from_function(lambda b, h, q, k: (q - k).abs() * 2 < 9), lambda q, k: abs(q - k) * 2 < 9),
 }
@@ -157,7 +163,7 @@ def with_pattern(group: dist.ProcessGroup, names: tuple[str, ...], length: int, 
 
 @pytest.mark.parametrize("ranks", (1, 2, 3, 5))
 def test_parity_with_the_dense_mask(workers: Workers, ranks: int) -> None:
-    names = ("causal window", "dilated window", "sink", "fixed", "grid", "nothing")
+    names = ("causal window", "dilated window", "sink", "fixed", "grid", "documents", "nothing")
     for errors in workers.run(with_pattern, ranks, names, S, tile=4):
         assert max(errors) < 1e-10, errors
 
@@ -168,6 +174,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "negative": (lambda: window(-1), "before must be an int of at least 0, got -1"),
     "fraction": (lambda: sink(1.5), "tokens must be an int of at least 1, got 1.5"),  # type: ignore[arg-type]
     "summary": (lambda: fixed(4, 5), "summary must be at most the block, got 5 of 4"),
+    "no tokens": (lambda: documents([3, 0, 2]), "each length must be an int of at least 1, got 0"),
     "other": (lambda: causal() & True, "a pattern combines with a pattern, not with bool"),  # type: ignore[operator]
     "text": (lambda: RingConfig(mask="k <= q"), "option 'mask' must be a Pattern"),  # type: ignore[arg-type]
     "arity": (lambda: from_function(lambda q, k: k <= q), r"takes \(b, h, q, k\), this one takes \(q, k\)"),
@@ -182,3 +189,18 @@ def test_wrong_patterns_are_refused(name: str) -> None:
     build, message = BAD[name]
     with pytest.raises(OptionError, match=message):
         build()
+
+
+def test_documents_of_random_lengths_are_classified_and_pruned() -> None:
+    """Each rank receives what its first document needs, to the token, at the default tile."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(200, 9000, (40,), generator=generator).tolist()
+    pattern, total, world = causal() & documents(lengths), sum(lengths), 8
+    sides = Layout("contiguous", world)
+    site = Problem(str(pattern), total, total, sides, sides)
+    ends = torch.tensor(lengths).cumsum(0)
+    for rank in range(world):
+        ((start, _),) = sides.ranges(rank, total)
+        first = int(torch.searchsorted(ends, start, right=True))
+        needed = start - (int(ends[first - 1]) if first else 0)  # the part of the document that is cut
+        assert program(site, rank).received == needed

@@ -63,16 +63,16 @@ GOLDEN = {
 1: receive 0:2+4:5 from rank 0, send 2:4 to rank 0: full q0:2 k0:3""",
     problem(WINDOW, 3, 18, "contiguous", tile=4): """
 0: local tokens 0:6: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-0: send 0:6 to rank 1: no tile
+0: send 2:6 to rank 1: no tile
 1: local tokens 6:12: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-1: receive 0:6 from rank 0, send 6:12 to rank 2: partial q0:3 k0:3, partial q0:3 k3:6, partial q3:6 k3:6
+1: receive 2:6 from rank 0, send 8:12 to rank 2: partial q0:3 k0:1, partial q0:3 k1:4, partial q3:6 k3:4
 2: local tokens 12:18: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-2: receive 6:12 from rank 1: partial q0:3 k0:3, partial q0:3 k3:6, partial q3:6 k3:6""",
+2: receive 8:12 from rank 1: partial q0:3 k0:1, partial q0:3 k1:4, partial q3:6 k3:4""",
     problem(WINDOW, 2, 12, tile=3): """
 0: local tokens 0:3+9:12: partial q0:3 k0:3, partial q3:6 k3:6
-0: receive 3:9 from rank 1, send 0:3 to rank 1: partial q3:6 k0:3, partial q3:6 k3:6
+0: receive 5:9 from rank 1, send 0:3 to rank 1: partial q3:6 k0:1, partial q3:6 k1:4
 1: local tokens 3:9: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-1: receive 0:3 from rank 0, send 3:9 to rank 0: partial q0:3 k0:3, partial q3:6 k0:3""",
+1: receive 0:3 from rank 0, send 5:9 to rank 0: partial q0:3 k0:3, partial q3:6 k2:3""",
     problem(PADDED, 2, 8, "contiguous"): """
 0: local tokens 0:4: partial q0:4 k0:4
 0: send 0:4 to rank 1: no tile

@@ -1,0 +1,128 @@
+"""balance: the token -> rank map of a model, by estimated time over all its sites together.  No tensors.
+
+    time of a rank    the larger of its tiles' FLOPs and BALANCE FLOPs for each byte of keys and values that it receives
+    time of a layout  that of its slowest rank
+    candidates        contiguous, zigzag, striped; where that leaves a rank with more than GOOD times the mean, chunks
+                      assigned to ranks one by one: the costliest first, to the rank that has least (longest processing
+                      time first, Graham 1969)
+    choice            the first candidate whose time is within GOOD of the best: simple maps move least
+
+Layers that attend differently, sliding and full in turn, are balanced in one map, for a map is applied once.
+
+Contract: depends on masks, shapes and P alone, so all ranks choose alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ringpass.layout import STRIPES, Layout, assigned
+from ringpass.schedule import Array, Problem, tiling
+
+CANDIDATES = ("contiguous", "zigzag", "striped")
+BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
+FINEST, SPARED = 128, 0.05
+GOOD = 1.02  # largest over mean FLOPs of a rank
+MOST_CHUNKS = 1024  # finer maps are not tried
+
+
+@dataclass(frozen=True)
+class Load:
+    """One site as balance sees it: its schedule problem, FLOPs per (query, key) pair, bytes per key token."""
+
+    problem: Problem
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout costs: FLOPs of the busiest rank and of the mean one, bytes received by the rank with most."""
+
+    layout: str
+    flops: float
+    mean_flops: float
+    bytes: float
+    time: float
+
+    @property
+    def imbalance(self) -> float:
+        return self.flops / self.mean_flops if self.mean_flops else 1.0
+
+    def __str__(self) -> str:
+        received = f"{self.bytes / 2**20:.4g} MiB received at most"
+        return f"{self.layout}: {self.imbalance:.3f} x the mean work at most, {received}"
+
+
+def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
+    """The layouts tried, the chosen one first.
+
+    `fixed`: the lengths are those of every call; for others, a map that fits them by hand could leave a rank without
+    tokens.
+    """
+    fine = STRIPES * world <= MOST_CHUNKS
+    shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
+    tried = [estimate(loads, name, world) for name in CANDIDATES if fine or name != "striped"]
+    by_hand = fine and fixed and shortest >= 2 * STRIPES * world
+    if by_hand and _first_good(tried).imbalance > GOOD:
+        tried.append(estimate(loads, solve(loads, world), world))
+    chosen = _first_good(tried)
+    return [chosen, *(t for t in tried if t is not chosen)]
+
+
+def _first_good(tried: Sequence[Estimate]) -> Estimate:
+    best = min(t.time for t in tried)
+    return next(t for t in tried if t.time <= GOOD * best)
+
+
+def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
+    """The cost of all sites under one layout."""
+    flops, received = np.zeros(world), np.zeros(world)
+    for load in loads:
+        whole = tiling(placed(load.problem, layout, world))
+        flops += load.flops * whole.areas(world)
+        received += load.bytes * whole.received(world)
+    time = float(np.maximum(flops, BALANCE * received).max())
+    return Estimate(layout, float(flops.max()), float(flops.mean()), float(received.max()), time)
+
+
+def grain(problem: Problem) -> int:
+    """The edge of a site's tiles: halved from the default while that spares SPARED of the work, not below FINEST.
+
+    A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; where the
+    mask depends on data all over, or is full, they gain nothing.
+    """
+    flat = placed(problem, "contiguous", problem.world)
+    work = [int(tiling(flat).area.sum())]
+    edge = flat.tile
+    while edge > FINEST:
+        work.append(int(tiling(replace(flat, tile=edge // 2)).area.sum()))
+        if work[-1] > (1 - SPARED) * work[-2]:
+            break
+        edge //= 2
+    return edge
+
+
+def placed(problem: Problem, layout: str, world: int) -> Problem:
+    """`problem` with its sharded sides in `layout`."""
+    sides = (problem.query_layout, problem.key_layout)
+    query, key = (side if side.replicated else Layout(layout, world) for side in sides)
+    return replace(problem, query_layout=query, key_layout=key)
+
+
+def solve(loads: Sequence[Load], world: int) -> str:
+    """A map of STRIPES chunks for each rank whose ranks have about equal FLOPs."""
+    chunks = STRIPES * world
+    cost: Array = np.zeros(chunks)
+    for load in loads:
+        cost += load.flops * tiling(placed(load.problem, "contiguous", chunks)).areas(chunks)
+    owners, sums, counts = [0] * chunks, [0.0] * world, [0] * world
+    for chunk in np.argsort(-cost, kind="stable").tolist():
+        rank = min((r for r in range(world) if counts[r] < STRIPES), key=lambda r: (sums[r], r))
+        owners[chunk] = rank
+        sums[rank] += float(cost[chunk])
+        counts[rank] += 1
+    return assigned(owners)
