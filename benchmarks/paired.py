@@ -86,7 +86,6 @@ def machine() -> dict[str, Any]:
         "cores": cores,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
     }
 
 
