@@ -26,7 +26,7 @@ CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
 FINEST, SPARED = 128, 0.05
 GOOD = 1.02  # largest over mean FLOPs of a rank
-MOST_CHUNKS = 1024  # finer maps are not tried
+MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer tokens, are not tried
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
     `fixed`: the lengths are those of every call; for others, a map that fits them by hand could leave a rank without
     tokens.
     """
-    fine = STRIPES * world <= MOST_CHUNKS
     shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
+    chunks = STRIPES * world
+    fine = chunks <= MOST_CHUNKS and shortest >= SHORTEST * chunks
     tried = [estimate(loads, name, world) for name in CANDIDATES if fine or name != "striped"]
-    by_hand = fine and fixed and shortest >= 2 * STRIPES * world
-    if by_hand and _first_good(tried).imbalance > GOOD:
+    if fine and fixed and _first_good(tried).imbalance > GOOD:
         tried.append(estimate(loads, solve(loads, world), world))
     chosen = _first_good(tried)
     return [chosen, *(t for t in tried if t is not chosen)]

@@ -49,7 +49,7 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
         if node.op == "call_function" and node.target is ops.replicate:
             _drop_replicate(graph, node)
         elif node.op == "call_function" and node.target in REORDERING:
-            node._rename(f"{REORDERING[node.target]}_{node.args[LAYOUT]}")
+            node._rename(f"{REORDERING[node.target]}_{str(node.args[LAYOUT]).split()[0]}")
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
     if not any(_symbolic(n) for n in sites) and sum(_size(n) for n in sites) <= unroll_limit:
         traced: dict[str, GraphModule] = {}

@@ -22,7 +22,7 @@ from ringpass import codegen
 from ringpass.agreement import Agreement, Ring, ring
 from ringpass.collectives import Shard
 from ringpass.config import RingConfig
-from ringpass.errors import OptionError
+from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
 from ringpass.passes.detect import AttentionSite, detect
@@ -34,6 +34,7 @@ from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
+from ringpass.patterns import everything
 
 log = logging.getLogger("ringpass")
 
@@ -55,6 +56,8 @@ def ring_dilated(
     if around.world == 1 and not config.asked and not draws:
         return codegen.plain(gm, example_inputs, inductor, config.compiler)
     if not sites:
+        if config.mask != everything():
+            _tell(around, f"no attention in this graph for the option 'mask' ({config.mask}) to act on")
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not draws:
             return codegen.plain(gm, example_inputs, inductor, config.compiler)
@@ -62,6 +65,7 @@ def ring_dilated(
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
     planned = plan(sites, sweep, around.world, config.layout, config.tile, config.comm)
+    _refuse_unmasked(planned, config)
     prove_all(planned, around.rank)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
@@ -121,6 +125,17 @@ def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
         why = str(reason.reason).splitlines()[0]  # type: ignore[union-attr]
         _tell(around, f"graph break ({why}): the outputs of this piece are gathered for the next one")
     return broken or config.outputs == "gathered"
+
+
+def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
+    """The option `mask` acts on partitioned attention only: one that runs as the model wrote it would ignore it."""
+    left = [s.site.node.name for s in planned.sites if s.problem is None]
+    if left and config.mask != everything():
+        why = "; ".join(planned.remarks) or "its queries stay replicated"
+        raise UnsupportedError(
+            f"the option 'mask' cannot be applied to {', '.join(left)}, which every rank computes whole: {why}. Give "
+            "the model that mask itself, or leave the option out for this call."
+        )
 
 
 def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:

@@ -382,7 +382,9 @@ def bounds(expr: Expr, box: Box) -> Interval:
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
             exact = _whole(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
-            return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
+        else:  # beyond, a float64 bound is rounded, and further on int64 wraps
+            exact = ~(np.isfinite(low) & (np.abs(low) >= 2**53)) & ~(np.isfinite(high) & (np.abs(high) >= 2**53))
+        return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
     return low, high
 
 

@@ -9,7 +9,7 @@
     run = torch.compile(model, backend="ring_dilated", options={"mask": causal() & window(4095)})
 
 A pattern is ANDed with the model's own mask.  Positions are those of the model's own order, 0 to S - 1; b is the batch
-element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes FlexAttention's kind of mask.
+element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.
 Tiles that a pattern leaves empty are neither computed nor sent.
 """
 
@@ -27,6 +27,8 @@ import torch
 from ringpass.closed_form import simplify
 from ringpass.errors import OptionError
 from ringpass.mask import FALSE, TRUE, Expr, call, evaluate, parse
+
+MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def _pattern(text: str) -> Pattern:
 
 
 def _natural(name: str, value: object, least: int = 0) -> int:
-    if type(value) is not int or value < least:
-        raise OptionError(f"{name} must be an int of at least {least}, got {value!r}")
+    if type(value) is not int or not least <= value < MOST:
+        raise OptionError(f"{name} must be an int of at least {least} and below 2**40, got {value!r}")
     return value
 
 
@@ -137,6 +139,8 @@ def documents(lengths: Sequence[int]) -> Pattern:
 
     `lengths` add up to S; tokens beyond would belong to the last document.
     """
+    if not len(lengths):
+        raise OptionError("documents takes the lengths of at least one document")
     for length in lengths:
         _natural("each length", length, 1)
     ends = [*accumulate(lengths)][:-1]
@@ -149,6 +153,8 @@ def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
 
     The first `skip` tokens are not on the grid: they see all and are seen by all.
     """
+    if not 1 <= len(sizes) <= 3:
+        raise OptionError(f"a grid has one to three sizes, got {list(sizes)}")
     for size in sizes:
         _natural("each size of the grid", size, 1)
     _natural("radius", radius)
@@ -172,7 +178,9 @@ def from_function(allowed: Callable[..., Any]) -> Pattern:
     """
     from ringpass.passes.detect import scalar_function
 
-    names = list(inspect.signature(allowed).parameters)
-    if len(names) != 4:
-        raise OptionError(f"a mask function takes (b, h, q, k), this one takes ({', '.join(names)})")
+    signature = inspect.signature(allowed)
+    try:
+        signature.bind(0, 0, 0, 0)
+    except TypeError as error:
+        raise OptionError(f"a mask function takes (b, h, q, k), this one takes {signature}") from error
     return Pattern(simplify(scalar_function(allowed)))

@@ -59,7 +59,7 @@ def compile_step(
             module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
     if hasattr(model, "config"):
         model.config.n_positions = model.config.max_position_embeddings = 256
-    chosen: Any = {"compiler": "aot_eager", "unroll_limit": unroll_limit}
+    chosen: Any = {"compiler": "aot_eager", "layout": "zigzag", "unroll_limit": unroll_limit}
     run: Any = torch.compile(model, backend="ring_dilated", options=chosen, dynamic=dynamic)
     with stages() as seen:
         loss_of(run(**batch_for(name, length, True, padding))).backward()
@@ -163,7 +163,9 @@ def test_guards_agree_for_every_length() -> None:
 def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGPASS_DUMP", str(tmp_path))
     with fake_ring(1, 3):
-        run = torch.compile(MODELS["gpt2"].make(), backend="ring_dilated", options={"compiler": "aot_eager"})
+        run = torch.compile(
+            MODELS["gpt2"].make(), backend="ring_dilated", options={"compiler": "aot_eager", "layout": "zigzag"}
+        )
         loss_of(run(**batch_for("gpt2", 23, True, True))).backward()
     (folder,) = (tmp_path / "rank1").iterdir()
     names = (

@@ -6,7 +6,7 @@ import doctest
 
 import pytest
 import sympy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringpass import layout
@@ -63,6 +63,7 @@ def test_assigned_chunks_have_one_owner(owners: list[int], length: int) -> None:
     assert [size(r) for r in shares if r] == [here.length(rank, length) for rank in range(5) if shares[rank]]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), worlds, lengths)
 def test_lengths_of_symbols(name: str, world: int, length: int) -> None:
     """`length` is asked with SymInts: nothing but + and // may be used."""

@@ -432,6 +432,9 @@ def test_usual_masks_are_classified_exactly(text: str) -> None:
         ("q % 64 >= 10", FULL),
         ("q % 16 <= 15", FULL),
         ("q / 0 <= 1", PARTIAL),
+        ("k * 100000000000000037 % 7 < 3", PARTIAL),
+        ("q * 6364136223846793005 < 0", PARTIAL),
+        ("q * 1000000007 + k >= 0", FULL),
     ],
 )
 def test_boxes(text: str, kind: str) -> None:

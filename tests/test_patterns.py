@@ -171,10 +171,13 @@ def test_parity_with_the_dense_mask(workers: Workers, ranks: int) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "negative": (lambda: window(-1), "before must be an int of at least 0, got -1"),
-    "fraction": (lambda: sink(1.5), "tokens must be an int of at least 1, got 1.5"),  # type: ignore[arg-type]
+    "negative": (lambda: window(-1), "before must be an int of at least 0 and below .*, got -1"),
+    "fraction": (lambda: sink(1.5), "tokens must be an int of at least 1 and .*, got 1.5"),  # type: ignore[arg-type]
     "summary": (lambda: fixed(4, 5), "summary must be at most the block, got 5 of 4"),
-    "no tokens": (lambda: documents([3, 0, 2]), "each length must be an int of at least 1, got 0"),
+    "no tokens": (lambda: documents([3, 0, 2]), "each length must be an int of at least 1 and .*, got 0"),
+    "huge": (lambda: window(10**20), "below 2"),
+    "no grid": (lambda: grid_window([], 1), "a grid has one to three sizes"),
+    "no documents": (lambda: documents([]), "at least one document"),
     "other": (lambda: causal() & True, "a pattern combines with a pattern, not with bool"),  # type: ignore[operator]
     "text": (lambda: RingConfig(mask="k <= q"), "option 'mask' must be a Pattern"),  # type: ignore[arg-type]
     "arity": (lambda: from_function(lambda q, k: k <= q), r"takes \(b, h, q, k\), this one takes \(q, k\)"),
@@ -204,3 +207,16 @@ def test_documents_of_random_lengths_are_classified_and_pruned() -> None:
         first = int(torch.searchsorted(ends, start, right=True))
         needed = start - (int(ends[first - 1]) if first else 0)  # the part of the document that is cut
         assert program(site, rank).received == needed
+
+
+def short(group: dist.ProcessGroup) -> str:
+    """What a call says that is too short to be divided, under a pattern."""
+    run = compiled(Attention(True).double(), group, mask=causal() & window(1))
+    with pytest.raises(Exception, match="the option 'mask' cannot be applied") as error:
+        run(torch.randn(2, 3, 8, dtype=torch.float64))
+    return str(error.value)
+
+
+def test_a_pattern_is_applied_or_refused(workers: Workers) -> None:
+    for text in workers.run(short, 2):
+        assert "3 tokens are fewer than 2 per rank" in text
