@@ -34,10 +34,9 @@ def test_language_models(workers: Workers, name: str, labels: bool, padding: boo
     check(workers, ranks, name, LENGTH, labels, padding, layout=layout)
 
 
-@pytest.mark.parametrize("ranks", (2, 3))
 @pytest.mark.parametrize(("name", "labels", "padding"), [c for c in LANGUAGE if c not in EVERYWHERE])
-def test_labels_and_padding(workers: Workers, name: str, labels: bool, padding: bool, ranks: int) -> None:
-    check(workers, ranks, name, LENGTH, labels, padding)
+def test_labels_and_padding(workers: Workers, name: str, labels: bool, padding: bool) -> None:
+    check(workers, 3 if labels else 2, name, LENGTH, labels, padding, layout="zigzag" if padding else "contiguous")
 
 
 @pytest.mark.slow
