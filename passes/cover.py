@@ -24,7 +24,7 @@ import numpy as np
 
 from ringpass.errors import ScheduleError
 from ringpass.mask import CAUSAL, EMPTY, FULL, KINDS, PARTIAL, Expr, Spans, classify_all
-from ringpass.schedule import CAUSAL_TILE, TILE_KINDS, Array, Problem, Tiling, chunks
+from ringpass.schedule import CAUSAL_TILE, TILE_KINDS, Array, Problem, Tiling, chunks, halves
 
 
 def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
@@ -40,15 +40,10 @@ def proved(expr: Expr, q: Spans, k: Spans, kind: str) -> Array:
     which = np.arange(len(q[0]))
     while len(which):
         found = classify_all(expr, q, k)
-        height, width = q[1] - q[0], k[1] - k[0]
-        known = (found != KINDS.index(PARTIAL)) | (np.maximum(height, width) <= 1)
+        known = (found != KINDS.index(PARTIAL)) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
         out[which[known & (found != KINDS.index(kind))]] = False
-        which, height, width = (x[~known] for x in (which, height, width))
-        (q0, q1), (k0, k1) = ((x[0][~known], x[1][~known]) for x in (q, k))
-        tall, q_cut, k_cut = height >= width, (q0 + q1) // 2, (k0 + k1) // 2
-        q = np.concatenate([q0, np.where(tall, q_cut, q0)]), np.concatenate([np.where(tall, q_cut, q1), q1])
-        k = np.concatenate([k0, np.where(tall, k0, k_cut)]), np.concatenate([np.where(tall, k1, k_cut), k1])
-        which = np.concatenate([which, which])
+        which = np.concatenate([which[~known], which[~known]])
+        q, k = halves(*((x[0][~known], x[1][~known]) for x in (q, k)))
     return out
 
 

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass import primitives
 from ringpass.kernels import accumulator
-from ringpass.layout import Layout, Ranges, size
+from ringpass.layout import Layout, Ranges, size, tokens
 from ringpass.mask import PARTIAL
 from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
 
@@ -306,6 +306,7 @@ class AllGather(Transport):
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         super().__init__(site, k, v)
         self.where = (2, 1, site.keys, site.key_layout, site.world, site.rank, site.group)
+        self.remote = site.world > 1 and site.key_layout != "replicated"
         self.given: list[tuple[Ranges, tuple[Tensor, ...]]] = []
 
     @property
@@ -314,7 +315,7 @@ class AllGather(Transport):
 
     def blocks(self) -> Iterator[tuple[Step, tuple[Tensor, Tensor], list[Tensor]]]:
         full = [self.k, self.v]
-        if self.site.world > 1 and self.site.key_layout != "replicated":
+        if self.remote:
             with label("gather_keys"):
                 full = [torch.ops.ringpass.gather(x, *self.where) for x in full]
         for index, step in enumerate(self.steps):
@@ -327,11 +328,11 @@ class AllGather(Transport):
         self.given.append((step.tokens, grads))
 
     def finish(self, own: Rows) -> None:
-        if self.site.world == 1 or self.site.key_layout == "replicated":
+        if not self.remote:
             return
-        whole = Rows(self.site.keys, [span for tokens, _ in self.given for span in tokens])
-        for tokens, grads in self.given:
-            _fold_runs(whole, tokens, grads, "add_gradients")
+        whole = Rows(self.site.keys, [span for runs, _ in self.given for span in runs])
+        for runs, grads in self.given:
+            _fold_runs(whole, runs, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)
         with label("reduce_scatter_gradients"):
             sums = whole.join(lambda n: _zero_block(self.k, self.v, n, dtype))
@@ -403,13 +404,7 @@ def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, lis
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
     """The tokens in rows `span` of a block that holds the tokens `ranges`, as a flat list of ranges."""
-    out, offset = [], 0
-    for start, stop in ranges:
-        low, high = max(span[0], offset), min(span[1], offset + stop - start)
-        if low < high:
-            out += [start + low - offset, start + high - offset]
-        offset += stop - start
-    return out
+    return [edge for run in tokens(ranges, span) for edge in run]
 
 
 def _add_leaf_grads(

@@ -228,7 +228,7 @@ def _trim(expr: Expr, q: Spans, k: Spans) -> Spans:
 
 
 def _empty(kind_of_strip: Callable[[Array], Array], width: Array) -> Array:
-    """For each tile, the width of the widest strip that is empty; that of `width` is known not to be."""
+    """For each tile, the width of the widest strip that is empty, below `width`."""
     low, high = np.zeros_like(width), width
     while (high - low > 1).any():
         middle = np.where(high - low > 1, (low + high) // 2, np.maximum(low, 1))
@@ -265,11 +265,17 @@ def _halve(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: A
         if not more.any():
             return found
         dst, src, q0, q1, k0, k1 = (x[more] for x in (dst, src, q0, q1, k0, k1))
-        tall = q1 - q0 >= k1 - k0
-        q, k = (q0 + q1) // 2, (k0 + k1) // 2
-        first = [dst, src, q0, np.where(tall, q, q1), k0, np.where(tall, k1, k)]
-        second = [dst, src, np.where(tall, q, q0), q1, np.where(tall, k0, k), k1]
-        dst, src, q0, q1, k0, k1 = (np.concatenate(pair) for pair in zip(first, second, strict=True))
+        dst, src = np.concatenate([dst, dst]), np.concatenate([src, src])
+        (q0, q1), (k0, k1) = halves((q0, q1), (k0, k1))
+
+
+def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
+    """Rectangles cut in two along their longer side: the first halves of all, then the second ones."""
+    tall = q[1] - q[0] >= k[1] - k[0]
+    q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
+    rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])
+    columns = np.concatenate([k[0], np.where(tall, k[0], k_cut)]), np.concatenate([np.where(tall, k[1], k_cut), k[1]])
+    return rows, columns
 
 
 @lru_cache(maxsize=4096)
