@@ -43,7 +43,8 @@ def proved(expr: Expr, q: Spans, k: Spans, kind: str) -> Array:
         known = (found != KINDS.index(PARTIAL)) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
         out[which[known & (found != KINDS.index(kind))]] = False
         which = np.concatenate([which[~known], which[~known]])
-        q, k = halves(*((x[0][~known], x[1][~known]) for x in (q, k)))
+        rest_q, rest_k = ((x[0][~known], x[1][~known]) for x in (q, k))
+        q, k = halves(rest_q, rest_k)
     return out
 
 

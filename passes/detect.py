@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -32,9 +33,11 @@ from ringpass.closed_form import constant, simplify
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, Load, call
 from ringpass.passes.factors import args_of
+from ringpass.patterns import Pattern, everything
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+EVERYTHING = everything()
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,18 @@ class AttentionSite:
         return "; ".join([*parts, f"scale {self.scale:.6g}"])
 
 
-def detect(gm: GraphModule, also: Expr = TRUE) -> tuple[AttentionSite, ...]:
-    """The sites of `gm`, in graph order; `also` is ANDed with the mask of each.
+def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSite, ...]:
+    """The sites of `gm`, in graph order; `pattern` is ANDed with the mask of each.
 
-    Raises UnsupportedError for an attention call that cannot be read.
+    Raises UnsupportedError for an attention call that cannot be read, OptionError for a pattern of another length.
     """
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is SDPA]
     sites = [_site(gm, index, node) for index, node in enumerate(nodes)]
-    return tuple(replace(site, mask=simplify(call("and", site.mask, also))) for site in sites)
+    for site in sites if pattern != EVERYTHING else ():
+        shape, keys = site.q.meta["val"].shape, site.k.meta["val"].shape[-2]
+        batch, heads = {4: shape[:2], 3: (shape[0], 1)}.get(len(shape), (1, 1))
+        pattern.check(batch, heads, shape[-2], keys)
+    return tuple(replace(site, mask=simplify(call("and", site.mask, pattern.expr))) for site in sites)
 
 
 def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
@@ -104,20 +111,24 @@ def _mask(gm: GraphModule, node: Node, query_dims: int) -> tuple[Expr, Expr | No
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
     allowed, bias = (expr, None) if node.meta["val"].dtype == torch.bool else _split_bias(expr)
     allowed = simplify(allowed)
-    used = sorted(_leaves(allowed) | (_leaves(bias) if bias is not None else set()))
+    used = sorted(m.loads(allowed) | (m.loads(bias) if bias is not None else set()))
     numbers = {old: new for new, old in enumerate(used)}
     renamed = m.renumber(bias, numbers) if bias is not None else None
     return m.renumber(allowed, numbers), renamed, tuple(puller.leaves[i] for i in used)
 
 
 def scalar_function(allowed: Callable[..., Any]) -> Expr:
-    """The expression of a function of scalar tensors (b, h, q, k).  Raises OptionError for what is not elementwise."""
+    """The expression of a function of scalar tensors (b, h, q, k); tensors that it captures become tables.
+
+    Raises OptionError for what is not elementwise.
+    """
+    scalars = [torch.zeros((), dtype=torch.int64) for _ in "bhqk"]
     try:
-        gm = make_fx(lambda *at: allowed(*at), pre_dispatch=True)(*(torch.zeros((), dtype=torch.int64) for _ in "bhqk"))
+        with TransformGetItemToIndex():  # x[q] reads x at q, rather than at the number that q happens to be
+            gm = make_fx(lambda *at: allowed(*at), pre_dispatch=True)(*scalars)
     except Exception as error:
         raise OptionError(
-            "the mask function cannot be traced on scalar indices: it may neither branch on them nor index a tensor "
-            f"by them ({error})"
+            f"the mask function cannot be traced on scalar indices: it may not branch on them ({error})"
         ) from error
     *indices, output = (n for n in gm.graph.nodes if n.op in ("placeholder", "output"))
     result = output.args[0]
@@ -129,10 +140,21 @@ def scalar_function(allowed: Callable[..., Any]) -> Expr:
     for node, index in zip(indices, (m.B, m.H, m.Q, m.K), strict=True):
         puller.known[node, ()] = index
     expr = puller.element(result, ())
-    if puller.leaves:
-        names = ", ".join(n.name for n in puller.leaves)
-        raise OptionError(f"the mask function reads tensors, or uses ops that have no closed form: {names}")
-    return expr
+    captured = [_captured(gm, leaf) for leaf in puller.leaves]
+    return m.replace_loads(expr, lambda leaf, at: m.table(captured[leaf], *at))
+
+
+def _captured(gm: GraphModule, leaf: Node) -> torch.Tensor:
+    """The tensor of bools or integers that a mask function captures."""
+    value = getattr(gm, str(leaf.target), None) if leaf.op == "get_attr" else None
+    if not isinstance(value, torch.Tensor):
+        raise OptionError(f"the mask function uses an op that has no closed form: {leaf.name} ({leaf.target})")
+    if value.is_floating_point() or value.is_complex() or not value.ndim:
+        raise OptionError(
+            f"the mask function reads a tensor of {value.dtype} and shape {list(value.shape)}; it may read bools and "
+            "integers, at its indices"
+        )
+    return value
 
 
 def _split_bias(expr: Expr) -> tuple[Expr, Expr | None]:
@@ -144,12 +166,6 @@ def _split_bias(expr: Expr) -> tuple[Expr, Expr | None]:
         if a == Const(-math.inf) and b == Const(0.0):
             return call("not", c), None
     return TRUE, expr
-
-
-def _leaves(expr: Expr) -> set[int]:
-    if isinstance(expr, Load):
-        return {expr.leaf}.union(*(_leaves(i) for i in expr.indices))
-    return set().union(*(_leaves(a) for a in expr.args)) if isinstance(expr, m.Call) else set()
 
 
 # --- pulling an element back through the graph ------------------------------------------------------------------------

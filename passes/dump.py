@@ -44,8 +44,8 @@ class Dump:
         self.text("sites.txt", "\n".join(str(s.site) for s in plan.sites))
         self.text("plan.txt", str(plan))
         lines = []
-        for i in range(len(plan.sites)):
-            program = plan.program(i, rank)
+        for i, site in enumerate(plan.sites):
+            program = site.program(rank)
             steps = [f"  {step}" for step in program.steps] if program else ["  runs replicated"]
             total = f": {program.area} pairs, {program.received} key tokens received" if program else ""
             lines += [f"site {i} on rank {rank} of {plan.world}{total}", *steps]

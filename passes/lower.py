@@ -3,8 +3,9 @@
     replicate                 an identity once autograd has run: leaves the graph
     ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes,
     ring_attention_backward     named after the step and tile that they belong to
-    neither, above the unroll limit (over all sites, the larger of P and the number of tiles) or where a length is
-                              symbolic: the op stays rolled, one node whose body runs the same code
+    neither, above the unroll limit (over all sites, the larger of P and the number of tiles), where a length is
+                              symbolic, or where data of each call prunes the schedule: the op stays rolled, one node
+                              whose body runs the same code
     pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
 
@@ -26,14 +27,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops, primitives
 from ringpass.errors import UnsupportedError
-from ringpass.ring import LABEL
+from ringpass.ring import LABEL, Site
 
 ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
     ops.ring_attention_backward: ops.ring_attention_backward_body,
 }
-"""Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
 SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
+"""Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name in their arguments
@@ -51,9 +52,10 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
         elif node.op == "call_function" and node.target in REORDERING:
             node._rename(f"{REORDERING[node.target]}_{str(node.args[LAYOUT]).split()[0]}")
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
-    if not any(_symbolic(n) for n in sites) and sum(_size(n) for n in sites) <= unroll_limit:
+    fixed = [n for n in sites if not _site(n).pruning]
+    if not any(_symbolic(n) for n in sites) and sum(_size(_site(n)) for n in fixed) <= unroll_limit:
         traced: dict[str, GraphModule] = {}
-        for node in sites:
+        for node in fixed:
             _unroll(graph, node, traced)
     graph.lint()
 
@@ -107,9 +109,12 @@ def _drop_replicate(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
-def _size(node: Node) -> int:
+def _site(node: Node) -> Site:
+    return ops.site_of(node.args[SITE[node.target] :])[1]  # type: ignore[index]
+
+
+def _size(site: Site) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
-    _, site = ops.site_of(node.args[SITE[node.target] :])  # type: ignore[index]
     return max(site.world, sum(len(step.tiles) for step in site.program.steps))
 
 

@@ -29,10 +29,12 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.kernels import accumulator
 from ringpass.passes.capture import Captured
+from ringpass.passes.detect import AttentionSite
 from ringpass.passes.factors import Sweep, args_of, first_of, size_of, tensors_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan, hint_of
 from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, RESIZED, SUMS, op_name
+from ringpass.selection import TopBlocks, chosen_blocks
 
 aten = torch.ops.aten
 BUCKET_BYTES = 25 * 2**20
@@ -92,14 +94,14 @@ def partition(
     captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool
 ) -> Partitioned:
     """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
-    return _Writer(captured, place(captured, plan, sweep), plan.comm, rank, strict, gather_outputs).write()
+    return _Writer(captured, place(captured, plan, sweep), plan, rank, strict, gather_outputs).write()
 
 
 class _Writer:
     def __init__(
-        self, captured: Captured, placement: Placement, comm: str, rank: Rank, strict: bool, gather_outputs: bool
+        self, captured: Captured, placement: Placement, plan: RingPlan, rank: Rank, strict: bool, gather_outputs: bool
     ) -> None:
-        self.captured, self.placement, self.comm, self.rank = captured, placement, comm, rank
+        self.captured, self.placement, self.plan, self.rank = captured, placement, plan, rank
         self.strict, self.gather_outputs = strict, gather_outputs
         self.graph = Graph()
         self.wholes: dict[Node, Any] = {}
@@ -141,7 +143,7 @@ class _Writer:
         if isinstance(node.meta.get("val"), torch.SymInt):
             return  # written on demand, from the sizes of the inputs
         if node in self.placement.sites:
-            self.locals[node] = self._write_site(self.placement.sites[node])
+            (self.wholes if axis is None else self.locals)[node] = self._write_site(self.placement.sites[node])
         elif axis is None:
             self.wholes[node] = self._write_whole(node)
         elif self.placement.sums(node):
@@ -209,12 +211,13 @@ class _Writer:
         return self.streams
 
     def _write_site(self, plan: SitePlan) -> Node:
-        site, query, key, problem = plan.site, plan.query_axis, plan.key_axis, plan.problem
-        assert query is not None and problem is not None
-        reason = f"attention {site.node.name}"
-        q = self._local(site.q, query)
-        k, v = (self._local(x, key) if key else self._broadcast(x, reason) for x in (site.k, site.v))
-        leaves = [self._broadcast(leaf, f"mask of {site.node.name}") for leaf in site.leaves]
+        """Ring attention over the ranks; over this one alone where the site is replicated, all tokens on each."""
+        site, problem, reason = plan.site, plan.problem, f"attention {plan.site.node.name}"
+        assert problem is not None
+        q = self._local(site.q, plan.query_axis) if plan.query_axis else self._whole(site.q, reason)
+        k, v = (self._keys(x, plan, reason) for x in (site.k, site.v))
+        read = self._broadcast if plan.query_axis else self._whole
+        leaves = [read(leaf, f"mask of {site.node.name}") for leaf in site.leaves]
         missing = 4 - site.q.meta["val"].ndim  # (B, S, D) has one head, (S, D) one batch too
         for _ in range(missing):
             q, k, v = (self._emit(aten.unsqueeze.default, x, min(1, x.meta["val"].ndim - 2)) for x in (q, k, v))
@@ -223,20 +226,42 @@ class _Writer:
             self._emit(aten.expand.default, x, [batch, -1, -1, -1]) if x.meta["val"].shape[0] != batch else x
             for x in (k, v)
         )
-        names = [axis.layout.name if axis else "replicated" for axis in (query, key)]
+        names = problem.query_layout.name, problem.key_layout.name
         lengths = [self._size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
         seed, stream = (self.seed, self._stream()) if site.dropout else (None, 0)
-        who = self.rank.rank, self.rank.world, self.rank.group
-        learned = ",".join(map(str, self.placement.learned(plan)))
+        who = (self.rank.rank if plan.query_axis else 0), problem.world, self.rank.group
+        mask, pruning = site.mask, plan.pruning
+        if self.plan.approximate:
+            leaves.append(self._choose_blocks(self.plan.approximate, site, q, k, names, lengths, who))
+            mask, pruning = chosen_blocks(mask, len(leaves) - 1, self.plan.approximate), (*pruning, len(leaves) - 1)
         bias = "" if site.bias is None else str(site.bias)
+        learned, pruned = (",".join(map(str, numbers)) for numbers in (self.placement.learned(plan), pruning))
         call = self._emit(
-            ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.comm, learned, name=f"ring_attention_{site.index}",
+            ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
+            *names, problem.tile, *who, self.plan.comm, learned, pruned, name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
         for _ in range(missing):
             out = self._emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
         return out
+
+    def _keys(self, x: Node, plan: SitePlan, reason: str) -> Any:
+        if plan.query_axis is None:
+            return self._whole(x, reason)
+        return self._local(x, plan.key_axis) if plan.key_axis else self._broadcast(x, reason)
+
+    def _choose_blocks(
+        self, how: TopBlocks, site: AttentionSite, q: Node, k: Node, names: Any, lengths: Any, who: Any
+    ) -> Node:
+        """The pairs of blocks that attend, the same on every rank."""
+        rank, world, group = who
+        means = []
+        for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
+            where = 2, 1, tokens, layout, world, rank, group
+            detached = self._emit(aten.detach.default, x)
+            means.append(self._emit(ops.block_means, detached, how.block, *where, name=f"block_means_{side}"))
+        about = site.scale, str(site.mask), *lengths, how.block, how.density, how.mass
+        return self._emit(ops.choose_blocks, *means, *about, name=f"chosen_blocks_{site.index}")
 
     # --- sums over the sequence -------------------------------------------------------------------------------------
 

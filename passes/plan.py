@@ -1,6 +1,7 @@
 """plan: sites + sequence axes -> one layout per axis and one schedule problem per site.  No tensors.
 
     axes: the factor classes of the query and key dims of the sites
+    one rank: no axis, each site whole
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
     layout of the axes: `balance`
 
@@ -14,11 +15,16 @@ from typing import Any
 
 import torch
 
+from ringpass.config import RingConfig
 from ringpass.layout import Layout
+from ringpass.mask import loads
 from ringpass.passes.balance import Load, choose, grain
 from ringpass.passes.detect import AttentionSite
 from ringpass.passes.factors import Factor, Sweep
 from ringpass.schedule import TILE, Problem, Program, program
+from ringpass.selection import TopBlocks
+
+LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +46,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Where a site's queries and keys live.  None: replicated on every rank."""
+    """Where a site's queries and keys live.  None: replicated on every rank.
+
+    `problem` None: the site runs replicated, as the model wrote it.  A replicated site with a problem, which is then of
+    one rank, is the ring of a single rank: there is one only, or an option changes what the model wrote.
+    """
 
     site: AttentionSite
     query_axis: Axis | None
     key_axis: Axis | None
-    problem: Problem | None  # None: the site runs replicated, as the model wrote it
+    problem: Problem | None
+    pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
+
+    def program(self, rank: int) -> Program | None:
+        """The schedule on `rank`, at the lengths of this compilation."""
+        return program(self.problem, rank if self.query_axis else 0) if self.problem else None
 
 
 @dataclass(frozen=True)
@@ -56,22 +71,20 @@ class RingPlan:
     axes: tuple[Axis, ...]
     sites: tuple[SitePlan, ...]
     comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
+    approximate: TopBlocks | None = None
     weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
-    def program(self, index: int, rank: int) -> Program | None:
-        """The schedule of site `index` on `rank`, at the lengths of this compilation."""
-        problem = self.sites[index].problem
-        return program(problem, rank) if problem else None
-
     def __str__(self) -> str:
         lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
+        lines += [f"approximate: {self.approximate}"] if self.approximate else []
         for site in self.sites:
             where = ", ".join(
                 f"{n} {f'axis {a.index}' if a else 'replicated'}"
                 for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
             )
-            lines += [f"{site.site}", f"  {where}{'' if site.problem else '; runs replicated'}"]
+            pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
+            lines += [f"{site.site}", f"  {where}{'' if site.query_axis else '; runs replicated'}{pruned}"]
         return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
 
 
@@ -80,26 +93,39 @@ def hint_of(n: Any) -> int:
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
-def plan(
-    sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, layout: str, tile: int | None, comm: str
-) -> RingPlan:
-    """Chooses the layouts (`layout`: "auto" or a name) and states each site's schedule problem."""
+def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
+    """Chooses the layouts and states each site's schedule problem."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
     placed = []
     for site in sites:
-        plain = _plain(site, remarks)
+        plain = world > 1 and _plain(site, remarks)
         pair = [_axis(axes, sweep, x, world, remarks) if plain else None for x in (site.q, site.k)]
         placed.append((site, pair))
-    chosen, weighed = _choose(placed, world, layout, tile)
+    chosen, weighed = _choose(placed, world, config)
     final = {axis.index: replace(axis, layout=Layout(chosen, world)) for axis in axes.values()}
     plans = []
     for site, pair in placed:
         query, key = (final[a.index] if a else None for a in pair)
         if query is None:
             key = None  # few queries over many keys: keys are gathered, the site runs replicated
-        plans.append(SitePlan(site, query, key, _problem(site, query, key, world, tile) if query else None))
-    return RingPlan(world, tuple(final.values()), tuple(plans), comm, tuple(weighed), tuple(remarks))
+        problem = _problem(site, query, key, world, config) if query else _alone(site, world, config)
+        plans.append(SitePlan(site, query, key, problem, _pruning(site) if config.runtime_pruning else ()))
+    how = config.comm, config.approximate
+    return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _alone(site: AttentionSite, world: int, config: RingConfig) -> Problem | None:
+    """The problem of a site that every rank computes whole, as if it were the only one; None: as the model wrote it."""
+    ours = (world == 1 or config.altering) and _plain(site, [])
+    return _problem(site, None, None, 1, config) if ours else None
+
+
+def _pruning(site: AttentionSite) -> tuple[int, ...]:
+    """The leaves of the mask that hold truth values or integers, few enough to be looked at in each call."""
+    values = [leaf.meta["val"] for leaf in site.leaves]
+    fit = {i for i, x in enumerate(values) if not x.is_floating_point() and x.ndim and hint_of(x.numel()) <= LOOKED_AT}
+    return tuple(sorted(fit & loads(site.mask)))
 
 
 def _plain(site: AttentionSite, remarks: list[str]) -> bool:
@@ -129,21 +155,24 @@ def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: l
     return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, Layout("contiguous", world)))
 
 
-def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, tile: int | None) -> Problem:
-    replicated = Layout("replicated", world)
+def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, config: RingConfig) -> Problem:
+    replicated = Layout("replicated" if query else "contiguous", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [axis.layout if axis else replicated for axis in (query, key)]
     cut_all = site.dropout > 0
-    problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], tile or TILE, cut_all)
-    return problem if tile else replace(problem, tile=grain(problem))
+    problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
+    if config.tile:
+        return problem
+    finest = config.approximate.block if config.approximate else problem.tile
+    return replace(problem, tile=min(finest, grain(problem)))
 
 
-def _choose(placed: list[Any], world: int, layout: str, tile: int | None) -> tuple[str, list[str]]:
+def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, list[str]]:
     """The layout's name, and a line on each layout that was weighed, the chosen one first."""
-    if layout != "auto" or world == 1:
-        return ("contiguous" if layout == "auto" else layout), []
+    if config.layout != "auto" or world == 1:
+        return ("contiguous" if config.layout == "auto" else config.layout), []
     sharded = [(site, query, key) for site, (query, key) in placed if query is not None]
-    loads = [_load(site, _problem(site, query, key, world, tile)) for site, query, key in sharded]
+    loads = [_load(site, _problem(site, query, key, world, config)) for site, query, key in sharded]
     fixed = all(isinstance(axis.tokens, int) for _, *pair in sharded for axis in pair if axis)
     tried = choose(loads, world, fixed)
     return tried[0].layout, list(map(str, tried))

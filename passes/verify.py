@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ringpass.errors import ScheduleError
 from ringpass.layout import Ranges, size, tokens
-from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate, without_data
+from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate, extents, without_data
 from ringpass.passes.cover import cover
 from ringpass.passes.plan import RingPlan
 from ringpass.schedule import (
@@ -158,7 +158,7 @@ def _needed(problem: Problem, rank: int, keys: Span) -> int:
             q = low, min(low + ROWS, stop)
             if whole == FULL or found.all() or (kind := classify(may, q, keys)) == FULL:
                 return keys[1] - keys[0]
-            found |= _values(may, [q], [keys]).any(0) if kind == PARTIAL else False
+            found |= _values(may, [q], [keys], True).any(0) if kind == PARTIAL else False
     return int(found.sum())
 
 
@@ -281,7 +281,7 @@ def _tiles(one: Program) -> Iterator[tuple[Step, Tile, Ranges, Ranges]]:
 def _cover_elements(one: Program) -> None:
     problem, rank = one.problem, one.rank
     queries = problem.query_layout.ranges(rank, problem.queries)
-    may, must = (_values(without_data(problem.expr, x), queries, [(0, problem.keys)]) for x in (True, False))
+    may, must = (_values(problem.expr, queries, [(0, problem.keys)], unknown) for unknown in (True, False))
     covered = torch.zeros_like(may)
     for step, tile, _, k in _tiles(one):
         for start, stop in k:
@@ -336,8 +336,11 @@ def _thrift(one: Program) -> None:
             reached = max(reached, stop)
 
 
-def _values(expr: Expr, queries: Sequence[Span], keys: Sequence[Span]) -> Tensor:
-    """The mask of `queries` x `keys`, a bool matrix."""
+def _values(expr: Expr, queries: Sequence[Span], keys: Sequence[Span], unknown: bool) -> Tensor:
+    """Where `queries` x `keys` may attend (`unknown` True) in some batch element and head, or must (False) in all."""
     q, k = (torch.cat([torch.arange(0), *(torch.arange(*span) for span in spans)]) for spans in (queries, keys))
-    values = evaluate(expr, {"q": q.view(1, 1, -1, 1), "k": k.view(1, 1, 1, -1)}, [])
-    return values.to(torch.bool).expand(1, 1, len(q), len(k))[0, 0]
+    sizes = extents(expr)
+    b, h = (torch.arange(sizes.get(name, 1)) for name in "bh")
+    where = {"b": b.view(-1, 1, 1, 1), "h": h.view(1, -1, 1, 1), "q": q.view(1, 1, -1, 1), "k": k.view(1, 1, 1, -1)}
+    values = evaluate(without_data(expr, unknown), where, []).to(torch.bool).expand(len(b), len(h), len(q), len(k))
+    return values.any(1).any(0) if unknown else values.all(1).all(0)

@@ -34,7 +34,7 @@ from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
-from ringpass.patterns import everything
+from ringpass.schedule import tiling
 
 log = logging.getLogger("ringpass")
 
@@ -51,21 +51,22 @@ def ring_dilated(
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
     captured = capture(gm, example_inputs)
-    sites = detect(captured.gm, config.mask.expr)
+    sites = detect(captured.gm, config.mask)
     draws = _draws(captured, sites)
     if around.world == 1 and not config.asked and not draws:
         return codegen.plain(gm, example_inputs, inductor, config.compiler)
     if not sites:
-        if config.mask != everything():
-            _tell(around, f"no attention in this graph for the option 'mask' ({config.mask}) to act on")
+        for name, value in config.altering.items():
+            _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not draws:
             return codegen.plain(gm, example_inputs, inductor, config.compiler)
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
-    planned = plan(sites, sweep, around.world, config.layout, config.tile, config.comm)
+    planned = plan(sites, sweep, around.world, config)
     _refuse_unmasked(planned, config)
+    _refuse_contradiction(planned, config)
     prove_all(planned, around.rank)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
@@ -128,14 +129,24 @@ def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
 
 
 def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
-    """The option `mask` acts on partitioned attention only: one that runs as the model wrote it would ignore it."""
+    """The options act on attentions that ringpass computes: one that runs as the model wrote it would ignore them."""
     left = [s.site.node.name for s in planned.sites if s.problem is None]
-    if left and config.mask != everything():
-        why = "; ".join(planned.remarks) or "its queries stay replicated"
+    if left and config.altering:
+        option, why = next(iter(config.altering)), "; ".join(planned.remarks) or "its queries stay replicated"
         raise UnsupportedError(
-            f"the option 'mask' cannot be applied to {', '.join(left)}, which every rank computes whole: {why}. Give "
-            "the model that mask itself, or leave the option out for this call."
+            f"the option {option!r} cannot be applied to {', '.join(left)}, which runs as the model wrote it: {why}. "
+            "Write that attention with K and V of the batch and heads of Q, or leave the option out."
         )
+
+
+def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
+    """A pattern that leaves an attention nothing to attend to is a mistake."""
+    for s in planned.sites if "mask" in config.altering else ():
+        if s.problem and not len(tiling(s.problem)):
+            raise OptionError(
+                f"the option 'mask' ({config.mask}) and the mask of {s.site.node.name} contradict each other: no query "
+                f"sees any key under {s.problem.mask}"
+            )
 
 
 def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:

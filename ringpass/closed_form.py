@@ -8,7 +8,7 @@
 
 Models spell one mask in many ways; kernels, classification and people want it in one.  A comparison of integers without
 data is brought to a sum on either side with coefficients in lowest terms; `not` moves inwards; repeated and constant
-parts go; the terms of `&` that another one implies go too.
+parts go; the terms of `&` that another one implies go too, and bounds that exclude each other are False.
 
 Contract: the value is the same for all b, h, q, k >= 0 and all data.  What sympy cannot bring to a sum stays as it is.
 """
@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache, reduce
+from itertools import combinations
 from typing import Any
 
 import sympy
 
-from ringpass.mask import CAUSAL, FALSE, TRUE, Call, Const, Expr, Index, K, Load, Q, bounds, call, kind_of
+from ringpass.mask import CAUSAL, FALSE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, bounds, call, kind_of
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 WHOLE = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # integers of integers
@@ -58,7 +59,7 @@ def _negated(inner: Expr) -> Expr:
 
 def _integer(expr: Expr) -> bool:
     """Whether `expr` is an integer that depends on positions alone."""
-    if isinstance(expr, Load):
+    if isinstance(expr, Load | Table):
         return False
     if isinstance(expr, Call):
         known = expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket") or _widened(
@@ -185,6 +186,8 @@ def _joined(op: str, args: Iterable[Expr]) -> Expr:
     if zero in parts:
         return zero
     unique = [p for p in dict.fromkeys(parts) if p != unit]
+    if op == "and" and any(_exclude(a, b) for a, b in combinations(unique, 2)):
+        return FALSE
     if op == "and":
         unique = [p for p in unique if not any(_implies(other, p) for other in unique if other != p)]
     unique.sort(key=lambda p: p != CAUSAL)
@@ -201,6 +204,14 @@ def _implies(a: Expr, b: Expr) -> bool:
     """Whether closed form `a` implies `b`: two bounds on the same sum, of which `a` is the tighter."""
     ours, theirs = (_bound(x) for x in (a, b))
     return ours is not None and theirs is not None and ours[0] == theirs[0] and ours[1] < theirs[1]
+
+
+def _exclude(a: Expr, b: Expr) -> bool:
+    """Whether closed forms `a` and `b` cannot both hold: an upper bound on a sum below a lower bound on it."""
+    ours, theirs = (_bound(x) for x in (a, b))
+    if ours is None or theirs is None:
+        return False
+    return ours[0] == frozenset((t, -n) for t, n in theirs[0]) and ours[1] + theirs[1] < 0
 
 
 def _bound(expr: Expr) -> tuple[frozenset[tuple[Expr, int]], int] | None:

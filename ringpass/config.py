@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ringpass.errors import OptionError
 from ringpass.patterns import Pattern, everything
+from ringpass.selection import TopBlocks
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
 
@@ -28,6 +29,10 @@ class RingConfig:
 
     layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous", "zigzag" or "striped".
     mask: a `ringpass.patterns.Pattern`, ANDed with each attention's own mask: which keys a query may attend to.
+    approximate: `ringpass.top_blocks(..)`: attend only to the blocks of keys that promise most, chosen in each call.
+        An approximation, unlike all else; None: exact.
+    runtime_pruning: True: padding masks and document ids of each call, where all ranks hold them, prune tiles and
+        transfers of that call; such attentions stay one node, and their masks are copied to the host.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
@@ -46,6 +51,8 @@ class RingConfig:
 
     layout: str = "auto"
     mask: Pattern = field(default_factory=everything)
+    approximate: TopBlocks | None = None
+    runtime_pruning: bool = False
     comm: str = "ring"
     compiler: str = "inductor"
     strict: bool = False
@@ -60,6 +67,9 @@ class RingConfig:
     def __post_init__(self) -> None:
         _one_of("layout", self.layout, ("auto", "contiguous", "zigzag", "striped"))
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
+        chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
+        _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
+        _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
         _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
         _one_of("outputs", self.outputs, ("lazy", "gathered"))
@@ -103,6 +113,12 @@ class RingConfig:
             for f in fields(self)
             if f.name not in ("group", "inductor", "timeout")
         )
+
+    @property
+    def altering(self) -> dict[str, object]:
+        """The options that are set and change what attention computes."""
+        options = {"mask": self.mask, "approximate": self.approximate}
+        return {name: value for name, value in options.items() if value not in (everything(), None)}
 
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""

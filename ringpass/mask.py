@@ -6,11 +6,11 @@
     >>> str(window)
     'k <= q & q - k < 4'
 
-An expression is a tree of frozen nodes over the four indices, constants and loads from tensors (*leaves*: padding
-masks, document ids, bias tables), `x0[b, k]`.  One expression serves every purpose: it is evaluated for any tile by
-putting the tile's positions in place of q and k, so no S x S tensor is ever built; it is classified over a box of
-positions by interval arithmetic; its text is what the dump prints and what the ring op carries, so that nothing hides
-in a closure.
+An expression is a tree of frozen nodes over the four indices, constants, loads from tensors (*leaves*: padding masks,
+document ids, bias tables), `x0[b, k]`, and *tables*, arrays that are known when the schedule is made, `t1f2e3d[q]`.
+One expression serves every purpose: it is evaluated for any tile by putting the tile's positions in place of q and k,
+so no S x S tensor is ever built; it is classified over a box of positions by interval arithmetic; its text is what the
+dump prints and what the ring op carries, so that nothing hides in a closure.
 
 Contract: `parse(str(e)) == e`.  `classify` never calls a tile empty or full that is not (the converse may happen).
 """
@@ -21,15 +21,18 @@ import ast
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ringpass.known import Known
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
@@ -60,7 +63,7 @@ COMPARISON, ATOM = 4, 8  # precedences
 
 @dataclass(frozen=True)
 class Expr:
-    """Base of the four kinds of node."""
+    """Base of the five kinds of node."""
 
     def __str__(self) -> str:
         return _text(self, 0)
@@ -91,6 +94,14 @@ class Load(Expr):
     """Element `indices` of leaf number `leaf`."""
 
     leaf: int
+    indices: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Table(Expr):
+    """Element `indices` of a known array."""
+
+    known: Known
     indices: tuple[Expr, ...]
 
 
@@ -240,9 +251,21 @@ CAUSAL = call("le", K, Q)
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
+TABLES: dict[str, Known] = {}
+"""The arrays of patterns by digest, which is how a text names them; kept for the life of the process."""
+
+
+def table(values: Any, *indices: Expr) -> Table:
+    """A table that a text may name."""
+    known = Known(values)
+    return Table(TABLES.setdefault(known.digest, known), indices)
+
+
 def _text(e: Expr, outer: int) -> str:
     if isinstance(e, Index):
         return e.name
+    if isinstance(e, Table):
+        return f"t{e.known.digest}[{', '.join(_text(i, 0) for i in e.indices)}]"
     if isinstance(e, Const):
         return f"float('{e.value}')" if isinstance(e.value, float) and not math.isfinite(e.value) else repr(e.value)
     if isinstance(e, Load):
@@ -282,7 +305,8 @@ def _from_ast(n: Any) -> Expr:
         return Call({ast.Not: "not"}[type(n.op)], (_from_ast(n.operand),))  # type: ignore[index]
     if isinstance(n, ast.Subscript):
         items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
-        return Load(int(n.value.id.removeprefix("x")), tuple(_from_ast(i) for i in items))  # type: ignore[attr-defined]
+        name, indices = n.value.id, tuple(_from_ast(i) for i in items)  # type: ignore[attr-defined]
+        return Table(TABLES[name[1:]], indices) if name[0] == "t" else Load(int(name.removeprefix("x")), indices)
     if isinstance(n, ast.BoolOp):
         op = "and" if isinstance(n.op, ast.And) else "or"
         return reduce(lambda a, b: Call(op, (a, b)), map(_from_ast, n.values))
@@ -331,6 +355,8 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             return e.value
         if isinstance(e, Load):
             return leaves[e.leaf][tuple(value(i) for i in e.indices)] if e.indices else leaves[e.leaf]
+        if isinstance(e, Table):
+            return e.known.tensor(positions["q"])[tuple(value(i) for i in e.indices)]
         assert isinstance(e, Call)
         if e.op == "cast":
             x = value(e.args[0])
@@ -338,8 +364,11 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             device = positions["q"].device
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]
-        if e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
-            args = [_tensor(a, positions) for a in args]
+        truths = e.op in ("add", "mul") and all(
+            isinstance(a, bool) for a in args
+        )  # True + True is True, as in a tensor
+        if truths or e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
+            args = [_tensor(a, positions) for a in args]  # also True + True, which is True in a tensor
         if e.op == "where":
             args[0] = _tensor(args[0], positions)
             if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
@@ -368,6 +397,8 @@ def bounds(expr: Expr, box: Box) -> Interval:
         return (float(expr.value), float(expr.value))
     if isinstance(expr, Load):
         return UNKNOWN
+    if isinstance(expr, Table):
+        return expr.known.bounds([bounds(i, box) for i in expr.indices])
     assert isinstance(expr, Call)
     if expr.op == "cast":
         inner = bounds(expr.args[0], box)
@@ -403,6 +434,8 @@ def kind_of(expr: Expr) -> str:
             return "bool"
         kinds = [kind_of(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
+    if isinstance(expr, Table):
+        return "bool" if expr.known.values.dtype == bool else "int"
     return "int" if isinstance(expr, Index) else "float"
 
 
@@ -416,7 +449,7 @@ def _whole(expr: Expr) -> bool:
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
         return expr.op not in ("div", "log", "exp", "pow") and all(map(_whole, args))
-    return isinstance(expr, Index)
+    return isinstance(expr, Index | Table)
 
 
 def _cast_bounds(inner: Interval, dtype: str) -> Interval:
@@ -431,16 +464,43 @@ def _cast_bounds(inner: Interval, dtype: str) -> Interval:
 
 def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str:
     """EMPTY, FULL or PARTIAL for the half-open position ranges `queries` x `keys`, for every batch and head."""
-    low, high = bounds(expr, {"q": (float(queries[0]), queries[1] - 1.0), "k": (float(keys[0]), keys[1] - 1.0)})
-    return FULL if low == high == 1.0 else EMPTY if low == high == 0.0 else PARTIAL
+    (q, k) = ((np.array([start]), np.array([stop])) for start, stop in (queries, keys))
+    return KINDS[int(classify_all(expr, q, k)[0])]
 
 
 def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
     """`classify` of many tiles at once, as indices into KINDS: tile i is q[0][i]:q[1][i] x k[0][i]:k[1][i]."""
     box = {"q": (q[0].astype(float), q[1] - 1.0), "k": (k[0].astype(float), k[1] - 1.0)}
-    low, high = bounds(expr, box)
-    full, empty = (low == 1.0) & (high == 1.0), (low == 0.0) & (high == 0.0)
+    full = empty = np.asarray(True)
+    for point in _points(expr):
+        low, high = bounds(expr, {**box, **point})
+        full, empty = full & (low == 1.0) & (high == 1.0), empty & (low == 0.0) & (high == 0.0)
     return np.broadcast_to(np.where(full, 2, np.where(empty, 0, 1)), q[0].shape).astype(np.int8)
+
+
+def extents(expr: Expr) -> dict[str, int]:
+    """How many batch elements and heads the tables of `expr` tell apart, by the name of the index: b, h."""
+    if isinstance(expr, Table):
+        own = {i.name: n for i, n in zip(expr.indices, expr.known.shape, strict=True) if isinstance(i, Index)}
+        return {name: n for name, n in own.items() if name in "bh" and n > 1}
+    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load) else ()
+    return reduce(operator.or_, map(extents, parts), {})
+
+
+def tables(expr: Expr) -> Iterator[Table]:
+    """The tables in `expr`."""
+    if isinstance(expr, Table):
+        yield expr
+    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
+    for part in parts:
+        yield from tables(part)
+
+
+def _points(expr: Expr) -> Iterator[Box]:
+    """One box for each batch element and head that the tables tell apart."""
+    sizes = extents(expr)
+    for values in product(*(range(n) for n in sizes.values())):
+        yield {name: (float(i), float(i)) for name, i in zip(sizes, values, strict=True)}
 
 
 @lru_cache(maxsize=1024)
@@ -466,11 +526,35 @@ def without_data(expr: Expr, unknown: bool) -> Expr:
 def _has_data(expr: Expr) -> bool:
     if isinstance(expr, Call):
         return any(_has_data(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
+    if isinstance(expr, Table):  # one batch element or head after the other is classified
+        return any(_has_data(i) for i in expr.indices if i not in (B, H))
     return isinstance(expr, Load) or expr in (B, H)
+
+
+def loads(expr: Expr) -> set[int]:
+    """The leaves that `expr` reads."""
+    own = {expr.leaf} if isinstance(expr, Load) else set()
+    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
+    return own.union(*map(loads, parts))
+
+
+def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> Expr:
+    """`expr` with each load of leaf i at `indices` replaced by `new(i, indices)`."""
+    if isinstance(expr, Load | Table):
+        indices = tuple(replace_loads(i, new) for i in expr.indices)
+        return new(expr.leaf, indices) if isinstance(expr, Load) else Table(expr.known, indices)
+    return Call(expr.op, tuple(replace_loads(a, new) for a in expr.args)) if isinstance(expr, Call) else expr
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
     """`expr` with its leaves renumbered."""
-    if isinstance(expr, Load):
-        return Load(numbers[expr.leaf], tuple(renumber(i, numbers) for i in expr.indices))
-    return Call(expr.op, tuple(renumber(a, numbers) for a in expr.args)) if isinstance(expr, Call) else expr
+    return replace_loads(expr, lambda leaf, indices: Load(numbers[leaf], indices))
+
+
+def bind(expr: Expr, values: Mapping[int, Known]) -> Expr:
+    """`expr` with the leaves whose values are known turned into tables.
+
+    >>> print(classify(bind(parse("x0[k]"), {0: Known([True, True, False])}), (0, 3), (0, 2)))
+    full
+    """
+    return replace_loads(expr, lambda i, indices: Table(values[i], indices) if i in values else Load(i, indices))

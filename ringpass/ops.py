@@ -10,6 +10,8 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys     ring_attention_backward
+    block_means      means over blocks of all tokens           none: what is chosen by them has no gradient
+    choose_blocks    the pairs of blocks that attend           none
     dropout          the element's own coin, scaled            the same coin
 
 `replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it
@@ -25,17 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass import collectives, ring
+from ringpass import collectives, ring, selection
 from ringpass import dropout as counter
 from ringpass.collectives import Shard
 from ringpass.kernels import accumulator
 from ringpass.library import LIBRARY, define, differentiate, empty_rows_first, implement, rows_first
 from ringpass.ring import Site
+from ringpass.selection import TopBlocks
 
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
-    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str learned"
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str learned, str pruning"
 )
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
@@ -45,6 +48,11 @@ define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
 define("replicate(Tensor[] xs, str group) -> Tensor[]")
 define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor")
 define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor")
+define(f"block_means(Tensor x, int block, {SHARD}, str group) -> Tensor")
+define(
+    "choose_blocks(Tensor q, Tensor k, float scale, str mask, SymInt queries, SymInt keys, int block, float? density, "
+    "float? mass) -> Tensor"
+)
 define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
 define(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
@@ -55,9 +63,11 @@ _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
 reduce_scatter = _ops.reduce_scatter.default
+block_means, choose_blocks = _ops.block_means.default, _ops.choose_blocks.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (
-    shard, gather, reduce, reduce_list, reduce_scatter, replicate, ring_attention, ring_attention_backward,
+    shard, gather, reduce, reduce_list, reduce_scatter, replicate, block_means, ring_attention,
+    ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
 
@@ -143,24 +153,52 @@ def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
 implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
 LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
 
+# --- block selection --------------------------------------------------------------------------------------------------
+
+
+def _block_means(x: Tensor, block: int, *args: Any) -> Tensor:
+    where, group = Shard(*args[:-1]), args[-1]
+    sums = selection.block_sums(x, block, where.placement.ranges(where.rank, where.tokens), where.tokens)
+    whole = where.placement.replicated or where.world == 1
+    return selection.means(sums if whole else collectives.reduce([sums], group)[0], block, where.tokens)
+
+
+def _fake_block_means(x: Tensor, block: int, *args: Any) -> Tensor:
+    blocks = (Shard(*args[:-1]).tokens + block - 1) // block
+    return x.new_empty((*x.shape[:2], blocks, x.shape[3]), dtype=accumulator(x.dtype))
+
+
+def _choose_blocks(
+    q: Tensor, k: Tensor, scale: float, mask: str, queries: int, keys: int, block: int, *target: Any
+) -> Tensor:
+    return selection.choose(q, k, scale, mask, (queries, keys), TopBlocks(block, *target))
+
+
+def _fake_choose_blocks(q: Tensor, k: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], k.shape[2]), dtype=torch.bool)
+
+
+implement("block_means", _block_means, _fake_block_means)
+implement("choose_blocks", _choose_blocks, _fake_choose_blocks)
+
 # --- ring attention ---------------------------------------------------------------------------------------------------
 
 
 def site_of(args: Any) -> tuple[Tensor | None, Site]:
     """(seed, Site) from the arguments that follow the leaves."""
-    seed, *rest, learned = args
-    fields = [*rest, _numbers(learned)]
+    seed, *rest, learned, pruning = args
+    fields = [*rest, _numbers(learned), _numbers(pruning)]
     return seed, Site(*fields)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The numbers of the leaves that need a gradient, written as `0,2`: autograd takes no list of ints."""
+    """Numbers of leaves, written as `0,2`: autograd takes no list of ints."""
     return tuple(int(i) for i in text.split(",") if i)
 
 
 def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
     seed, site = site_of(args)
-    out, lse = ring.forward(site, q, k, v, leaves, seed)
+    out, lse = ring.forward(site.knowing(leaves), q, k, v, leaves, seed)
     return [rows_first(out), lse.contiguous()]
 
 
@@ -168,7 +206,7 @@ def ring_attention_backward_body(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
     seed, site = site_of(args)
-    dq, dk, dv, dleaves = ring.backward(site, grad, q, k, v, out, lse, leaves, seed)
+    dq, dk, dv, dleaves = ring.backward(site.knowing(leaves), grad, q, k, v, out, lse, leaves, seed)
     return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
 
 
@@ -181,7 +219,7 @@ def _fake_ring_attention_backward(
 ) -> list[Tensor]:
     return [
         *(empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
-        *(leaves[i].new_empty(leaves[i].shape) for i in _numbers(args[-1])),
+        *(leaves[i].new_empty(leaves[i].shape) for i in site_of(args)[1].learned),
     ]
 
 
@@ -203,7 +241,7 @@ def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
         return None, None, None, [None] * len(leaves), *unused
     dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest)
     dleaves: list[Tensor | None] = [None] * len(leaves)
-    for i, g in zip(_numbers(ctx.rest[-1]), dlearned, strict=True):
+    for i, g in zip(site_of((None, *ctx.rest))[1].learned, dlearned, strict=True):
         dleaves[i] = g
     return dq, dk, dv, dleaves, *unused
 

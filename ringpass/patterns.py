@@ -9,8 +9,11 @@
     run = torch.compile(model, backend="ring_dilated", options={"mask": causal() & window(4095)})
 
 A pattern is ANDed with the model's own mask.  Positions are those of the model's own order, 0 to S - 1; b is the batch
-element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.
-Tiles that a pattern leaves empty are neither computed nor sent.
+element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.  Tiles that a pattern
+leaves empty are neither computed nor sent.
+
+Patterns made of arrays (document ids, block lists) are for one length.  Each rank must give the same arrays: ranks
+compare their digests before the first step.
 """
 
 from __future__ import annotations
@@ -22,29 +25,32 @@ from functools import reduce
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ringpass.closed_form import simplify
 from ringpass.errors import OptionError
-from ringpass.mask import FALSE, TRUE, Expr, call, evaluate, parse
+from ringpass.mask import FALSE, TRUE, B, Const, Expr, H, K, Q, bounds, call, evaluate, parse, table, tables
 
 MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A boolean expression over b, h, q and k."""
+    """A boolean expression over b, h, q and k; `tokens`: the one length that it is for, if it is."""
 
     expr: Expr
+    tokens: int | None = None
 
     def __and__(self, other: Pattern) -> Pattern:
-        return Pattern(simplify(call("and", self.expr, _expr(other))))
+        return self._with(other, "and")
 
     def __or__(self, other: Pattern) -> Pattern:
-        return Pattern(simplify(call("or", self.expr, _expr(other))))
+        return self._with(other, "or")
 
     def __invert__(self) -> Pattern:
-        return Pattern(simplify(call("not", self.expr)))
+        return Pattern(simplify(call("not", self.expr)), self.tokens)
 
     def __str__(self) -> str:
         return str(self.expr)
@@ -54,11 +60,35 @@ class Pattern:
         at = {name: torch.tensor(n).view(1, 1, 1, 1) for name, n in zip("bhqk", (b, h, q, k), strict=True)}
         return bool(evaluate(self.expr, at, []))
 
+    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        """Raises OptionError where the pattern is for another number of tokens, batch elements or heads."""
+        if self.tokens is not None and (queries, keys) != (self.tokens, self.tokens):
+            raise OptionError(
+                f"the option 'mask' is for {self.tokens} tokens, and the attention has {queries} queries and {keys} "
+                "keys: make the pattern for this length"
+            )
+        for array in tables(self.expr):
+            box = {name: (0.0, int(n) - 1.0) for name, n in zip("bhqk", (batch, heads, queries, keys), strict=True)}
+            for index, n in zip(array.indices, array.known.shape, strict=True):
+                low, high = bounds(index, box)
+                if low < 0 or high >= n or (index in (B, H) and high != n - 1):
+                    raise OptionError(
+                        f"the option 'mask' holds an array of shape {list(array.known.shape)} that is read at {index} "
+                        f"from {low:g} to {high:g}, for {batch} batch elements, {heads} heads, {queries} queries and "
+                        f"{keys} keys: give an array that fits"
+                    )
 
-def _expr(other: object) -> Expr:
-    if not isinstance(other, Pattern):
-        raise OptionError(f"a pattern combines with a pattern, not with {type(other).__name__}: see ringpass.patterns")
-    return other.expr
+    def _with(self, other: object, op: str) -> Pattern:
+        if not isinstance(other, Pattern):
+            raise OptionError(
+                f"a pattern combines with a pattern, not with {type(other).__name__}: see ringpass.patterns"
+            )
+        lengths = {n for n in (self.tokens, other.tokens) if n is not None}
+        if len(lengths) > 1:
+            raise OptionError(
+                f"patterns for {' and for '.join(map(str, sorted(lengths)))} tokens contradict each other"
+            )
+        return Pattern(simplify(call(op, self.expr, other.expr)), *lengths)
 
 
 def _pattern(text: str) -> Pattern:
@@ -131,21 +161,84 @@ def fixed(block: int, summary: int) -> Pattern:
     return causal() & (_pattern(f"q // {block} == k // {block}") | _pattern(f"k % {block} >= {block - summary}"))
 
 
-def documents(lengths: Sequence[int]) -> Pattern:
-    """Documents packed one after the other: each token sees its own document (combine with `causal`).
+def documents(lengths: Sequence[int] | None = None, *, cu_seqlens: Any = None, ids: Any = None) -> Pattern:
+    """Documents packed into one sequence: each token sees its own document (combine with `causal`).
 
     >>> print(causal() & documents([3, 5]))
     k <= q & bucket(k, 3) == bucket(q, 3)
 
-    `lengths` add up to S; tokens beyond would belong to the last document.
+    Either the `lengths` of the documents, in tokens; or `cu_seqlens`, where they begin and the last one ends:
+    [0, 3, 8]; or `ids`, the document of each token, shape (S,) or (B, S), in any order.
     """
+    given = [x for x in (lengths, cu_seqlens, ids) if x is not None]
+    if len(given) != 1:
+        raise OptionError(f"documents takes one of lengths, cu_seqlens and ids, got {len(given)} of them")
+    if ids is not None:
+        return _documents_of(_array("ids", ids, "(S,) or (B, S)", (1, 2)))
+    if cu_seqlens is not None:
+        starts = _array("cu_seqlens", cu_seqlens, "(documents + 1,)", (1,))
+        if starts[0] != 0:
+            raise OptionError(f"cu_seqlens begins with 0, got {starts[0]}")
+        return documents(np.diff(starts).tolist())
+    assert lengths is not None
     if not len(lengths):
         raise OptionError("documents takes the lengths of at least one document")
     for length in lengths:
         _natural("each length", length, 1)
-    ends = [*accumulate(lengths)][:-1]
+    *ends, total = accumulate(lengths)
     q, k = (f"bucket({x}, {', '.join(map(str, ends))})" for x in "qk")
-    return _pattern(f"{q} == {k}") if len(lengths) > 1 else everything()
+    return Pattern(_pattern(f"{q} == {k}").expr if ends else TRUE, total)
+
+
+def _documents_of(ids: np.ndarray[Any, Any]) -> Pattern:
+    """Documents in the order of their tokens have a closed form; others, and those of several rows, are a table."""
+    rows = np.atleast_2d(ids)
+    edges = np.flatnonzero(np.diff(rows[0])) + 1
+    if (rows == rows[0]).all():
+        if len(np.unique(rows[0])) == len(edges) + 1:
+            return documents(np.diff([0, *edges, rows.shape[1]]).tolist())
+        rows = rows[:1]
+    values, lead = (rows[0], ()) if len(rows) == 1 else (rows, (B,))
+    q, k = (table(values, *lead, at) for at in (Q, K))
+    return Pattern(call("eq", q, k), rows.shape[1])
+
+
+def blocks(listed: Any, size: int) -> Pattern:
+    """The pairs in the listed blocks of `size` x `size` tokens: `listed[.., q // size, k // size]`.
+
+    >>> pattern = blocks([[True, False], [True, True]], size=4)
+    >>> pattern(q=3, k=4), pattern(q=4, k=0)
+    (False, True)
+
+    `listed`: bools of shape (Nq, Nk); or (H, Nq, Nk), a list for each query head; or (B, H, Nq, Nk).
+    """
+    _natural("size", size, 1)
+    array = _array("listed", listed, "(Nq, Nk), (H, Nq, Nk) or (B, H, Nq, Nk)", (2, 3, 4), bool)
+    lead = [Const(0) if n == 1 else i for n, i in zip(array.shape[:-2], (B, H)[4 - array.ndim :], strict=True)]
+    at = [call("floordiv", x, Const(size)) if size > 1 else x for x in (Q, K)]
+    return Pattern(simplify(table(array, *lead, *at)))
+
+
+def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int = 1) -> Pattern:
+    """Each block of `size` queries sees `count` blocks of keys, drawn without replacement (BigBird).
+
+    The same for the same `seed` on every rank and machine.  `heads` more than 1: drawn anew for each query head.
+    """
+    wide = -(-_natural("tokens", tokens, 1) // _natural("size", size, 1))
+    if not 1 <= _natural("count", count, 1) <= wide:
+        raise OptionError(f"count must be at most the {wide} blocks that there are, got {count}")
+    generator = torch.Generator().manual_seed(_natural("seed", seed))
+    drawn = torch.rand(_natural("heads", heads, 1), wide, wide, generator=generator, dtype=torch.float64)
+    listed = torch.zeros(drawn.shape, dtype=torch.bool).scatter(-1, drawn.argsort(-1)[..., :count], True)
+    return Pattern(blocks(listed, size).expr, tokens)
+
+
+def _array(name: str, values: Any, shapes: str, dims: tuple[int, ...], dtype: type = int) -> np.ndarray[Any, Any]:
+    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    kinds = "b" if dtype is bool else "iu"
+    if found.ndim not in dims or found.dtype.kind not in kinds or not found.size:
+        raise OptionError(f"{name} must be {dtype.__name__}s of shape {shapes}, got {found.dtype} {list(found.shape)}")
+    return found
 
 
 def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
@@ -169,12 +262,13 @@ def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
 
 
 def from_function(allowed: Callable[..., Any]) -> Pattern:
-    """Any `mask_mod(b, h, q, k)` made of comparisons and arithmetic on its four indices.
+    """Any `mask_mod(b, h, q, k)` made of comparisons and arithmetic on its four indices, as FlexAttention takes it.
 
     >>> print(from_function(lambda b, h, q, k: (k <= q) & (q - k < 16)))
     k <= q & q - k < 16
 
-    Raises OptionError where the function captures tensors, branches on its arguments or is not elementwise.
+    It may read tensors of bools or integers that it captures at these indices: `ids[q] == ids[k]`.
+    Raises OptionError where the function branches on its arguments or is not elementwise.
     """
     from ringpass.passes.detect import scalar_function
 

@@ -8,8 +8,9 @@ key/value heads, D head width, Lq and Lk local query and key tokens.
         start the exchange of the next step                  <- before the tiles of this one
         for each tile: attend, merge into the rows' running (out, lse)
 
-The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind.  K and V (dK
-and dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
+The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind; the tiles of
+the own keys are divided, so that the first exchange and the last one both have some to hide behind.  K and V (dK and
+dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
 
 How keys come and their gradients go is a `Transport`: `Exchanges` as above, or, to measure against, `AllGather`.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass import primitives
 from ringpass.kernels import accumulator
+from ringpass.known import Known
 from ringpass.layout import Layout, Ranges, size, tokens
 from ringpass.mask import PARTIAL
-from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
+from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, divided, program, rows
 
 LABEL = "ringpass_label"
 Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -54,12 +56,19 @@ class Site:
     group: str
     comm: str = "ring"
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
+    pruning: tuple[int, ...] = ()  # the leaves whose values, in each call, prune the schedule
+    known: tuple[tuple[int, Known], ...] = ()  # their values in this call
 
     @property
     def program(self) -> Program:
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
         cut_all = self.dropout > 0 or bool(self.learned)
-        return program(Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all), self.rank)
+        problem = Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all, self.known)
+        return program(problem, self.rank)
+
+    def knowing(self, leaves: Sequence[Tensor]) -> Site:
+        """The site in a call with these leaves.  All ranks hold the same ones, so their schedules fit together."""
+        return replace(self, known=tuple((i, Known(leaves[i])) for i in self.pruning))
 
     @property
     def owned_queries(self) -> Ranges:
@@ -100,28 +109,32 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
-    steps, dtype = site.program.steps, accumulator(q.dtype)
+    keys, dtype = transport(site, k, v), accumulator(q.dtype)
+    local, *remote = keys.steps
+    first, last = divided(local.tiles) if remote else (local.tiles, ())
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    dq = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
-    keys = transport(site, k, v)
-    own = Rows(k.shape[2], [*(t.k for t in steps[0].tiles), *keys.returned_rows])
+    dq = Rows(q.shape[2], [tile.q for tile in (*first, *last, *(tile for step in remote for tile in step.tiles))])
+    own = Rows(k.shape[2], [*(tile.k for tile in (*first, *last)), *keys.returned_rows])
     dleaves = [torch.zeros_like(leaves[i], dtype=dtype) for i in site.learned]
-    for index, (step, blocks, flying) in enumerate(keys.blocks()):
-        block = own if index == 0 else Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
-        flying = [*flying, *keys.returning]
-        for tile in step.tiles:
-            args = _tile_args(site, step, tile, q, leaves, seed, flying)
-            with label(f"attention_backward_{_name(step, tile)}"):
-                ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
-                tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(
-                    *ours[:2], *theirs, *ours[2:], *args
-                )
-            dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
-            block.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
-            if dbias:
-                dleaves = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
-        if index:
-            keys.give_back(step, block.join(lambda n: _zero_block(k, v, n, dtype)), own)
+
+    def attend(step: Step, tile: Tile, blocks: tuple[Tensor, Tensor], flying: list[Tensor], dkv: Rows) -> None:
+        args = _tile_args(site, step, tile, q, leaves, seed, flying)
+        with label(f"attention_backward_{_name(step, tile)}"):
+            ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
+            tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(*ours[:2], *theirs, *ours[2:], *args)
+        dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
+        dkv.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
+        if dbias:
+            dleaves[:] = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
+
+    for step, blocks, flying in keys.blocks():
+        dkv = own if step is local else Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
+        for tile in first if step is local else step.tiles:
+            attend(step, tile, blocks, [*flying, *keys.returning], dkv)
+        if step is not local:
+            keys.give_back(step, dkv.join(lambda n: _zero_block(k, v, n, dtype)), own)
+    for tile in last:
+        attend(local, tile, (k, v), keys.returning, own)
     keys.finish(own)
     with label("join_gradients"):
         dk, dv = own.join(lambda n: _zero_block(k, v, n, dtype))

@@ -21,15 +21,16 @@ receives only tokens that a tile of its own uses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ringpass.known import Known
 from ringpass.layout import Layout, Ranges, size
-from ringpass.mask import CAUSAL, FULL, KINDS, Expr, Spans, classify_all, parse
+from ringpass.mask import CAUSAL, FULL, KINDS, Expr, Spans, bind, classify_all, parse
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
@@ -96,7 +97,8 @@ class Problem:
     """One site as the schedule sees it.
 
     `mask` is a boolean expression of `ringpass.mask`; lengths are in tokens.  `cut_all`: no tile may be larger than
-    `tile`, full ones included, because the kernel holds a tile's scores in memory.
+    `tile`, full ones included, because the kernel holds a tile's scores in memory.  `known`: the values of some of the
+    mask's leaves, by number.
     """
 
     mask: str
@@ -106,14 +108,15 @@ class Problem:
     key_layout: Layout
     tile: int = TILE
     cut_all: bool = False
+    known: tuple[tuple[int, Known], ...] = ()
 
     @property
     def world(self) -> int:
         return self.query_layout.world
 
-    @property
+    @cached_property
     def expr(self) -> Expr:
-        return parse(self.mask)
+        return bind(parse(self.mask), dict(self.known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,7 @@ class Tiling:
     q: Spans
     k: Spans
     kind: Array
+    programs: dict[int, Program] = field(default_factory=dict)  # those that have been read out of it, by rank
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -266,22 +270,37 @@ def _halve(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: A
             return found
         dst, src, q0, q1, k0, k1 = (x[more] for x in (dst, src, q0, q1, k0, k1))
         dst, src = np.concatenate([dst, dst]), np.concatenate([src, src])
-        (q0, q1), (k0, k1) = halves((q0, q1), (k0, k1))
+        (q0, q1), (k0, k1) = halves((q0, q1), (k0, k1), problem.tile)
 
 
-def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
-    """Rectangles cut in two along their longer side: the first halves of all, then the second ones."""
+def halves(q: Spans, k: Spans, edge: int = 1) -> tuple[Spans, Spans]:
+    """Rectangles cut in two along their longer side: the first halves of all, then the second ones.
+
+    The cut is at the multiple of `edge` nearest to the middle, so that tiles of blocks of tokens are those blocks.
+    """
     tall = q[1] - q[0] >= k[1] - k[0]
-    q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
+    q_cut, k_cut = _middle(*q, edge), _middle(*k, edge)
     rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])
     columns = np.concatenate([k[0], np.where(tall, k[0], k_cut)]), np.concatenate([np.where(tall, k[1], k_cut), k[1]])
     return rows, columns
 
 
-@lru_cache(maxsize=4096)
+def _middle(start: Array, stop: Array, edge: int) -> Array:
+    """Where to cut start:stop: strictly inside, where it is longer than 1."""
+    middle = (start + stop) // 2
+    aligned = (middle + edge // 2) // edge * edge
+    return np.where((start < aligned) & (aligned < stop), aligned, middle)
+
+
 def program(problem: Problem, rank: int) -> Program:
     """The steps of `rank`."""
     whole = tiling(problem)
+    if rank not in whole.programs:
+        whole.programs[rank] = _read(whole, problem, rank)
+    return whole.programs[rank]
+
+
+def _read(whole: Tiling, problem: Problem, rank: int) -> Program:
     mine, queries = whole.of(rank), problem.query_layout.ranges(rank, problem.queries)
     own = problem.key_layout.ranges(rank, problem.keys)
     steps = [Step(0, own, _local_tiles(problem, queries, own, _from(mine, rank)))]
@@ -375,6 +394,25 @@ def _join(rectangles: list[Rectangle]) -> list[Rectangle]:
         else:
             out.append((first, second))
     return out
+
+
+def divided(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """The tiles of a step in two parts; a tile that is alone and needs no mask is cut in the middle of its rows.
+
+    >>> for part in divided((Tile((0, 8), (0, 8), CAUSAL_TILE),)): print(*part, sep="; ")
+    causal q0:4 k0:4
+    full q4:8 k0:4; causal q4:8 k4:8
+    """
+    if len(tiles) != 1 or tiles[0].kind not in (FULL, CAUSAL_TILE):
+        return tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
+    ((q0, q1), (k0, k1)), kind = (tiles[0].q, tiles[0].k), tiles[0].kind
+    q = (q0 + q1) // 2
+    if q == q0:
+        return tiles, ()
+    if kind == FULL:
+        return (Tile((q0, q), (k0, k1), FULL),), (Tile((q, q1), (k0, k1), FULL),)
+    k = k0 + q - q0  # a triangle: a smaller one above, a rectangle beside another below
+    return (Tile((q0, q), (k0, k), kind),), (Tile((q, q1), (k0, k), FULL), Tile((q, q1), (k, k1), kind))
 
 
 def _area(tile: Tile) -> int:

@@ -18,6 +18,7 @@ from ringpass.passes.verify import prove
 from ringpass.patterns import (
     Pattern,
     block_causal,
+    blocks,
     causal,
     dilated_window,
     documents,
@@ -28,6 +29,7 @@ from ringpass.patterns import (
     grid_window,
     nothing,
     prefix,
+    random_blocks,
     sink,
     strided,
     window,
@@ -37,6 +39,16 @@ from tests.parity import compiled, relative
 from tests.workers import Workers
 
 S = 24
+IDS = torch.arange(S) % 5
+RANDOM = random_blocks(S, 4, count=2, seed=3)
+
+
+def drawn() -> Tensor:
+    """The blocks that seed 3 draws: of six random numbers in a row, the two smallest."""
+    numbers = torch.rand(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return numbers <= numbers.kthvalue(2, dim=-1, keepdim=True).values
+
+
 DEFINED: dict[str, tuple[Pattern, Callable[[int, int], bool]]] = {
     "causal": (causal(), lambda q, k: k <= q),
     "everything": (everything(), lambda q, k: True),
@@ -65,6 +77,18 @@ DEFINED: dict[str, tuple[Pattern, Callable[[int, int], bool]]] = {
         lambda q, k: k <= q and sum(e <= q for e in (7, 8, 17)) == sum(e <= k for e in (7, 8, 17)),
     ),
     "one document": (documents([24]), lambda q, k: True),
+    "boundaries": (documents(cu_seqlens=torch.tensor([0, 5, 24])), lambda q, k: (q < 5) == (k < 5)),
+    "ids in order": (documents(ids=torch.arange(24) // 7), lambda q, k: q // 7 == k // 7),
+    "ids in turn": (causal() & documents(ids=torch.arange(24) % 3), lambda q, k: k <= q and q % 3 == k % 3),
+    "blocks": (
+        blocks([[q // 2 <= k for k in range(5)] for q in range(6)], 5) & window(24, 24),
+        lambda q, k: q // 5 // 2 <= k // 5,
+    ),
+    "random blocks": (RANDOM, lambda q, k: bool(drawn()[q // 4, k // 4])),
+    "captured": (
+        from_function(lambda b, h, q, k: (IDS[q] == IDS[k]) & (k <= q)),
+        lambda q, k: k <= q and q % 5 == k % 5,
+    ),
     "not": (~causal(), lambda q, k: k > q),
     "function": (from_function(lambda b, h, q, k: (q - k).abs() * 2 < 9), lambda q, k: abs(q - k) * 2 < 9),
 }
@@ -161,13 +185,14 @@ def step(out: Tensor, model: Attention) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("ranks", (1, 2, 3, 5))
 def test_parity_with_the_dense_mask(workers: Workers, ranks: int) -> None:
-    cases = ("causal window", True), ("dilated window", False), ("documents", True), ("grid", False), ("nothing", True)
-    for errors in workers.run(with_pattern, ranks, cases, S):
+    names = ("causal window", True), ("dilated window", False), ("documents", True), ("grid", False), ("captured", True)
+    for errors in workers.run(with_pattern, ranks, names, S):
         assert max(errors) < 1e-10, errors
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
+FLOATS = torch.zeros(S)
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "negative": (lambda: window(-1), "before must be an int of at least 0 and below .*, got -1"),
     "fraction": (lambda: sink(1.5), "tokens must be an int of at least 1 and .*, got 1.5"),  # type: ignore[arg-type]
@@ -179,7 +204,15 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "other": (lambda: causal() & True, "a pattern combines with a pattern, not with bool"),  # type: ignore[operator]
     "text": (lambda: RingConfig(mask="k <= q"), "option 'mask' must be a Pattern"),  # type: ignore[arg-type]
     "arity": (lambda: from_function(lambda q, k: k <= q), r"takes \(b, h, q, k\), this one takes \(q, k\)"),
-    "capture": (lambda: from_function(lambda b, h, q, k: torch.ones(9)[k] > 0), "nor index a tensor by them"),
+    "capture": (lambda: from_function(lambda b, h, q, k: torch.randn(9)[k] > 0), "an op that has no closed form"),
+    "captured floats": (lambda: from_function(lambda b, h, q, k: FLOATS[k] > 0), "it may read bools and integers"),
+    "two lengths": (lambda: documents([3, 4]) & documents([3, 5]), "for 7 and for 8 tokens contradict each other"),
+    "two forms": (lambda: documents([3], ids=[0, 0, 0]), "one of lengths, cu_seqlens and ids, got 2"),
+    "float ids": (lambda: documents(ids=torch.ones(4)), r"ids must be ints of shape \(S,\) or \(B, S\), got float32"),
+    "ids of 3 dims": (lambda: documents(ids=torch.ones(2, 3, 4, dtype=torch.int64)), r"got int64 \[2, 3, 4\]"),
+    "boundaries": (lambda: documents(cu_seqlens=[1, 4]), "begins with 0, got 1"),
+    "block list": (lambda: blocks([[0, 1]], 4), "listed must be bools of shape"),
+    "too many blocks": (lambda: random_blocks(24, 4, count=7), "at most the 6 blocks that there are, got 7"),
     "branch": (lambda: from_function(lambda b, h, q, k: k if k > q else q), "cannot be traced"),
     "number": (lambda: from_function(lambda b, h, q, k: q - k), "must return a boolean"),
 }
@@ -207,14 +240,64 @@ def test_documents_of_random_lengths_are_classified_and_pruned() -> None:
         assert program(site, rank).received == needed
 
 
-def short(group: dist.ProcessGroup) -> str:
-    """What a call says that is too short to be divided, under a pattern."""
-    run = compiled(Attention(True).double(), group, mask=causal() & window(1))
-    with pytest.raises(Exception, match="the option 'mask' cannot be applied") as error:
-        run(torch.randn(2, 3, 8, dtype=torch.float64))
-    return str(error.value)
+UNFIT = {
+    "documents": (causal() & documents([7, 8]), "is for 15 tokens, and the attention has 24 queries"),
+    "ids": (documents(ids=torch.arange(23) % 2), "is for 23 tokens"),
+    "rows": (documents(ids=IDS.view(1, -1) % torch.tensor([[2], [3], [4]])), r"shape \[3, 24\] .* at b from 0 to 1"),
+    "few blocks": (blocks(torch.eye(5, dtype=torch.bool), 4), r"shape \[5, 5\] that is read at q // 4 from 0 to 5"),
+    "heads": (random_blocks(24, 4, 2, heads=3), r"shape \[3, 6, 6\] that is read at h from 0 to 1"),
+    "contradiction": (sink(4) & ~sink(8), "contradict each other: no query sees any key"),
+    "against the model": (~causal(), "contradict each other"),
+}
 
 
-def test_a_pattern_is_applied_or_refused(workers: Workers) -> None:
-    for text in workers.run(short, 2):
-        assert "3 tokens are fewer than 2 per rank" in text
+@pytest.mark.parametrize("name", UNFIT)
+def test_patterns_that_do_not_fit_a_model_are_refused(name: str) -> None:
+    pattern, message = UNFIT[name]
+    run = torch.compile(Attention(True), backend="ring_dilated", options={"mask": pattern, "compiler": "aot_eager"})
+    with pytest.raises(Exception, match=message):
+        run(torch.randn(2, S, 8))
+
+
+def per_element(group: dist.ProcessGroup) -> list[float]:
+    """Errors under block lists that differ from head to head, and documents that differ from row to row."""
+    model, x = Attention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
+    ids = torch.stack([torch.arange(S) % 2, torch.arange(S) // 9])
+    errors = []
+    for pattern in (random_blocks(S, 4, 3, heads=2), documents(ids=ids)):
+        torch._dynamo.reset()
+        at = {"b": torch.arange(2).view(2, 1, 1, 1), "h": torch.arange(2).view(1, 2, 1, 1)}
+        row = torch.arange(S)
+        allowed = evaluate(
+            (causal() & pattern).expr, {**at, "q": row.view(1, 1, -1, 1), "k": row.view(1, 1, 1, -1)}, []
+        )
+        got, want = (step(out, model) for out in (compiled(model, group, mask=pattern, tile=4)(x), model(x, allowed)))
+        errors += [relative(a, b) for a, b in zip(got, want, strict=True)]
+    return errors
+
+
+@pytest.mark.parametrize("ranks", (1, 3))
+def test_parity_where_heads_and_rows_differ(workers: Workers, ranks: int) -> None:
+    for errors in workers.run(per_element, ranks):
+        assert max(errors) < 1e-12, errors
+
+
+def short(group: dist.ProcessGroup, length: int) -> list[float]:
+    """Errors of a call that is too short to be divided, under a pattern: every rank computes all of it."""
+    model, x = Attention(True).double(), torch.randn(2, length, 8, dtype=torch.float64)
+    got = step(compiled(model, group, mask=window(1))(x), model)
+    want = step(model(x, dense(causal() & window(1), length)), model)
+    return [relative(a, b) for a, b in zip(got, want, strict=True)]
+
+
+def test_patterns_on_short_sequences(workers: Workers) -> None:
+    for errors in workers.run(short, 2, 3):
+        assert max(errors) < 1e-12, errors
+
+
+def test_one_process_without_a_group() -> None:
+    """Patterns apply to training on one device too."""
+    model, x = Attention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
+    run = torch.compile(model, backend="ring_dilated", options={"mask": window(3), "compiler": "aot_eager"})
+    for got, want in zip(step(run(x), model), step(model(x, dense(causal() & window(3))), model), strict=True):
+        assert relative(got, want) < 1e-12

@@ -62,12 +62,12 @@ GOLDEN = {
 1: local tokens 2:4: full q0:2 k0:2
 1: receive 0:2+4:5 from rank 0, send 2:4 to rank 0: full q0:2 k0:3""",
     problem(WINDOW, 3, 18, "contiguous", tile=4): """
-0: local tokens 0:6: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
+0: local tokens 0:6: partial q0:4 k0:4, partial q4:6 k0:4, partial q4:6 k4:6
 0: send 2:6 to rank 1: no tile
-1: local tokens 6:12: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-1: receive 2:6 from rank 0, send 8:12 to rank 2: partial q0:3 k0:1, partial q0:3 k1:4, partial q3:6 k3:4
-2: local tokens 12:18: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-2: receive 8:12 from rank 1: partial q0:3 k0:1, partial q0:3 k1:4, partial q3:6 k3:4""",
+1: local tokens 6:12: partial q0:2 k0:2, partial q2:6 k0:2, partial q2:6 k2:6
+1: receive 2:6 from rank 0, send 8:12 to rank 2: partial q0:2 k0:2, full q0:2 k2:4, partial q2:6 k2:4
+2: local tokens 12:18: partial q0:4 k0:4, partial q4:6 k0:4, partial q4:6 k4:6
+2: receive 8:12 from rank 1: partial q0:4 k0:4""",
     problem(WINDOW, 2, 12, tile=3): """
 0: local tokens 0:3+9:12: partial q0:3 k0:3, partial q3:6 k3:6
 0: receive 5:9 from rank 1, send 0:3 to rank 1: partial q3:6 k0:1, partial q3:6 k1:4

@@ -1,0 +1,120 @@
+"""Arrays that every rank holds when a schedule is made: document ids, block lists, padding masks of this call.
+
+    >>> ids = Known(np.array([0, 0, 0, 1, 1]))
+    >>> ids.bounds([(np.array([0, 2]), np.array([2, 3]))])        # of elements 0..2, and of elements 2..3
+    (array([0., 0.]), array([0., 1.]))
+
+`bounds` is what makes them prunable: the smallest and largest element of a box of indices, for many boxes at once.
+Truth values are counted by the corners of a summed-area table (Crow 1984); integers have their extremes over each
+power-of-two run of the last dim looked up (sparse table, Bender and Farach-Colton 2000), and over all of an earlier dim
+unless the box fixes its index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import cached_property, reduce
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+Array = NDArray[Any]
+Interval = tuple[Any, Any]
+
+
+class Known:
+    """A constant array of bools or integers; equal to any other of the same contents, by their digest."""
+
+    def __init__(self, values: Any) -> None:
+        found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if found.dtype.kind not in "bui" or found.ndim < 1 or not found.size:
+            raise ValueError(f"expected bools or integers of at least one dim, got {found.dtype} {list(found.shape)}")
+        self.values: Array = np.ascontiguousarray(found)
+        about = f"{self.values.dtype}{self.values.shape}".encode()
+        self.digest = hashlib.blake2b(about + self.values.tobytes(), digest_size=6).hexdigest()
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Known({self.digest}, {self.values.dtype}{list(self.values.shape)})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The array where `like` is: on its device, fake beside fakes."""
+        if isinstance(like, FakeTensor):
+            return like.new_empty(self.shape, dtype=torch.from_numpy(self.values[:0]).dtype)
+        if like.device not in self._tensors:
+            self._tensors[like.device] = torch.from_numpy(self.values).to(like.device)
+        return self._tensors[like.device]
+
+    def bounds(self, indices: Sequence[Interval]) -> Interval:
+        """(smallest, largest) element for closed intervals of indices, one per dim; beyond the end counts as the end.
+
+        An index that may be negative counts from the end: its boxes are unknown.
+        """
+        inside = reduce(np.logical_and, (np.asarray(low) >= 0 for low, _ in indices))
+        clipped = [
+            tuple(np.clip(x, 0, n - 1).astype(np.int64) for x in span)
+            for span, n in zip(indices, self.shape, strict=True)
+        ]
+        low, high = self._truth(clipped) if self.values.dtype == bool else self._extremes(clipped)
+        return np.where(inside, low, -np.inf), np.where(inside, high, np.inf)
+
+    def _truth(self, spans: Sequence[Interval]) -> Interval:
+        total: Any = 0
+        for corner in product((0, 1), repeat=len(spans)):
+            at = tuple(high + 1 if end else low for end, (low, high) in zip(corner, spans, strict=True))
+            total = total + (-1) ** (len(spans) - sum(corner)) * self._sums[at]
+        size = reduce(np.multiply, (high - low + 1 for low, high in spans))
+        return (total == size) * 1.0, (total > 0) * 1.0
+
+    @cached_property
+    def _sums(self) -> Array:
+        sums: Array = np.pad(self.values.astype(np.int64), [(1, 0)] * self.values.ndim)
+        for dim in range(sums.ndim):
+            np.cumsum(sums, axis=dim, out=sums)
+        return sums
+
+    def _extremes(self, spans: Sequence[Interval]) -> Interval:
+        *outer, (low, high) = spans
+        lead = self.shape[:-1]
+        rows = math.prod(lead)
+        fixed = reduce(np.logical_and, (a == b for a, b in outer), np.asarray(True))
+        row = np.where(fixed, np.ravel_multi_index(tuple(a for a, _ in outer), lead) if lead else 0, rows)
+        level = np.frexp(high - low + 1)[1].astype(np.int64) - 1
+        last = high - (1 << level) + 1
+        found = []
+        for tables, choose in zip(self._runs, (np.minimum, np.maximum), strict=True):
+            found.append(choose(tables[level, row, low], tables[level, row, last]).astype(float))
+        return found[0], found[1]
+
+    @cached_property
+    def _runs(self) -> tuple[Array, Array]:
+        """[level, row, i]: the least (greatest) of elements i to i + 2**level - 1; the last row is over all rows."""
+        flat = self.values.reshape(-1, self.shape[-1])
+        flat = flat.astype(np.result_type(np.min_scalar_type(flat.min()), np.min_scalar_type(flat.max())))
+        tables = []
+        for choose in (np.minimum, np.maximum):
+            levels = [np.concatenate([flat, choose.reduce(flat, axis=0)[None]])]
+            step = 1
+            while 2 * step <= flat.shape[1]:
+                levels.append(levels[-1].copy())
+                choose(levels[-2][:, :-step], levels[-2][:, step:], out=levels[-1][:, :-step])
+                step *= 2
+            tables.append(np.stack(levels))
+        return tables[0], tables[1]
