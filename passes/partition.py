@@ -228,10 +228,10 @@ class _Writer:
         seed, stream = (self.seed, self._stream()) if site.dropout else (None, 0)
         who = self.rank.rank, self.rank.world, self.rank.group
         learned = ",".join(map(str, self.placement.learned(plan)))
-        bias = "" if site.bias is None else str(site.bias)
+        bias, score = ("" if x is None else str(x) for x in (site.bias, site.score))
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(site.mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.comm, learned, name=f"ring_attention_{site.index}",
+            *names, problem.tile, *who, self.comm, score, learned, name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
         for _ in range(missing):

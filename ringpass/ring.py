@@ -53,12 +53,13 @@ class Site:
     world: int
     group: str
     comm: str = "ring"
+    score: str = ""  # any other function of the scaled scores, in place of the bias
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
 
     @property
     def program(self) -> Program:
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        cut_all = self.dropout > 0 or bool(self.learned)
+        cut_all = self.dropout > 0 or bool(self.learned) or bool(self.score)
         return program(Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all), self.rank)
 
     @property
@@ -113,13 +114,13 @@ def backward(
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
             with label(f"attention_backward_{_name(step, tile)}"):
                 ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
-                tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(
+                tile_dq, tile_dk, tile_dv, *others = primitives.attention_tile_backward(
                     *ours[:2], *theirs, *ours[2:], *args
                 )
             dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
             block.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
-            if dbias:
-                dleaves = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
+            if others:
+                dleaves = _add_leaf_grads(site, step, tile, q, leaves, others, dleaves)
         if index:
             keys.give_back(step, block.join(lambda n: _zero_block(k, v, n, dtype)), own)
     keys.finish(own)
@@ -393,8 +394,9 @@ def _tile_args(
     if site.dropout:
         with label(f"keep_{_name(step, tile)}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, *spans)
+    score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ("", [], [], [], [])
     causal, learned = tile.kind == CAUSAL_TILE, bool(site.learned)
-    return allowed, bias, keep, site.scale, causal, site.dropout, learned, flying
+    return allowed, bias, keep, site.scale, causal, site.dropout, learned, *score, flying
 
 
 def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
@@ -408,10 +410,12 @@ def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
 
 
 def _add_leaf_grads(
-    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], dbias: Tensor, dleaves: list[Tensor]
+    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], others: list[Tensor], dleaves: list[Tensor]
 ) -> list[Tensor]:
-    """`dleaves` plus the gradients of the learned leaves through this tile's bias."""
+    """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
     spans = _spans(site, step, tile, q)
     with label(f"mask_backward_{_name(step, tile)}"):
-        more = primitives.mask_tile_backward(dbias, list(leaves), list(site.learned), q, site.bias, *spans)
+        more = others
+        if not site.score:
+            more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)
     return [a + b for a, b in zip(dleaves, more, strict=True)]
