@@ -77,7 +77,7 @@ def attention_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
     numbers = {"dropout": 0.0, "stream": 0, "queries": length, "keys": length, "tile": 1024}
     site = Site(mask="k <= q", bias="", scale=64**-0.5, rank=rank, world=world, **names, **numbers)  # type: ignore[arg-type]
     schema = [argument.name for argument in ops.ring_attention._schema.arguments]
-    fields = ["" if name == "learned" else getattr(site, name) for name in schema[schema.index("mask") :]]
+    fields = ["" if name in ("learned", "pruning") else getattr(site, name) for name in schema[schema.index("mask") :]]
     local = Layout("zigzag", world).length(rank, length)
 
     def inputs(tokens: int) -> list[Tensor]:

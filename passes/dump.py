@@ -14,7 +14,9 @@ from torch.fx import GraphModule
 
 from ringpass.config import DUMP_VARIABLE
 from ringpass.passes.plan import RingPlan
+from ringpass.schedule import Rectangle
 
+SHOWN = 64  # empty rectangles of a schedule that are listed one by one
 _numbers = count()
 
 
@@ -49,4 +51,10 @@ class Dump:
             steps = [f"  {step}" for step in program.steps] if program else ["  runs replicated"]
             total = f": {program.area} pairs, {program.received} key tokens received" if program else ""
             lines += [f"site {i} on rank {rank} of {plan.world}{total}", *steps]
+            lines += [f"  empty: {_rectangles(program.empty)}"] if program and program.empty else []
         self.text("schedule.txt", "\n".join(lines))
+
+
+def _rectangles(found: list[Rectangle]) -> str:
+    shown = [f"queries {a}:{b} x keys {c}:{d}" for (a, b), (c, d) in found[:SHOWN]]
+    return ", ".join([*shown, *([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])])

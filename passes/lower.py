@@ -9,8 +9,8 @@
     pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
 
-Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No SDPA op may be
-left that the plan partitioned; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
+Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No attention that
+the plan partitioned may be left; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.m
 """Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
+ATTENTION = re.compile(r"(scaled_dot_product|flex_attention)(?!.*backward)")
 LAYOUT = 4  # position of the layout's name in their arguments
 
 
@@ -82,7 +83,7 @@ def attentions(graph: Graph) -> list[Node]:
     """The attention ops of a graph and of the graphs inside it, forward ones only."""
     found = []
     for node in graph.nodes:
-        if node.op == "call_function" and re.search(r"scaled_dot_product(?!.*backward)", str(node.target)):
+        if node.op == "call_function" and ATTENTION.search(str(node.target)):
             found.append(node)
         elif node.op == "get_attr" and isinstance(graph.owning_module, GraphModule):
             inner = getattr(graph.owning_module, str(node.target).split(".")[0], None)

@@ -234,11 +234,11 @@ class _Writer:
         if self.plan.approximate:
             leaves.append(self._choose_blocks(self.plan.approximate, site, q, k, names, lengths, who))
             mask, pruning = chosen_blocks(mask, len(leaves) - 1, self.plan.approximate), (*pruning, len(leaves) - 1)
-        bias = "" if site.bias is None else str(site.bias)
+        bias, score = ("" if x is None else str(x) for x in (site.bias, site.score))
         learned, pruned = (",".join(map(str, numbers)) for numbers in (self.placement.learned(plan), pruning))
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.plan.comm, learned, pruned, name=f"ring_attention_{site.index}",
+            *names, problem.tile, *who, self.plan.comm, score, learned, pruned, name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
         for _ in range(missing):

@@ -23,6 +23,7 @@ from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS, o
 
 aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"
+ATTENTION = (SDPA, "flex_attention")
 COUNTER_BASED = ("dropout.default", SDPA)
 CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
@@ -144,7 +145,7 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     if node.target is operator.getitem:
         return p.modes[args_of(node)[0]]
     name = op_name(node)
-    if name == SDPA or draws_elsewhere(node):  # an attention that the plan left alone, a draw that all ranks must share
+    if name in ATTENTION or draws_elsewhere(node):  # an attention left alone by the plan, a draw that all ranks share
         return None
     read = [] if name in CREATION else operands_of(node)[: 1 if name in PATTERNED else None]
     note, tensors = p.sweep.notes[node], [node, *read]

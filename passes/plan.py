@@ -110,7 +110,9 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
         if query is None:
             key = None  # few queries over many keys: keys are gathered, the site runs replicated
         problem = _problem(site, query, key, world, config) if query else _alone(site, world, config)
-        plans.append(SitePlan(site, query, key, problem, _pruning(site) if config.runtime_pruning else ()))
+        plans.append(
+            SitePlan(site, query, key, problem, _pruning(site) if config.runtime_pruning or site.listed else ())
+        )
     how = config.comm, config.approximate
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
 
@@ -129,7 +131,13 @@ def _pruning(site: AttentionSite) -> tuple[int, ...]:
 
 
 def _plain(site: AttentionSite, remarks: list[str]) -> bool:
-    """Whether q, k, v have the shapes that the ring takes: 2 to 4 dims, K/V heads that divide the query heads."""
+    """Whether the site is read, and q, k, v have the shapes that the ring takes.
+
+    That is 2 to 4 dims, K/V heads that divide the query heads.
+    """
+    if site.unread:
+        remarks.append(f"{site.node.name}: {site.unread}, and it stays replicated")
+        return False
     q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
     fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4
     if fits and len(q) == 4:
@@ -159,7 +167,7 @@ def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: i
     replicated = Layout("replicated" if query else "contiguous", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [axis.layout if axis else replicated for axis in (query, key)]
-    cut_all = site.dropout > 0
+    cut_all = site.dropout > 0 or site.score is not None
     problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
     if config.tile:
         return problem

@@ -211,6 +211,12 @@ def _attention(sweep: Sweep, node: Node, note: Note) -> Dims:
     return (*q[:-1], v[-1])
 
 
+def _flex_attention(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """Its output, and two numbers per row: log-sum-exp and maximum."""
+    out = _attention(sweep, node, note)
+    return out, out[:-1], out[:-1]
+
+
 def _norm(count: Callable[[Node], int]) -> Rule:
     def rule(sweep: Sweep, node: Node, note: Note) -> Dims:
         dims = sweep.dims(first_of(node))
@@ -393,6 +399,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(LOSSES, _loss),
     "matmul.default": _matmul,
     "scaled_dot_product_attention.default": _attention,
+    "flex_attention": _flex_attention,
     "layer_norm.default": _norm(lambda node: len(args_of(node)[1])),
     "rms_norm.default": _norm(lambda node: len(args_of(node)[1])),
     "expand.default": _expand,

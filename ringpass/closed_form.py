@@ -23,7 +23,7 @@ from typing import Any
 
 import sympy
 
-from ringpass.mask import CAUSAL, FALSE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, bounds, call, kind_of
+from ringpass.mask import CAUSAL, FALSE, SCORE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, bounds, call, kind_of
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 WHOLE = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # integers of integers
@@ -66,7 +66,7 @@ def _integer(expr: Expr) -> bool:
             expr
         )
         return known and all(_integer(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
-    return isinstance(expr, Index) or (isinstance(expr, Const) and type(expr.value) is int)
+    return (isinstance(expr, Index) and expr != SCORE) or (isinstance(expr, Const) and type(expr.value) is int)
 
 
 def _widened(expr: Call) -> bool:

@@ -13,15 +13,17 @@ gradients of several tiles add up to the exact gradient; a row with lse +inf the
     flash_cpu   CPU, all dtypes but float16: every tile that has no dropout, no learned bias, V as wide as Q
     flash       CUDA, float16 and bfloat16, sm80 or newer: full and causal tiles, widths to 256, V as wide as Q
     efficient   CUDA, float32, float16, bfloat16 (sm80): tiles with a mask or a bias, and what flash does not take
-    plain       ATen arithmetic: dropout, a bias that needs its gradient, float64 on CUDA, other devices, ROCm
+    plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
+                CUDA, other devices, ROCm
     cudnn       CUDA, float16 and bfloat16: full and causal tiles   } not chosen until they have been run on a device:
     flex        CUDA: tiles with a mask and no bias                 } benchmarks/kernels.py and tests/test_gpu.py do
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,6 +77,7 @@ def choose(
         "bias": args.bias is not None,
         "dropout": args.keep is not None,
         "learned": args.learned,
+        "score": args.score is not None,
     }
     present = {name for name, acts in acting.items() if acts}
     for row in TABLE:
@@ -92,7 +95,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Te
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
-    """(dq, dk, dv, dbias) of one tile, given the rows' global `out` and `lse`; dbias has the bias's own shape."""
+    """(dq, dk, dv, dbias, *dparameters) of one tile, given the rows' global `out` and `lse`.
+
+    dbias has the bias's own shape, and is None where the bias needs no gradient.
+    """
     return KERNELS[_chosen(q, k, v, args)][1](grad, q, k, v, out, lse, args)
 
 
@@ -103,35 +109,55 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> str:
 # --- plain ------------------------------------------------------------------------------------------------------------
 
 
-def _scores(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
-    """Scaled, biased and masked scores (B, H, Lq, Lk) in the accumulator's dtype."""
+def _products(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
+    """Scaled scores (B, H, Lq, Lk) in the accumulator's dtype."""
     dtype = accumulator(q.dtype)
-    scores = torch.matmul(q.to(dtype), per_query_head(k, q).to(dtype).transpose(-1, -2)) * args.scale
+    return torch.matmul(q.to(dtype), per_query_head(k, q).to(dtype).transpose(-1, -2)) * args.scale
+
+
+def _scored(scores: Tensor, *parameters: Tensor, args: TileArgs) -> Tensor:
+    """The scores through the tile's score function, in their own shape and dtype."""
+    return scores if args.score is None else args.score(scores, *parameters).to(scores.dtype).expand(scores.shape)
+
+
+def _pulled(products: Tensor, args: TileArgs) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+    """The scores, and how their gradient becomes that of the products and of the parameters."""
+    if args.score is None:
+        return products, lambda grad: (grad,)
+    scores, pull, *_ = torch.func.vjp(partial(_scored, args=args), products, *args.parameters)
+    return scores, pull
+
+
+def _masked(scores: Tensor, q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
+    """The scores biased and masked."""
     if args.bias is not None:
-        scores = scores + args.bias.to(dtype)
+        scores = scores + args.bias.to(scores.dtype)
     if args.causal:
         scores = scores.masked_fill(above_diagonal(q, k), -torch.inf)
     return scores if args.mask is None else scores.masked_fill(args.mask.logical_not(), -torch.inf)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, args)
+    scores = _masked(_scored(_products(q, k, args), *args.parameters, args=args), q, k, args)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - finite(lse).unsqueeze(-1))
     return torch.matmul(_dropped(weights, args), per_query_head(v, q).to(weights.dtype)), lse
 
 
 def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
-    weights = torch.exp(_scores(q, k, args) - lse.unsqueeze(-1))
+    scores, pull = _pulled(_products(q, k, args), args)
+    weights = torch.exp(_masked(scores, q, k, args) - lse.unsqueeze(-1))
     grad = grad.to(weights.dtype)
     dv = torch.matmul(_dropped(weights, args).transpose(-1, -2), grad)
     dweights = _dropped(torch.matmul(grad, per_query_head(v, q).to(grad.dtype).transpose(-1, -2)), args)
     delta = (grad * out.to(grad.dtype)).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta)
+    dbias = dscores.sum_to_size(args.bias.shape) if args.learned and args.bias is not None else None
+    dscores, *dparameters = pull(dscores)
+    dscores = torch.where(weights == 0, 0.0, dscores)  # a slope without bound, where nothing is seen
     dq = torch.matmul(dscores, per_query_head(k, q).to(grad.dtype)) * args.scale
     dk = torch.matmul(dscores.transpose(-1, -2), q.to(grad.dtype)) * args.scale
-    dbias = dscores.sum_to_size(args.bias.shape) if args.learned and args.bias is not None else None
-    return dq, per_key_head(dk, k), per_key_head(dv, v), dbias
+    return dq, per_key_head(dk, k), per_key_head(dv, v), dbias, *dparameters
 
 
 def _dropped(x: Tensor, args: TileArgs) -> Tensor:

@@ -36,7 +36,7 @@ class Known:
         found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if found.dtype.kind not in "bui" or found.ndim < 1 or not found.size:
             raise ValueError(f"expected bools or integers of at least one dim, got {found.dtype} {list(found.shape)}")
-        self.values: Array = np.ascontiguousarray(found)
+        self.values: Array = np.array(found, order="C")  # a copy: the tensor may be written to later
         about = f"{self.values.dtype}{self.values.shape}".encode()
         self.digest = hashlib.blake2b(about + self.values.tobytes(), digest_size=6).hexdigest()
         self._tensors: dict[torch.device, Tensor] = {}

@@ -12,6 +12,8 @@ One expression serves every purpose: it is evaluated for any tile by putting the
 so no S x S tensor is ever built; it is classified over a box of positions by interval arithmetic; its text is what the
 dump prints and what the ring op carries, so that nothing hides in a closure.
 
+A *score function* is an expression over one index more, `score`, the scaled product of query and key.
+
 Contract: `parse(str(e)) == e`.  `classify` never calls a tile empty or full that is not (the converse may happen).
 """
 
@@ -71,7 +73,7 @@ class Expr:
 
 @dataclass(frozen=True)
 class Index(Expr):
-    """One of the indices b, h, q, k."""
+    """One of the indices b, h, q, k, or `score`."""
 
     name: str
 
@@ -114,7 +116,7 @@ class Call(Expr):
 
 
 TRUE, FALSE = Const(True), Const(False)
-B, H, Q, K = Index("b"), Index("h"), Index("q"), Index("k")
+B, H, Q, K, SCORE = Index("b"), Index("h"), Index("q"), Index("k"), Index("score")
 
 
 # --- operators: what torch computes, and what an interval becomes -----------------------------------------------------
@@ -181,6 +183,12 @@ def _bucket_bounds(x: Interval, *edges: Interval) -> Interval:
 
 
 UNKNOWN: Interval = (-math.inf, math.inf)
+REAL_FUNCTIONS = (
+    "log", "log2", "log10", "log1p", "exp", "exp2", "expm1", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tan", "asin",
+    "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "erf", "erfc", "relu", "sign",
+    "floor", "ceil", "round", "trunc", "frac",
+)  # fmt: skip
+"""Functions of one real number, by their names in torch and in ATen."""
 lowest, highest = np.minimum, np.maximum
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
     "or": (operator.or_, lambda a, b: (highest(a[0], b[0]), highest(a[1], b[1]))),
@@ -203,12 +211,11 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Interval]]] = {
     "min": (torch.minimum, lambda a, b: (lowest(a[0], b[0]), lowest(a[1], b[1]))),
     "max": (torch.maximum, lambda a, b: (highest(a[0], b[0]), highest(a[1], b[1]))),
     "abs": (torch.abs, _absolute),
-    "log": (torch.log, lambda a: UNKNOWN),
-    "exp": (torch.exp, lambda a: UNKNOWN),
     "pow": (torch.pow, lambda a, b: UNKNOWN),
     "where": (torch.where, _where),
     "bucket": (_bucket, _bucket_bounds),
     "cast": (lambda x, dtype: x.to(dtype), lambda a, dtype: UNKNOWN),
+    **{name: (getattr(torch, name), lambda a: UNKNOWN) for name in REAL_FUNCTIONS},
 }
 DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -294,7 +301,7 @@ def parse(text: str) -> Expr:
 
 def _from_ast(n: Any) -> Expr:
     if isinstance(n, ast.Name):
-        return {"b": B, "h": H, "q": Q, "k": K}[n.id]
+        return {i.name: i for i in (B, H, Q, K, SCORE)}[n.id]
     if isinstance(n, ast.Constant):
         if isinstance(n.value, bool | int | float):
             return Const(n.value)
@@ -338,7 +345,8 @@ def _from_call(n: ast.Call) -> Expr:
 def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
     """Value of `expr` on one tile, broadcastable to (B, H, Lq, Lk): dims on which it does not depend have size 1.
 
-    `positions` maps b, h, q, k to int64 tensors of shapes (B,1,1,1), (1,H,1,1), (1,1,Lq,1), (1,1,1,Lk).
+    `positions` maps b, h, q, k to int64 tensors of shapes (B,1,1,1), (1,H,1,1), (1,1,Lq,1), (1,1,1,Lk), and,
+    for a score function, `score` to the tile's scores.
     Differentiable in floating-point leaves.
     """
     known: dict[Expr, Any] = {}
@@ -364,11 +372,12 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             device = positions["q"].device
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]
-        truths = e.op in ("add", "mul") and all(
-            isinstance(a, bool) for a in args
-        )  # True + True is True, as in a tensor
-        if truths or e.op in ("min", "max", "log", "exp", "not", "abs", "pow"):
-            args = [_tensor(a, positions) for a in args]  # also True + True, which is True in a tensor
+        truths = e.op in ("add", "mul") and all(isinstance(a, bool) for a in args)
+        if truths or e.op in ("min", "max", "not", "abs", *REAL_FUNCTIONS):  # True + True is True in a tensor
+            exact = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+            args = [_tensor(a, positions, exact if isinstance(a, float) else None) for a in args]
+        if e.op == "pow" and not any(isinstance(a, Tensor) for a in args):
+            args[0] = _tensor(args[0], positions)
         if e.op == "where":
             args[0] = _tensor(args[0], positions)
             if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
@@ -379,8 +388,8 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
     return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
 
 
-def _tensor(x: Any, positions: dict[str, Tensor]) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.full((), x, device=positions["q"].device)
+def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=positions["q"].device)
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -392,7 +401,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
     Booleans count as 0 and 1.
     """
     if isinstance(expr, Index):
-        return box.get(expr.name, (0.0, math.inf))
+        return box.get(expr.name, UNKNOWN if expr == SCORE else (0.0, math.inf))
     if isinstance(expr, Const):
         return (float(expr.value), float(expr.value))
     if isinstance(expr, Load):
@@ -428,7 +437,7 @@ def kind_of(expr: Expr) -> str:
         if expr.op == "cast":
             dtype = DTYPES[expr.args[1].name]  # type: ignore[attr-defined]
             return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
-        if expr.op in ("div", "log", "exp"):
+        if expr.op == "div" or expr.op in REAL_FUNCTIONS:
             return "float"
         if expr.op in ("not", "xor") or INFIX.get(expr.op, ("", ATOM))[1] <= COMPARISON:
             return "bool"
@@ -436,7 +445,7 @@ def kind_of(expr: Expr) -> str:
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
     if isinstance(expr, Table):
         return "bool" if expr.known.values.dtype == bool else "int"
-    return "int" if isinstance(expr, Index) else "float"
+    return "int" if isinstance(expr, Index) and expr != SCORE else "float"
 
 
 @lru_cache(maxsize=4096)
@@ -448,8 +457,8 @@ def _whole(expr: Expr) -> bool:
         if kind_of(expr) != "float":
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
-        return expr.op not in ("div", "log", "exp", "pow") and all(map(_whole, args))
-    return isinstance(expr, Index | Table)
+        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_whole, args))
+    return isinstance(expr, Table) or (isinstance(expr, Index) and expr != SCORE)
 
 
 def _cast_bounds(inner: Interval, dtype: str) -> Interval:
@@ -516,7 +525,7 @@ def without_data(expr: Expr, unknown: bool) -> Expr:
         return call(expr.op, *(without_data(a, unknown) for a in expr.args))
     if isinstance(expr, Call) and expr.op == "not":
         return call("not", without_data(expr.args[0], not unknown))
-    if isinstance(expr, Call) and expr.op == "where":
+    if isinstance(expr, Call) and expr.op == "where" and kind_of(expr) == "bool":
         c, a, b = (without_data(x, unknown) for x in expr.args)
         otherwise = call("not", without_data(expr.args[0], not unknown))
         return call("or", call("or", call("and", c, a), call("and", otherwise, b)), call("and", a, b))
@@ -528,7 +537,7 @@ def _has_data(expr: Expr) -> bool:
         return any(_has_data(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
     if isinstance(expr, Table):  # one batch element or head after the other is classified
         return any(_has_data(i) for i in expr.indices if i not in (B, H))
-    return isinstance(expr, Load) or expr in (B, H)
+    return isinstance(expr, Load) or expr in (B, H, SCORE)
 
 
 def loads(expr: Expr) -> set[int]:

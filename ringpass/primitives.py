@@ -4,6 +4,7 @@
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
     wait                that buffer, complete
     attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
+    scored_tile         the same with a score function;  scored_tile_backward: (dq, dk, dv, gradients of its leaves)
     merge               the log-sum-exp merge of two (out, lse) of the same rows
     mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
     keep_tile           the coins of attention dropout on one tile
@@ -16,6 +17,7 @@ Spans are flat lists of token ranges, [start, stop, start, stop, ..].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,15 +27,18 @@ from ringpass import dropout, kernels, mask, p2p
 from ringpass.kernels import TileArgs, accumulator
 from ringpass.library import define, empty_rows_first, implement, rows_first
 
-TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned, Tensor[] after"
+TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned"
+SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("pack(Tensor[] tensors, int[] rows) -> Tensor")
 define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
 define("wait(Tensor(a) received) -> Tensor(a)")
-define(f"attention_tile(Tensor q, Tensor k, Tensor v, {TILE}) -> Tensor[]")
-define(
-    f"attention_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {TILE}) -> Tensor[]"
-)
+for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
+    define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after) -> Tensor[]")
+    define(
+        f"{_kind}_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_about}, "
+        "Tensor[] after) -> Tensor[]"
+    )
 define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
 define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
@@ -42,6 +47,7 @@ define(f"keep_tile(Tensor seed, int stream, float p, {SPANS}) -> Tensor")
 _ops = torch.ops.ringpass
 exchange, wait = _ops.exchange.default, _ops.wait.default
 attention_tile, attention_tile_backward = _ops.attention_tile.default, _ops.attention_tile_backward.default
+scored_tile, scored_tile_backward = _ops.scored_tile.default, _ops.scored_tile_backward.default
 mask_tile, mask_tile_backward, keep_tile = (
     _ops.mask_tile.default,
     _ops.mask_tile_backward.default,
@@ -93,13 +99,29 @@ implement("wait", _wait, lambda received: received)
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-def _args(args: Sequence[Any]) -> TileArgs:
-    allowed, bias, keep, scale, causal, drop, learned, _ = args
-    return TileArgs(scale, causal, allowed, bias, keep, drop, learned)
+def _args(q: Tensor, args: Sequence[Any]) -> TileArgs:
+    allowed, bias, keep, scale, causal, drop, learned, *scoring, _ = args
+    plain = TileArgs(scale, causal, allowed, bias, keep, drop, learned)
+    if not scoring:
+        return plain
+    score, leaves, parameters, queries, keys = scoring
+    where = indices(q.device, q.shape[0], q.shape[1], queries, keys)
+
+    def scored(scores: Tensor, *changed: Tensor) -> Tensor:
+        return mask.evaluate(mask.parse(score), {**where, "score": scores}, _swapped(leaves, parameters, changed))
+
+    dtype = accumulator(q.dtype)
+    return replace(plain, score=scored, parameters=tuple(leaves[i].to(dtype) for i in parameters))
+
+
+def _swapped(leaves: Sequence[Tensor], numbers: Sequence[int], changed: Sequence[Tensor]) -> list[Tensor]:
+    """`leaves` with those of the given numbers replaced."""
+    given = dict(zip(numbers, changed, strict=True))
+    return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
 def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
-    out, lse = kernels.forward(q, k, v, _args(args))
+    out, lse = kernels.forward(q, k, v, _args(q, args))
     return [rows_first(out.to(q.dtype)), lse.contiguous()]
 
 
@@ -110,26 +132,23 @@ def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Te
 def _attention_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
-    *grads, dbias = kernels.backward(grad, q, k, v, out, lse, _args(args))
+    dq, dk, dv, *others = kernels.backward(grad, q, k, v, out, lse, _args(q, args))
     dtype = accumulator(q.dtype)
-    return [
-        *(rows_first(g.to(dtype)) for g in grads if g is not None),
-        *([] if dbias is None else [dbias.contiguous()]),
-    ]
+    return [*(rows_first(g.to(dtype)) for g in (dq, dk, dv)), *(g.contiguous() for g in others if g is not None)]
 
 
 def _fake_attention_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
-    dtype, tile = accumulator(q.dtype), _args(args)
-    grads = [empty_rows_first(x, x.shape[3], dtype) for x in (q, k, v)]
-    return (
-        [*grads, tile.bias.new_empty(tile.bias.shape, dtype=dtype)] if tile.learned and tile.bias is not None else grads
-    )
+    dtype, tile = accumulator(q.dtype), _args(q, args)
+    learned = [tile.bias] if tile.learned and tile.bias is not None else []
+    others = [x.new_empty(x.shape, dtype=dtype) for x in (*learned, *tile.parameters)]
+    return [*(empty_rows_first(x, x.shape[3], dtype) for x in (q, k, v)), *others]
 
 
-implement("attention_tile", _attention_tile, _fake_attention_tile)
-implement("attention_tile_backward", _attention_tile_backward, _fake_attention_tile_backward)
+for _kind in ("attention", "scored"):
+    implement(f"{_kind}_tile", _attention_tile, _fake_attention_tile)
+    implement(f"{_kind}_tile_backward", _attention_tile_backward, _fake_attention_tile_backward)
 
 
 def merge_body(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
@@ -155,10 +174,7 @@ def _mask_tile_backward(
     where = indices(like.device, *spans)
 
     def value(*changed: Tensor) -> Tensor:
-        swapped = list(leaves)
-        for i, leaf in zip(learned, changed, strict=True):
-            swapped[i] = leaf
-        return mask.evaluate(mask.parse(expr), where, swapped).to(grad.dtype)
+        return mask.evaluate(mask.parse(expr), where, _swapped(leaves, learned, changed)).to(grad.dtype)
 
     pull: Any = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))[1]
     return [g.contiguous() for g in pull(grad)]

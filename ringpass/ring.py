@@ -55,6 +55,7 @@ class Site:
     world: int
     group: str
     comm: str = "ring"
+    score: str = ""  # any other function of the scaled scores, in place of the bias
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     pruning: tuple[int, ...] = ()  # the leaves whose values, in each call, prune the schedule
     known: tuple[tuple[int, Known], ...] = ()  # their values in this call
@@ -62,7 +63,7 @@ class Site:
     @property
     def program(self) -> Program:
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        cut_all = self.dropout > 0 or bool(self.learned)
+        cut_all = self.dropout > 0 or bool(self.learned) or bool(self.score)
         problem = Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all, self.known)
         return program(problem, self.rank)
 
@@ -85,12 +86,13 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     steps = site.program.steps
     state = Rows(q.shape[2], [tile.q for step in steps for tile in step.tiles])
+    op = primitives.scored_tile if site.score else primitives.attention_tile
     for step, (k_block, v_block), flying in transport(site, k, v).blocks():
         for tile in step.tiles:
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
             with label(f"attention_{_name(step, tile)}"):
                 parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
-                out, lse = primitives.attention_tile(*parts, *args)
+                out, lse = op(*parts, *args)
             state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), _merge, f"merge_{_name(step, tile)}")
     with label("join_rows"):
         out, lse = state.join(lambda n: _nothing(q, v, n))
@@ -118,14 +120,15 @@ def backward(
     dleaves = [torch.zeros_like(leaves[i], dtype=dtype) for i in site.learned]
 
     def attend(step: Step, tile: Tile, blocks: tuple[Tensor, Tensor], flying: list[Tensor], dkv: Rows) -> None:
+        op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
         args = _tile_args(site, step, tile, q, leaves, seed, flying)
         with label(f"attention_backward_{_name(step, tile)}"):
             ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
-            tile_dq, tile_dk, tile_dv, *dbias = primitives.attention_tile_backward(*ours[:2], *theirs, *ours[2:], *args)
+            tile_dq, tile_dk, tile_dv, *others = op(*ours[:2], *theirs, *ours[2:], *args)
         dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
         dkv.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
-        if dbias:
-            dleaves[:] = _add_leaf_grads(site, step, tile, q, leaves, dbias[0], dleaves)
+        if others:
+            dleaves[:] = _add_leaf_grads(site, step, tile, q, leaves, others, dleaves)
 
     for step, blocks, flying in keys.blocks():
         dkv = own if step is local else Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
@@ -395,7 +398,7 @@ def _unpack(flat: Tensor, tokens: int, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 def _tile_args(
     site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None, flying: list[Tensor]
 ) -> tuple[Any, ...]:
-    """The arguments of `attention_tile` after q, k, v."""
+    """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
     spans = _spans(site, step, tile, q)
     allowed = bias = keep = None
     with label(f"mask_{_name(step, tile)}"):
@@ -406,8 +409,9 @@ def _tile_args(
     if site.dropout:
         with label(f"keep_{_name(step, tile)}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, *spans)
+    score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     causal, learned = tile.kind == CAUSAL_TILE, bool(site.learned)
-    return allowed, bias, keep, site.scale, causal, site.dropout, learned, flying
+    return allowed, bias, keep, site.scale, causal, site.dropout, learned, *score, flying
 
 
 def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
@@ -421,10 +425,12 @@ def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
 
 
 def _add_leaf_grads(
-    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], dbias: Tensor, dleaves: list[Tensor]
+    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], others: list[Tensor], dleaves: list[Tensor]
 ) -> list[Tensor]:
-    """`dleaves` plus the gradients of the learned leaves through this tile's bias."""
+    """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
     spans = _spans(site, step, tile, q)
     with label(f"mask_backward_{_name(step, tile)}"):
-        more = primitives.mask_tile_backward(dbias, list(leaves), list(site.learned), q, site.bias, *spans)
+        more = others
+        if not site.score:
+            more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)
     return [a + b for a, b in zip(dleaves, more, strict=True)]

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringpass.known import Known
-from ringpass.layout import Layout, Ranges, size
+from ringpass.layout import Layout, Ranges, size, tokens
 from ringpass.mask import CAUSAL, FULL, KINDS, Expr, Spans, bind, classify_all, parse
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
@@ -39,6 +39,7 @@ _EMPTY, _PARTIAL, _FULL, _CAUSAL = range(4)  # indices into TILE_KINDS
 TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
 BATCH = 1 << 18  # rectangles classified at once
 Array = NDArray[Any]
+Rectangle = tuple[tuple[int, int], tuple[int, int]]  # half-open rows, half-open columns
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,27 @@ class Program:
     def received(self) -> int:
         """Number of key tokens that this rank receives."""
         return sum(step.receive.size for step in self.steps if step.receive)
+
+    @property
+    def empty(self) -> list[Rectangle]:
+        """What no tile covers, as (queries, keys) in tokens: neither computed nor, where nothing else needs it, sent."""
+        own = self.problem.query_layout.ranges(self.rank, self.problem.queries)
+        tiles = [
+            (q, k)
+            for step in self.steps
+            for tile in step.tiles
+            for q in tokens(own, tile.q)
+            for k in tokens(step.tokens, tile.k)
+        ]
+        rows = np.unique([edge for span in (*own, *(q for q, _ in tiles)) for edge in span])
+        columns = np.unique([0, self.problem.keys, *(edge for _, span in tiles for edge in span)])
+        left = np.zeros((len(rows), len(columns)), dtype=bool)
+        for where, value in (*(((q, (0, self.problem.keys)), True) for q in own), *((tile, False) for tile in tiles)):
+            (q0, q1), (k0, k1) = np.searchsorted(rows, where[0]), np.searchsorted(columns, where[1])
+            left[q0:q1, k0:k1] = value
+        cells = np.argwhere(left).tolist()
+        at, beside = rows.tolist(), columns.tolist()
+        return _joined([((at[i], at[i + 1]), (beside[j], beside[j + 1])) for i, j in cells])
 
 
 @lru_cache(maxsize=64)
@@ -377,12 +399,14 @@ def _rows(spans: Spans, owned: Ranges) -> Spans:
 def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
     """Joins full tiles that share an edge: one kernel call instead of several."""
     rest = [t for t in tiles if t.kind != FULL]
-    full = _join([(t.q, t.k) for t in tiles if t.kind == FULL])
-    full = [(q, k) for k, q in _join([(k, q) for q, k in full])]
+    full = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
     return tuple(sorted([*rest, *(Tile(q, k, FULL) for q, k in full)], key=lambda t: (t.q, t.k)))
 
 
-Rectangle = tuple[tuple[int, int], tuple[int, int]]
+def _joined(rectangles: list[Rectangle]) -> list[Rectangle]:
+    """Joins rectangles that share an edge: side by side first, then one above the other."""
+    wide = _join(rectangles)
+    return sorted((q, k) for k, q in _join([(k, q) for q, k in wide]))
 
 
 def _join(rectangles: list[Rectangle]) -> list[Rectangle]:

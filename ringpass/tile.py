@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch import Tensor
 class TileArgs:
     """What a tile's scores go through.
 
-    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's.
+    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's.  `score` stands for any other function
+    of the scaled scores: it takes them and `parameters`, and all of these get their gradients through it.
     """
 
     scale: float
@@ -22,9 +25,12 @@ class TileArgs:
     keep: Tensor | None = None
     dropout: float = 0.0
     learned: bool = False  # the bias needs its gradient
+    score: Callable[..., Tensor] | None = None
+    parameters: tuple[Tensor, ...] = ()
 
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor | None]  # of q, k, v, bias
+Grads = tuple[Any, ...]
+"""Gradients of q, k, v, the bias (None where it needs none), and each of the parameters of the score function."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -358,7 +358,7 @@ CASES = [
     Case(fill_in_place, "k <= q"),
     Case(where_infinity, "k <= q & bool(x0[b, k])", (PADDING,), leaves=1),
     Case(where_smallest, "True", bias=f"where(k <= q, 0.0, {FINEST!r})"),
-    Case(bert, "True", (PADDING,), f"x0[b, 0, 0, k] * {FINEST!r}", leaves=1),
+    Case(bert, "True", (PADDING,), f"(1.0 - float32(x0[b, k])) * {FINEST!r}", leaves=1),
     Case(sum_of_additive_masks, "True", (PADDING,), SUM, leaves=1),
     Case(input_mask, "x0[b, 0, q, k]", (FULL_MASK,), leaves=1),
     Case(input_mask, "True", (FULL_MASK.float() * -5,), "x0[b, 0, q, k]", leaves=1),

@@ -467,3 +467,9 @@ def test_masks_without_data_are_unchanged() -> None:
     assert str(without_data(parse("k <= q & (x0[b, k] | k < 2)"), False)) == "k <= q & k < 2"
     assert without_data(parse("x0[b, q] == x0[b, k]"), True) == TRUE
     assert without_data(Call("le", (K, Q)), True) == CAUSAL and without_data(Call("le", (H, Q)), False) == FALSE
+
+
+def test_numbers_that_serve_as_conditions() -> None:
+    """`where` between numbers is true where it is not 0: 2 as well as 1."""
+    expr = Call("where", (Call("le", (Q, Q)), Q, Const(0)))
+    assert without_data(expr, True) == without_data(expr, False) == expr

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringpass.errors import ScheduleError
-from ringpass.layout import NAMES, Layout, size
+from ringpass.layout import NAMES, Layout, size, tokens
 from ringpass.mask import EMPTY, FULL, PARTIAL, classify
 from ringpass.passes import verify
 from ringpass.passes.verify import check, lower_bound, prove, prove_from
@@ -485,3 +486,20 @@ def _positions(ranges: Sequence[tuple[int, int]], span: tuple[int, int]) -> tupl
     tokens = [t for a, b in ranges for t in range(a, b)][slice(*span)]
     assert tokens == list(range(tokens[0], tokens[-1] + 1))
     return tokens[0], tokens[-1] + 1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ("contiguous", "zigzag"))
+def test_empty_rectangles_are_what_the_tiles_leave(mask: str, layout: str) -> None:
+    p = problem(mask, 3, 29, layout, tile=4)
+    for rank in range(3):
+        one, own = program(p, rank), p.query_layout.ranges(rank, 29)
+        count = np.zeros((29, 29), dtype=int)
+        for step in one.steps:
+            for tile in step.tiles:
+                rows = [i for span in tokens(own, tile.q) for i in range(*span)]
+                count[np.ix_(rows, [j for span in tokens(step.tokens, tile.k) for j in range(*span)])] += 1
+        for q, k in one.empty:
+            count[slice(*q), slice(*k)] += 1
+        assert (count[[i for span in own for i in range(*span)]] == 1).all()
+        assert count.sum() == 29 * sum(stop - start for start, stop in own)
