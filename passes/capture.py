@@ -48,6 +48,7 @@ from ringpass.errors import UnsupportedError
 from ringpass.passes.functional import Functionaliser
 
 aten = torch.ops.aten
+FLEX = torch.ops.higher_order.flex_attention
 
 
 class CaptureError(UnsupportedError):
@@ -277,7 +278,7 @@ class _Recorder(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, HigherOrderOperator):
-            return self.keep(target, args, kwargs)
+            return self.keep(target, _autocast(args) if target is FLEX else args, kwargs)
         rule = self.rules.get(getattr(target, "__name__", ""))
         return rule(*args) if rule else super().call_function(target, args, kwargs)
 
@@ -328,6 +329,14 @@ class _Recorder(fx.Interpreter):
     def load_decompositions(self) -> None:
         with _unrecorded():
             functorch_vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
+
+
+def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of FlexAttention with q, k and v as its autocast rule casts them, the casts on record."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device) or args[0].dtype == torch.float64:
+        return args
+    return *(x.to(torch.get_autocast_dtype(device)) for x in args[:3]), *args[3:]
 
 
 def _check_region(region: fx.GraphModule, args: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ jobs lift that check.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,9 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.attention import flex_attention as flex
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
 
+from ringpass.mask import parse
+from ringpass.passes.capture import capture
+from ringpass.passes.detect import AttentionSite, detect
+from ringpass.passes.flex import block_table
 from tests.parity import compiled, relative
 from tests.workers import Workers
 
@@ -43,6 +48,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, case: Case, block_mask: BlockMask | None) -> Tensor:
         score_mod = case.score(self) if case.score else None
+        block_mask = case.blocks(self) if case.blocks and case.inside else block_mask
         q, k, v = self.heads(x)
         out = flex_attention(q, k, v, score_mod, block_mask, case.scale, enable_gqa=True)
         return self.out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -71,6 +77,7 @@ class Case:
     blocks: Callable[[Attention], BlockMask] | None = None
     scale: float | None = None
     groups: int = H
+    inside: bool = False  # the block mask is made in the compiled function
 
 
 def masked(mod: Callable[[Attention], Mod], block: int = 8, **sizes: Any) -> Callable[[Attention], BlockMask]:
@@ -145,6 +152,16 @@ def clamped(model: Attention) -> Mod:
     return lambda s, b, h, q, k: s.clamp(-0.3, 0.4) * torch.sigmoid(s) ** 2 - torch.relu(s) / (1 + h)
 
 
+def positive(model: Attention) -> Mod:
+    """What is seen depends on the score."""
+    return lambda s, b, h, q, k: torch.where(s > 0.1, s, -INFINITY)
+
+
+def gamma(model: Attention) -> Mod:
+    """Has no closed form: the call runs whole on every rank."""
+    return lambda s, b, h, q, k: s + torch.lgamma(1 + s.abs())
+
+
 def closed(model: Attention) -> Mod:
     """Rows 3 and 4 see nothing."""
     return lambda s, b, h, q, k: torch.where((q < 3) | (q > 4), s, -INFINITY)
@@ -154,6 +171,7 @@ CASES = {
     "no block mask": Case(lambda model, s, h, q, k: s),
     "causal": Case(seen(lambda h, q, k: k <= q), blocks=masked(lambda model: causal)),
     "one block": Case(seen(lambda h, q, k: k <= q), blocks=masked(lambda model: causal, block=32), scale=0.3),
+    "made inside": Case(seen(lambda h, q, k: k <= q), blocks=masked(lambda model: causal), inside=True),
     "window": Case(seen(lambda h, q, k: (k <= q) & (q - k < 5)), blocks=masked(lambda model: and_masks(causal, near))),
     "documents": Case(
         lambda model, s, h, q, k: s.masked_fill((model.ids[q] != model.ids[k]) | (k > q), -INFINITY),
@@ -177,6 +195,8 @@ CASES = {
     "clamped": Case(
         lambda model, s, h, q, k: s.clamp(-0.3, 0.4) * torch.sigmoid(s).square() - s.relu() / (1 + h), score=clamped
     ),
+    "positive": Case(lambda model, s, h, q, k: s.masked_fill(s <= 0.1, -INFINITY), score=positive),
+    "not read": Case(lambda model, s, h, q, k: s + torch.lgamma(1 + s.abs()), score=gamma),
     "closed rows": Case(seen(lambda h, q, k: (q < 3) | (q > 4)), score=closed),
 }  # fmt: skip
 
@@ -188,7 +208,7 @@ def errors(group: dist.ProcessGroup, name: str, **options: Any) -> dict[str, flo
     case = CASES[name]
     model = Attention(case.groups).double()
     x = torch.randn(B, S, 8, dtype=torch.float64)
-    blocks = case.blocks(model) if case.blocks else None
+    blocks = case.blocks(model) if case.blocks and not case.inside else None
     with mock.patch.object(flex, "_validate_device", lambda *tensors: None):
         run = compiled(model, group, **{"tile": 8, "unroll_limit": 0, **options})
         got = step(model, lambda y: run(y, case, blocks), x)
@@ -217,15 +237,89 @@ def check(workers: Workers, ranks: int, names: tuple[str, ...], **options: Any) 
             assert max(each.values()) < 1e-10, (name, each)
 
 
-@pytest.mark.parametrize(("ranks", "names"), [
-    (1, ("causal", "learned soft cap", "closed rows")),
-    (2, tuple(CASES)),
-    (3, ("documents", "listed blocks", "relative bias", "learned soft cap")),
-    (5, ("window", "by head", "alibi", "soft cap")),
-])  # fmt: skip
-def test_parity_with_the_dense_formula(workers: Workers, ranks: int, names: tuple[str, ...]) -> None:
-    check(workers, ranks, names)
+ON_RANKS = {
+    1: ("causal", "learned soft cap"),
+    2: ("no block mask", "one block", "made inside", "clamped", "positive", "not read", "closed rows"),
+    3: ("documents", "listed blocks", "relative bias", "learned soft cap"),
+    5: ("causal", "window", "by head", "alibi", "soft cap"),
+}
+assert CASES.keys() == {name for names in ON_RANKS.values() for name in names}
+
+
+@pytest.mark.parametrize("ranks", ON_RANKS)
+def test_parity_with_the_dense_formula(workers: Workers, ranks: int) -> None:
+    check(workers, ranks, ON_RANKS[ranks])
 
 
 def test_parity_when_compiled_by_inductor(workers: Workers) -> None:
     check(workers, 2, ("learned soft cap",), compiler="inductor", unroll_limit=128)
+
+
+# --- what detect reads ------------------------------------------------------------------------------------------------
+
+BLOCK = "0, 0, q // 8, k // 8"
+READ = {
+    "no block mask": ("True", None, None),
+    "causal": (f"k <= q & x0[{BLOCK}] | x1[{BLOCK}]", None, None),
+    "one block": ("k <= q", None, None),
+    "documents": (f"k <= q & x1[{BLOCK}] & x0[q] == x0[k] | x2[{BLOCK}]", None, None),
+    "by head": ("x0[0, h, q // 8, k // 8] & abs(q - k) <= 3 * h | x1[0, h, q // 8, k // 8]", None, None),
+    "relative bias": ("True", "x0[h, q - k + 23]", None),
+    "learned soft cap": (
+        "k <= q", None, "(abs(x0[h, 0]) + 1) * tanh((score + x0[h, q - k]) / (abs(x0[h, 0]) + 1))",
+    ),
+    "closed rows": ("q < 3 | q >= 5", None, None),
+}  # fmt: skip
+
+
+def sites(f: Callable[..., Any], *args: Any) -> tuple[AttentionSite, ...]:
+    found: list[AttentionSite] = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.extend(detect(capture(gm, example_inputs).gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(f, backend=backend, fullgraph=True)(*args)
+    return tuple(found)
+
+
+def site_of(name: str, dtype: torch.dtype = torch.float64) -> AttentionSite:
+    case = CASES[name]
+    model = Attention(case.groups).to(dtype)
+    (site,) = sites(model, torch.randn(B, S, 8, dtype=dtype), case, case.blocks(model) if case.blocks else None)
+    return site
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_call_does_to_its_scores(name: str) -> None:
+    site = site_of(name)
+    found = (site.mask, site.bias, site.score)
+    assert tuple(x and str(x) for x in found) == READ[name] and not site.unread
+    assert all(parse(str(x)) == x for x in found if x is not None)
+
+
+def test_kernels_that_would_round_a_bias_do_not_get_it() -> None:
+    site = site_of("relative bias", torch.bfloat16)
+    assert site.bias is None and str(site.score) == "score + x0[h, q - k + 23]"
+
+
+def test_a_call_that_is_not_read_says_why() -> None:
+    assert "not elementwise, or uses ops that are not known: aten.lgamma.default" in site_of("not read").unread
+    q = torch.randn(B, H, S, D)
+    (site,) = sites(lambda q: flex_attention(q, q, q, return_aux=AuxRequest(lse=True)), q)
+    assert site.unread == "its log-sum-exp is read"
+
+
+def test_autocast_casts_what_a_call_attends_with() -> None:
+    q = torch.randn(B, H, S, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        (site,) = sites(lambda q: flex_attention(q, q, q), q)
+    assert site.q.meta["val"].dtype == site.node.meta["val"].dtype == torch.bfloat16
+
+
+def test_block_table() -> None:
+    counts, columns = torch.tensor([[[1, 2, 0]]]), torch.tensor([[[[2, 0, 1], [1, 0, 2], [0, 1, 2]]]])
+    wanted = [[False, False, True], [True, True, False], [False, False, False]]
+    assert block_table(counts, columns, 3).tolist() == [[wanted]]
