@@ -205,7 +205,7 @@ class Program:
 
     @property
     def empty(self) -> list[Rectangle]:
-        """What no tile covers, as (queries, keys) in tokens: neither computed nor, where nothing else needs it, sent."""
+        """What no tile covers, as (queries, keys) in tokens: not computed, nor sent where nothing else needs it."""
         own = self.problem.query_layout.ranges(self.rank, self.problem.queries)
         tiles = [
             (q, k)
