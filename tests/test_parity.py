@@ -126,7 +126,7 @@ def precision(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, float]:
     return {k: v**0.5 for k, v in totals.items()}
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16), ids=str)
 def test_error_is_that_of_one_device_at_any_size(workers: Workers, dtype: torch.dtype) -> None:
     for ranks in (2, 3, 5):
         for errors in workers.run(precision, ranks, dtype):
