@@ -60,7 +60,8 @@ class AttentionSite:
     def __str__(self) -> str:
         shapes = " ".join(f"{n}{list(x.meta['val'].shape)}" for n, x in (("q", self.q), ("k", self.k), ("v", self.v)))
         leaves = ", ".join(f"x{i} = {leaf.name}{list(leaf.meta['val'].shape)}" for i, leaf in enumerate(self.leaves))
-        parts = [f"site {self.index} ({self.node.name}): {shapes}", f"mask {self.mask}"]
+        parts = [f"site {self.index} ({self.node.name}): {shapes}"]
+        parts += [f"not read: {self.unread}"] if self.unread else [f"mask {self.mask}"]
         parts += [f"bias {self.bias}"] if self.bias is not None else []
         parts += [f"score {self.score}"] if self.score is not None else []
         parts += [f"leaves {leaves}"] if leaves else []
@@ -94,7 +95,8 @@ def _flex_site(index: int, node: Node) -> AttentionSite:
     q, k, v, *_, scale, _, _, _ = args_of(first_of(node))
     found = flex.read(first_of(node))
     if isinstance(found, str):
-        return AttentionSite(index, node, q, k, v, TRUE, None, (), math.nan, 0.0, unread=found)
+        number = math.nan if isinstance(scale, Node) else scale
+        return AttentionSite(index, node, q, k, v, TRUE, None, (), number, 0.0, unread=found)
     scores = found.mask, found.bias, found.leaves
     return AttentionSite(index, node, q, k, v, *scores, scale, 0.0, found.score, listed=found.listed)
 

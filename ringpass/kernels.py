@@ -154,7 +154,8 @@ def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     dscores = weights * (dweights - delta)
     dbias = dscores.sum_to_size(args.bias.shape) if args.learned and args.bias is not None else None
     dscores, *dparameters = pull(dscores)
-    dscores = torch.where(weights == 0, 0.0, dscores)  # a slope without bound, where nothing is seen
+    if args.score is not None:
+        dscores = torch.where(weights == 0, 0.0, dscores)  # a slope without bound, where nothing is seen
     dq = torch.matmul(dscores, per_query_head(k, q).to(grad.dtype)) * args.scale
     dk = torch.matmul(dscores.transpose(-1, -2), q.to(grad.dtype)) * args.scale
     return dq, per_key_head(dk, k), per_key_head(dv, v), dbias, *dparameters
