@@ -32,6 +32,7 @@ from ringpass.closed_form import constant, simplify
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, Load, call
 from ringpass.passes.factors import args_of
+from ringpass.passes.heads import unrepeated
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -69,7 +70,12 @@ def detect(gm: GraphModule, also: Expr = TRUE) -> tuple[AttentionSite, ...]:
     """
     nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is SDPA]
     sites = [_site(gm, index, node) for index, node in enumerate(nodes)]
-    return tuple(replace(site, mask=simplify(call("and", site.mask, also))) for site in sites)
+    return tuple(replace(_grouped(site), mask=simplify(call("and", site.mask, also))) for site in sites)
+
+
+def _grouped(site: AttentionSite) -> AttentionSite:
+    k, v = unrepeated(site.k, site.v)
+    return replace(site, k=k, v=v)
 
 
 def _site(gm: GraphModule, index: int, node: Node) -> AttentionSite:
