@@ -28,6 +28,7 @@ from ringpass.errors import OptionError, UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, call
 from ringpass.passes import flex
 from ringpass.passes.factors import args_of, first_of
+from ringpass.passes.heads import unrepeated
 from ringpass.passes.pull import Puller, numbered, split_bias
 from ringpass.patterns import Pattern, everything
 
@@ -75,12 +76,17 @@ def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSit
     Raises UnsupportedError for an attention call that cannot be read, OptionError for a pattern of another length.
     """
     readers = [(reader, node) for node in gm.graph.nodes if (reader := _reader(node)) is not None]
-    sites = [reader(index, node) for index, (reader, node) in enumerate(readers)]
+    sites = [_grouped(reader(index, node)) for index, (reader, node) in enumerate(readers)]
     for site in sites if pattern != EVERYTHING else ():
         shape, keys = site.q.meta["val"].shape, site.k.meta["val"].shape[-2]
         batch, heads = {4: shape[:2], 3: (shape[0], 1)}.get(len(shape), (1, 1))
         pattern.check(batch, heads, shape[-2], keys)
     return tuple(replace(site, mask=simplify(call("and", site.mask, pattern.expr))) for site in sites)
+
+
+def _grouped(site: AttentionSite) -> AttentionSite:
+    k, v = unrepeated(site.k, site.v)
+    return replace(site, k=k, v=v)
 
 
 def _reader(node: Node) -> Callable[[int, Node], AttentionSite] | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -54,7 +54,8 @@ class Rank:
 class LocalOutput:
     """An output that holds this rank's tokens; `dim` has size outer * L * inner.
 
-    `outer` and `tokens` are ints, or `("extra", i)`: the value of extra output i, where they are symbolic.
+    `outer` and `tokens` are ints, or `("extra", i)`: the value of extra output i, where they are symbolic.  `part`: the
+    model returns these tokens alone (start, stop), such as the last ones for a cache.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LocalOutput:
     outer: Any
     tokens: Any
     layout: str
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Writer:
         self.locals: dict[Node, Any] = {}
         self.shards: dict[tuple[Node, int], Node] = {}
         self.broadcasts: dict[Node, Node] = {}
+        self.parts: dict[Node, tuple[int, int]] = {}  # slices that are taken when the output is used
         self.gathers: list[Gather] = []
         self.sizes: dict[Any, Any] = {}
         self.lengths: dict[int, Any] = {}
@@ -144,12 +147,32 @@ class _Writer:
             return  # written on demand, from the sizes of the inputs
         if node in self.placement.sites:
             (self.wholes if axis is None else self.locals)[node] = self._write_site(self.placement.sites[node])
+        elif (part := self._returned_part(node)) is not None:
+            self.parts[node] = part
         elif axis is None:
             self.wholes[node] = self._write_whole(node)
         elif self.placement.sums(node):
             self.wholes[node] = self._write_sum(node, axis)
         else:
             self.locals[node] = self._write_local(node, axis)
+
+    def _returned_part(self, node: Node) -> tuple[int, int] | None:
+        """The tokens of a local value that `node` takes, where it does nothing else and is nothing but an output."""
+        if op_name(node) != "slice.Tensor" or self.gather_outputs or not self.keeps or _keeps_shape(node):
+            return None
+        source, (dim, start, stop, step) = first_of(node), slice_of(node)
+        axis, length = self.placement.modes[source], source.meta["val"].shape[dim]
+        users = [n for n in node.users if n in self.placement.live]
+        if (
+            axis is None
+            or source not in self.locals
+            or not isinstance(length, int)
+            or any(u.op != "output" for u in users)
+        ):
+            return None
+        sharded, outer, tokens, *_ = self._shard_args(source, axis)
+        first, last, _ = slice(start, stop).indices(length)
+        return (first, last) if (sharded, outer, tokens, step) == (dim, 1, length, 1) else None
 
     def _write_whole(self, node: Node) -> Any:
         if node.op == "get_attr":
@@ -511,7 +534,11 @@ class _Writer:
         extras: list[Node] = []
         for value in args_of(output)[0]:
             local = isinstance(value, Node) and value in self.locals and value not in self.wholes
-            if local and not self.gather_outputs:
+            if value in self.parts:
+                results.append(self.locals[first_of(value)])
+                whole = self._describe(first_of(value), extras)
+                described.append(replace(whole, name=value.name, part=self.parts[value]))
+            elif local and not self.gather_outputs:
                 results.append(self.locals[value])
                 described.append(self._describe(value, extras))
             else:
@@ -538,6 +565,14 @@ class _Writer:
 
 def _fakes(args: Any) -> Any:
     return map_arg(args, lambda n: n.meta["val"])
+
+
+def slice_of(node: Node) -> tuple[Any, ...]:
+    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    given = args_of(node)[1:]
+    dim, *bounds = (*given, *defaults[len(given) :])
+    return dim % node.meta["val"].ndim, *bounds
 
 
 def _keeps_shape(node: Node) -> bool:

@@ -223,4 +223,4 @@ def _generator(seed: int) -> Iterator[None]:
 def _show(output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring) -> LazyOutput:
     outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
     shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
-    return show(output, Origin(spec.name, around.calls, position, shard, around))
+    return show(output, Origin(spec.name, around.calls, position, shard, around, spec.part))

@@ -22,13 +22,35 @@ from ringpass.errors import PeerError
 
 @dataclass(frozen=True)
 class Origin:
-    """Which output of which call this is, and how to gather it."""
+    """Which output of which call this is, and how to gather it; `part`: of what is gathered, these tokens."""
 
     name: str
     call: int
     position: int
     shard: Shard
     ring: Ring
+    part: tuple[int, int] | None = None
+
+    def shape(self, local: Tensor) -> list[Any]:
+        """Of what the model returned."""
+        shape = self.shard.resized(local.shape, self.shard.length, self.shard.tokens)
+        if self.part is not None:
+            shape[self.shard.dim] = self.part[1] - self.part[0]
+        return shape
+
+    def gather(self, local: Tensor) -> Tensor:
+        """What the model returned, on all ranks."""
+        whole: Tensor = ops.gather(local, *_shard_args(self))
+        return whole if self.part is None else whole.narrow(self.shard.dim, self.part[0], self.part[1] - self.part[0])
+
+    def scatter(self, grad: Tensor) -> Tensor:
+        """The local tokens' share of its cotangent."""
+        if self.part is not None:
+            dim, (start, stop) = self.shard.dim, self.part
+            whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
+            grad = whole.slice_scatter(grad, dim, start, stop)
+        shared: Tensor = ops.shard(grad, *_shard_args(self))
+        return shared
 
 
 class LazyOutput(Tensor):
@@ -40,8 +62,7 @@ class LazyOutput(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, origin: Origin) -> LazyOutput:
-        shape = origin.shard.resized(local.shape, origin.shard.length, origin.shard.tokens)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
+        return torch.Tensor._make_wrapper_subclass(cls, origin.shape(local), dtype=local.dtype, device=local.device)
 
     def __init__(self, local: Tensor, origin: Origin) -> None:
         self.local, self.origin, self.gathered = local, origin, None
@@ -59,7 +80,7 @@ class LazyOutput(Tensor):
                     "on none."
                 )
             with torch.inference_mode(False), torch.enable_grad():  # a first use under no_grad is not the last
-                self.gathered = ops.gather(self.local, *_shard_args(o))
+                self.gathered = o.gather(self.local)
             self.local = self.gathered.new_empty(0)
         return self.gathered
 
@@ -111,7 +132,7 @@ class _Show(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ops.shard(grad, *_shard_args(ctx.origin)), None
+        return ctx.origin.scatter(grad), None
 
 
 def show(local: Tensor, origin: Origin) -> LazyOutput:

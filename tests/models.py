@@ -15,10 +15,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 VOCAB, WIDTH, HEADS, LAYERS, LONGEST, ROWS = 61, 32, 4, 2, 64, 2
+WINDOW = 9  # tokens that a sliding layer sees: for Mistral and Gemma-3 back to q - 8, for ModernBERT 4 on either side
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 Batch = dict[str, Tensor]
 
 
@@ -183,6 +203,58 @@ def llama() -> nn.Module:
     return model
 
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
+
+
+def mistral(window: int = WINDOW) -> nn.Module:
+    """Hugging Face Mistral: each query sees the last ``window`` tokens."""
+    sizes = {**SIZES, "num_key_value_heads": HEADS // 2}
+    model: nn.Module = MistralForCausalLM(MistralConfig(**sizes, sliding_window=window, attn_implementation="sdpa"))
+    return model
+
+
+def gemma3(window: int = WINDOW) -> nn.Module:
+    """Hugging Face Gemma-3: a sliding layer, then a full one."""
+    sizes = {**SIZES, "num_key_value_heads": HEADS // 2, "head_dim": WIDTH // HEADS}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": WIDTH // HEADS}
+    config = Gemma3TextConfig(**sizes, **layers, **SPECIAL, sliding_window=window, attn_implementation="sdpa")
+    model: nn.Module = Gemma3ForCausalLM(config)
+    return model
+
+
+def bert(longest: int = LONGEST) -> nn.Module:
+    """Hugging Face BERT without dropout: every token sees every other."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**SIZES, **rates, max_position_embeddings=longest, attn_implementation="sdpa")
+    model: nn.Module = BertForMaskedLM(config)
+    return model
+
+
+def modernbert(window: int = WINDOW) -> nn.Module:
+    """Hugging Face ModernBERT: a full layer, then one that sees ``window`` tokens around each."""
+    layers = {"layer_types": ["full_attention", "sliding_attention"], "local_attention": window - 1}
+    special = {**SPECIAL, "cls_token_id": 0, "sep_token_id": 0}
+    config = ModernBertConfig(**SIZES, **layers, **special, attn_implementation="sdpa")
+    model: nn.Module = ModernBertForMaskedLM(config)
+    return model
+
+
+def t5() -> nn.Module:
+    """Hugging Face T5 without dropout: encoder and decoder, a learned bias by distance."""
+    sizes = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 2 * WIDTH}
+    layers = {"num_layers": LAYERS, "num_heads": HEADS, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+    distances = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    config = T5Config(**sizes, **layers, **distances, pad_token_id=0, eos_token_id=0, attn_implementation="sdpa")
+    model: nn.Module = T5ForConditionalGeneration(config)
+    return model
+
+
 def conditioned() -> nn.Module:
     """A condition that sharded and replicated layers read."""
     return Conditioned()
@@ -223,10 +295,18 @@ def _perturbed(model: nn.Module) -> nn.Module:
 
 
 class WideRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
-    """Llama's norm without its step down to float32."""
+    """Llama's norm, also Mistral's and T5's, without its step down to float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         scaled: Tensor = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return scaled
+
+
+class WideGemmaNorm(Gemma3RMSNorm):  # type: ignore[misc]
+    """Gemma's norm without its step down to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self._norm(x) * (1.0 + self.weight)
         return scaled
 
 
@@ -236,13 +316,22 @@ def wide_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tens
     return F.cross_entropy(logits.view(-1, vocab_size), targets, ignore_index=-100)
 
 
+def wide_masked_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """The same of its loss without a shift."""
+    return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1), ignore_index=-100)
+
+
 def _widened(model: nn.Module) -> nn.Module:
     """Hugging Face's models round to float32 in the loss and in RMS norms, whatever their dtype; undo that."""
-    if isinstance(model, GPT2LMHeadModel | LlamaForCausalLM):
+    if isinstance(model, GPT2LMHeadModel | LlamaForCausalLM | MistralForCausalLM | Gemma3ForCausalLM):
         model.loss_function = wide_loss
+    elif isinstance(model, ModernBertForMaskedLM):
+        model.loss_function = wide_masked_loss
     for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
+        if isinstance(module, LlamaRMSNorm | MistralRMSNorm | T5LayerNorm):
             module.__class__ = WideRMSNorm
+        elif isinstance(module, Gemma3RMSNorm):
+            module.__class__ = WideGemmaNorm
     return model
 
 
@@ -271,6 +360,13 @@ def _token_batch(length: int, labels: bool, padding: bool, seed: int) -> Batch:
     if labels:
         batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, -100) if padding else ids.clone()
     return batch
+
+
+def _sequence_batch(length: int, labels: bool, padding: bool, seed: int) -> Batch:
+    """The encoder has six tokens more than the decoder, and its padding mask is the only one."""
+    batch = _token_batch(length + 6, False, padding, seed)
+    targets = torch.randint(0, VOCAB, (ROWS, length), generator=_generator(seed + 1))
+    return batch | {"labels" if labels else "decoder_input_ids": targets}
 
 
 def padding_mask(rows: int, length: int) -> Tensor:
@@ -320,6 +416,11 @@ MODELS: dict[str, Case] = {
     "nanogpt": Case(nanogpt, _nanogpt_batch),
     "gpt2": Case(gpt2, _token_batch, padded=True),
     "llama": Case(llama, _token_batch, padded=True),
+    "mistral": Case(mistral, _token_batch, padded=True),
+    "gemma3": Case(gemma3, _token_batch, padded=True),
+    "bert": Case(bert, _token_batch, padded=True),
+    "modernbert": Case(modernbert, _token_batch, padded=True),
+    "t5": Case(t5, _sequence_batch, padded=True),
     "conditioned": Case(conditioned, _conditioned_batch),
     "position_table": Case(position_table, _position_table_batch),
     "cross": Case(cross, _cross_batch),
@@ -345,6 +446,9 @@ def tensors_of(outputs: Any) -> dict[str, Tensor]:
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
+    elif hasattr(value, "cross_attention_cache"):
+        yield from _named(f"{name}.self", value.self_attention_cache)
+        yield from _named(f"{name}.cross", value.cross_attention_cache)
     elif hasattr(value, "layers"):
         for i, layer in enumerate(value.layers):
             yield f"{name}.{i}.k", layer.keys

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory, overlap, step_time
+from benchmarks import bytes_received, density, memory, overlap, planning, step_time
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
+from ringpass import patterns
+from ringpass.mask import parse
+from tests.test_patterns import dense
 
-NAMES = ("alternatives", "compile_time", "memory", "overlap", "step_time")
+NAMES = (
+    "alternatives", "bytes_received", "compile_time", "density", "memory", "overlap", "planning", "step_time",
+)  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
 
@@ -50,6 +55,29 @@ def test_overlap_and_its_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert counts == [2, 1, 1, 2, 2, 2]  # backward: the keys and values come, then the gradients of the own ones
     trace = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
     assert sum(entry["ph"] == "X" for entry in trace) == sum(len(case["events"]) for case in cases)
+
+
+def test_ranks_receive_what_they_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bound holds for every mask, for all ranks together and for the busiest one."""
+    bytes_received.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).endswith("(bound <= 1.05: met)")
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert len(cases) == 5 and all(sum(case["received"]) <= 1.05 * sum(case["needed"]) for case in cases)
+
+
+def test_planning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planning.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert re.search(r"classify \S+ \(bound <= 10: met\) s; plan \S+ \(bound <= 30: met\) s", _last(capsys))
+
+
+def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    density.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).startswith("time over density x dense: window 0.50")
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    for case, share in zip(cases, (0.5, 0.5, 0.1, 0.1), strict=True):
+        assert case["case"]["density"] == pytest.approx(share, abs=0.02)
+        pattern = patterns.Pattern(parse(density.expression(case["reach"], case["global tokens"])))
+        assert dense(pattern, 256).double().mean().item() == case["case"]["density"]
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ringpass import RingConfig
+from benchmarks import bytes_received
+from benchmarks.paired import RESULTS, Case
+from ringpass import RingConfig, patterns
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +55,25 @@ def test_readme_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d+", line)]
     assert len(losses) == 2 and losses[0] == losses[1]
+
+
+def test_the_page_on_masks() -> None:
+    """Its snippets run, its patterns exist, and its table is the one that was written last."""
+    page = (ROOT / "docs" / "masks.md").read_text()
+    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(snippet, {})
+    named = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
+    made = {name for name, value in vars(patterns).items() if isfunction(value) and _makes_a_pattern(value)}
+    assert named == made - {"everything", "nothing"}
+    found = json.loads((RESULTS / "bytes_received.json").read_text())["cases"]
+    cases = [Case(entry.pop("case"), facts=entry) for entry in found]
+    for row in (bytes_received.COLUMNS, *bytes_received.rows(cases)):
+        assert f"| {' | '.join(row)} |" in page
+
+
+def _makes_a_pattern(function: Any) -> bool:
+    public = function.__module__ == patterns.__name__ and not function.__name__.startswith("_")
+    return public and function.__annotations__.get("return") == "Pattern"
 
 
 def test_main_job_prints_what_the_readme_promises() -> None:

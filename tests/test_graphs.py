@@ -49,7 +49,13 @@ def stages() -> Iterator[dict[str, list[GraphModule]]]:
 
 
 def compile_step(
-    name: str, length: int, padding: bool, dynamic: bool | None = None, unroll_limit: int = 128, **options: Any
+    name: str,
+    length: int,
+    padding: bool,
+    dynamic: bool | None = None,
+    unroll_limit: int = 128,
+    tile: int | None = None,
+    **options: Any,
 ) -> dict[str, list[GraphModule]]:
     """The graphs of a training step of a model on the current (fake) rank."""
     torch.manual_seed(0)
@@ -59,7 +65,7 @@ def compile_step(
             module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
     if hasattr(model, "config"):
         model.config.n_positions = model.config.max_position_embeddings = 256
-    chosen: Any = {"compiler": "aot_eager", "layout": "zigzag", "unroll_limit": unroll_limit}
+    chosen: Any = {"compiler": "aot_eager", "layout": "zigzag", "unroll_limit": unroll_limit, "tile": tile}
     run: Any = torch.compile(model, backend="ring_dilated", options=chosen, dynamic=dynamic)
     with stages() as seen:
         loss_of(run(**batch_for(name, length, True, padding))).backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -36,17 +38,24 @@ class Grouped(nn.Module):
         return attend(q, k, v, attn_mask=mask, enable_gqa=True).square().mean()
 
 
-def received(group: dist.ProcessGroup, length: int, window: int, layout: str, tile: int) -> tuple[int, int]:
-    """Bytes that this rank receives in a step: of keys and values, and of their gradients."""
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Bytes that this rank receives inside: of keys and values, and of their gradients."""
     totals, start = [0, 0], p2p.start
 
     def counting(sent: Tensor, dst: Any, numel: int, src: Any, tag: int, name: str) -> p2p.Exchange:
         totals[tag % 2] += numel * sent.element_size()
         return start(sent, dst, numel, src, tag, name)
 
+    with patch.object(p2p, "start", counting):
+        yield totals
+
+
+def received(group: dist.ProcessGroup, length: int, window: int, layout: str, tile: int) -> tuple[int, int]:
+    """Bytes of keys and values, and of their gradients, that this rank receives in a step."""
     model, x = Grouped(window), torch.randn(BATCH, length, 8)
     run = compiled(model, group, layout=layout, tile=tile)
-    with patch.object(p2p, "start", counting):
+    with counted() as totals:
         run(x).backward()
     return totals[0], totals[1]
 
