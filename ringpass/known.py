@@ -29,6 +29,12 @@ Array = NDArray[Any]
 Interval = tuple[Any, Any]
 
 
+def outward(low: Any, high: Any) -> Interval:
+    """Bounds as floats that hold the integers they stand for: from 2**53 on, a float may be a rounded integer."""
+    large = [np.abs(x) >= 2.0**53 for x in (low, high)]
+    return np.where(large[0], np.nextafter(low, -np.inf), low), np.where(large[1], np.nextafter(high, np.inf), high)
+
+
 class Known:
     """A constant array of bools or integers; equal to any other of the same contents, by their digest."""
 
@@ -72,7 +78,7 @@ class Known:
             tuple(np.clip(x, 0, n - 1).astype(np.int64) for x in span)
             for span, n in zip(indices, self.shape, strict=True)
         ]
-        low, high = self._truth(clipped) if self.values.dtype == bool else self._extremes(clipped)
+        low, high = outward(*(self._truth(clipped) if self.values.dtype == bool else self._extremes(clipped)))
         return np.where(inside, low, -np.inf), np.where(inside, high, np.inf)
 
     def _truth(self, spans: Sequence[Interval]) -> Interval:

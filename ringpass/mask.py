@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ringpass.known import Known
+from ringpass.known import Known, outward
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
@@ -403,7 +403,8 @@ def bounds(expr: Expr, box: Box) -> Interval:
     if isinstance(expr, Index):
         return box.get(expr.name, UNKNOWN if expr == SCORE else (0.0, math.inf))
     if isinstance(expr, Const):
-        return (float(expr.value), float(expr.value))
+        number = float(expr.value)
+        return (number, number) if abs(number) < 2**53 else outward(number, number)
     if isinstance(expr, Load):
         return UNKNOWN
     if isinstance(expr, Table):
@@ -416,16 +417,38 @@ def bounds(expr: Expr, box: Box) -> Interval:
     if expr.op in ("and", "or", "not"):
         args = [_cast_bounds(a, "bool") for a in args]
     low, high = OPERATORS[expr.op][1](*args)
-    if expr.op in ("add", "sub", "mul", "floordiv", "mod"):
-        kind = kind_of(expr)
+    kind = kind_of(expr) if expr.op in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs") else ""
+    if kind == "int" or (kind and expr.op not in ("neg", "abs")):
         if kind == "bool":
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
             exact = _whole(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
-        else:  # beyond, a float64 bound is rounded, and further on int64 wraps
-            exact = ~(np.isfinite(low) & (np.abs(low) >= 2**53)) & ~(np.isfinite(high) & (np.abs(high) >= 2**53))
+        else:  # beyond, a float64 bound is rounded, or the integers wrap
+            least, most = _range(expr)
+            exact = ~(np.isfinite(low) & (low < least)) & ~(np.isfinite(high) & (high > most))
         return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
     return low, high
+
+
+def _range(expr: Expr) -> tuple[float, float]:
+    """The integers that torch computes an integer expression in, as far as a float64 counts them one by one."""
+    dtype = _integers(expr)
+    if dtype.kind == "b" or dtype.itemsize == 8:
+        return 1.0 - 2**53, 2**53 - 1.0
+    return float(np.iinfo(dtype).min), float(np.iinfo(dtype).max)
+
+
+@lru_cache(maxsize=4096)
+def _integers(expr: Expr) -> np.dtype[Any]:
+    """The dtype of an integer expression: numbers written in it take that of the tensors."""
+    if isinstance(expr, Table):
+        return expr.known.values.dtype
+    if isinstance(expr, Call) and expr.op == "cast":
+        return np.dtype(expr.args[1].name)  # type: ignore[attr-defined]
+    if isinstance(expr, Call) and kind_of(expr) == "int":
+        parts = [_integers(a) for a in expr.args[expr.op == "where" :] if not isinstance(a, Const)]
+        return np.result_type(*parts) if parts else np.dtype(np.int64)
+    return np.dtype(bool if kind_of(expr) == "bool" else np.int64)
 
 
 @lru_cache(maxsize=4096)

@@ -71,7 +71,7 @@ class Pattern:
             box = {name: (0.0, int(n) - 1.0) for name, n in zip("bhqk", (batch, heads, queries, keys), strict=True)}
             for index, n in zip(array.indices, array.known.shape, strict=True):
                 low, high = bounds(index, box)
-                if low < 0 or high >= n or (index in (B, H) and high != n - 1):
+                if low < -n or high >= n or (index in (B, H) and high != n - 1):
                     raise OptionError(
                         f"the option 'mask' holds an array of shape {list(array.known.shape)} that is read at {index} "
                         f"from {low:g} to {high:g}, for {batch} batch elements, {heads} heads, {queries} queries and "

@@ -5,12 +5,13 @@
 Queries and keys are averaged over blocks of tokens; the scaled product of two means, softmax over key blocks, mean over
 heads, stands for the weight of a pair of blocks.  Each block of queries keeps
 
-    density    that share of the key blocks that the mask leaves it, those of largest weight, at least one
-    mass       as few as hold that share of the weight
+    density    that share of the key blocks that the mask leaves it, those of largest weight; 1.0 is exact attention
+    mass       as few as hold that share of the weight, as far as it is more than rounding
 
-and its own block in any case.  One selection serves all heads of a batch element.  It is made anew in each call, from
-means that are summed over all ranks, so all ranks choose alike; the backward uses the forward's.  No gradient flows
-through the choice.  What is not selected is neither computed nor sent.
+and its own block in any case.  The mask counts as far as it is known without the data of the call: padding that comes
+with the batch is masked, but it may be chosen.  One selection serves all heads of a batch element.  It is made anew in
+each call, from means that are summed over all ranks, so all ranks choose alike; the backward uses the forward's.  No
+gradient flows through the choice.  What is not selected is neither computed nor sent.
 
 Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (2503.16428).
 """
@@ -87,7 +88,7 @@ def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int
         rank = rank + allowed * torch.eye(len(allowed), device=q.device)  # the own block first
     order = rank.sort(dim=-1, descending=True, stable=True).indices
     if selection.density is not None:
-        count = (allowed.sum(-1, keepdim=True) * selection.density).ceil()
+        count = (allowed.sum(-1, keepdim=True).double() * selection.density - 1e-9).ceil()  # 0.07 * 100 is 7
         keep = torch.arange(order.shape[-1], device=q.device) < count
     else:
         ranked = weight.gather(-1, order)

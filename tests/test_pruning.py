@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ringpass import OptionError, top_blocks
 from ringpass.known import Known
 from ringpass.layout import Layout
+from ringpass.mask import FULL, KINDS, PARTIAL, bind, classify_all, parse
 from ringpass.passes.verify import prove
 from ringpass.schedule import Problem, Program, program, tiling
 from ringpass.selection import TopBlocks, block_sums, choose, means
@@ -196,3 +198,22 @@ def test_known_leaves_bound_the_tiling() -> None:
     one = Problem("x0[k]", 8, 8, sides, sides, 2, known=((0, Known([True] * 3 + [False] * 5)),))
     assert program(one, 1).received == 3
     assert tiling(one).areas(2).tolist() == [16, 12]  # a tile of the own keys is not trimmed
+
+
+def test_wide_and_wrapping_ids_are_never_taken_for_equal() -> None:
+    """Ids that float64 rounds to one number, and differences that wrap in uint8, leave a tile partial."""
+    q = k = (np.array([0]), np.array([8]))
+    wide = Known([2**62 + i // 4 for i in range(8)])
+    narrow = Known(torch.arange(8, dtype=torch.uint8))
+    for mask, known in (("x0[q] == x0[k]", wide), ("x0[q] - x0[k] <= 0", narrow), ("x0[k] - 1 >= 0", narrow)):
+        assert classify_all(bind(parse(mask), {0: known}), q, k) == KINDS.index(PARTIAL), mask
+    above = (np.array([0]), np.array([4])), (np.array([4]), np.array([8]))
+    assert classify_all(bind(parse("x0[q] - x0[k] <= 0"), {0: narrow}), *above) == KINDS.index(PARTIAL)
+    assert classify_all(bind(parse("x0[q] <= x0[k]"), {0: narrow}), *above) == KINDS.index(FULL)
+
+
+def test_shares_are_exact() -> None:
+    for share, blocks, kept in ((0.3, 50, 15), (0.07, 100, 7), (0.25, 10, 3), (1.0, 7, 7)):
+        q = torch.randn(1, 1, blocks, 4)
+        chosen_pairs = choose(q, q, 1.0, "True", (blocks, blocks), top_blocks(1, density=share))
+        assert (chosen_pairs.sum(-1) == kept).all()
