@@ -129,7 +129,7 @@ def _verdict(cases: Sequence[Case]) -> str:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.density", description=__doc__)
     parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
     return arguments(parser, argv, QUICK)

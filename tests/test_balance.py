@@ -29,7 +29,7 @@ def best(patterns: list[Pattern | str], world: int, tokens: int, fixed: bool = T
     return choose([load(p, world, tokens) for p in patterns], world, fixed)[0]
 
 
-@pytest.mark.parametrize("world", [*range(2, 20), 32, 63, 64])
+@pytest.mark.parametrize("world", range(2, 65))
 def test_causal_is_balanced_by_zigzag(world: int) -> None:
     found = best([CAUSAL], world, 2048 * world + 1)
     assert found.layout == "zigzag" and found.imbalance <= 1.02
@@ -63,8 +63,8 @@ def test_other_masks_are_balanced(pattern: Pattern | str, world: int) -> None:
     assert best([pattern], world, 16384 + 3).imbalance <= 1.10
 
 
-@pytest.mark.parametrize("world", (2, 3, 4, 8))
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("world", (2, 3, 4, 8, 16))
+@pytest.mark.parametrize("seed", range(5))
 def test_documents_of_random_lengths_are_balanced(world: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(100, 6000, (8 * world,), generator=generator).tolist()
