@@ -52,7 +52,8 @@ def test_overlap_and_its_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[
         for case in cases
         for lane in ("tile", "transfer", "wait")
     ]
-    assert counts == [2, 1, 1, 2, 2, 2]  # backward: the keys and values come, then the gradients of the own ones
+    # backward: the keys and values come, then the gradients of the own ones; the own tile is cut in two
+    assert counts == [2, 1, 1, 3, 2, 2]
     trace = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
     assert sum(entry["ph"] == "X" for entry in trace) == sum(len(case["events"]) for case in cases)
 
