@@ -14,7 +14,7 @@ from ringpass.passes.balance import Estimate, Load, choose, estimate, grain
 from ringpass.patterns import Pattern, block_causal, causal, documents, prefix, window
 from ringpass.schedule import Problem
 from tests.parity import worst
-from tests.workers import Workers
+from tests.workers import Workers, slow
 
 CAUSAL, SLIDING = causal(), causal() & window(1023)
 
@@ -89,7 +89,7 @@ def test_tiles_are_as_fine_as_the_mask_is_narrow() -> None:
     assert edges[0] == edges[3] == 1024 and 1024 > edges[1] >= edges[2] >= 128
 
 
-@pytest.mark.parametrize("layout", ("striped", "auto"))
+@pytest.mark.parametrize("layout", (slow("striped"), "auto"))
 def test_parity_in_other_layouts(workers: Workers, layout: str) -> None:
     odd = Pattern(block_causal(40).expr) & (window(20) | ~causal())
     for ranks in (2, 3):

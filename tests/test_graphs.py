@@ -19,6 +19,7 @@ from ringpass import ops
 from ringpass.agreement import RINGS, Agreement
 from ringpass.passes import dump
 from tests.models import MODELS, batch_for, loss_of
+from tests.workers import slow
 
 LENGTH = 97  # prime, and no other size of the models
 
@@ -117,7 +118,9 @@ def verdicts(gm: GraphModule, lengths: range) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize(("name", "padding"), [("nanogpt", False), ("gpt2", True), ("llama", True), ("cross", False)])
+@pytest.mark.parametrize(
+    ("name", "padding"), [slow("nanogpt", False), slow("gpt2", True), ("llama", True), ("cross", False)]
+)
 def test_ranks_have_equal_graphs(name: str, padding: bool) -> None:
     graphs: list[dict[str, list[Any]]] = []
     for rank in range(5):

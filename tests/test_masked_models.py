@@ -26,13 +26,13 @@ from tests.models import HEADS, LAYERS, MODELS, ROWS, WIDTH, WINDOW, batch_for
 from tests.parity import compiled, outputs_and_gradients, parity, relative, worst
 from tests.test_graphs import compile_step, fake_ring
 from tests.test_transfers import counted, needed
-from tests.workers import Workers
+from tests.workers import Workers, slow
 
 EXACT = 1e-10
-PADDED = ("gpt2", "llama", "mistral", "gemma3", "bert", "modernbert", "t5")
+PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), "t5")
 
 
-@pytest.mark.parametrize("name", ("gemma3", "bert", "modernbert", "t5"))
+@pytest.mark.parametrize("name", (slow("gemma3"), "bert", slow("modernbert"), "t5"))
 def test_numbers_with_padding(workers: Workers, name: str) -> None:
     """Every output, the loss and every gradient, T5's table of distances among them."""
     results = workers.run(parity, 2, name, 37, True, True, tile=8)
@@ -65,7 +65,7 @@ def windowed(group: dist.ProcessGroup, length: int, padding: bool, directory: st
     return Seen(max(errors), totals[0], {path.name: path.read_text() for path in folder.iterdir()})
 
 
-@pytest.mark.parametrize("padding", (False, True))
+@pytest.mark.parametrize("padding", (slow(False), True))
 def test_mistral_receives_its_window(workers: Workers, tmp_path: Path, padding: bool) -> None:
     ranks, length = 3, 97
     token = 2 * ROWS * HEADS // 2 * WIDTH // HEADS * 8  # keys and values of the heads that the model has, in float64

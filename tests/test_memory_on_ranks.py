@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -38,6 +39,7 @@ def alone(group: dist.ProcessGroup) -> int:
     return peak(None)
 
 
+@pytest.mark.slow
 def test_activations_fall_with_the_ranks(workers: Workers) -> None:
     (one,) = workers.run(alone, 1)
     largest = max(workers.run(peak, 4))

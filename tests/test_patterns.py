@@ -36,7 +36,7 @@ from ringpass.patterns import (
 )  # fmt: skip
 from ringpass.schedule import Problem, program
 from tests.parity import compiled, relative
-from tests.workers import Workers
+from tests.workers import Workers, slow
 
 S = 24
 IDS = torch.arange(S) % 5
@@ -183,7 +183,7 @@ def step(out: Tensor, model: Attention) -> tuple[Tensor, Tensor]:
     return out, torch.autograd.grad(out.square().sum(), model.project.weight)[0]
 
 
-@pytest.mark.parametrize("ranks", (1, 2, 3, 5))
+@pytest.mark.parametrize("ranks", (slow(1), 2, 3, slow(5)))
 def test_parity_with_the_dense_mask(workers: Workers, ranks: int) -> None:
     names = ("causal window", True), ("dilated window", False), ("documents", True), ("grid", False), ("captured", True)
     for errors in workers.run(with_pattern, ranks, names, S):

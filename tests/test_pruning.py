@@ -21,7 +21,7 @@ from ringpass.passes.verify import prove
 from ringpass.schedule import Problem, Program, program, tiling
 from ringpass.selection import TopBlocks, block_sums, choose, means
 from tests.parity import compiled, relative
-from tests.workers import Workers
+from tests.workers import Workers, slow
 
 S = 45
 BLOCK = 8
@@ -88,7 +88,9 @@ def packed(group: dist.ProcessGroup, compiler: str) -> list[tuple[float, int, in
     return found
 
 
-@pytest.mark.parametrize(("ranks", "compiler"), [(1, "aot_eager"), (2, "inductor"), (3, "aot_eager"), (5, "aot_eager")])
+@pytest.mark.parametrize(
+    ("ranks", "compiler"), [(1, "aot_eager"), (2, "inductor"), (3, "aot_eager"), slow(5, "aot_eager")]
+)
 def test_documents_of_each_call_prune_it(workers: Workers, ranks: int, compiler: str) -> None:
     for results in workers.run(packed, ranks, compiler):
         for error, received, needed in results:
@@ -143,7 +145,7 @@ def approximate(group: dist.ProcessGroup, how: TopBlocks, options: dict[str, obj
     return error, relative(got[0], exact), read.area
 
 
-@pytest.mark.parametrize("ranks", (1, 2, 3, 5))
+@pytest.mark.parametrize("ranks", (slow(1), 2, 3, slow(5)))
 @pytest.mark.parametrize("how", [top_blocks(BLOCK, density=0.3), top_blocks(BLOCK, mass=0.6)], ids=str)
 def test_chosen_blocks_are_attended_and_no_others(workers: Workers, how: TopBlocks, ranks: int) -> None:
     for error, change, _ in workers.run(approximate, ranks, how, {"layout": "zigzag"}):
