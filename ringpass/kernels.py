@@ -12,11 +12,13 @@ gradients of several tiles add up to the exact gradient; a row with lse +inf the
 
     flash_cpu   CPU, all dtypes but float16: every tile that has no dropout, no learned bias, V as wide as Q
     flash       CUDA, float16 and bfloat16, sm80 or newer: full and causal tiles, widths to 256, V as wide as Q
-    efficient   CUDA, float32, float16, bfloat16 (sm80): tiles with a mask or a bias, and what flash does not take
+    cudnn       CUDA, float16 and bfloat16, sm90, widths to 128: full and causal tiles that flash does not take
+    flex        CUDA, float16 and bfloat16, sm80, widths 16 to 256: tiles of whole blocks of 128 with a mask and no bias
+    efficient   CUDA, float32, float16, bfloat16 (sm80): any tile with a mask or a bias, and what the others do not take
     plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
                 CUDA, other devices, ROCm
-    cudnn       CUDA, float16 and bfloat16: full and causal tiles   } not chosen until they have been run on a device:
-    flex        CUDA: tiles with a mask and no bias                 } benchmarks/kernels.py and tests/test_gpu.py do
+
+No CUDA kernel has been run on a device yet: `pytest tests/test_gpu.py` and `python -m benchmarks.kernels` do.
 """
 
 from __future__ import annotations
@@ -41,14 +43,16 @@ HALF = torch.float16, torch.bfloat16
 
 @dataclass(frozen=True)
 class Row:
-    """What a kernel is chosen for.  `takes`: what may act on the scores, beside the scale."""
+    """What a kernel is chosen for.  `takes`: what may act on the scores, beside the scale; `needs`: what must."""
 
     kernel: str
     device: str
     dtypes: tuple[torch.dtype, ...]
     takes: frozenset[str]
+    needs: frozenset[str] = frozenset()
     since: tuple[int, int] = (0, 0)  # compute capability
-    widest: int = 1 << 16  # of a head
+    widths: tuple[int, int] = (1, 1 << 16)  # narrowest and widest head
+    block: int = 1  # lengths are multiples of it
     wide_values: bool = False  # V width != Q width
     long_causal: bool = True  # causal tiles with Lq != Lk
 
@@ -56,7 +60,9 @@ class Row:
 MASKED = frozenset({"causal", "mask", "bias"})
 TABLE = (
     Row("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
-    Row("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widest=256, long_causal=False),
+    Row("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
+    Row("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
+    Row("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
     Row("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
     Row("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
 )
@@ -81,10 +87,12 @@ def choose(
     }
     present = {name for name, acts in acting.items() if acts}
     for row in TABLE:
-        served = device.type == row.device and dtype in row.dtypes and present <= row.takes
-        wide = row.wide_values or head_widths[0] == head_widths[1]
+        served = device.type == row.device and dtype in row.dtypes and row.needs <= present <= row.takes
+        values = row.wide_values or head_widths[0] == head_widths[1]
+        width = row.widths[0] <= min(head_widths) and max(head_widths) <= row.widths[1]
         long = row.long_causal or not args.causal or lengths[0] == lengths[1]
-        if served and wide and long and max(head_widths) <= row.widest and kernels_cuda.capability(device) >= row.since:
+        whole = all(n % row.block == 0 for n in lengths)
+        if served and values and width and long and whole and kernels_cuda.capability(device) >= row.since:
             return row.kernel
     return "plain"
 

@@ -24,7 +24,7 @@ from ringpass.kernels import KERNELS, TileArgs, accumulator, backward, choose, f
 from tests.test_kernels import ARGS, rows_without_keys, tensors, truth
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-HOPPER, TURING = (9, 0), (7, 5)
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 FULL, CAUSAL = TileArgs(0.3), TileArgs(0.3, causal=True)
 BIT, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1, 1)
 MASKED, BIASED = TileArgs(0.3, mask=BIT), TileArgs(0.3, bias=ZERO)
@@ -36,9 +36,17 @@ CHOICES: list[tuple[tuple[int, int], torch.dtype, tuple[int, int], tuple[int, in
     (HOPPER, F16, (20, 20), (5, 9), FULL, "flash"),
     (HOPPER, BF16, (256, 256), (64, 64), CAUSAL, "flash"),
     (HOPPER, BF16, (264, 264), (64, 64), CAUSAL, "efficient"),
-    (HOPPER, BF16, (64, 64), (64, 32), CAUSAL, "efficient"),
+    (HOPPER, BF16, (64, 64), (64, 32), CAUSAL, "cudnn"),
+    (HOPPER, BF16, (256, 256), (64, 32), CAUSAL, "efficient"),
+    (AMPERE, BF16, (64, 64), (64, 32), CAUSAL, "efficient"),
     (HOPPER, BF16, (64, 32), (64, 64), FULL, "efficient"),
     (HOPPER, BF16, (64, 64), (64, 64), MASKED, "efficient"),
+    (HOPPER, BF16, (64, 64), (1024, 128), MASKED, "flex"),
+    (AMPERE, F16, (128, 128), (128, 128), TileArgs(0.3, causal=True, mask=BIT), "flex"),
+    (HOPPER, BF16, (64, 64), (1024, 129), MASKED, "efficient"),
+    (HOPPER, BF16, (8, 8), (128, 128), MASKED, "efficient"),
+    (HOPPER, BF16, (64, 64), (128, 128), TileArgs(0.3, mask=BIT, bias=ZERO), "efficient"),
+    (HOPPER, F32, (64, 64), (128, 128), MASKED, "efficient"),
     (HOPPER, BF16, (64, 64), (64, 64), BIASED, "efficient"),
     (HOPPER, F32, (64, 64), (64, 64), FULL, "efficient"),
     (HOPPER, F32, (64, 64), (64, 64), CAUSAL, "efficient"),
