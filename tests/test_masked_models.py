@@ -29,7 +29,7 @@ from tests.test_transfers import counted, needed
 from tests.workers import Workers, slow
 
 EXACT = 1e-10
-PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), "t5")
+PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), slow("t5"))
 
 
 @pytest.mark.parametrize("name", (slow("gemma3"), "bert", slow("modernbert"), "t5"))

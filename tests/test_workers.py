@@ -102,6 +102,7 @@ def test_more_ranks_than_the_pool_has_are_refused(workers: Workers) -> None:
         workers.run(noise, 6)
 
 
+@pytest.mark.slow
 def test_a_hang_and_a_death_restart_the_pool() -> None:
     with Workers(ranks=2) as pool:
         message = r"hang on 2 ranks: no reply within 1 s[\s\S]*rank 1 hangs at[\s\S]*in hang"
@@ -122,6 +123,7 @@ def test_spawn_reports_results_errors_and_deaths() -> None:
     assert failed.error is not None and "ValueError: refused by 1" in failed.error
 
 
+@pytest.mark.slow
 def test_spawn_kills_what_hangs_and_sets_the_environment() -> None:
     done, hung = spawn(hang, 2, 1, timeout=20)
     assert (done.exitcode, done.timed_out) == (0, False)
