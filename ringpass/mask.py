@@ -512,20 +512,21 @@ def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
 
 def extents(expr: Expr) -> dict[str, int]:
     """How many batch elements and heads the tables of `expr` tell apart, by the name of the index: b, h."""
-    if isinstance(expr, Table):
-        own = {i.name: n for i, n in zip(expr.indices, expr.known.shape, strict=True) if isinstance(i, Index)}
-        return {name: n for name, n in own.items() if name in "bh" and n > 1}
-    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load) else ()
-    return reduce(operator.or_, map(extents, parts), {})
+    pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.known.shape, strict=True)]
+    return {i.name: n for i, n in pairs if isinstance(i, Index) and i in (B, H) and n > 1}
 
 
 def tables(expr: Expr) -> Iterator[Table]:
     """The tables in `expr`."""
     if isinstance(expr, Table):
         yield expr
-    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
-    for part in parts:
+    for part in _parts(expr):
         yield from tables(part)
+
+
+def _parts(expr: Expr) -> tuple[Expr, ...]:
+    """What `expr` is made of."""
+    return expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
 
 
 def _points(expr: Expr) -> Iterator[Box]:
@@ -566,8 +567,7 @@ def _has_data(expr: Expr) -> bool:
 def loads(expr: Expr) -> set[int]:
     """The leaves that `expr` reads."""
     own = {expr.leaf} if isinstance(expr, Load) else set()
-    parts = expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
-    return own.union(*map(loads, parts))
+    return own.union(*map(loads, _parts(expr)))
 
 
 def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> Expr:
