@@ -77,10 +77,11 @@ def of_length(order: Order | None, x: Any) -> Order | None:
     return order if order and x.meta["val"].shape[-2] == order.tokens else None
 
 
-def along(site: AttentionSite, query: Order | None, key: Order | None, config: RingConfig) -> AttentionSite:
-    """`site` with queries and keys in these orders."""
-    orders = {name: order for name, order in (("q", query), ("k", key)) if order}
-    parts = {name: getattr(site, name) for name in ("mask", "bias", "score")}
-    moved = {name: of_places(expr, orders) for name, expr in parts.items() if orders and expr is not None}
-    site = replace(site, **moved)
+def along(site: AttentionSite, places: Sequence[Order | None], config: RingConfig) -> AttentionSite:
+    """`site` with its queries and its keys in these orders."""
+    orders = {name: order for name, order in zip("qk", places, strict=True) if order}
+    if orders:
+        mask, *scores = (None if e is None else of_places(e, orders) for e in (site.mask, site.bias, site.score))
+        assert mask is not None
+        site = replace(site, mask=mask, bias=scores[0], score=scores[1])
     return narrowed(site, config.mask) if config.along_curve else site

@@ -105,7 +105,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
         if pair[0] is None:
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
-        planned.append((site, along(site, *orders, config), orders, pair))
+        planned.append((site, along(site, orders, config), orders, pair))
     chosen, weighed = _choose([(placed, pair) for _, placed, _, pair in planned], world, config)
     final = {a.index: replace(a, layout=Layout(following(chosen, a.layout.order), world)) for a in axes.values()}
     plans = []

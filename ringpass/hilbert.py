@@ -81,8 +81,7 @@ def curve(sizes: tuple[int, ...]) -> Array:
         flat = (boxes.sides == 1).sum(1) >= 2
         _walk(boxes.take(flat), cells)
         boxes = _cut(boxes.take(~flat))
-    order: Array = np.ravel_multi_index(tuple(cells.T), box)
-    return order
+    return np.asarray(np.ravel_multi_index(tuple(cells.T), box))
 
 
 # --- boxes: many at once ----------------------------------------------------------------------------------------------
