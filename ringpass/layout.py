@@ -13,6 +13,9 @@ rank some of them, in ascending order.
     striped          n = 8P, rank r holds every P-th chunk from r on
     chunks 0,1,1,0   as many chunks as numbers, each held by the rank of that number
     replicated       every rank holds all tokens
+
+`zigzag along hilbert 14x14 after 1`: the tokens are in the order of that curve (`ringpass.hilbert`) before they are cut
+into chunks.  Ranges, and all schedules made of them, then speak of places along the curve.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
 
+from ringpass.hilbert import Order
+
 Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
-ASSIGNED = "chunks "
+ASSIGNED, ALONG = "chunks ", " along "
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,38 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.name in NAMES or self.name.startswith(ASSIGNED), self.name
+        assert self.map in NAMES or self.map.startswith(ASSIGNED), self.name
+
+    @property
+    def map(self) -> str:
+        """The name without the order."""
+        return self.name.partition(ALONG)[0]
+
+    @property
+    def order(self) -> Order | None:
+        """The curve along which the tokens are; None: their own order."""
+        text = self.name.partition(ALONG)[2]
+        return Order.parse(text) if text else None
 
     @property
     def replicated(self) -> bool:
-        return self.name == "replicated"
+        return self.map == "replicated"
 
     @property
     def chunks(self) -> int:
-        if self.name.startswith(ASSIGNED):
-            return len(_owners(self.name))
+        if self.map.startswith(ASSIGNED):
+            return len(_owners(self.map))
         per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES}
-        return 1 if self.replicated else per_rank[self.name] * self.world
+        return 1 if self.replicated else per_rank[self.map] * self.world
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The chunks that `rank` holds, ascending."""
-        if self.name == "zigzag":
+        if self.map == "zigzag":
             return (rank, 2 * self.world - 1 - rank)
-        if self.name == "striped":
+        if self.map == "striped":
             return tuple(range(rank, self.chunks, self.world))
-        if self.name.startswith(ASSIGNED):
-            return tuple(chunk for chunk, owner in enumerate(_owners(self.name)) if owner == rank)
+        if self.map.startswith(ASSIGNED):
+            return tuple(chunk for chunk, owner in enumerate(_owners(self.map)) if owner == rank)
         return (0,) if self.replicated else (rank,)
 
     def length(self, rank: int, tokens: Any) -> Any:
@@ -87,6 +103,11 @@ class Layout:
 def assigned(owners: Sequence[int]) -> str:
     """The name of the layout whose chunk i is held by rank `owners[i]`."""
     return ASSIGNED + ",".join(map(str, owners))
+
+
+def following(name: str, order: Order | None) -> str:
+    """The layout `name` of tokens that are in `order`."""
+    return f"{name}{ALONG}{order}" if order else name
 
 
 @lru_cache(maxsize=256)

@@ -72,6 +72,11 @@ class Site:
         return replace(self, known=tuple((i, Known(leaves[i])) for i in self.pruning))
 
     @property
+    def orders(self) -> list[str]:
+        """The curves along which queries and keys are; empty: their own order."""
+        return [str(Layout(name, self.world).order or "") for name in (self.query_layout, self.key_layout)]
+
+    @property
     def owned_queries(self) -> Ranges:
         return Layout(self.query_layout, self.world).ranges(self.rank, self.queries)
 
@@ -409,7 +414,7 @@ def _tile_args(
             (bias,) = _turned(tile, [primitives.mask_tile(list(leaves), q, site.bias, *spans)], (2, 3))
     if site.dropout:
         with label(f"keep_{_name(step, tile)}"):
-            keep = primitives.keep_tile(seed, site.stream, site.dropout, *spans)
+            keep = primitives.keep_tile(seed, site.stream, site.dropout, *site.orders, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     causal, learned = tile.kind in TRIANGLES, bool(site.learned)
     return allowed, bias, keep, site.scale, causal, site.dropout, learned, *score, flying

@@ -17,8 +17,8 @@ from ringpass.schedule import TILE_KINDS, Problem, tiling
 
 DIAGONALS = "k <= q", "k < q", "q - k < 7", "abs(q - k) <= 5", "k <= q & q - k < 9", "2 * k - 2 * q <= 5"
 MASKS = (
-    *DIAGONALS, "k <= q | k < 3", "k <= q & k // 8 == q // 8", "k <= q & x0[b, k]", "k >= q + 3 & q >= 4", "not(k > q & k >= 6)", "3 * q - 3 * k < 8",
-    "(q - k) % 3 == 0 & k <= q",
+    *DIAGONALS, "k <= q | k < 3", "k <= q & k // 8 == q // 8", "k <= q & x0[b, k]", "k >= q + 3 & q >= 4",
+    "not(k > q & k >= 6)", "3 * q - 3 * k < 8", "(q - k) % 3 == 0 & k <= q",
 )  # fmt: skip
 
 

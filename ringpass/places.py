@@ -1,0 +1,66 @@
+"""Masks over tokens as masks over places along a curve.
+
+    >>> from ringpass.mask import parse
+    >>> rows = of_places(parse("abs(q // 3 - k // 3) <= 1 & bool(x0[b, k])"), {"q": Order((2, 3)), "k": Order((2, 3))})
+    >>> rows.args[0].args[0].args[0].args[0].known.values         # the row at each place of the queries: q // 3
+    array([0, 0, 0, 1, 1, 1])
+
+What depends on q alone, or on k alone, without data, becomes a table of its values at all places: the largest such
+part, so that interval arithmetic knows its exact range over a run of the curve.  Reads of data get the token that is at
+the place.
+
+Contract: `of_places(expr, orders)` at places i and j is `expr` at the tokens that stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ringpass.hilbert import Order
+from ringpass.known import Array
+from ringpass.mask import Call, Const, Expr, Index, Load, Table, call, evaluate, gathered, kind_of, table
+
+Orders = Mapping[str, Order]  # of the tokens of q, of those of k; absent: their own order
+
+
+def of_places(expr: Expr, orders: Orders) -> Expr:
+    """`expr`, a function of tokens, as one of places along `orders`."""
+    alone = _alone(expr)
+    if alone in orders and kind_of(expr) != "float":
+        return _tabled(expr, alone, orders[alone])
+    if isinstance(expr, Load):
+        return Load(expr.leaf, tuple(of_places(i, orders) for i in expr.indices))
+    if isinstance(expr, Table):
+        found = gathered(expr.known, tuple(of_places(i, orders) for i in expr.indices))
+        return table(found.known.values, *found.indices)
+    if isinstance(expr, Call) and expr.op == "cast":
+        return Call("cast", (of_places(expr.args[0], orders), expr.args[1]))
+    return call(expr.op, *(of_places(a, orders) for a in expr.args)) if isinstance(expr, Call) else expr
+
+
+def _alone(expr: Expr) -> str:
+    """The one index that `expr` depends on; "" where there are others, or data, or none."""
+    names = _names(expr)
+    return names.pop() if len(names) == 1 else ""
+
+
+def _names(expr: Expr) -> set[str]:
+    if isinstance(expr, Index):
+        return {expr.name}
+    if isinstance(expr, Load):
+        return {"data", "more data"}
+    parts = expr.indices if isinstance(expr, Table) else expr.args if isinstance(expr, Call) else ()
+    cast = isinstance(expr, Call) and expr.op == "cast"
+    return set().union(*map(_names, parts[:1] if cast else parts))
+
+
+def _tabled(expr: Expr, name: str, order: Order) -> Expr:
+    at = torch.from_numpy(order.known.values)
+    positions = {"q": at, "k": at} | {other: torch.zeros((), dtype=torch.int64) for other in "bh"}
+    values: Array = evaluate(expr, positions, []).reshape(-1).expand(order.tokens).numpy()
+    if values.dtype == np.bool_ and (values == values[0]).all():
+        return Const(bool(values[0]))
+    return table(values, Index(name))
