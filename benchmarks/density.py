@@ -85,8 +85,8 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
     from ringpass import ring
     from ringpass.layout import Layout
     from ringpass.passes.balance import refine
-    from ringpass.ring import Site
     from ringpass.schedule import Problem
+    from ringpass.site import Site
 
     here = Layout("contiguous", 1)
     problem = refine(Problem(mask, args.length, args.length, here, here), "cpu")

@@ -28,7 +28,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops, primitives
 from ringpass.errors import UnsupportedError
-from ringpass.ring import LABEL, Site
+from ringpass.rows import LABEL
+from ringpass.site import Site
 
 ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,

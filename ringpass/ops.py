@@ -37,13 +37,13 @@ from ringpass.collectives import Shard
 from ringpass.hilbert import Order
 from ringpass.kernels import accumulator
 from ringpass.library import LIBRARY, define, differentiate, empty_rows_first, implement, rows_first
-from ringpass.ring import Site
 from ringpass.selection import TopBlocks
+from ringpass.site import Site
 
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
-    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, "
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str dilation, "
     "str learned, str pruning"
 )
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ringpass import dropout, kernels, mask, p2p
-from ringpass.hilbert import Order
 from ringpass.kernels import TileArgs, accumulator
 from ringpass.library import define, empty_rows_first, implement, rows_first
 
@@ -44,7 +43,7 @@ for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
 define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
 define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
-define(f"keep_tile(Tensor seed, int stream, float p, str query_order, str key_order, {SPANS}) -> Tensor")
+define(f"keep_tile(Tensor seed, int stream, float p, str coins, {SPANS}) -> Tensor")
 
 _ops = torch.ops.ringpass
 exchange, wait = _ops.exchange.default, _ops.wait.default
@@ -186,17 +185,16 @@ def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[i
     return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
 
 
-def _keep_tile(seed: Tensor, stream: int, p: float, query_order: str, key_order: str, *spans: Any) -> Tensor:
-    where = {name: at.reshape(-1) for name, at in indices(seed.device, *spans).items()}
-    for name, order in (("q", query_order), ("k", key_order)):
-        where[name] = Order.parse(order).known.tensor(where[name])[where[name]] if order else where[name]
-    return dropout.keep(seed, stream, p, [where[name] for name in "bhqk"])
+def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
+    """`coins`: expressions of the head, the query and the key whose coin is tossed."""
+    where = indices(seed.device, *spans)
+    at = [mask.evaluate(mask.parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
 def _fake_keep_tile(
-    seed: Tensor, stream: int, p: float, query_order: str, key_order: str, batch: int, heads: int, queries: list[int],
-    keys: list[int],
-) -> Tensor:  # fmt: skip
+    seed: Tensor, stream: int, p: float, coins: str, batch: int, heads: int, queries: list[int], keys: list[int]
+) -> Tensor:
     lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
     return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)
 
