@@ -18,7 +18,7 @@ from ringpass.config import RingConfig
 from ringpass.hilbert import Order
 from ringpass.layout import Layout, following
 from ringpass.mask import loads
-from ringpass.passes.balance import Load, choose, grain
+from ringpass.passes.balance import PRICES, Load, choose, refine
 from ringpass.passes.curves import along, find, of_length
 from ringpass.passes.detect import AttentionSite
 from ringpass.passes.factors import Factor, Sweep, hint_of
@@ -183,8 +183,9 @@ def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: i
     problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
     if config.tile:
         return problem
-    finest = config.approximate.block if config.approximate else problem.tile
-    return replace(problem, tile=min(finest, grain(problem)))
+    device = site.q.meta["val"].device.type
+    refined = refine(problem, device if device in PRICES else "cuda")
+    return replace(refined, tile=min(config.approximate.block, refined.tile)) if config.approximate else refined
 
 
 def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import product
 from typing import Any
@@ -520,13 +520,21 @@ def tables(expr: Expr) -> Iterator[Table]:
     """The tables in `expr`."""
     if isinstance(expr, Table):
         yield expr
-    for part in _parts(expr):
+    for part in parts(expr):
         yield from tables(part)
 
 
-def _parts(expr: Expr) -> tuple[Expr, ...]:
+def parts(expr: Expr) -> tuple[Expr, ...]:
     """What `expr` is made of."""
     return expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
+
+
+def rebuilt(expr: Expr, new: Callable[[Expr], Expr]) -> Expr:
+    """`expr` with `new(part)` for each of its parts."""
+    made = tuple(map(new, parts(expr)))
+    if made == parts(expr):
+        return expr
+    return call(expr.op, *made) if isinstance(expr, Call) else replace(expr, indices=made)  # type: ignore[call-arg]
 
 
 def _points(expr: Expr) -> Iterator[Box]:
@@ -567,15 +575,13 @@ def _has_data(expr: Expr) -> bool:
 def loads(expr: Expr) -> set[int]:
     """The leaves that `expr` reads."""
     own = {expr.leaf} if isinstance(expr, Load) else set()
-    return own.union(*map(loads, _parts(expr)))
+    return own.union(*map(loads, parts(expr)))
 
 
 def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> Expr:
     """`expr` with each load of leaf i at `indices` replaced by `new(i, indices)`."""
-    if isinstance(expr, Load | Table):
-        indices = tuple(replace_loads(i, new) for i in expr.indices)
-        return new(expr.leaf, indices) if isinstance(expr, Load) else Table(expr.known, indices)
-    return Call(expr.op, tuple(replace_loads(a, new) for a in expr.args)) if isinstance(expr, Call) else expr
+    found = rebuilt(expr, lambda part: replace_loads(part, new))
+    return new(found.leaf, found.indices) if isinstance(found, Load) else found
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:

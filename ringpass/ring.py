@@ -31,7 +31,7 @@ from ringpass.kernels import accumulator
 from ringpass.known import Known
 from ringpass.layout import Layout, Ranges, size, tokens
 from ringpass.mask import PARTIAL
-from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, divided, program, rows
+from ringpass.schedule import MIRRORED, TRIANGLES, Problem, Program, Step, Tile, Transfer, divided, program, rows
 
 LABEL = "ringpass_label"
 Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -97,7 +97,7 @@ def forward(
             args = _tile_args(site, step, tile, q, leaves, seed, flying)
             with label(f"attention_{_name(step, tile)}"):
                 parts = _cut(q, tile.q), _cut(k_block, tile.k), _cut(v_block, tile.k)
-                out, lse = op(*parts, *args)
+                out, lse = _turned(tile, op(*_turned(tile, parts), *args))
             state.fold(tile.q, (out.to(accumulator(q.dtype)), lse), _merge, f"merge_{_name(step, tile)}")
     with label("join_rows"):
         out, lse = state.join(lambda n: _nothing(q, v, n))
@@ -129,7 +129,8 @@ def backward(
         args = _tile_args(site, step, tile, q, leaves, seed, flying)
         with label(f"attention_backward_{_name(step, tile)}"):
             ours, theirs = [_cut(x, tile.q) for x in (grad, q, out, lse)], [_cut(x, tile.k) for x in blocks]
-            tile_dq, tile_dk, tile_dv, *others = op(*ours[:2], *theirs, *ours[2:], *args)
+            parts = _turned(tile, (*ours[:2], *theirs, *ours[2:]))
+            tile_dq, tile_dk, tile_dv, *others = _turned(tile, op(*parts, *args))
         dq.fold(tile.q, (tile_dq,), _add, f"add_gradients_{_name(step, tile)}")
         dkv.fold(tile.k, (tile_dk, tile_dv), _add, f"add_gradients_{_name(step, tile)}")
         if others:
@@ -410,13 +411,18 @@ def _tile_args(
         if tile.kind == PARTIAL:
             allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
         if site.bias:
-            bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
+            (bias,) = _turned(tile, [primitives.mask_tile(list(leaves), q, site.bias, *spans)], (2, 3))
     if site.dropout:
         with label(f"keep_{_name(step, tile)}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, *site.orders, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
-    causal, learned = tile.kind == CAUSAL_TILE, bool(site.learned)
+    causal, learned = tile.kind in TRIANGLES, bool(site.learned)
     return allowed, bias, keep, site.scale, causal, site.dropout, learned, *score, flying
+
+
+def _turned(tile: Tile, tensors: Sequence[Tensor], dims: tuple[int, ...] = (2,)) -> Sequence[Tensor]:
+    """`tensors` with their rows in reverse where the tile is mirrored: its triangle is then the kernels' causal one."""
+    return [x.flip(dims) for x in tensors] if tile.kind == MIRRORED else tensors
 
 
 def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
