@@ -58,9 +58,15 @@ def _names(expr: Expr) -> set[str]:
 
 
 def _tabled(expr: Expr, name: str, order: Order) -> Expr:
-    at = torch.from_numpy(order.known.values)
-    positions = {"q": at, "k": at} | {other: torch.zeros((), dtype=torch.int64) for other in "bh"}
-    values: Array = evaluate(expr, positions, []).reshape(-1).expand(order.tokens).numpy()
+    """The table of `expr` at all places; `expr` itself where that is the same: `q < 1` of a prefix has an edge."""
+    values = _values(expr, order.known.values)
     if values.dtype == np.bool_ and (values == values[0]).all():
         return Const(bool(values[0]))
-    return table(values, Index(name))
+    same = np.array_equal(values, _values(expr, np.arange(order.tokens)))
+    return expr if same else table(values, Index(name))
+
+
+def _values(expr: Expr, tokens: Array) -> Array:
+    at, nought = torch.from_numpy(tokens), torch.zeros((), dtype=torch.int64)
+    found = evaluate(expr, {"b": nought, "h": nought, "q": at, "k": at}, [])
+    return found.reshape(-1).expand(len(tokens)).numpy()
