@@ -1,12 +1,12 @@
 """The generalised Hilbert curve over any rectangle or box: tokens that are near on the grid are near in the sequence.
 
     >>> curve((2, 3))                                  # row-major numbers of the cells, in the order of the curve
-    array([0, 1, 2, 5, 4, 3])
+    array([0, 1, 3, 4, 5, 2])
     >>> order = Order((2, 3), prefix=1)
     >>> str(order), order.tokens                       # a CLS token stays in front of the grid
     ('hilbert 2x3 after 1', 7)
     >>> order.known.values
-    array([0, 1, 2, 3, 6, 5, 4])
+    array([0, 1, 2, 4, 5, 6, 3])
 
 The curve starts in a corner.  A box that is long in one direction is cut across it; else its parts are those of
 Hilbert's own curve: two sides and the base between them.  (J. Cerveny, "gilbert".)  Cuts fall on even lengths, so that

@@ -1,9 +1,9 @@
 """Masks over tokens as masks over places along a curve.
 
     >>> from ringpass.mask import parse
-    >>> rows = of_places(parse("abs(q // 3 - k // 3) <= 1 & bool(x0[b, k])"), {"q": Order((2, 3)), "k": Order((2, 3))})
-    >>> rows.args[0].args[0].args[0].args[0].known.values         # the row at each place of the queries: q // 3
-    array([0, 0, 0, 1, 1, 1])
+    >>> column = of_places(parse("q % 3"), {"q": Order((2, 3))})      # of each place, on a grid of two rows of three
+    >>> column.known.values.tolist() == (Order((2, 3)).known.values % 3).tolist()
+    True
 
 What depends on q alone, or on k alone, without data, becomes a table of its values at all places: the largest such
 part, so that interval arithmetic knows its exact range over a run of the curve.  Reads of data get the token that is at
@@ -58,9 +58,15 @@ def _names(expr: Expr) -> set[str]:
 
 
 def _tabled(expr: Expr, name: str, order: Order) -> Expr:
-    at = torch.from_numpy(order.known.values)
-    positions = {"q": at, "k": at} | {other: torch.zeros((), dtype=torch.int64) for other in "bh"}
-    values: Array = evaluate(expr, positions, []).reshape(-1).expand(order.tokens).numpy()
+    """The table of `expr` at all places; `expr` itself where that is the same: `q < 1` of a prefix has an edge."""
+    values = _values(expr, order.known.values)
     if values.dtype == np.bool_ and (values == values[0]).all():
         return Const(bool(values[0]))
-    return table(values, Index(name))
+    same = np.array_equal(values, _values(expr, np.arange(order.tokens)))
+    return expr if same else table(values, Index(name))
+
+
+def _values(expr: Expr, tokens: Array) -> Array:
+    at, nought = torch.from_numpy(tokens), torch.zeros((), dtype=torch.int64)
+    found = evaluate(expr, {"b": nought, "h": nought, "q": at, "k": at}, [])
+    return found.reshape(-1).expand(len(tokens)).numpy()
