@@ -25,7 +25,7 @@ aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"
 ATTENTION = (SDPA, "flex_attention")
 COUNTER_BASED = ("dropout.default", SDPA)
-CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
+CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default", "einsum.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
 
 

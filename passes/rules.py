@@ -340,6 +340,24 @@ def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]
     return (dims,) * len(node.meta["val"])
 
 
+def _equation(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """einsum: letters are factors; those that the result lacks are summed over."""
+    equation, operands = args_of(node)[:2]
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return None
+    letters: dict[str, Factors] = {}
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        for name, factors in zip(term, sweep.dims(operand), strict=True):
+            letters[name] = (
+                sweep.tie(letters[name], factors, note)
+                if letters.get(name) and factors
+                else (letters.get(name) or factors)
+            )
+    note.summed += [f for name, factors in letters.items() if name not in result for f in factors]
+    return tuple(letters[name] for name in result)
+
+
 def _first_operand(sweep: Sweep, node: Node, note: Note) -> Dims:
     return sweep.dims(first_of(node))
 
@@ -414,5 +432,6 @@ RULES: dict[str, Rule] = {
     "repeat_interleave.self_int": _repeat_heads,
     "cross_entropy_loss.default": _cross_entropy,
     "index.Tensor": _index,
+    "einsum.default": _equation,
 }
 assert operator.getitem.__name__ in RULES

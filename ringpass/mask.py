@@ -24,7 +24,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import product
 from typing import Any
@@ -576,6 +576,16 @@ def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> E
         indices = tuple(replace_loads(i, new) for i in expr.indices)
         return new(expr.leaf, indices) if isinstance(expr, Load) else Table(expr.known, indices)
     return Call(expr.op, tuple(replace_loads(a, new) for a in expr.args)) if isinstance(expr, Call) else expr
+
+
+def substitute(expr: Expr, old: Expr, new: Expr) -> Expr:
+    """`expr` with each part that is `old` replaced by `new`."""
+    if expr == old:
+        return new
+    parts = tuple(substitute(p, old, new) for p in _parts(expr))
+    if isinstance(expr, Call):
+        return call(expr.op, *parts)
+    return replace(expr, indices=parts) if isinstance(expr, Load | Table) else expr
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
