@@ -73,12 +73,14 @@ def read(node: Node) -> Written | None:
         return None  # the probabilities that the model returns are dropped by the same coins as those that it uses
     puller, expr = _element(softmax, scores)
     function = _without_casts(expr)
-    if not scored(function) or scores in puller.leaves:
+    if not scored(function):
         return None
-    scale, function = _scaled(function)
+    scale, function = _scaled(_unshifted(function))
     seen, bias, rest = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))
     (allowed, bias, rest), leaves = numbered(puller, simplify(seen), bias, rest)
     assert allowed is not None
+    if any(_rests_on(leaf, scores) for leaf in leaves):
+        return None
     q, k = (args_of(scores)[i] for i in PRODUCTS[scores.target])
     return Written(q, _transposed(k, scores), v, allowed, bias, rest, leaves, scale, dropout)
 
@@ -161,9 +163,11 @@ def _between(node: Node) -> Iterator[Node]:
 
 def _transposed(k: Node, scores: Node) -> Node:
     """The keys (.., Sk, D) of which `k` is the transpose."""
-    rank = k.meta["val"].ndim
-    args = args_of(k)
-    if k.target is aten.transpose.int and {args[1] % rank, args[2] % rank} == {rank - 1, rank - 2}:
+    rank, args = k.meta["val"].ndim, args_of(k)
+    swaps = k.target is aten.transpose.int and {args[1] % rank, args[2] % rank} == {rank - 1, rank - 2}
+    ends = [*range(rank - 2), rank - 1, rank - 2]
+    swaps = swaps or (k.target is aten.permute.default and [d % rank for d in args[1]] == ends)
+    if swaps or k.target is aten.mT.default:
         return args[0]  # type: ignore[no-any-return]
     with k.graph.inserting_before(scores):
         new = k.graph.call_function(aten.transpose.int, (k, -2, -1))
@@ -189,6 +193,30 @@ def _element(softmax: Node, scores: Node) -> tuple[Puller, Expr]:
     puller.products[scores] = (at, factor)
     where = regrouped(at, scores.meta["val"].shape, operand.meta["val"].shape)
     return puller, puller.element(operand, where) if where is not None else TRUE
+
+
+def _rests_on(node: Node, scores: Node) -> bool:
+    """Whether `node` is computed from the scores."""
+    stack, met = [node], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node is scores:
+            return True
+        if node not in met:
+            met.add(node)
+            stack += node.all_input_nodes
+    return False
+
+
+def _unshifted(expr: Expr) -> Expr:
+    """`expr` without what is added to all of a row, such as its maximum subtracted: softmax does not see it."""
+    if isinstance(expr, Call) and expr.op in ("add", "sub"):
+        left, right = expr.args
+        if not scored(right) and m.substitute(right, m.K, m.Q) == right:
+            return _unshifted(left)
+        if expr.op == "add" and not scored(left) and m.substitute(left, m.K, m.Q) == left:
+            return _unshifted(right)
+    return expr
 
 
 def _without_casts(expr: Expr) -> Expr:

@@ -314,6 +314,15 @@ def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(sweep.resolve(d) for d in value[node.args[1]])
 
 
+def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """Values and indices: the dim is needed whole, the others pass."""
+    dims = list(sweep.dims(first_of(node)))
+    dim = _argument(node, 2, "dim", -1) % len(dims)
+    note.whole += dims[dim]
+    dims[dim] = sweep.new(node.meta["val"][0].shape[dim])
+    return (tuple(dims),) * 2
+
+
 def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
     dim = _argument(node, 1, "dim", 0)
@@ -413,6 +422,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),
+    "mT.default": _permuted(lambda node, rank: [*range(rank - 2), rank - 1, rank - 2]),
     "permute.default": _permuted(lambda node, rank: [d % rank for d in args_of(node)[1]]),
     **dict.fromkeys(LOSSES, _loss),
     "matmul.default": _matmul,
@@ -433,5 +443,6 @@ RULES: dict[str, Rule] = {
     "cross_entropy_loss.default": _cross_entropy,
     "index.Tensor": _index,
     "einsum.default": _equation,
+    "topk.default": _topk,
 }
 assert operator.getitem.__name__ in RULES

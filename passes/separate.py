@@ -63,13 +63,19 @@ def split_sum(expr: Expr, fills: tuple[float, ...]) -> Split:
     if expr.op == "where":
         c, *sides = expr.args
         for seen, inside, outside in ((c, *sides), (call("not", c), *reversed(sides))):
-            if isinstance(outside, Const) and outside.value in fills:
+            if _number(outside) in fills:
                 more, bias = split_sum(inside, fills)
                 return call("and", seen, more), None if bias == Const(0.0) else bias
         return TRUE, expr
     (left, a), (right, b) = (split_sum(x, fills) for x in expr.args)
     rest = [x for x in (a, b) if x is not None and x != Const(0.0)]
     return call("and", left, right), call("add", *rest) if len(rest) == 2 else rest[0] if rest else None
+
+
+def _number(expr: Expr) -> Any:
+    """The number that `expr` is, maybe one of a given dtype."""
+    inner = expr.args[0] if isinstance(expr, Call) and expr.op == "cast" else expr
+    return inner.value if isinstance(inner, Const) else None
 
 
 # --- score functions -------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def _peeled(expr: Expr, fills: tuple[float, ...]) -> tuple[Expr, Expr]:
     if expr.op == "where" and not scored(expr.args[0]):
         c, a, b = expr.args
         for seen, inner, other in ((c, a, b), (call("not", c), b, a)):
-            if isinstance(other, Const) and other.value in fills:
+            if _number(other) in fills:
                 more, rest = _peeled(inner, fills)
                 return call("and", seen, more), rest
     if expr.op == "add" and _addend(expr) is None:  # a mask added to a function that is more than a sum
