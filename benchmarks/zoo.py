@@ -47,7 +47,7 @@ def row(name: str, attention: str, reports: list[Report]) -> str:
 
 def main() -> None:
     """Prints the table, and writes it where it is whole."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()

@@ -29,7 +29,7 @@ from ringpass.passes.emission import Rank, bytes_of, slice_of
 from ringpass.passes.factors import Sweep, args_of, first_of, size_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, CREATION, PATTERNED, RESIZED, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED, op_name
 from ringpass.passes.sums import Sums
 from ringpass.passes.takes import Takes
 from ringpass.selection import TopBlocks, chosen_blocks
@@ -190,6 +190,10 @@ class _Writer(Sums, Takes):
         if name in PATTERNED:
             return self._emit(aten.to.dtype, self._local(first_of(node), axis), node.meta["val"].dtype, name=node.name)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
+        if name == FUNCTION:  # elementwise: its results are like its operands
+            new = self._copy(node, args, kwargs)
+            new.meta["val"] = (args[2].meta["val"],) * len(node.meta["val"])
+            return new
         if name not in RESIZED:
             return self._checked(self._copy(node, args, kwargs), node, axis)
         shape, position = self._local_shape(node, axis), RESIZED[name]

@@ -74,6 +74,8 @@ RESIZED = {
 }
 """Ops that name output sizes, and the position of that argument."""
 
+FUNCTION = "autograd_function_apply"
+
 PATTERNED = ("type_as.default", "to.other")
 """Ops whose second operand only lends its dtype."""
 
@@ -349,6 +351,26 @@ def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]
     return (dims,) * len(node.meta["val"])
 
 
+ELEMENTWISE = {
+    "mul", "add", "sub", "truediv", "neg", "pow", "tanh", "sigmoid", "exp", "log", "erf", "sqrt", "rsqrt", "abs",
+    "relu", "square", "reciprocal", "radd", "rmul", "rsub", "set_grad_enabled",
+}  # fmt: skip
+
+
+def _function(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...] | None:
+    """An autograd.Function whose forward and backward are elementwise, on tensors of one shape."""
+    shape = node.meta["val"][0].shape
+    bodies: Any = [getattr(node.graph.owning_module, str(body.target)) for body in args_of(node)[:2]]
+    for inner in [n for body in bodies for n in body.graph.nodes if n.op != "output"]:
+        value = inner.meta.get("example_value")
+        name = inner.target if isinstance(inner.target, str) else getattr(inner.target, "__name__", "")
+        known = inner.op == "placeholder" or (inner.op.startswith("call") and name.strip("_") in ELEMENTWISE)
+        if not known or (isinstance(value, torch.Tensor) and value.shape != shape):
+            return None
+    dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
+    return (dims,) * len(node.meta["val"])
+
+
 def _equation(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """einsum: letters are factors; those that the result lacks are summed over."""
     equation, operands = args_of(node)[:2]
@@ -444,5 +466,6 @@ RULES: dict[str, Rule] = {
     "index.Tensor": _index,
     "einsum.default": _equation,
     "topk.default": _topk,
+    FUNCTION: _function,
 }
 assert operator.getitem.__name__ in RULES

@@ -139,11 +139,11 @@ def test_what_is_read_equals_what_is_written(attend: Attend) -> None:
     assert found is not None
     site, values, gm = found
     assert (str(site.mask), None if site.score is None else str(site.score)) == WRITTEN[attend]
-    *qkv, want = values_of(gm, values, [site.q, site.k, site.v, site.node])
+    q, k, v, want = values_of(gm, values, [site.q, site.k, site.v, site.node])
     leaves = values_of(gm, values, list(site.leaves))
-    assert torch.allclose(dense(site, *qkv, leaves), want, rtol=0, atol=1e-13)
+    assert torch.allclose(dense(site, q, k, v, leaves), want, rtol=0, atol=1e-13)
     if attend is grouped:
-        assert qkv[1].shape[1] == H // 2
+        assert k.shape[1] == H // 2
 
 
 # --- what is left alone -----------------------------------------------------------------------------------------------

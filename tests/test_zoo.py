@@ -17,7 +17,6 @@ GATHERED = {  # why an entry gathers something
     "dinov2": "the mean of all tokens but the first",
     "mixtral": "tokens sorted by expert",
     "gpt_oss": "attention with sinks runs whole",
-    "bloom": "an autograd.Function",
     "nn_attention_maps": "attention maps are returned",
 }
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)

@@ -243,8 +243,7 @@ class Regression(nn.Module):
         y = self.run(**batch)
         return (y,) if target is None else (y, F.mse_loss(y, target))
 
-    def run(self, **batch: Any) -> Tensor:
-        raise NotImplementedError
+    run: Callable[..., Tensor]
 
 
 class Encoder(Regression):
@@ -270,7 +269,7 @@ class Translator(Regression):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 2 * WIDTH, "dropout": 0.0}
+        sizes: dict[str, Any] = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 2 * WIDTH, "dropout": 0.0}
         self.transformer = nn.Transformer(**sizes, num_encoder_layers=1, num_decoder_layers=LAYERS, batch_first=True)
 
     def run(self, x: Tensor, source: Tensor) -> Tensor:
@@ -314,6 +313,7 @@ class WrittenGPT(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
         self.merge = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.causal: Tensor
         self.register_buffer("causal", torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64), persistent=False)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, ...]:
