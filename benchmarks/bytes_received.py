@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.paired import Case, against, arguments, collect, conclude, screen
 from ringpass.layout import Layout
-from ringpass.passes.balance import Load, choose, grain, placed
+from ringpass.passes.balance import Load, choose, placed, refine
 from ringpass.passes.verify import lower_bound
 from ringpass.patterns import Pattern, causal, documents, global_tokens, prefix, window
 from ringpass.schedule import Problem, tiling
@@ -76,7 +75,7 @@ def planned(masks: Mapping[str, Pattern], tokens: int, ranks: int) -> Iterator[A
 
 def chosen(problem: Problem) -> Problem:
     """One attention with the tile and the layout that the backend plans for it."""
-    problem = replace(problem, tile=grain(problem))
+    problem = refine(problem, "cpu")
     load = Load(problem, flops=4.0 * HEADS * WIDTH, bytes=2.0 * GROUPS * WIDTH * 2)
     return placed(problem, choose([load], problem.world, fixed=True)[0].layout, problem.world)
 

@@ -84,14 +84,14 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
     """Forward and backward under `mask`, and the tile."""
     from ringpass import ring
     from ringpass.layout import Layout
-    from ringpass.passes.balance import grain
-    from ringpass.ring import Site
+    from ringpass.passes.balance import refine
     from ringpass.schedule import Problem
+    from ringpass.site import Site
 
     here = Layout("contiguous", 1)
-    tile = grain(Problem(mask, args.length, args.length, here, here))
+    problem = refine(Problem(mask, args.length, args.length, here, here), "cpu")
     lengths, layouts = (args.length, args.length), ("contiguous", "contiguous")
-    site = Site(mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, tile, rank=0, world=1, group="")
+    site = Site(mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, problem.tile, rank=0, world=1, group="")
     q, k, v, grad = (torch.randn(1, args.heads, args.length, args.width) for _ in range(4))
 
     def step() -> object:
@@ -99,7 +99,7 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
             out, lse = ring.forward(site, q, k, v, [], None)
             return ring.backward(site, grad, q, k, v, out, lse, [], None)
 
-    return step, tile
+    return step, problem.tile
 
 
 def bound(density: float) -> float:

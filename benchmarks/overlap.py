@@ -79,7 +79,7 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
 def ring_steps(heads: int, tokens: int) -> tuple[Step, Step]:
     """Forward and backward of ring attention over `tokens` tokens per rank."""
     from ringpass import ring
-    from ringpass.ring import Site
+    from ringpass.site import Site
 
     rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None

@@ -20,13 +20,45 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ringpass.layout import STRIPES, Layout, assigned
-from ringpass.schedule import Array, Problem, tiling
+from ringpass.mask import PARTIAL
+from ringpass.schedule import TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
 FINEST, SPARED = 128, 0.05
 GOOD = 1.02  # largest over mean FLOPs of a rank
 MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer tokens, are not tried
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a tile costs on a device, in (query, key) pairs of a large full tile.
+
+    A causal flag skips keys in blocks of `skip`; a pair whose mask is evaluated costs `mask`, one in a tile of fewer
+    than so many query rows costs as `few` says; each query row costs `row` (it is merged), each tile `call`.
+    """
+
+    skip: int
+    mask: float
+    few: tuple[tuple[int, float], ...]
+    row: float
+    call: float
+
+    def of(self, tiles: Tiling) -> float:
+        """The price of all `tiles`."""
+        n, m, partial = tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0], tiles.kind == TILE_KINDS.index(PARTIAL)
+        seen = np.where(np.isin(tiles.kind, [TILE_KINDS.index(kind) for kind in TRIANGLES]), (m + self.skip) / 2, m)
+        pair = np.where(partial, self.mask, 1.0)
+        for rows, factor in self.few:
+            pair = np.where(n < rows, np.maximum(pair, factor), pair)
+        return float((n * np.minimum(seen, m) * pair + self.row * n + self.call).sum())
+
+
+PRICES = {
+    "cpu": Price(skip=512, mask=1.2, few=((192, 1.25),), row=7.0, call=4e3),
+    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5),
+}
+"""CPU: read off torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess; nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +121,20 @@ def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
     return Estimate(layout, float(flops.max()), float(flops.mean()), float(received.max()), time)
 
 
-def grain(problem: Problem) -> int:
-    """The edge of a site's tiles: halved from the default while that spares SPARED of the work, not below FINEST.
+def refine(problem: Problem, device: str) -> Problem:
+    """`problem` with the edge of its tiles: the largest whose price is within SPARED of the best.
 
-    A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; where the
-    mask depends on data all over, or is full, they gain nothing.
+    A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; but kernels
+    run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles multiply:
+    then the mask cuts through all of the plane, and smaller ones gain nothing.
     """
     flat = placed(problem, "contiguous", problem.world)
-    work = [int(tiling(flat).area.sum())]
-    edge = flat.tile
-    while edge > FINEST:
-        work.append(int(tiling(replace(flat, tile=edge // 2)).area.sum()))
-        if work[-1] > (1 - SPARED) * work[-2]:
-            break
-        edge //= 2
-    return edge
+    edges, found = [flat.tile], [tiling(flat)]
+    while edges[-1] > FINEST and (len(found) < 2 or len(found[-1]) < 3 * len(found[-2])):
+        edges.append(edges[-1] // 2)
+        found.append(tiling(replace(flat, tile=edges[-1])))
+    paid = [PRICES[device].of(tiles) for tiles in found]
+    return replace(problem, tile=next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid)))
 
 
 def placed(problem: Problem, layout: str, world: int) -> Problem:

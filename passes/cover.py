@@ -10,7 +10,7 @@ thing that does not.
 
     owned      queries lie in the rank's own ranges, keys in one range of their owner
     once       no two tiles share a pair; what no tile covers is empty, by the mask's intervals
-    kinds      full tiles are full, causal ones are k <= q on equal ranges
+    kinds      full tiles are full, triangles are one diagonal of the mask and nothing else
     thrift     no tile is provably empty; none whose mask is evaluated is larger than the problem's tile
 
 Pairs are counted on the grid of all edges: a tile adds one to its cells by four corners of a table of differences.
@@ -22,9 +22,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from ringpass.cuts import LOWER, UPPER, triangle
 from ringpass.errors import ScheduleError
-from ringpass.mask import CAUSAL, EMPTY, FULL, KINDS, PARTIAL, Expr, Spans, classify_all
-from ringpass.schedule import CAUSAL_TILE, TILE_KINDS, Array, Problem, Tiling, chunks, halves
+from ringpass.mask import EMPTY, FULL, KINDS, PARTIAL, Expr, Spans, classify_all
+from ringpass.schedule import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks, halves
 
 
 def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
@@ -109,13 +110,16 @@ def _once(problem: Problem, rank: int, tiles: Tiling) -> None:
 
 
 def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
-    full, causal = tiles.kind == TILE_KINDS.index(FULL), tiles.kind == TILE_KINDS.index(CAUSAL_TILE)
-    same = (tiles.q[0] == tiles.k[0]) & (tiles.q[1] == tiles.k[1])
-    _refuse(causal & ~(same & (problem.expr == CAUSAL)), rank, tiles, "the mask is not k <= q in tile {}")
+    full, triangles = tiles.kind == TILE_KINDS.index(FULL), np.zeros(len(tiles), dtype=bool)
+    shape = triangle(problem.expr, tiles.q, tiles.k)
+    for kind, expected in ((CAUSAL_TILE, LOWER), (MIRRORED, UPPER)):
+        of_kind = tiles.kind == TILE_KINDS.index(kind)
+        _refuse(of_kind & (shape != expected), rank, tiles, "the mask is not a triangle in tile {}")
+        triangles |= of_kind
     some = tiles.take(full)
     _refuse(~proved(problem.expr, some.q, some.k, FULL), rank, some, "the mask is not full in tile {}")
     found = classify_all(problem.expr, tiles.q, tiles.k)
     _refuse(found == KINDS.index(EMPTY), rank, tiles, "the mask is empty in tile {}")
     edge = np.maximum(tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0])
-    evaluated = ~(full | causal) | problem.cut_all
+    evaluated = ~(full | triangles) | problem.cut_all
     _refuse(evaluated & (edge > problem.tile), rank, tiles, f"tile {{}} is larger than {problem.tile}")

@@ -80,11 +80,16 @@ def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSit
     """
     readers = [(reader, node) for node in list(gm.graph.nodes) if (reader := _reader(node)) is not None]
     sites = [_grouped(reader(index, node)) for index, (reader, node) in enumerate(readers)]
-    for site in sites if pattern != EVERYTHING else ():
+    return tuple(narrowed(site, pattern) for site in sites)
+
+
+def narrowed(site: AttentionSite, pattern: Pattern) -> AttentionSite:
+    """`site` with its mask ANDed with `pattern`.  Raises OptionError for a pattern of another length."""
+    if pattern != EVERYTHING:
         shape, keys = site.q.meta["val"].shape, site.k.meta["val"].shape[-2]
         batch, heads = {4: shape[:2], 3: (shape[0], 1)}.get(len(shape), (1, 1))
         pattern.check(batch, heads, shape[-2], keys)
-    return tuple(replace(site, mask=simplify(call("and", site.mask, pattern.expr))) for site in sites)
+    return replace(site, mask=simplify(call("and", site.mask, pattern.expr)))
 
 
 def _grouped(site: AttentionSite) -> AttentionSite:

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import args_of, size_of, tensors_of
+from ringpass.passes.factors import args_of, hint_of, size_of, tensors_of
 from ringpass.passes.placement import Placement
-from ringpass.passes.plan import Axis, hint_of
+from ringpass.passes.plan import Axis
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
 

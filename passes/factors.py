@@ -51,6 +51,11 @@ def size_of(n: Any) -> Any:
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
 
 
+def hint_of(n: Any) -> int:
+    """The value of a length in this compilation."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
 @dataclass
 class Note:
     """What the sweep found out about one node: factors that it needs whole, factors over which it sums."""

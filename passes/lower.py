@@ -8,6 +8,7 @@
                               whose body runs the same code
     pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
+    permute                   stays, named permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
 
 Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No attention that
 the plan partitioned may be left; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
@@ -27,7 +28,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops, primitives
 from ringpass.errors import UnsupportedError
-from ringpass.ring import LABEL, Site
+from ringpass.rows import LABEL
+from ringpass.site import Site
 
 ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
@@ -38,7 +40,7 @@ SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.m
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 ATTENTION = re.compile(r"(scaled_dot_product|flex_attention)(?!.*backward)")
-LAYOUT = 4  # position of the layout's name in their arguments
+LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
 
 
 def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
@@ -52,6 +54,9 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
             _drop_replicate(graph, node)
         elif node.op == "call_function" and node.target in REORDERING:
             node._rename(f"{REORDERING[node.target]}_{str(node.args[LAYOUT]).split()[0]}")
+        elif node.op == "call_function" and node.target is ops.permute:
+            curve = str(node.args[LAYOUT]).replace(" after ", "_prefix").replace(" ", "_")
+            node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
     fixed = [n for n in sites if not _site(n).pruning]
     if not any(_symbolic(n) for n in sites) and sum(_size(_site(n)) for n in fixed) <= unroll_limit:

@@ -23,8 +23,9 @@ from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
+from ringpass.layout import Layout
+from ringpass.mask import TRUE, Expr, call
 from ringpass.passes.capture import Captured
-from ringpass.passes.detect import AttentionSite
 from ringpass.passes.emission import Rank, bytes_of, slice_of
 from ringpass.passes.factors import Sweep, args_of, first_of, size_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
@@ -32,6 +33,7 @@ from ringpass.passes.plan import Axis, RingPlan, SitePlan
 from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED, op_name
 from ringpass.passes.sums import Sums
 from ringpass.passes.takes import Takes
+from ringpass.places import of_places
 from ringpass.selection import TopBlocks, chosen_blocks
 
 aten = torch.ops.aten
@@ -225,7 +227,7 @@ class _Writer(Sums, Takes):
 
     def _write_site(self, plan: SitePlan) -> Node:
         """Ring attention over the ranks; over this one alone where the site is replicated, all tokens on each."""
-        site, problem, reason = plan.site, plan.problem, f"attention {plan.site.node.name}"
+        site, problem, reason = plan.placed, plan.problem, f"attention {plan.site.node.name}"
         assert problem is not None
         q = self._local(site.q, plan.query_axis) if plan.query_axis else self._whole(site.q, reason)
         k, v = (self._keys(x, plan, reason) for x in (site.k, site.v))
@@ -241,19 +243,25 @@ class _Writer(Sums, Takes):
         )
         names = problem.query_layout.name, problem.key_layout.name
         lengths = [self._size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
+        if plan.query_axis is None:  # sharded ones are in their order already
+            sides = list(zip((q, k, v), (0, 1, 1), strict=True))
+            q, k, v = (self._ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
         seed, stream = (self.seed, self._stream()) if site.dropout else (None, 0)
         who = (self.rank.rank if plan.query_axis else 0), problem.world, self.rank.group
         mask, pruning = site.mask, plan.pruning
         if self.plan.approximate:
-            leaves.append(self._choose_blocks(self.plan.approximate, site, q, k, names, lengths, who))
-            mask, pruning = chosen_blocks(mask, len(leaves) - 1, self.plan.approximate), (*pruning, len(leaves) - 1)
+            leaves.append(self._choose_blocks(self.plan.approximate, plan, q, k, lengths, who))
+            mask, pruning = self._chosen(plan, len(leaves) - 1), (*pruning, len(leaves) - 1)
         bias, score = ("" if x is None else str(x) for x in (site.bias, site.score))
         learned, pruned = (",".join(map(str, numbers)) for numbers in (self.placement.learned(plan), pruning))
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.plan.comm, score, learned, pruned, name=f"ring_attention_{site.index}",
+            *names, problem.tile, *who, self.plan.comm, score, "", learned, pruned,
+            name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)
+        if plan.query_axis is None:
+            out = self._ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
         for _ in range(missing):
             out = self._emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
         return out
@@ -263,11 +271,13 @@ class _Writer(Sums, Takes):
             return self._whole(x, reason)
         return self._local(x, plan.key_axis) if plan.key_axis else self._broadcast(x, reason)
 
-    def _choose_blocks(
-        self, how: TopBlocks, site: AttentionSite, q: Node, k: Node, names: Any, lengths: Any, who: Any
-    ) -> Node:
-        """The pairs of blocks that attend, the same on every rank."""
+    def _choose_blocks(self, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any, who: Any) -> Node:
+        """The pairs of blocks that attend, the same on every rank: blocks of tokens, or of places along the curve."""
         rank, world, group = who
+        assert plan.problem is not None
+        layouts = plan.problem.query_layout, plan.problem.key_layout
+        names = [layout.map if self.plan.along_curve else layout.name for layout in layouts]
+        site = plan.placed if self.plan.along_curve else plan.site
         means = []
         for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
             where = 2, 1, tokens, layout, world, rank, group
@@ -275,6 +285,15 @@ class _Writer(Sums, Takes):
             means.append(self._emit(ops.block_means, detached, how.block, *where, name=f"block_means_{side}"))
         about = site.scale, str(site.mask), *lengths, how.block, how.density, how.mass
         return self._emit(ops.choose_blocks, *means, *about, name=f"chosen_blocks_{site.index}")
+
+    def _chosen(self, plan: SitePlan, leaf: int) -> Expr:
+        """The mask of a site, and only the pairs of blocks that leaf number `leaf` keeps."""
+        assert plan.problem is not None and self.plan.approximate is not None
+        chosen = chosen_blocks(TRUE, leaf, self.plan.approximate)
+        if not self.plan.along_curve:
+            layouts = (("q", plan.problem.query_layout), ("k", plan.problem.key_layout))
+            chosen = of_places(chosen, {name: layout.order for name, layout in layouts if layout.order})
+        return call("and", plan.placed.mask, chosen)
 
     # --- operands ---------------------------------------------------------------------------------------------------
 
@@ -301,6 +320,7 @@ class _Writer(Sums, Takes):
             self.gathers.append(gather)
             args = self._shard_args(node, axis)
             whole = self._emit(ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered")
+            whole = self._ordered(whole, args, inverse=True)
             if not self.keeps:
                 return whole
             self.wholes[node] = whole
@@ -312,11 +332,19 @@ class _Writer(Sums, Takes):
             return self.locals[node]
         if (node, axis.index) not in self.shards:
             whole, args = self._whole(node, "change of axis"), self._shard_args(node, axis)
+            whole = self._ordered(whole, args, inverse=False)
             local = self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
             if not self.keeps:
                 return local
             self.shards[node, axis.index] = local
         return self.shards[node, axis.index]
+
+    def _ordered(self, whole: Node, shard_args: tuple[Any, ...], inverse: bool) -> Node:
+        """All tokens in the order of the layout's curve, or, inverse, back in their own."""
+        dim, outer, tokens, layout, world, _ = shard_args
+        order = Layout(layout, world).order
+        name = f"{whole.name}_{'restored' if inverse else 'permuted'}"
+        return self._emit(ops.permute, whole, dim, outer, tokens, str(order), inverse, name=name) if order else whole
 
     def _broadcast(self, node: Node, reason: str) -> Any:
         """`node` whole for consumers on an axis: their gradients are summed over ranks."""

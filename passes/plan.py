@@ -3,24 +3,25 @@
     axes: the factor classes of the query and key dims of the sites
     one rank: no axis, each site whole
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
-    layout of the axes: `balance`
+    layout of the axes: `balance`, along the curve that `curves` finds
 
 Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from ringpass.config import RingConfig
-from ringpass.layout import Layout
+from ringpass.hilbert import Order
+from ringpass.layout import Layout, following
 from ringpass.mask import loads
-from ringpass.passes.balance import Load, choose, grain
+from ringpass.passes.balance import PRICES, Load, choose, refine
+from ringpass.passes.curves import along, find, of_length
 from ringpass.passes.detect import AttentionSite
-from ringpass.passes.factors import Factor, Sweep
+from ringpass.passes.factors import Factor, Sweep, hint_of
 from ringpass.schedule import TILE, Problem, Program, program
 from ringpass.selection import TopBlocks
 
@@ -56,6 +57,7 @@ class SitePlan:
     query_axis: Axis | None
     key_axis: Axis | None
     problem: Problem | None
+    placed: AttentionSite  # the site as it runs: its expressions over places, where an order is not the tokens' own
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
 
     def program(self, rank: int) -> Program | None:
@@ -72,6 +74,7 @@ class RingPlan:
     sites: tuple[SitePlan, ...]
     comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
     approximate: TopBlocks | None = None
+    along_curve: bool = False  # whether the blocks of `approximate` are runs of places
     weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
@@ -84,43 +87,49 @@ class RingPlan:
                 for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
             )
             pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
-            lines += [f"{site.site}", f"  {where}{'' if site.query_axis else '; runs replicated'}{pruned}"]
+            order = site.problem and not site.query_axis and site.problem.query_layout.order
+            alone = "" if site.query_axis else f"; runs replicated{f', along {order}' if order else ''}"
+            lines += [f"{site.site}", f"  {where}{alone}{pruned}"]
         return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
-
-
-def hint_of(n: Any) -> int:
-    """The value of a length in this compilation."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
 def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
     """Chooses the layouts and states each site's schedule problem."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
-    placed = []
+    order = find(sites, config)
+    planned = []
     for site in sites:
         plain = world > 1 and _plain(site, remarks)
-        pair = [_axis(axes, sweep, x, world, remarks) if plain else None for x in (site.q, site.k)]
-        placed.append((site, pair))
-    chosen, weighed = _choose(placed, world, config)
-    final = {axis.index: replace(axis, layout=Layout(chosen, world)) for axis in axes.values()}
+        pair = [_axis(axes, sweep, x, world, order, remarks) if plain else None for x in (site.q, site.k)]
+        if pair[0] is None:
+            pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
+        orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
+        planned.append((site, along(site, orders, config), orders, pair))
+    chosen, weighed = _choose([(placed, pair) for _, placed, _, pair in planned], world, config)
+    final = {a.index: replace(a, layout=Layout(following(chosen, a.layout.order), world)) for a in axes.values()}
     plans = []
-    for site, pair in placed:
+    for site, placed, orders, pair in planned:
         query, key = (final[a.index] if a else None for a in pair)
-        if query is None:
-            key = None  # few queries over many keys: keys are gathered, the site runs replicated
-        problem = _problem(site, query, key, world, config) if query else _alone(site, world, config)
-        plans.append(
-            SitePlan(site, query, key, problem, _pruning(site) if config.runtime_pruning or site.listed else ())
-        )
-    how = config.comm, config.approximate
+        problem = _problem(placed, query, key, world, config) if query else _alone(placed, orders, world, config)
+        pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
+        plans.append(SitePlan(site, query, key, problem, placed, pruning))
+    how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
 
 
-def _alone(site: AttentionSite, world: int, config: RingConfig) -> Problem | None:
+def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> Order | None:
+    """The order of a site's queries or keys; of a replicated site, they are brought into it around the site."""
+    return axis.layout.order if axis else of_length(order, x) if replicated else None
+
+
+def _alone(site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig) -> Problem | None:
     """The problem of a site that every rank computes whole, as if it were the only one; None: as the model wrote it."""
-    ours = (world == 1 or config.altering) and _plain(site, [])
-    return _problem(site, None, None, 1, config) if ours else None
+    if not (world == 1 or config.altering or any(orders)) or not _plain(site, []):
+        return None
+    problem = _problem(site, None, None, 1, config)
+    query, key = (Layout(following("contiguous", order), 1) for order in orders)
+    return replace(problem, query_layout=query, key_layout=key)
 
 
 def _pruning(site: AttentionSite) -> tuple[int, ...]:
@@ -149,7 +158,9 @@ def _plain(site: AttentionSite, remarks: list[str]) -> bool:
     return bool(fits)
 
 
-def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: list[str]) -> Axis | None:
+def _axis(
+    axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, order: Order | None, remarks: list[str]
+) -> Axis | None:
     """The axis of a site's queries or keys; None where it stays replicated."""
     factors, n = sweep.dims(x)[-2], x.meta["val"].shape[-2]
     if len(factors) != 1:
@@ -160,7 +171,8 @@ def _axis(axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, remarks: l
     if n < 2 * world:
         remarks.append(f"{x.name}: {n} tokens are fewer than 2 per rank, and stay replicated")
         return None
-    return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, Layout("contiguous", world)))
+    layout = Layout(following("contiguous", of_length(order, x)), world)
+    return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, layout))
 
 
 def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, config: RingConfig) -> Problem:
@@ -171,8 +183,9 @@ def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: i
     problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
     if config.tile:
         return problem
-    finest = config.approximate.block if config.approximate else problem.tile
-    return replace(problem, tile=min(finest, grain(problem)))
+    device = site.q.meta["val"].device.type
+    refined = refine(problem, device if device in PRICES else "cuda")
+    return replace(refined, tile=min(config.approximate.block, refined.tile)) if config.approximate else refined
 
 
 def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ Contract: `prove` returns only if all of this holds, and raises ScheduleError fo
     wellformed   each step says what its rank does: own queries, own rows sent, tiles inside the block
     exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
     waits        no circle, forward and backward: an exchange ends only after both its ends have started it
-    coverage     tiles are disjoint; pairs outside may not attend; in full tiles all must; causal tiles are k <= q
+    coverage     tiles are disjoint; pairs outside may not attend; in full tiles and triangles all must
     thrift       each received token serves a tile, and no tile is provably empty or larger than it has to be
 
 Coverage is checked for each element of a mask that has at most BRUTE of them, else by arithmetic (`cover`).
@@ -32,12 +32,14 @@ from torch import Tensor
 
 from ringpass.errors import ScheduleError
 from ringpass.layout import Ranges, size, tokens
-from ringpass.mask import CAUSAL, EMPTY, FULL, PARTIAL, Expr, classify, evaluate, extents, without_data
+from ringpass.mask import EMPTY, FULL, PARTIAL, Expr, classify, evaluate, extents, without_data
 from ringpass.passes.cover import cover
 from ringpass.passes.plan import RingPlan
 from ringpass.schedule import (
     CAUSAL_TILE,
+    MIRRORED,
     TILE_KINDS,
+    TRIANGLES,
     Problem,
     Program,
     Step,
@@ -180,7 +182,9 @@ def _wellformed(one: Program, index: int, step: Step) -> None:
     for tile in step.tiles:
         _demand(0 <= tile.q[0] < tile.q[1] <= rows_q, rank, step, "tile {} is not in the {} query rows", tile, rows_q)
         _demand(0 <= tile.k[0] < tile.k[1] <= rows_k, rank, step, "tile {} is not in the {} key rows", tile, rows_k)
-        _demand(tile.kind in (FULL, PARTIAL, CAUSAL_TILE), rank, step, "tile {} is of no known kind", tile)
+        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of no known kind", tile)
+        square = tile.kind not in TRIANGLES or tile.q[1] - tile.q[0] == tile.k[1] - tile.k[0]
+        _demand(square, rank, step, "tile {} is a triangle, but no square", tile)
 
 
 def _wellformed_transfers(one: Program, step: Step) -> None:
@@ -273,8 +277,8 @@ def _tiles(one: Program) -> Iterator[tuple[Step, Tile, Ranges, Ranges]]:
     for step in one.steps:
         for tile in step.tiles:
             q, k = tokens(queries, tile.q), tokens(step.tokens, tile.k)
-            causal = tile.kind != CAUSAL_TILE or (q == k and one.problem.expr == CAUSAL)
-            _demand(causal, one.rank, step, "the mask is not k <= q in tile {}", tile)
+            plain = tile.kind not in TRIANGLES or len(q) == len(k) == 1 or (tile.kind == CAUSAL_TILE and q == k)
+            _demand(plain, one.rank, step, "tile {} is a triangle of {} and {}", tile, q, k)
             yield step, tile, q, k
 
 
@@ -284,14 +288,21 @@ def _cover_elements(one: Program) -> None:
     may, must = (_values(problem.expr, queries, [(0, problem.keys)], unknown) for unknown in (True, False))
     covered = torch.zeros_like(may)
     for step, tile, _, k in _tiles(one):
-        for start, stop in k:
-            part = slice(*tile.q), slice(start, stop)
-            _demand(not bool(covered[part].any()), rank, step, "tile {} covers pairs that another one covers", tile)
-            covered[part] = True
-            _demand(tile.kind != FULL or bool(must[part].all()), rank, step, "the mask is not full in tile {}", tile)
+        part = slice(*tile.q), torch.cat([torch.arange(*span) for span in k])
+        inside = _shape(tile)
+        _demand(not bool((covered[part] & inside).any()), rank, step, "tile {} covers pairs of another one", tile)
+        covered[part] = covered[part] | inside
+        whole = tile.kind == PARTIAL or bool((must[part] | ~inside).all())
+        _demand(whole, rank, step, "the mask is not as the kind of tile {} says", tile)
     for row, key in (may & ~covered).nonzero()[:1].tolist():
         ((query, _),) = tokens(queries, (row, row + 1))
         _demand(False, rank, None, "no tile covers query {}, key {}, which the mask may allow", query, key)
+
+
+def _shape(tile: Tile) -> Tensor:
+    """The pairs that a tile computes."""
+    square = torch.ones(tile.q[1] - tile.q[0], tile.k[1] - tile.k[0], dtype=torch.bool)
+    return {CAUSAL_TILE: square.tril, MIRRORED: square.triu}.get(tile.kind, square.clone)()
 
 
 def _cover_rectangles(one: Program) -> None:
@@ -306,7 +317,7 @@ def _parts(tile: Tile, q: Ranges, k: Ranges) -> Iterator[tuple[Span, Span, int]]
     """A tile in rows as tiles in tokens: each run of queries by each run of keys."""
     for i, queries in enumerate(q):
         for j, keys in enumerate(k):
-            if tile.kind != CAUSAL_TILE:
+            if tile.kind != CAUSAL_TILE or len(q) == len(k) == 1:
                 yield queries, keys, TILE_KINDS.index(tile.kind)
             elif i >= j:
                 yield queries, keys, TILE_KINDS.index(CAUSAL_TILE if i == j else FULL)

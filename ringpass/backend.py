@@ -35,6 +35,7 @@ from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
+from ringpass.patterns import everything
 from ringpass.schedule import tiling
 
 log = logging.getLogger("ringpass")
@@ -52,7 +53,7 @@ def ring_dilated(
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
     captured = capture(gm, example_inputs)
-    sites = detect(captured.gm, config.mask)
+    sites = detect(captured.gm, everything() if config.along_curve else config.mask)
     draws = _draws(captured, sites)
     if around.world == 1 and not config.asked and not draws:
         return codegen.plain(gm, example_inputs, inductor, config.compiler)

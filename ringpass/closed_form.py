@@ -16,7 +16,7 @@ Contract: the value is the same for all b, h, q, k >= 0 and all data.  What symp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, reduce
 from itertools import combinations
 from typing import Any
@@ -137,6 +137,15 @@ def constant(expr: Expr) -> Expr | None:
         return expr if isinstance(expr, Const) else None
     total = _sum(expr)
     return Const(total.get(ONE, 0)) if total is not None and not {*total} - {ONE} else None
+
+
+@lru_cache(maxsize=4096)
+def linear(expr: Expr) -> Mapping[Expr, int] | None:
+    """The coefficient of each term of an integer expression of positions; that of Const(1) is the constant.
+
+    None where it is not a sum.
+    """
+    return _sum(expr) if _integer(expr) else None
 
 
 # --- sums, by sympy ---------------------------------------------------------------------------------------------------

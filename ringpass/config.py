@@ -31,6 +31,12 @@ class RingConfig:
     mask: a `ringpass.patterns.Pattern`, ANDed with each attention's own mask: which keys a query may attend to.
     approximate: `ringpass.top_blocks(..)`: attend only to the blocks of keys that promise most, chosen in each call.
         An approximation, unlike all else; None: exact.
+    hilbert: (H, W) or (T, H, W): the tokens of that grid are held, and attended to, in the order of a Hilbert curve, in
+        which what is near on the grid is near in the sequence.  Exact: same results; masks that are windows on the
+        grid fall into few tiles.
+    hilbert_prefix: number of tokens (CLS, registers, text) before the grid, which stay there; None: inferred.
+    along_curve: True: `mask` and the blocks of `approximate` count places along the curve instead of tokens; the
+        model's own mask does not.  It changes what is attended to.
     runtime_pruning: True: padding masks and document ids of each call, where all ranks hold them, prune tiles and
         transfers of that call; such attentions stay one node, and their masks are copied to the host.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
@@ -52,6 +58,9 @@ class RingConfig:
     layout: str = "auto"
     mask: Pattern = field(default_factory=everything)
     approximate: TopBlocks | None = None
+    hilbert: tuple[int, ...] | None = None
+    hilbert_prefix: int | None = None
+    along_curve: bool = False
     runtime_pruning: bool = False
     comm: str = "ring"
     compiler: str = "inductor"
@@ -69,6 +78,7 @@ class RingConfig:
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
+        self._check_curve()
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
         _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
@@ -86,6 +96,30 @@ class RingConfig:
         if self.compiler == "aot_eager" and self.inductor:
             raise OptionError(
                 "the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one"
+            )
+
+    def _check_curve(self) -> None:
+        grid, prefix = self.hilbert, self.hilbert_prefix
+        sizes = grid if isinstance(grid, tuple | list) else (grid,)
+        if grid is not None and all(type(n) is int for n in sizes) and len(sizes) == 1:
+            raise OptionError(
+                f"option 'hilbert' must be a grid (H, W) or (T, H, W), got {grid!r}: in a sequence of one dimension no "
+                "neighbours are far apart, and folded into a square it measures worse, not better: drop the option"
+            )
+        fits = grid is None or (len(sizes) in (2, 3) and all(type(n) is int and n >= 1 for n in sizes))
+        _require("hilbert", grid, fits, "a grid (H, W) or (T, H, W) of ints of at least 1, or None")
+        if grid is not None:
+            object.__setattr__(self, "hilbert", tuple(sizes))
+        natural = prefix is None or (type(prefix) is int and prefix >= 0)
+        _require("hilbert_prefix", prefix, natural, "an int of at least 0, or None")
+        _require("along_curve", self.along_curve, isinstance(self.along_curve, bool), "True or False")
+        for name in ("hilbert_prefix", "along_curve"):
+            if grid is None and getattr(self, name) not in (None, False):
+                raise OptionError(f"the option {name!r} is about the curve of the option 'hilbert', which is not given")
+        if self.along_curve and not self.altering:
+            raise OptionError(
+                "along_curve=True says how the patterns of other options count positions, and none is given: add one "
+                f"of {', '.join(map(repr, self._altering()))}, or drop it"
             )
 
     @classmethod
@@ -117,8 +151,10 @@ class RingConfig:
     @property
     def altering(self) -> dict[str, object]:
         """The options that are set and change what attention computes."""
-        options = {"mask": self.mask, "approximate": self.approximate}
-        return {name: value for name, value in options.items() if value not in (everything(), None)}
+        return {name: value for name, value in self._altering().items() if value not in (everything(), None)}
+
+    def _altering(self) -> dict[str, object]:
+        return {"mask": self.mask, "approximate": self.approximate}
 
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""

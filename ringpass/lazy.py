@@ -41,6 +41,7 @@ class Origin:
     def gather(self, local: Tensor) -> Tensor:
         """What the model returned, on all ranks."""
         whole: Tensor = ops.gather(local, *_shard_args(self))
+        whole = self._ordered(whole, inverse=True)
         return whole if self.part is None else whole.narrow(self.shard.dim, self.part[0], self.part[1] - self.part[0])
 
     def scatter(self, grad: Tensor) -> Tensor:
@@ -49,8 +50,13 @@ class Origin:
             dim, (start, stop) = self.shard.dim, self.part
             whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
             grad = whole.slice_scatter(grad, dim, start, stop)
-        shared: Tensor = ops.shard(grad, *_shard_args(self))
+        shared: Tensor = ops.shard(self._ordered(grad, inverse=False), *_shard_args(self))
         return shared
+
+    def _ordered(self, whole: Tensor, inverse: bool) -> Tensor:
+        """All tokens in the order of the layout's curve, or, inverse, back in their own."""
+        s, order = self.shard, self.shard.placement.order
+        return ops.permute(whole, s.dim, s.outer, s.tokens, str(order), inverse) if order else whole
 
 
 class LazyOutput(Tensor):

@@ -520,13 +520,21 @@ def tables(expr: Expr) -> Iterator[Table]:
     """The tables in `expr`."""
     if isinstance(expr, Table):
         yield expr
-    for part in _parts(expr):
+    for part in parts(expr):
         yield from tables(part)
 
 
-def _parts(expr: Expr) -> tuple[Expr, ...]:
+def parts(expr: Expr) -> tuple[Expr, ...]:
     """What `expr` is made of."""
     return expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
+
+
+def rebuilt(expr: Expr, new: Callable[[Expr], Expr]) -> Expr:
+    """`expr` with `new(part)` for each of its parts."""
+    made = tuple(map(new, parts(expr)))
+    if made == parts(expr):
+        return expr
+    return call(expr.op, *made) if isinstance(expr, Call) else replace(expr, indices=made)  # type: ignore[call-arg]
 
 
 def _points(expr: Expr) -> Iterator[Box]:
@@ -567,25 +575,18 @@ def _has_data(expr: Expr) -> bool:
 def loads(expr: Expr) -> set[int]:
     """The leaves that `expr` reads."""
     own = {expr.leaf} if isinstance(expr, Load) else set()
-    return own.union(*map(loads, _parts(expr)))
+    return own.union(*map(loads, parts(expr)))
 
 
 def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> Expr:
     """`expr` with each load of leaf i at `indices` replaced by `new(i, indices)`."""
-    if isinstance(expr, Load | Table):
-        indices = tuple(replace_loads(i, new) for i in expr.indices)
-        return new(expr.leaf, indices) if isinstance(expr, Load) else Table(expr.known, indices)
-    return Call(expr.op, tuple(replace_loads(a, new) for a in expr.args)) if isinstance(expr, Call) else expr
+    found = rebuilt(expr, lambda part: replace_loads(part, new))
+    return new(found.leaf, found.indices) if isinstance(found, Load) else found
 
 
 def substitute(expr: Expr, old: Expr, new: Expr) -> Expr:
     """`expr` with each part that is `old` replaced by `new`."""
-    if expr == old:
-        return new
-    parts = tuple(substitute(p, old, new) for p in _parts(expr))
-    if isinstance(expr, Call):
-        return call(expr.op, *parts)
-    return replace(expr, indices=parts) if isinstance(expr, Load | Table) else expr
+    return new if expr == old else rebuilt(expr, lambda part: substitute(part, old, new))
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
@@ -599,4 +600,19 @@ def bind(expr: Expr, values: Mapping[int, Known]) -> Expr:
     >>> print(classify(bind(parse("x0[k]"), {0: Known([True, True, False])}), (0, 3), (0, 2)))
     full
     """
-    return replace_loads(expr, lambda i, indices: Table(values[i], indices) if i in values else Load(i, indices))
+    return replace_loads(expr, lambda i, indices: gathered(values[i], indices) if i in values else Load(i, indices))
+
+
+def gathered(known: Known, indices: tuple[Expr, ...]) -> Table:
+    """Element `indices` of `known`; where one index alone reads a table of its own, read once: bounds then are exact.
+
+    >>> gathered(Known([5, 6, 7]), (Table(Known([2, 0]), (Q,)),)).known.values
+    array([7, 5])
+    """
+    varying = [dim for dim, i in enumerate(indices) if i not in (B, H) and not isinstance(i, Const)]
+    inner = indices[varying[0]] if len(varying) == 1 else None
+    if not isinstance(inner, Table) or inner.known.values.ndim != 1:
+        return Table(known, indices)
+    dim = varying[0]
+    values = Known(known.values.take(inner.known.values, dim))
+    return Table(values, (*indices[:dim], *inner.indices, *indices[dim + 1 :]))

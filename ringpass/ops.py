@@ -6,6 +6,7 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     operator         forward                                   backward
     shard            take the own tokens                       all-gather
     gather           all-gather, in original order             take the own tokens
+    permute          all tokens in the order of a curve        the inverse
     reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
@@ -18,6 +19,9 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
 `replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it
 takes a list, so that the gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse],
 its backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
+
+Where a layout names a curve, `permute` stands before `shard` and, inverse, after `gather`, which alone know nothing of
+it.  Dropout, block means and `locate` count tokens in their own order, so that no layout changes a result.
 """
 
 from __future__ import annotations
@@ -31,21 +35,23 @@ from torch import Tensor
 from ringpass import collectives, ring, selection
 from ringpass import dropout as counter
 from ringpass.collectives import Shard
+from ringpass.hilbert import Order
 from ringpass.kernels import accumulator
 from ringpass.layout import Layout
 from ringpass.library import LIBRARY, define, differentiate, empty_rows_first, implement, rows_first
-from ringpass.ring import Site
 from ringpass.selection import TopBlocks
+from ringpass.site import Site
 
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
-    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str learned, "
-    "str pruning"
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str dilation, "
+    "str learned, str pruning"
 )
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"reduce_scatter(Tensor x, {SHARD}, str group) -> Tensor")
+define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
 define("replicate(Tensor[] xs, str group) -> Tensor[]")
@@ -65,6 +71,7 @@ define(
 
 _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
+permute = _ops.permute.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
 reduce_scatter, locate = _ops.reduce_scatter.default, _ops.locate.default
 block_means, choose_blocks = _ops.block_means.default, _ops.choose_blocks.default
@@ -108,6 +115,21 @@ differentiate(
     "gather", lambda ctx, grad: (_gather_backward_shard(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments
 )
 
+
+def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:
+    curve = Order.parse(order)
+    split = Shard(dim, outer, tokens, "replicated", 1, 0).split(x, tokens)
+    return split.index_select(1, (curve.inverse if inverse else curve.known).tensor(x)).reshape(x.shape)
+
+
+def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *where, inverse = ctx.arguments
+    return permute(grad, *where, not inverse), *_unchanged(ctx)
+
+
+implement("permute", _permute, lambda x, *args: x.new_empty(x.shape))
+differentiate("permute", _permute_backward, _save_arguments)
+
 # --- reduce, replicate ------------------------------------------------------------------------------------------------
 
 implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
@@ -149,6 +171,8 @@ def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
     inner = size // (where.outer * where.length)
     spans = where.placement.ranges(where.rank, where.tokens)
     tokens = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+    if where.placement.order:
+        tokens = where.placement.order.known.tensor(tokens)[tokens]
     outer, last = torch.arange(where.outer, device=device), torch.arange(inner, device=device)
     index: Tensor = (outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last
     return index.reshape(-1)
@@ -161,11 +185,13 @@ LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
 
 
 def _locate(positions: Tensor, tokens: int, layout: str, world: int, rank: int) -> Tensor:
-    spans = Layout(layout, world).ranges(rank, tokens)
-    held = torch.cat([torch.arange(a, b) for a, b in spans]).to(positions.device)
+    where, places = Layout(layout, world), positions % tokens
+    if where.order:
+        places = where.order.inverse.tensor(places)[places]
+    held = torch.cat([torch.arange(a, b) for a, b in where.ranges(rank, tokens)]).to(positions.device)
     rows = torch.full((tokens,), -1, dtype=torch.int64, device=positions.device)
     rows[held] = torch.arange(len(held), device=positions.device)
-    return rows[positions % tokens]
+    return rows[places]
 
 
 implement("locate", _locate, lambda positions, *args: positions.new_empty(positions.shape, dtype=torch.int64))
@@ -175,7 +201,8 @@ implement("locate", _locate, lambda positions, *args: positions.new_empty(positi
 
 def _block_means(x: Tensor, block: int, *args: Any) -> Tensor:
     where, group = Shard(*args[:-1]), args[-1]
-    sums = selection.block_sums(x, block, where.placement.ranges(where.rank, where.tokens), where.tokens)
+    layout = where.placement
+    sums = selection.block_sums(x, block, layout.ranges(where.rank, where.tokens), where.tokens, layout.order)
     whole = where.placement.replicated or where.world == 1
     return selection.means(sums if whole else collectives.reduce([sums], group)[0], block, where.tokens)
 

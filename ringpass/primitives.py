@@ -11,7 +11,8 @@
 
 `pack` and `merge` are arithmetic: what a compiler gets is their bodies, to fuse.  `after` lists buffers that are in
 flight while a tile is computed: unused by the op, they make code generation start those exchanges before the tile.
-Spans are flat lists of token ranges, [start, stop, start, stop, ..].
+Spans are flat lists of token ranges, [start, stop, start, stop, ..]; of places, where tokens are along a curve.  The
+coins of dropout are those of the tokens, in any order.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
 define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
 define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
-define(f"keep_tile(Tensor seed, int stream, float p, {SPANS}) -> Tensor")
+define(f"keep_tile(Tensor seed, int stream, float p, str coins, {SPANS}) -> Tensor")
 
 _ops = torch.ops.ringpass
 exchange, wait = _ops.exchange.default, _ops.wait.default
@@ -184,13 +185,15 @@ def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[i
     return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
 
 
-def _keep_tile(seed: Tensor, stream: int, p: float, *spans: Any) -> Tensor:
+def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
+    """`coins`: expressions of the head, the query and the key whose coin is tossed."""
     where = indices(seed.device, *spans)
-    return dropout.keep(seed, stream, p, [where[name].reshape(-1) for name in "bhqk"])
+    at = [mask.evaluate(mask.parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
 def _fake_keep_tile(
-    seed: Tensor, stream: int, p: float, batch: int, heads: int, queries: list[int], keys: list[int]
+    seed: Tensor, stream: int, p: float, coins: str, batch: int, heads: int, queries: list[int], keys: list[int]
 ) -> Tensor:
     lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
     return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)

@@ -28,14 +28,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ringpass import cuts
 from ringpass.known import Known
 from ringpass.layout import Layout, Ranges, size, tokens
 from ringpass.mask import CAUSAL, FULL, KINDS, Expr, Spans, bind, classify_all, parse
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
+MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
+TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
-TILE_KINDS = (*KINDS, CAUSAL_TILE)
-_EMPTY, _PARTIAL, _FULL, _CAUSAL = range(4)  # indices into TILE_KINDS
+TILE_KINDS = (*KINDS, *TRIANGLES)
+_EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
 TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
 BATCH = 1 << 18  # rectangles classified at once
 Array = NDArray[Any]
@@ -46,7 +49,7 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]  # half-open rows, half-open
 class Tile:
     """Query rows `q` (of the local block) x key rows `k` (of the step's key block), half-open.
 
-    `kind`: how the mask looks there.
+    `kind`: how the mask looks there: one of TILE_KINDS but empty.
     """
 
     q: tuple[int, int]
@@ -157,9 +160,9 @@ class Tiling:
 
     @cached_property
     def area(self) -> Array:
-        """(query, key) pairs of each tile; a causal tile counts its triangle."""
+        """(query, key) pairs of each tile; a triangle counts as one."""
         n, m = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        pairs: Array = np.where(self.kind == _CAUSAL, n * (n + 1) // 2, n * m)
+        pairs: Array = np.where(self.kind >= _CAUSAL, n * (n + 1) // 2, n * m)
         return pairs
 
     def areas(self, world: int) -> Array:
@@ -195,7 +198,7 @@ class Program:
 
     @property
     def area(self) -> int:
-        """Number of (query, key) pairs in this rank's tiles; a causal tile counts its triangle."""
+        """Number of (query, key) pairs in this rank's tiles; a triangle counts as one."""
         return sum(_area(tile) for step in self.steps for tile in step.tiles)
 
     @property
@@ -227,20 +230,20 @@ class Program:
 
 @lru_cache(maxsize=64)
 def tiling(problem: Problem) -> Tiling:
-    """The non-empty tiles of all ranks: pairs of chunks, cut in halves until each is full, empty or small enough."""
+    """The non-empty tiles of all ranks: pairs of chunks, cut until each is full, empty, a triangle or small enough."""
     q, k = chunks(problem.query_layout, problem.queries), chunks(problem.key_layout, problem.keys)
     found = []
     rows_at_once = max(1, BATCH // max(1, len(k[0])))
     for low in range(0, max(1, len(q[0])), rows_at_once):
         some = [x[low : low + rows_at_once] for x in q]
         pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
-        found += _halve(problem, *_with_ranks(problem, *pairs))
+        found += _cut_up(problem, *_with_ranks(problem, *pairs))
     dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
     remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
     if len(remote) <= TRIMMED:
         by = q0[remote], q1[remote]
         k0[remote], k1[remote] = _trim(problem.expr, by, (k0[remote], k1[remote]))
-        kind[remote] = classify_all(problem.expr, by, (k0[remote], k1[remote]))
+        kind[remote] = _kinds(problem, by, (k0[remote], k1[remote]))
     order = np.lexsort((k0, q0, src, dst))
     order = order[kind[order] != _EMPTY]
     return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
@@ -277,41 +280,56 @@ def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]
     return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
 
 
-def _halve(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
-    """Cuts rectangles along their longer side; returns the columns of the tiles found at each size."""
-    expr, found = problem.expr, []
+def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
+    """Cuts rectangles by `cuts`; returns the columns of the tiles found at each size."""
+    found = []
     while True:
-        kind = classify_all(expr, (q0, q1), (k0, k1))
-        small = np.maximum(q1 - q0, k1 - k0) <= problem.tile
-        whole = (kind == _FULL) & (not problem.cut_all)
-        if expr == CAUSAL:
-            kind = np.where(small & (kind == _PARTIAL) & (q0 == k0) & (q1 == k1), np.int8(_CAUSAL), kind)
-        done, more = (kind != _EMPTY) & (small | whole), (kind != _EMPTY) & ~(small | whole)
-        found.append([x[done] for x in (dst, src, q0, q1, k0, k1, kind)])
+        kind = _kinds(problem, (q0, q1), (k0, k1))
+        rows, columns, more = _cuts(problem, (q0, q1), (k0, k1), kind)
+        found.append([x[~more & (kind != _EMPTY)] for x in (dst, src, q0, q1, k0, k1, kind)])
         if not more.any():
             return found
-        dst, src, q0, q1, k0, k1 = (x[more] for x in (dst, src, q0, q1, k0, k1))
+        dst, src, q0, q1, k0, k1, rows, columns = (x[more] for x in (dst, src, q0, q1, k0, k1, rows, columns))
+        q_end, k_end = np.where(rows >= 0, rows, q1), np.where(rows >= 0, k1, columns)
         dst, src = np.concatenate([dst, dst]), np.concatenate([src, src])
-        (q0, q1), (k0, k1) = halves((q0, q1), (k0, k1), problem.tile)
+        q0, q1 = np.concatenate([q0, np.where(rows >= 0, rows, q0)]), np.concatenate([q_end, q1])
+        k0, k1 = np.concatenate([k0, np.where(rows >= 0, k0, columns)]), np.concatenate([k_end, k1])
 
 
-def halves(q: Spans, k: Spans, edge: int = 1) -> tuple[Spans, Spans]:
-    """Rectangles cut in two along their longer side: the first halves of all, then the second ones.
+def _kinds(problem: Problem, q: Spans, k: Spans) -> Array:
+    """Indices into TILE_KINDS; where the scores of a tile stay in memory, only small tiles are triangles."""
+    kind = classify_all(problem.expr, q, k)
+    some = np.flatnonzero(kind == _PARTIAL)
+    some_q, some_k = _some(q, some), _some(k, some)
+    shape = cuts.triangle(problem.expr, some_q, some_k)
+    if problem.cut_all:
+        shape[(shape == cuts.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = cuts.NONE
+    kind[some] = np.choose(shape, (_PARTIAL, _CAUSAL, _MIRRORED))
+    return kind
 
-    The cut is at the multiple of `edge` nearest to the middle, so that tiles of blocks of tokens are those blocks.
-    """
+
+def _cuts(problem: Problem, q: Spans, k: Spans, kind: Array) -> tuple[Array, Array, Array]:
+    """Where to cut each rectangle, by rows or else by columns (-1: not), and which ones."""
+    large = np.maximum(q[1] - q[0], k[1] - k[0]) > problem.tile
+    rows, columns = np.full(len(kind), -1), np.full(len(kind), -1)
+    whole = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
+    rows[whole], columns[whole] = cuts.middle(_some(q, whole), _some(k, whole), problem.tile)
+    through = np.flatnonzero(kind == _PARTIAL)
+    rows[through], columns[through] = cuts.cut(problem.expr, _some(q, through), _some(k, through), problem.tile)
+    return rows, columns, (rows >= 0) | (columns >= 0)
+
+
+def _some(spans: Spans, where: Array) -> Spans:
+    return spans[0][where], spans[1][where]
+
+
+def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
+    """Rectangles cut in two in the middle of their longer side: the first halves of all, then the second ones."""
     tall = q[1] - q[0] >= k[1] - k[0]
-    q_cut, k_cut = _middle(*q, edge), _middle(*k, edge)
+    q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
     rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])
     columns = np.concatenate([k[0], np.where(tall, k[0], k_cut)]), np.concatenate([np.where(tall, k[1], k_cut), k[1]])
     return rows, columns
-
-
-def _middle(start: Array, stop: Array, edge: int) -> Array:
-    """Where to cut start:stop: strictly inside, where it is longer than 1."""
-    middle = (start + stop) // 2
-    aligned = (middle + edge // 2) // edge * edge
-    return np.where((start < aligned) & (aligned < stop), aligned, middle)
 
 
 def program(problem: Problem, rank: int) -> Program:
@@ -441,7 +459,7 @@ def divided(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]
 
 def _area(tile: Tile) -> int:
     rows_q, rows_k = tile.q[1] - tile.q[0], tile.k[1] - tile.k[0]
-    return rows_q * (rows_q + 1) // 2 if tile.kind == CAUSAL_TILE else rows_q * rows_k
+    return rows_q * (rows_q + 1) // 2 if tile.kind in TRIANGLES else rows_q * rows_k
 
 
 def _text(ranges: Ranges) -> str:

@@ -8,10 +8,11 @@ heads, stands for the weight of a pair of blocks.  Each block of queries keeps
     density    that share of the key blocks that the mask leaves it, those of largest weight; 1.0 is exact attention
     mass       as few as hold that share of the weight, as far as it is more than rounding
 
-and its own block in any case.  The mask counts as far as it is known without the data of the call: padding that comes
-with the batch is masked, but it may be chosen.  One selection serves all heads of a batch element.  It is made anew in
-each call, from means that are summed over all ranks, so all ranks choose alike; the backward uses the forward's.  No
-gradient flows through the choice.  What is not selected is neither computed nor sent.
+and its own block in any case.  Under the option `along_curve`, blocks are runs of the curve.  The mask counts as far as
+it is known without the data of the call: padding that comes with the batch is masked, but it may be chosen.  One
+selection serves all heads of a batch element.  It is made anew in each call, from means that are summed over all ranks,
+so all ranks choose alike; the backward uses the forward's.  No gradient flows through the choice.  What is not selected
+is neither computed nor sent.
 
 Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (2503.16428).
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ringpass.errors import OptionError
+from ringpass.hilbert import Order
 from ringpass.layout import Ranges
 from ringpass.mask import EMPTY, KINDS, B, Const, Expr, K, Load, Q, call, classify_all, parse
 from ringpass.tile import accumulator, per_query_head
@@ -64,10 +66,14 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
     return TopBlocks(block, density, mass)
 
 
-def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int) -> Tensor:
-    """(B, H, N, D): the sums over the tokens of each block that are in `x` (B, H, L, D), those `owned`."""
+def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order | None = None) -> Tensor:
+    """(B, H, N, D): the sums over the tokens of each block that are in `x` (B, H, L, D), those `owned`.
+
+    With an `order`, `owned` are places along it, and blocks are of tokens.
+    """
     spans = [torch.arange(start, stop, device=x.device) for start, stop in owned]
-    at = torch.cat([torch.arange(0, device=x.device), *spans]) // block
+    at = torch.cat([torch.arange(0, device=x.device), *spans])
+    at = (order.known.tensor(at)[at] if order else at) // block
     sums = x.new_zeros((*x.shape[:2], -(-tokens // block), x.shape[3]), dtype=accumulator(x.dtype))
     return sums.index_add_(2, at, x.to(sums.dtype))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringpass import ring
 from ringpass.layout import Layout
-from ringpass.ring import Site
+from ringpass.site import Site
 from tests import thread_ranks
 
 SCALE = 0.3

@@ -22,7 +22,7 @@ from ringpass.closed_form import simplify
 from ringpass.layout import STRIPES, assigned
 from ringpass.mask import Expr, call, parse
 from ringpass.patterns import Pattern
-from ringpass.ring import Site
+from ringpass.site import Site
 from tests import thread_ranks
 from tests.dense_ring import SCALE, of_rank
 from tests.parity import compiled, relative

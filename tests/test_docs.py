@@ -25,8 +25,8 @@ from ringpass import RingConfig, patterns
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = (
-    "layout", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config", "passes.cover",
-    "passes.verify",
+    "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
+    "passes.cover", "passes.verify",
 )  # fmt: skip
 
 
@@ -69,6 +69,15 @@ def test_the_page_on_masks() -> None:
     cases = [Case(entry.pop("case"), facts=entry) for entry in found]
     for row in (bytes_received.COLUMNS, *bytes_received.rows(cases)):
         assert f"| {' | '.join(row)} |" in page
+
+
+def test_the_page_on_hilbert_order() -> None:
+    """Its snippets run; what it says of shares is tested in test_hilbert.py."""
+    page = (ROOT / "docs" / "hilbert.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert snippets
+    for snippet in snippets:
+        exec(snippet, {})
 
 
 def _makes_a_pattern(function: Any) -> bool:

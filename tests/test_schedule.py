@@ -63,17 +63,17 @@ GOLDEN = {
 1: local tokens 2:4: full q0:2 k0:2
 1: receive 0:2+4:5 from rank 0, send 2:4 to rank 0: full q0:2 k0:3""",
     problem(WINDOW, 3, 18, "contiguous", tile=4): """
-0: local tokens 0:6: partial q0:4 k0:4, partial q4:6 k0:4, partial q4:6 k4:6
+0: local tokens 0:6: causal q0:4 k0:4, mirrored q4:6 k0:2, full q4:6 k2:4, causal q4:6 k4:6
 0: send 2:6 to rank 1: no tile
-1: local tokens 6:12: partial q0:2 k0:2, partial q2:6 k0:2, partial q2:6 k2:6
-1: receive 2:6 from rank 0, send 8:12 to rank 2: partial q0:2 k0:2, full q0:2 k2:4, partial q2:6 k2:4
-2: local tokens 12:18: partial q0:4 k0:4, partial q4:6 k0:4, partial q4:6 k4:6
-2: receive 8:12 from rank 1: partial q0:4 k0:4""",
+1: local tokens 6:12: causal q0:2 k0:2, full q2:4 k0:2, causal q2:6 k2:6, mirrored q4:6 k0:2
+1: receive 2:6 from rank 0, send 8:12 to rank 2: mirrored q0:2 k0:2, full q0:2 k2:4, mirrored q2:4 k2:4
+2: local tokens 12:18: causal q0:4 k0:4, mirrored q4:6 k0:2, full q4:6 k2:4, causal q4:6 k4:6
+2: receive 8:12 from rank 1: mirrored q0:4 k0:4""",
     problem(WINDOW, 2, 12, tile=3): """
-0: local tokens 0:3+9:12: partial q0:3 k0:3, partial q3:6 k3:6
-0: receive 5:9 from rank 1, send 0:3 to rank 1: partial q3:6 k0:1, partial q3:6 k1:4
-1: local tokens 3:9: partial q0:3 k0:3, partial q3:6 k0:3, partial q3:6 k3:6
-1: receive 0:3 from rank 0, send 5:9 to rank 0: partial q0:3 k0:3, partial q3:6 k2:3""",
+0: local tokens 0:3+9:12: causal q0:3 k0:3, causal q3:6 k3:6
+0: receive 5:9 from rank 1, send 0:3 to rank 1: mirrored q3:6 k0:3, full q3:6 k3:4
+1: local tokens 3:9: causal q0:3 k0:3, full q3:4 k0:2, full q3:6 k2:3, causal q3:6 k3:6, mirrored q4:6 k0:2
+1: receive 0:3 from rank 0, send 5:9 to rank 0: full q0:1 k0:3, mirrored q1:4 k0:3""",
     problem(PADDED, 2, 8, "contiguous"): """
 0: local tokens 0:4: partial q0:4 k0:4
 0: send 0:4 to rank 1: no tile
@@ -349,12 +349,12 @@ def no_programs_of_a_problem(p: Programs) -> Programs:
 REFUSED: dict[Callable[[Programs], Programs], str] = {
     drop_tile: "rank 1: no tile covers query 4, key 0",
     drop_local_tile: "rank 2: no tile covers",
-    duplicate_tile: "rank 1, step 1: tile .* covers pairs that another one covers",
+    duplicate_tile: "rank 1, step 1: tile .* covers pairs of another one",
     shrink_tile: "rank 1: no tile covers",
     grow_tile_over_its_neighbour: "rank 1, step 1: tile .* covers pairs",
     grow_tile_past_the_block: "rank 0, step 1: tile .* is not in the . query rows",
-    partial_called_full: "rank 0, step 0: the mask is not full",
-    full_called_causal: "rank 1, step 1: the mask is not k <= q",
+    partial_called_full: "rank 0, step 0: the mask is not as the kind of tile full",
+    full_called_causal: "rank 1, step 1: tile causal .* is a triangle, but no square",
     unknown_kind: "rank 1, step 1: tile .* is of no known kind",
     other_tokens_received: "rank 1, step 1: tile|rank 0: step 1: sends",
     other_tokens_on_both_sides: "rank 1, step 1: tile .* is not in the . key rows",

@@ -20,13 +20,15 @@ ROWS, TOKENS, WIDTH = 2, 23, 32
 LAST = torch.tensor([4, 22])
 
 
-@pytest.mark.parametrize("layout", ("contiguous", "zigzag", "striped"))
+@pytest.mark.parametrize("layout", ("contiguous", "zigzag", "striped", "zigzag along hilbert 4x5 after 3"))
 @pytest.mark.parametrize("world", (2, 3, 5))
 def test_each_token_is_held_once_and_in_place(layout: str, world: int) -> None:
     x, positions = torch.randn(TOKENS), torch.tensor([[0, 22], [-1, 7]])
+    order = Layout(layout, world).order
+    placed = x[order.known.values] if order else x
     total = torch.zeros(positions.shape)
     for rank in range(world):
-        mine = torch.cat([x[a:b] for a, b in Layout(layout, world).ranges(rank, TOKENS)])
+        mine = torch.cat([placed[a:b] for a, b in Layout(layout, world).ranges(rank, TOKENS)])
         rows = ops.locate(positions, TOKENS, layout, world, rank)
         total += torch.where(rows >= 0, mine[rows.clamp_min(0)], 0)
     assert torch.equal(total, x[positions])

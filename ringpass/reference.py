@@ -1,0 +1,65 @@
+"""Dense attention, plain and whole: what each option means, for tests and for users who want to check.
+
+    >>> q = k = v = torch.randn(1, 2, 10, 4, dtype=torch.float64)
+    >>> out = attention(q, k, v, Dilation((4, 8), (1, 2)), causal=True)
+
+Memory and time are those of all S x S pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ringpass.dilation import Dilation
+
+
+def multiplicity(dilation: Dilation, heads: int, tokens: int) -> Tensor:
+    """m (H, S, S): how many patterns join query and key (LongNet, arXiv 2307.02486, eqs. 3-10)."""
+    p = torch.arange(tokens)
+    m = torch.zeros(heads, tokens, tokens, dtype=torch.int64)
+    for w, r in zip(dilation.segment_lengths, dilation.dilation_rates, strict=True):
+        w = min(w, tokens)
+        for head in range(heads):
+            covered = (p % w) % r == dilation.offset(head, heads, r)
+            same = p[:, None] // w == p[None, :] // w
+            m[head] += covered[:, None] & covered[None, :] & same
+    return m
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dilation: Dilation | None = None,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """O[p] = sum_c m exp(s_pc) v_c / sum_c m exp(s_pc), s the scaled, biased scores: (B, H, S, Dv), differentiable.
+
+    q is (B, H, S, D), k and v (B, G, S, D), H a multiple of G; `mask` (bool: may attend) and `bias` broadcast to
+    (B, H, S, S).  A query that sees no key gives 0.  `order`: the patterns count places along it, `order[i]` the token
+    at place i; causal, mask and bias speak of tokens.
+    """
+    heads, tokens = q.shape[1:3]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (1.0 / math.sqrt(q.shape[3]) if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    m = torch.ones(heads, tokens, k.shape[2], dtype=torch.int64)
+    if dilation is not None:
+        m = multiplicity(dilation, heads, tokens)
+        if order is not None:
+            place = order.argsort()
+            m = m[:, place][:, :, place]
+    allowed = (m > 0).expand(scores.shape)
+    allowed = allowed & torch.ones(tokens, k.shape[2], dtype=torch.bool).tril() if causal else allowed
+    allowed = allowed if mask is None else allowed & mask
+    scores = (scores + m.to(scores.dtype).log()).masked_fill(~allowed, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    return weights @ v

@@ -1,0 +1,80 @@
+"""Running values of blocks of rows, and the names of the nodes that the loop writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ringpass import primitives
+from ringpass.layout import Ranges
+
+LABEL = "ringpass_label"
+Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@contextmanager
+def label(text: str) -> Iterator[None]:
+    """While the loop is traced: the nodes written inside carry `text`, after which the lowered graph names them."""
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    graph = mode.tracer.graph
+    last = next(reversed(graph.nodes), None)
+    yield
+    for node in reversed(graph.nodes):
+        if node is last:
+            break
+        node.meta.setdefault(LABEL, text)
+
+
+class Rows:
+    """Running values of a block of rows, cut where tiles begin and end, so that each tile touches whole pieces.
+
+    A value is a tuple of tensors with the rows in dim 2.  Functional: no tensor is written in place.
+    """
+
+    def __init__(self, length: int, spans: Sequence[tuple[int, int]]) -> None:
+        cuts = sorted({0, length, *(edge for span in spans for edge in span)})
+        self.pieces = list(zip(cuts[:-1], cuts[1:], strict=True))
+        self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
+        """Combines `new`, the values of rows `span`, with what these rows hold; `text` labels the nodes."""
+        inside = [piece for piece in self.pieces if span[0] <= piece[0] and piece[1] <= span[1]]
+        for piece in inside:
+            with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
+                part = tuple(cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
+                self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
+
+    def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """All rows in order; `missing(n)` stands in for n rows that no tile touched."""
+        if not self.pieces:
+            return missing(0)
+        parts = [self.values[p] if p in self.values else missing(p[1] - p[0]) for p in self.pieces]
+        return tuple(xs[0] if len(xs) == 1 else torch.cat(xs, dim=2) for xs in zip(*parts, strict=True))
+
+
+def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(primitives.merge(*old, *new))
+
+
+def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(old, new, strict=True))
+
+
+def fold_runs(into: Rows, runs: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads`, whose rows are those `runs` of `into` one after the other."""
+    offset = 0
+    for start, stop in runs:
+        into.fold((start, stop), tuple(cut(x, (offset, offset + stop - start)) for x in grads), add, text)
+        offset += stop - start
+
+
+def cut(x: Tensor, span: tuple[int, int]) -> Tensor:
+    """Rows `span` (dim 2) of `x`."""
+    return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])

@@ -1,0 +1,328 @@
+"""Key blocks on the move: how those of other ranks come, and how their gradients go home."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ringpass import primitives
+from ringpass.bundle import Joint, Message, joints, key_heads, rows_of, tokens_of
+from ringpass.kernels import accumulator
+from ringpass.lanes import Place, add_rows, flat, pack_rows, take_rows
+from ringpass.layout import Ranges, size
+from ringpass.rows import Rows, add, cut, fold_runs, label
+from ringpass.schedule import Step, Transfer, rows
+from ringpass.site import Site
+
+Served = list[tuple[int, Step, tuple[Tensor, Tensor]]]  # number of a lane, its step, its keys and values
+
+
+def transport(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Transport:
+    """How the keys of other ranks come, and their gradients go home."""
+    if site.dilation:
+        return Parcels(site, q.shape[1], k, v)
+    return {"ring": Exchanges, "allgather": AllGather}[site.comm](site, k, v)
+
+
+class Transport:
+    """`blocks` yields the steps that are served together, the own keys first, and the buffers in flight.
+
+    After the tiles of each but the first, the backward calls `give_back` with the dK, dV of each block, and `finish` at
+    the end: then `collect` knows the gradients of the own keys, `own`, those of this rank's queries, and of others.
+    """
+
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
+        self.site, self.k, self.v = site, k, v
+        self.returning: list[Tensor] = []  # buffers of gradients in flight
+
+    @property
+    def lanes(self) -> tuple[Site, ...]:
+        """The sites whose loop this is: the one itself, or its lanes."""
+        return (self.site,)
+
+    def steps(self, number: int) -> tuple[Step, ...]:
+        """Those of one lane."""
+        return self.lanes[number].program.steps
+
+    @property
+    def remote(self) -> bool:
+        """Whether keys of other ranks come."""
+        return any(len(self.steps(i)) > 1 for i in range(len(self.lanes)))
+
+    @property
+    def returned_rows(self) -> Ranges:
+        """The rows of the own block as `own` receives them."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        raise NotImplementedError
+
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        raise NotImplementedError
+
+    def finish(self, own: list[Rows]) -> None:
+        raise NotImplementedError
+
+    def collect(self, own: list[Rows]) -> tuple[Tensor, ...]:
+        """(dk, dv) of the own keys, in the accumulator's dtype."""
+        return own[0].join(partial(zero_block, self.k, self.v, accumulator(self.k.dtype)))
+
+
+class Exchanges(Transport):
+    """The ring: one exchange per step, started before the tiles of the step before; gradients return a step behind."""
+
+    late: Step | None = None
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return tuple(span for step in self.steps(0) for span in _sent_rows(self.site, step))
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        block, arriving = (self.k, self.v), None
+        for index, step in enumerate(steps := self.steps(0)):
+            if arriving is not None:
+                with label(f"wait_step{step.shift}"):
+                    block = unpack(primitives.wait(arriving), size(step.tokens), self.k.shape[1], self.k, self.v)
+            if index + 1 < len(steps):
+                arriving = self._start(steps[index + 1])
+            yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
+
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        ((_, step, _),), (grads,) = served, given
+        back, home = _reverse(step.receive), _reverse(step.send)
+        with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
+            nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+            sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
+        started = _exchange(self.site, 2 * step.shift + 1, sent, back, home, *grads)
+        self.finish(own)
+        self.returning, self.late = [started], step
+
+    def finish(self, own: list[Rows]) -> None:
+        for arriving in self.returning:
+            assert self.late is not None
+            self._take(arriving, self.late, own[0])
+        self.returning = []
+
+    def _start(self, step: Step) -> Tensor:
+        with label(f"send_step{step.shift}_{_peer(step.send)}"):
+            rows_sent = [edge for span in _sent_rows(self.site, step) for edge in span]
+            sent = primitives.pack([self.k, self.v], rows_sent) if step.send else self.k.new_empty(0)
+        return _exchange(self.site, 2 * step.shift, sent, step.send, step.receive, self.k, self.v)
+
+    def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
+        with label(f"wait_gradients_step{step.shift}"):
+            received = primitives.wait(arriving)
+            if step.send is None:
+                return
+            grads = unpack(received, step.send.size, self.k.shape[1], self.k, self.v)
+        fold_runs(own, _sent_rows(self.site, step), grads, f"add_gradients_step{step.shift}")
+
+
+class AllGather(Transport):
+    """Every rank gathers all keys before its first tile; one reduce-scatter brings the gradients home.
+
+    The tiles are the ring's own.  Holds K, V and their gradients at full length.
+    """
+
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
+        super().__init__(site, k, v)
+        self.where = (2, 1, site.keys, site.key_layout, site.world, site.rank, site.group)
+        self.gathers = site.world > 1 and site.key_layout != "replicated"
+        self.given: list[tuple[Ranges, tuple[Tensor, ...]]] = []
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return ()
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        full = [self.k, self.v]
+        if self.gathers:
+            with label("gather_keys"):
+                full = [torch.ops.ringpass.gather(x, *self.where) for x in full]
+        for index, step in enumerate(self.steps(0)):
+            if index == 0:
+                yield [(0, step, (self.k, self.v))], []
+            elif step.tokens:
+                yield [(0, step, (_take(full[0], step.tokens), _take(full[1], step.tokens)))], []
+
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        self.given.append((served[0][1].tokens, given[0]))
+
+    def finish(self, own: list[Rows]) -> None:
+        if not self.gathers:
+            return
+        whole = Rows(self.site.keys, [span for runs, _ in self.given for span in runs])
+        for runs, grads in self.given:
+            fold_runs(whole, runs, grads, "add_gradients")
+        dtype = accumulator(self.k.dtype)
+        with label("reduce_scatter_gradients"):
+            sums = whole.join(partial(zero_block, self.k, self.v, dtype))
+            home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
+        own[0].fold((0, self.k.shape[2]), home, add, "add_gradients_home")
+
+
+class Parcels(Transport):
+    """The ring of a dilated site: one exchange serves all its lanes, each (token, K/V head) travels once."""
+
+    def __init__(self, site: Site, heads: int, k: Tensor, v: Tensor) -> None:
+        super().__init__(site, k, v)
+        self.heads, self.joints = heads, joints(site, heads, k.shape[1])
+        self.late: Joint | None = None
+        self.returned: list[tuple[Place, tuple[Tensor, ...]]] = []
+
+    @property
+    def lanes(self) -> tuple[Site, ...]:
+        return self.site.lanes(self.heads)
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return ()
+
+    def key_heads(self, number: int) -> tuple[int, ...]:
+        return key_heads(self.lanes[number], self.heads, self.k.shape[1])
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        own, *remote = self.joints
+        block: tuple[Tensor, ...] = (self.k, self.v)
+        arriving: Tensor | None = None
+        for joint, following in zip(self.joints, [*remote, None], strict=True):
+            if arriving is not None:
+                with label(f"wait_step{joint.shift}"):
+                    rows = joint.receive.rows if joint.receive else 0
+                    block = unpack(primitives.wait(arriving), rows, 1, self.k, self.v)
+            arriving = self._start(following) if following else None
+            served = [(i, step, self._block(joint, i, step, block)) for i, step in joint.steps]
+            yield served, [arriving] if arriving is not None else []
+
+    def _block(self, joint: Joint, number: int, step: Step, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The keys and values of a lane's step, out of the own ones or of a message."""
+        k, v = block
+        heads, tokens = self.key_heads(number), tokens_of(self.lanes[number], step.tokens)
+        with label(f"take_lane{number}_step{step.shift}"):
+            if joint.receive is None or not len(tokens):
+                rows = rows_of(self.site, tokens)
+                return take_rows(self.k, heads, rows), take_rows(self.v, heads, rows)
+            rows = joint.receive.find(heads, tokens)
+            shapes = [(x.shape[0], len(heads), len(tokens), x.shape[3]) for x in (k, v)]
+            return take_rows(k, [0], rows).view(shapes[0]), take_rows(v, [0], rows).view(shapes[1])
+
+    def _start(self, joint: Joint) -> Tensor:
+        peer = f"to_rank{joint.send.dst}" if joint.send else "to_nobody"
+        with label(f"send_step{joint.shift}_{peer}"):
+            sent = pack_rows([self.k, self.v], *flat(self._places(joint.send))) if joint.send else self.k.new_empty(0)
+        return self._exchange(joint, 2 * joint.shift, sent, joint.send, joint.receive)
+
+    def _places(self, message: Message) -> list[Place]:
+        """Where the parcels of a message that the rank sends stand in its block."""
+        return [(parcel.heads, rows_of(self.site, parcel.tokens)) for parcel in message.parcels]
+
+    def _exchange(
+        self,
+        joint: Joint,
+        tag: int,
+        sent: Tensor,
+        send: Message | None,
+        receive: Message | None,
+    ) -> Tensor:
+        numel = receive.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if receive else 0
+        back = tag % 2  # gradients go the other way
+        dst = (send.src if back else send.dst) if send else primitives.NOBODY
+        src = (receive.dst if back else receive.src) if receive else primitives.NOBODY
+        peer = f"from_rank{src}" if receive else "from_nobody"
+        with label(f"receive{'_gradients' if back else ''}_step{joint.shift}_{peer}"):
+            received: Tensor = primitives.exchange([sent], numel, dst, src, tag, self.site.group)[0]
+        return received
+
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        joint = next(joint for joint in self.joints if joint.shift == served[0][1].shift)
+        sent = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+        with label(f"send_gradients_step{joint.shift}"):
+            if joint.receive:
+                places, parts = [], []
+                for (i, step, _), grads in zip(served, given, strict=True):
+                    if step.tokens:
+                        tokens = tokens_of(self.lanes[i], step.tokens)
+                        places.append(([0], joint.receive.find(self.key_heads(i), tokens)))
+                        parts.append([g.flatten(1, 2).unsqueeze(1) for g in grads])
+                sums = [add_rows(list(xs), *flat(places), 1, joint.receive.rows) for xs in zip(*parts, strict=True)]
+                sent = primitives.pack(sums, [0, joint.receive.rows])
+        started = self._exchange(joint, 2 * joint.shift + 1, sent, joint.receive, joint.send)
+        self.finish(own)
+        self.returning, self.late = [started], joint
+
+    def finish(self, own: list[Rows]) -> None:
+        for arriving in self.returning:
+            assert self.late is not None
+            with label(f"wait_gradients_step{self.late.shift}"):
+                received = primitives.wait(arriving)
+                if self.late.send:
+                    self._return(self.late.send, unpack(received, self.late.send.rows, 1, self.k, self.v))
+        self.returning = []
+
+    def _return(self, message: Message, grads: tuple[Tensor, ...]) -> None:
+        """Notes the gradients of the parcels of `message`, which the rank sent."""
+        offset = 0
+        for place, parcel in zip(self._places(message), message.parcels, strict=True):
+            shape = len(parcel.heads), len(parcel.tokens)
+            parts = tuple(cut(g, (offset, offset + parcel.rows)).squeeze(1).unflatten(1, shape) for g in grads)
+            self.returned.append((place, parts))
+            offset += parcel.rows
+
+    def collect(self, own: list[Rows]) -> tuple[Tensor, ...]:
+        dtype = accumulator(self.k.dtype)
+        found = list(self.returned)
+        for i, lane in enumerate(self.lanes):
+            heads = self.key_heads(i)
+            k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))
+            parts = own[i].join(partial(zero_block, k, v, dtype))
+            found.append(((heads, rows_of(self.site, tokens_of(lane, lane.owned_keys))), parts))
+        places = flat([place for place, _ in found])
+        sums = zip(*(parts for _, parts in found), strict=True)
+        return tuple(add_rows(list(xs), *places, self.k.shape[1], self.k.shape[2]) for xs in sums)
+
+
+def _exchange(
+    site: Site, tag: int, sent: Tensor, send: Transfer | None, receive: Transfer | None, k: Tensor, v: Tensor
+) -> Tensor:
+    """Starts an exchange; returns the buffer that will hold what arrives."""
+    numel = receive.size * k.shape[0] * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3]) if receive else 0
+    dst, src = send.dst if send else primitives.NOBODY, receive.src if receive else primitives.NOBODY
+    with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{_peer(receive, source=True)}"):
+        received: Tensor = primitives.exchange([sent], numel, dst, src, tag, site.group)[0]
+    return received
+
+
+def _peer(transfer: Transfer | None, source: bool = False) -> str:
+    if transfer is None:
+        return "nothing"
+    return f"from_rank{transfer.src}" if source else f"to_rank{transfer.dst}"
+
+
+def _reverse(transfer: Transfer | None) -> Transfer | None:
+    return Transfer(transfer.dst, transfer.src, transfer.tokens) if transfer else None
+
+
+def _sent_rows(site: Site, step: Step) -> Ranges:
+    return rows(step.send.tokens, site.owned_keys) if step.send else ()
+
+
+def _take(x: Tensor, spans: Ranges) -> Tensor:
+    parts = [cut(x, span) for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def unpack(flat: Tensor, tokens: int, heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of a message of `tokens` rows and `heads` heads."""
+    shapes = [(x.shape[0], heads, tokens, x.shape[3]) for x in (k, v)]
+    split = math.prod(shapes[0])
+    return flat[:split].view(shapes[0]), flat[split:].view(shapes[1])
+
+
+def zero_block(k: Tensor, v: Tensor, dtype: torch.dtype, n: int) -> tuple[Tensor, Tensor]:
+    """Zeros for n rows of keys and values."""
+    zeros = [x.new_zeros((*x.shape[:2], n, x.shape[3]), dtype=dtype) for x in (k, v)]
+    return zeros[0], zeros[1]
