@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -75,7 +76,7 @@ def planned(masks: Mapping[str, Pattern], tokens: int, ranks: int) -> Iterator[A
 
 def chosen(problem: Problem) -> Problem:
     """One attention with the tile and the layout that the backend plans for it."""
-    problem = refine(problem, "cpu")
+    problem = replace(problem, tile=refine([problem], "cpu"))
     load = Load(problem, flops=4.0 * HEADS * WIDTH, bytes=2.0 * GROUPS * WIDTH * 2)
     return placed(problem, choose([load], problem.world, fixed=True)[0].layout, problem.world)
 

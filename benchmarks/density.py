@@ -89,9 +89,9 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
     from ringpass.site import Site
 
     here = Layout("contiguous", 1)
-    problem = refine(Problem(mask, args.length, args.length, here, here), "cpu")
+    tile = refine([Problem(mask, args.length, args.length, here, here)], "cpu")
     lengths, layouts = (args.length, args.length), ("contiguous", "contiguous")
-    site = Site(mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, problem.tile, rank=0, world=1, group="")
+    site = Site(mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, tile, rank=0, world=1, group="")
     q, k, v, grad = (torch.randn(1, args.heads, args.length, args.width) for _ in range(4))
 
     def step() -> object:
@@ -99,7 +99,7 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
             out, lse = ring.forward(site, q, k, v, [], None)
             return ring.backward(site, grad, q, k, v, out, lse, [], None)
 
-    return step, problem.tile
+    return step, tile
 
 
 def bound(density: float) -> float:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringpass.layout import STRIPES, Layout, assigned
+from ringpass.layout import STRIPES, Layout, assigned, sieved
 from ringpass.mask import PARTIAL
-from ringpass.schedule import TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
+from ringpass.schedule import TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
@@ -121,26 +121,29 @@ def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
     return Estimate(layout, float(flops.max()), float(flops.mean()), float(received.max()), time)
 
 
-def refine(problem: Problem, device: str) -> Problem:
-    """`problem` with the edge of its tiles: the largest whose price is within SPARED of the best.
+def refine(problems: Sequence[Problem], device: str) -> int:
+    """The edge of the tiles of a site, given as the problems of its lanes: the largest within SPARED of the best price.
 
     A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; but kernels
     run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles multiply:
     then the mask cuts through all of the plane, and smaller ones gain nothing.
     """
-    flat = placed(problem, "contiguous", problem.world)
-    edges, found = [flat.tile], [tiling(flat)]
-    while edges[-1] > FINEST and (len(found) < 2 or len(found[-1]) < 3 * len(found[-2])):
+    flat = [placed(problem, "contiguous", problem.world) for problem in problems]
+    edges, counts, paid = [TILE], list[int](), list[float]()
+    while True:
+        found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
+        counts.append(sum(map(len, found)))
+        paid.append(sum(map(PRICES[device].of, found)))
+        multiply = len(counts) > 1 and counts[-1] >= 3 * counts[-2]
+        if edges[-1] <= FINEST or multiply:
+            return next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid))
         edges.append(edges[-1] // 2)
-        found.append(tiling(replace(flat, tile=edges[-1])))
-    paid = [PRICES[device].of(tiles) for tiles in found]
-    return replace(problem, tile=next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid)))
 
 
 def placed(problem: Problem, layout: str, world: int) -> Problem:
     """`problem` with its sharded sides in `layout`."""
     sides = (problem.query_layout, problem.key_layout)
-    query, key = (side if side.replicated else Layout(layout, world) for side in sides)
+    query, key = (side if side.replicated else Layout(sieved(layout, side.residue), world) for side in sides)
     return replace(problem, query_layout=query, key_layout=key)
 
 

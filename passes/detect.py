@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +61,20 @@ class AttentionSite:
     unread: str = ""
     listed: bool = False
     written: bool = False
+
+    @property
+    def path(self) -> str:
+        """The module that calls it: `layers.0.attn`; empty where the graph does not say."""
+        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
+        name = str(stack[-1][0]) if stack else ""
+        name = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", re.sub(r"^L\['\w+'\]", "", name))
+        return name.strip(".")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Numbers of query heads and of K/V heads."""
+        q, k = (x.meta["val"] for x in (self.q, self.k))
+        return (int(q.shape[1]), int(k.shape[1])) if q.ndim == 4 else (1, 1)
 
     def __str__(self) -> str:
         shapes = " ".join(f"{n}{list(x.meta['val'].shape)}" for n, x in (("q", self.q), ("k", self.k), ("v", self.v)))

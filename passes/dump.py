@@ -47,11 +47,14 @@ class Dump:
         self.text("plan.txt", str(plan))
         lines = []
         for i, site in enumerate(plan.sites):
-            program = site.program(rank)
-            steps = [f"  {step}" for step in program.steps] if program else ["  runs replicated"]
-            total = f": {program.area} pairs, {program.received} key tokens received" if program else ""
-            lines += [f"site {i} on rank {rank} of {plan.world}{total}", *steps]
-            lines += [f"  empty: {_rectangles(program.empty)}"] if program and program.empty else []
+            programs = site.programs(rank)
+            for lane, program in zip(site.lanes or [None], programs, strict=False):
+                total = f": {program.area} pairs, {program.received} key tokens received"
+                name = f"site {i} on rank {rank} of {plan.world}{f', {lane}' if lane else ''}"
+                lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
+                lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
+            lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]
+            lines += [f"  in all {site.received(rank)} (token, head) pairs received"] if site.dilation else []
         self.text("schedule.txt", "\n".join(lines))
 
 

@@ -59,7 +59,7 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
             node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
     fixed = [n for n in sites if not _site(n).pruning]
-    if not any(_symbolic(n) for n in sites) and sum(_size(_site(n)) for n in fixed) <= unroll_limit:
+    if not any(_symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:
         traced: dict[str, GraphModule] = {}
         for node in fixed:
             _unroll(graph, node, traced)
@@ -119,9 +119,12 @@ def _site(node: Node) -> Site:
     return ops.site_of(node.args[SITE[node.target] :])[1]  # type: ignore[index]
 
 
-def _size(site: Site) -> int:
+def _size(node: Node) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
-    return max(site.world, sum(len(step.tiles) for step in site.program.steps))
+    query: Any = node.args[1 if node.target is ops.ring_attention_backward else 0]
+    site = _site(node)
+    lanes = site.lanes(int(query.meta["val"].shape[1]))
+    return max(site.world, sum(len(step.tiles) for lane in lanes for step in lane.program.steps))
 
 
 def _symbolic(node: Node) -> bool:

@@ -256,7 +256,7 @@ class _Writer(Sums, Takes):
         learned, pruned = (",".join(map(str, numbers)) for numbers in (self.placement.learned(plan), pruning))
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.plan.comm, score, "", learned, pruned,
+            *names, problem.tile, *who, self.plan.comm, score, str(plan.dilation or ""), learned, pruned,
             name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)

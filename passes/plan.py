@@ -12,19 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from ringpass.bundle import received
 from ringpass.config import RingConfig
+from ringpass.dilation import Dilation, Lane
 from ringpass.hilbert import Order
 from ringpass.layout import Layout, following
 from ringpass.mask import loads
 from ringpass.passes.balance import PRICES, Load, choose, refine
 from ringpass.passes.curves import along, find, of_length
 from ringpass.passes.detect import AttentionSite
+from ringpass.passes.dilate import dilations
 from ringpass.passes.factors import Factor, Sweep, hint_of
 from ringpass.schedule import TILE, Problem, Program, program
 from ringpass.selection import TopBlocks
+from ringpass.site import Site, of_lane
 
+SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
 LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call
 
 
@@ -59,10 +65,45 @@ class SitePlan:
     problem: Problem | None
     placed: AttentionSite  # the site as it runs: its expressions over places, where an order is not the tokens' own
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
+    dilation: Dilation | None = None
 
-    def program(self, rank: int) -> Program | None:
-        """The schedule on `rank`, at the lengths of this compilation."""
-        return program(self.problem, rank if self.query_axis else 0) if self.problem else None
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Those of a dilated site."""
+        return self.dilation.lanes(self.site.heads[0], self.problem.queries) if self.dilation and self.problem else ()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is scheduled: the problem, or, if the site is dilated, those of its lanes."""
+        return _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
+
+    def programs(self, rank: int) -> tuple[Program, ...]:
+        """The schedules on `rank`, at the lengths of this compilation."""
+        return tuple(program(problem, rank if self.query_axis else 0) for problem in self.problems)
+
+    def about_dilation(self) -> list[str]:
+        """What a dilated site attends to and receives, for the plan's text."""
+        if self.dilation is None or self.problem is None:
+            return []
+        share = self.dilation.share(self.problem.queries)
+        lines = [f"  dilation {self.dilation}: {self.dilation.describe()}; {share:.4g} of all pairs"]
+        if self.query_axis and self.problem.world <= SHOWN_RANKS:
+            most = max(map(self.received, range(self.problem.world)))
+            k, v = (x.meta["val"] for x in (self.site.k, self.site.v))
+            each = hint_of(k.shape[0]) * hint_of(k.shape[-1] + v.shape[-1]) * k.element_size()
+            lines.append(f"  receives at most {most} rows of K and V per rank, {most * each} bytes")
+        return lines
+
+    def received(self, rank: int) -> int:
+        """(key token, K/V head) pairs that `rank` receives: of what lanes share, each once."""
+        p = self.problem
+        if p is None or self.dilation is None:
+            return self.site.heads[1] * sum(one.received for one in self.programs(rank))
+        layouts = p.query_layout.name, p.key_layout.name
+        rank = rank if self.query_axis else 0
+        lengths, how = (p.queries, p.keys), str(self.dilation)
+        site = Site(p.mask, "", 1.0, 0.0, 0, *lengths, *layouts, p.tile, rank, p.world, "", dilation=how)
+        return received(site, *self.site.heads)
 
 
 @dataclass(frozen=True)
@@ -89,15 +130,21 @@ class RingPlan:
             pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
             order = site.problem and not site.query_axis and site.problem.query_layout.order
             alone = "" if site.query_axis else f"; runs replicated{f', along {order}' if order else ''}"
-            lines += [f"{site.site}", f"  {where}{alone}{pruned}"]
+            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_dilation()]
         return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
+
+
+def _problems(problem: Problem, dilation: Dilation | None, heads: int) -> tuple[Problem, ...]:
+    if dilation is None:
+        return (problem,)
+    return tuple(of_lane(problem, lane) for lane in dilation.lanes(heads, problem.queries))
 
 
 def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
     """Chooses the layouts and states each site's schedule problem."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
-    order = find(sites, config)
+    order, dilated = find(sites, config), dilations(sites, config, remarks)
     planned = []
     for site in sites:
         plain = world > 1 and _plain(site, remarks)
@@ -106,14 +153,15 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, along(site, orders, config), orders, pair))
-    chosen, weighed = _choose([(placed, pair) for _, placed, _, pair in planned], world, config)
+    placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
+    chosen, weighed = _choose(placed_pairs, world, config)
     final = {a.index: replace(a, layout=Layout(following(chosen, a.layout.order), world)) for a in axes.values()}
     plans = []
-    for site, placed, orders, pair in planned:
+    for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
-        problem = _problem(placed, query, key, world, config) if query else _alone(placed, orders, world, config)
+        make = partial(_problem, placed, query, key, world) if query else partial(_alone, placed, orders, world)
         pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
-        plans.append(SitePlan(site, query, key, problem, placed, pruning))
+        plans.append(SitePlan(site, query, key, make(config, dilation), placed, pruning, dilation))
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
 
@@ -123,11 +171,13 @@ def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> 
     return axis.layout.order if axis else of_length(order, x) if replicated else None
 
 
-def _alone(site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig) -> Problem | None:
+def _alone(
+    site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig, dilation: Dilation | None
+) -> Problem | None:
     """The problem of a site that every rank computes whole, as if it were the only one; None: as the model wrote it."""
     if not (world == 1 or config.altering or any(orders)) or not _plain(site, []):
         return None
-    problem = _problem(site, None, None, 1, config)
+    problem = _problem(site, None, None, 1, config, dilation)
     query, key = (Layout(following("contiguous", order), 1) for order in orders)
     return replace(problem, query_layout=query, key_layout=key)
 
@@ -175,7 +225,14 @@ def _axis(
     return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, layout))
 
 
-def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: int, config: RingConfig) -> Problem:
+def _problem(
+    site: AttentionSite,
+    query: Axis | None,
+    key: Axis | None,
+    world: int,
+    config: RingConfig,
+    dilation: Dilation | None,
+) -> Problem:
     replicated = Layout("replicated" if query else "contiguous", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [axis.layout if axis else replicated for axis in (query, key)]
@@ -184,24 +241,35 @@ def _problem(site: AttentionSite, query: Axis | None, key: Axis | None, world: i
     if config.tile:
         return problem
     device = site.q.meta["val"].device.type
-    refined = refine(problem, device if device in PRICES else "cuda")
-    return replace(refined, tile=min(config.approximate.block, refined.tile)) if config.approximate else refined
+    edge = refine(_problems(problem, dilation, site.heads[0]), device if device in PRICES else "cuda")
+    return replace(problem, tile=min(config.approximate.block, edge) if config.approximate else edge)
 
 
 def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, list[str]]:
     """The layout's name, and a line on each layout that was weighed, the chosen one first."""
     if config.layout != "auto" or world == 1:
         return ("contiguous" if config.layout == "auto" else config.layout), []
-    sharded = [(site, query, key) for site, (query, key) in placed if query is not None]
-    loads = [_load(site, _problem(site, query, key, world, config)) for site, query, key in sharded]
-    fixed = all(isinstance(axis.tokens, int) for _, *pair in sharded for axis in pair if axis)
+    sharded = [(site, query, key, how) for site, how, (query, key) in placed if query is not None]
+    loads = [
+        x
+        for site, query, key, how in sharded
+        for x in _loads(site, _problem(site, query, key, world, config, how), how)
+    ]
+    fixed = all(isinstance(axis.tokens, int) for _, *pair, _ in sharded for axis in pair if axis)
     tried = choose(loads, world, fixed)
     return tried[0].layout, list(map(str, tried))
 
 
-def _load(site: AttentionSite, problem: Problem) -> Load:
-    """FLOPs and bytes of a forward; those of a backward are in the same proportion."""
-    q, k, v = (x.meta["val"] for x in (site.q, site.k, site.v))
-    heads, groups = (hint_of(x.shape[1]) if x.ndim == 4 else 1 for x in (q, k))
+def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:
+    """FLOPs and bytes of a forward, lane by lane; those of a backward are in the same proportion."""
+    k, v = (x.meta["val"] for x in (site.k, site.v))
+    heads, groups = site.heads
     widths = hint_of(k.shape[-1]) + hint_of(v.shape[-1])
-    return Load(problem, flops=2.0 * heads * widths, bytes=float(groups * widths * k.element_size()))
+    token = float(widths * k.element_size())
+    if dilation is None:
+        return [Load(problem, flops=2.0 * heads * widths, bytes=groups * token)]
+    out = []
+    for lane in dilation.lanes(heads, problem.queries):
+        read = len({head // (heads // groups) for head in lane.members})
+        out.append(Load(of_lane(problem, lane), flops=2.0 * len(lane.members) * widths, bytes=read * token))
+    return out

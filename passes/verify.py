@@ -80,7 +80,7 @@ def prove(problem: Problem) -> Proof:
 
 def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
     """Proves the schedule of each site of a plan, equal ones once, before anything is sent."""
-    problems = dict.fromkeys(s.problem for s in plan.sites if s.problem)
+    problems = dict.fromkeys(problem for site in plan.sites for problem in site.problems)
     return tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
 
 

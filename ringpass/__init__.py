@@ -2,13 +2,17 @@
 
     model = torch.compile(model, backend="ring_dilated")
 
-needs no import of this package.  What it offers beside the backend: `RingConfig`, the options; `patterns` and
-`top_blocks`, values of the options `mask` and `approximate`; `errors`.
+needs no import of this package.  What it offers beside the backend: `RingConfig`, the options; `patterns`,
+`top_blocks` and `Dilation`, values of options; `reference`, what they mean, dense and plain; `errors`.
 """
 
 from ringpass.config import RingConfig
+from ringpass.dilation import Dilation
 from ringpass.errors import MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
 from ringpass.selection import top_blocks
 
-__all__ = ["MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError", "UnsupportedError", "top_blocks"]
+__all__ = [
+    "Dilation", "MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError", "UnsupportedError",
+    "top_blocks",
+]  # fmt: skip
 __version__ = "0.1.0"

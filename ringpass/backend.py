@@ -134,8 +134,9 @@ def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
 
 def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
     """The options act on attentions that ringpass computes: one that runs as the model wrote it would ignore them."""
-    left = [s.site.node.name for s in planned.sites if s.problem is None]
-    if left and config.altering:
+    for_all = config.altering.keys() - {"dilation"}
+    left = [s.site.node.name for s in planned.sites if s.problem is None and (for_all or s.dilation)]
+    if left:
         option, why = next(iter(config.altering)), "; ".join(planned.remarks) or "its queries stay replicated"
         raise UnsupportedError(
             f"the option {option!r} cannot be applied to {', '.join(left)}, which runs as the model wrote it: {why}. "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ringpass.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.errors import OptionError
 from ringpass.patterns import Pattern, everything
 from ringpass.selection import TopBlocks
@@ -35,8 +36,17 @@ class RingConfig:
         which what is near on the grid is near in the sequence.  Exact: same results; masks that are windows on the
         grid fall into few tiles.
     hilbert_prefix: number of tokens (CLS, registers, text) before the grid, which stay there; None: inferred.
-    along_curve: True: `mask` and the blocks of `approximate` count places along the curve instead of tokens; the
-        model's own mask does not.  It changes what is attended to.
+    along_curve: True: `mask`, dilation and the blocks of `approximate` count places along the curve instead of tokens;
+        the model's own mask does not.  It changes what is attended to.
+    segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
+        the rate r, of which every r-th token attends to every r-th one (`ringpass.dilation`).  It changes what is
+        attended to, in attentions whose queries and keys are one sequence; others stay exact.
+    dilation: a name for both, "longnet" or "auto"; or a `ringpass.Dilation`.
+    dilation_budget: the share of all pairs that "auto" may compute at most, above 0 and at most 1.
+    head_offset: where a head begins in each segment: "mod", head mod r; or "block", r groups of heads.
+    dilate: which attentions are dilated, None: all.  Or a list of indices in graph order, of module paths such as
+        "layers.*.attn", or of functions of a `ringpass.passes.detect.AttentionSite`; or a dict from these to a
+        `ringpass.Dilation`, a name, or None.
     runtime_pruning: True: padding masks and document ids of each call, where all ranks hold them, prune tiles and
         transfers of that call; such attentions stay one node, and their masks are copied to the host.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
@@ -61,6 +71,12 @@ class RingConfig:
     hilbert: tuple[int, ...] | None = None
     hilbert_prefix: int | None = None
     along_curve: bool = False
+    segment_lengths: tuple[int, ...] | None = None
+    dilation_rates: tuple[int, ...] | None = None
+    dilation: str | Dilation | None = None
+    dilation_budget: float = BUDGET
+    head_offset: str = "mod"
+    dilate: Any = None
     runtime_pruning: bool = False
     comm: str = "ring"
     compiler: str = "inductor"
@@ -78,6 +94,7 @@ class RingConfig:
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
+        self._check_dilation()
         self._check_curve()
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
         _one_of("comm", self.comm, ("ring", "allgather"))
@@ -97,6 +114,53 @@ class RingConfig:
             raise OptionError(
                 "the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one"
             )
+
+    def _check_dilation(self) -> None:
+        lists = {name: getattr(self, name) for name in ("segment_lengths", "dilation_rates")}
+        for name, value in lists.items():
+            _require(name, value, value is None or isinstance(value, tuple | list), "a list of ints of at least 1")
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        _one_of("head_offset", self.head_offset, OFFSETS)
+        given = [name for name, value in lists.items() if value is not None]
+        if len(given) == 1:
+            missing = next(name for name in lists if name not in given)
+            raise OptionError(f"option {given[0]!r} needs {missing!r} beside it: each pattern has one of both")
+        if given and self.dilation is not None:
+            raise OptionError("options 'dilation' and 'segment_lengths' both say how to dilate: drop one")
+        budget = isinstance(self.dilation_budget, int | float) and not isinstance(self.dilation_budget, bool)
+        _require(
+            "dilation_budget", self.dilation_budget, budget and 0 < self.dilation_budget <= 1, "above 0, at most 1"
+        )
+        known = self.dilation is None or isinstance(self.dilation, str | Dilation)
+        _require("dilation", self.dilation, known, f"one of {', '.join(map(repr, [*PRESETS, AUTO]))}, or a Dilation")
+        selectors = self.dilate is None or isinstance(self.dilate, list | tuple | dict)
+        _require("dilate", self.dilate, selectors, "a list of sites, or a dict from sites to dilations")
+        for wanted in (self.dilation, *(self.dilate.values() if isinstance(self.dilate, dict) else ())):
+            self.dilation_of(wanted, tokens=2**20)
+        if self.dilate is not None and not isinstance(self.dilate, dict) and not self.dilated:
+            raise OptionError("option 'dilate' lists attentions, and no option says how to dilate them: add 'dilation'")
+        for name, other in (("approximate", self.approximate), ("comm", self.comm == "allgather" or None)):
+            if self.dilated and other is not None:
+                raise OptionError(f"dilation does not go with the option {name!r} ({getattr(self, name)}): drop one")
+        if self.dilated and self.hilbert is not None and not self.along_curve:
+            raise OptionError(
+                "hilbert puts tokens in another order, and segments would be scattered over it: set along_curve=True "
+                "to dilate along the curve, or drop one of both"
+            )
+
+    def dilation_of(self, wanted: str | Dilation | None, tokens: int) -> Dilation | None:
+        """What a value of the options means for a sequence of `tokens` tokens; None: what the lists say, if given."""
+        if isinstance(wanted, str):
+            return preset(wanted, tokens, self.head_offset, self.dilation_budget)
+        if wanted is None and self.segment_lengths is not None and self.dilation_rates is not None:
+            return Dilation(self.segment_lengths, self.dilation_rates, self.head_offset)
+        return wanted
+
+    @property
+    def dilated(self) -> bool:
+        """Whether some option says how to dilate."""
+        by_site = isinstance(self.dilate, dict) and any(value is not None for value in self.dilate.values())
+        return self.segment_lengths is not None or self.dilation is not None or by_site
 
     def _check_curve(self) -> None:
         grid, prefix = self.hilbert, self.hilbert_prefix
@@ -154,12 +218,15 @@ class RingConfig:
         return {name: value for name, value in self._altering().items() if value not in (everything(), None)}
 
     def _altering(self) -> dict[str, object]:
-        return {"mask": self.mask, "approximate": self.approximate}
+        dilation = self.dilation or self.segment_lengths or self.dilate
+        return {"mask": self.mask, "approximate": self.approximate, "dilation": dilation if self.dilated else None}
 
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""
         return ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("group", "dump", "timeout")
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name not in ("group", "dump", "timeout", "dilate")  # what `dilate` means is in the plan
         )
 
 

@@ -20,7 +20,7 @@ FLOPs are those of S sum(w_i / r_i^2) pairs per head on average, of S^2 for dens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -177,11 +177,45 @@ def _ordinal(n: int) -> str:
 
 # --- presets ----------------------------------------------------------------------------------------------------------
 
-SEGMENTS = (2048, 4096, 8192, 16384, 32768)
-RATES = (1, 2, 4, 6, 12)
-PRESETS: dict[str, tuple[Sequence[int], Sequence[int]]] = {
-    "longnet": (SEGMENTS, RATES),
-    "longnet-8k": (SEGMENTS[:3], RATES[:3]),
-    "longnet-16k": (SEGMENTS[:4], RATES[:4]),
-    "longnet-32k": (SEGMENTS, RATES),
+PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "longnet": ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
 }
+"""Segment lengths and rates; LongNet's are those of its language models (arXiv 2307.02486, section 4.1)."""
+AUTO = "auto"
+BUDGET = 0.25
+
+
+def preset(name: str, tokens: int, head_offset: str = "mod", budget: float = BUDGET) -> Dilation:
+    """The patterns that a name stands for, in a sequence of `tokens` tokens.
+
+    >>> print(preset("longnet", 6000))
+    2048/1+4096/2+8192/4 mod
+    >>> print(preset("auto", 6000))
+    512/1+1024/2+2048/4+4096/8+8192/16 mod
+
+    `longnet`: its list, as far as a longer segment still adds a key.  `auto`: lengths and rates that double, up to the
+    whole sequence, from the longest first segment, a power of 2, with which at most a share `budget` of all pairs is
+    computed.  Raises OptionError for another name, or a budget that is too small for any.
+    """
+    if name == AUTO:
+        return _auto(tokens, head_offset, budget)
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, [*PRESETS, AUTO], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise OptionError(f"unknown dilation {name!r}{hint}: known are {', '.join(map(repr, [*PRESETS, AUTO]))}")
+    lengths, rates = PRESETS[name]
+    used = 1 + sum(w < tokens for w in lengths[:-1])
+    return Dilation(lengths[:used], rates[:used], head_offset)
+
+
+def _auto(tokens: int, head_offset: str, budget: float) -> Dilation:
+    first = 1 << max(0, tokens - 1).bit_length()
+    while first:
+        doubled = 1 + max(0, -(-tokens // first) - 1).bit_length()
+        found = Dilation(tuple(first << i for i in range(doubled)), tuple(1 << i for i in range(doubled)), head_offset)
+        if found.share(tokens) <= budget:
+            return found
+        first //= 2
+    raise OptionError(
+        f"no dilation of {tokens} tokens computes a share of {budget} of all pairs only: raise the budget"
+    )

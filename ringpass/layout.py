@@ -130,9 +130,9 @@ def following(name: str, order: Order | None) -> str:
     return f"{name}{ALONG}{order}" if order else name
 
 
-def sieved(name: str, residue: Residue) -> str:
+def sieved(name: str, residue: Residue | None) -> str:
     """The layout `name` of the tokens in `residue` alone."""
-    return f"{name}{EVERY}{residue}"
+    return f"{name}{EVERY}{residue}" if residue else name
 
 
 @lru_cache(maxsize=256)

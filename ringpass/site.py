@@ -87,9 +87,16 @@ def _lanes(site: Site, heads: int) -> tuple[Site, ...]:
 
 
 def _of_lane(site: Site, number: int, lane: Lane) -> Site:
-    n = lane.residue.length
-    layouts = [sieved(name, lane.residue) for name in (site.query_layout, site.key_layout)]
     bias, score = (str(lane.within(parse(text))) if text else "" for text in (site.bias, site.score))
-    texts = {"mask": str(lane.mask(parse(site.mask))), "bias": bias, "score": score, "dilation": ""}
-    where = {"queries": n, "keys": n, "query_layout": layouts[0], "key_layout": layouts[1]}
-    return replace(site, **texts, **where, lane=lane, number=number)  # type: ignore[arg-type]
+    p = of_lane(replace(site.problem, known=()), lane)
+    where = p.queries, p.keys, p.query_layout.name, p.key_layout.name
+    rest = dict(zip(("queries", "keys", "query_layout", "key_layout"), where, strict=True))
+    return replace(site, mask=p.mask, bias=bias, score=score, dilation="", lane=lane, number=number, **rest)  # type: ignore[arg-type]
+
+
+def of_lane(problem: Problem, lane: Lane) -> Problem:
+    """What a lane of a dilated problem schedules."""
+    n = lane.residue.length
+    query, key = (replace(x, name=sieved(x.name, lane.residue)) for x in (problem.query_layout, problem.key_layout))
+    mask = str(lane.mask(parse(problem.mask)))
+    return replace(problem, mask=mask, queries=n, keys=n, query_layout=query, key_layout=key)

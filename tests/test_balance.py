@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ CAUSAL, SLIDING = causal(), causal() & window(1023)
 def load(pattern: Pattern | str, world: int, tokens: int) -> Load:
     here = Layout("contiguous", world)
     problem = Problem(str(pattern), tokens, tokens, here, here)
-    return Load(refine(problem, "cpu"), flops=2.0 * 8 * 128, bytes=2.0 * 128 * 4)
+    return Load(replace(problem, tile=refine([problem], "cpu")), flops=2.0 * 8 * 128, bytes=2.0 * 128 * 4)
 
 
 def best(patterns: list[Pattern | str], world: int, tokens: int, fixed: bool = True) -> Estimate:
@@ -84,7 +85,7 @@ def test_estimates_count_all_sites() -> None:
 def test_tiles_are_as_fine_as_the_mask_is_narrow() -> None:
     here = Layout("contiguous", 4)
     masks = CAUSAL, SLIDING, causal() & window(255), "k <= q & x0[b, k]"
-    edges = [refine(Problem(str(p), 32768, 32768, here, here), "cpu").tile for p in masks]
+    edges = [refine([Problem(str(p), 32768, 32768, here, here)], "cpu") for p in masks]
     assert edges[0] == edges[3] == 1024 and edges[1] >= edges[2] and 1024 > edges[2] >= 128
 
 

@@ -68,7 +68,7 @@ def counting(run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Te
         read.append(program(problem, rank))
         return read[-1]
 
-    with patch("ringpass.ring.program", reading):
+    with patch("ringpass.site.program", reading):
         return run(), read[-1]
 
 
