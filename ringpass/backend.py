@@ -62,7 +62,8 @@ def ring_dilated(
             _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not draws:
-            return codegen.plain(gm, example_inputs, inductor, config.compiler)
+            plain = codegen.plain(gm, example_inputs, inductor, config.compiler)
+            return lambda *args: plain(*_whole(args))
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
@@ -199,7 +200,8 @@ def _spelled(target: Any) -> str:
 def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring) -> Callable[..., Any]:
     """What Dynamo calls: agree, draw the seed, run, show local outputs as tensors of global shape."""
 
-    def call(*args: Any) -> Any:
+    def call(*given: Any) -> Any:
+        args = _whole(given)
         draws = local.seeded or local.draws
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
         seed = agreement.seed(args, drawn)
@@ -214,6 +216,11 @@ def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, 
         ]
 
     return call
+
+
+def _whole(args: Sequence[Any]) -> list[Any]:
+    """Arguments with lazy outputs gathered: what autograd sees, and hooks on them fire."""
+    return [arg.full() if isinstance(arg, LazyOutput) else arg for arg in args]
 
 
 @contextmanager
