@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = (
     "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
-    "passes.cover", "passes.verify",
+    "dilation", "residue", "bundle", "reference", "passes.cover", "passes.verify",
 )  # fmt: skip
 
 
