@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringpass.dilation import PRESETS, Dilation, preset
+from ringpass.reference import attention
 
 RATES = (1, 2, 4, 8, 16)
 
@@ -75,3 +76,16 @@ def test_the_compiler_says_what_a_preset_attends_to(caplog: pytest.LogCaptureFix
     assert said[0].startswith(
         "attention 0 (scaled_dot_product_attention), 1 (scaled_dot_product_attention_1) dilated by"
     )
+
+
+def test_another_length_has_patterns_of_its_own() -> None:
+    """Also where Dynamo compiles for any length."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"dilation": "auto", "compiler": "aot_eager"}
+    run: Any = torch.compile(Twice(), backend="ring_dilated", options=options, dynamic=True)
+    for tokens in (24, 40, 96):
+        x = torch.randn(1, 2, tokens, 4, dtype=torch.float64)
+        wanted = x
+        for _ in range(2):
+            wanted = attention(wanted, wanted, wanted, preset("auto", tokens), causal=True)
+        torch.testing.assert_close(run(x), wanted, rtol=0, atol=1e-12)
