@@ -34,7 +34,7 @@ from ringpass.mask import PARTIAL
 from ringpass.rows import Rows, add, cut, label, merge
 from ringpass.schedule import MIRRORED, TRIANGLES, Step, Tile, divided
 from ringpass.site import Site
-from ringpass.transport import Served, transport, zero_block
+from ringpass.transport import Block, Served, Transport, transport, zero_block
 
 
 def forward(
@@ -72,55 +72,76 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
-    keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    ours = [[_queries(lane, x) for x in (grad, q, out, lse)] for lane in keys.lanes]
-    numbers = range(len(keys.lanes))
-    halves = [divided(keys.steps(i)[0].tiles) if keys.remote else (keys.steps(i)[0].tiles, ()) for i in numbers]
-    local_tiles = [(*first, *last) for first, last in halves]
-    dqs = [Rows(ours[i][1].shape[2], [*_spans_of(keys.steps(i)), *(t.q for t in local_tiles[i])]) for i in numbers]
+    keys = transport(site, q, k, v)
+    sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
     own: list[Rows] = []
-    dleaves = [torch.zeros_like(leaves[i], dtype=dtype) for i in site.learned]
-
-    def attend(i: int, step: Step, tile: Tile, blocks: tuple[Tensor, Tensor], flying: list[Tensor], dkv: Rows) -> None:
-        lane = keys.lanes[i]
-        name, op = _name(lane, step, tile), primitives.attention_tile_backward
-        op = primitives.scored_tile_backward if site.score else op
-        args = _tile_args(lane, step, tile, ours[i][1], leaves, seed, flying)
-        with label(f"attention_backward_{name}"):
-            mine, theirs = [cut(x, tile.q) for x in ours[i]], [cut(x, tile.k) for x in blocks]
-            parts = _turned(tile, (*mine[:2], *theirs, *mine[2:]))
-            tile_dq, tile_dk, tile_dv, *others = _turned(tile, op(*parts, *args))
-        dqs[i].fold(tile.q, (tile_dq,), add, f"add_gradients_{name}")
-        dkv.fold(tile.k, (tile_dk, tile_dv), add, f"add_gradients_{name}")
-        if others:
-            dleaves[:] = _add_leaf_grads(lane, step, tile, ours[i][1], leaves, others, dleaves)
-
     local: Served = []
     for served, flying in keys.blocks():
-        if not local:
-            local = served
-            own = [Rows(b[0].shape[2], [*(t.k for t in local_tiles[i]), *keys.returned_rows]) for i, _, b in local]
-            for i, step, blocks in local:
-                for tile in halves[i][0]:
-                    attend(i, step, tile, blocks, [*flying, *keys.returning], own[i])
+        beside = [*flying, *keys.returning]
+        if local:
+            keys.give_back(served, [sums.of(block, beside) for block in served], own)
             continue
-        given = []
-        for i, step, blocks in served:
-            dkv = Rows(blocks[0].shape[2], [tile.k for tile in step.tiles])
-            for tile in step.tiles:
-                attend(i, step, tile, blocks, [*flying, *keys.returning], dkv)
-            given.append(dkv.join(partial(zero_block, *blocks, dtype)))
-        keys.give_back(served, given, own)
-    for i, step, blocks in local:
-        for tile in halves[i][1]:
-            attend(i, step, tile, blocks, keys.returning, own[i])
+        local, own = served, [Rows(k.shape[2], sums.local_spans(i)) for i, _, (k, _) in served]
+        for block, dkv in zip(local, own, strict=True):
+            sums.add(block, sums.halves[block[0]][0], beside, dkv)
+    for block, dkv in zip(local, own, strict=True):
+        sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
     keys.finish(own)
     with label("join_gradients"):
         dk, dv = keys.collect(own)
-        dq = _dq(site, keys.lanes, dqs, q)
-        learned = [g.to(leaves[i].dtype) for g, i in zip(dleaves, site.learned, strict=True)]
+        dq = _dq(site, keys.lanes, sums.dqs, q)
+        learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
+
+
+class _Gradients:
+    """What the tiles of one backward add up: `dqs`, of each lane's queries, and `dleaves`, of the learned leaves."""
+
+    def __init__(
+        self, site: Site, keys: Transport, mine: Sequence[Tensor], leaves: Sequence[Tensor], seed: Tensor | None
+    ) -> None:
+        self.keys, self.leaves, self.seed = keys, leaves, seed
+        self.dtype = accumulator(mine[1].dtype)
+        self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
+        self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
+        self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
+        self.dqs = [Rows(x[1].shape[2], self._query_spans(i)) for i, x in enumerate(self.ours)]
+        self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
+
+    def _halves(self, number: int) -> tuple[Sequence[Tile], Sequence[Tile]]:
+        tiles = self.keys.steps(number)[0].tiles
+        return divided(tiles) if self.keys.remote else (tiles, ())
+
+    def _query_spans(self, number: int) -> list[tuple[int, int]]:
+        own = (tile.q for half in self.halves[number] for tile in half)
+        return [*_spans_of(self.keys.steps(number)), *own]
+
+    def local_spans(self, number: int) -> list[tuple[int, int]]:
+        """Where sums of gradients of the own keys begin and end."""
+        return [*(tile.k for half in self.halves[number] for tile in half), *self.keys.returned_rows]
+
+    def of(self, block: Block, flying: list[Tensor]) -> tuple[Tensor, ...]:
+        """dK and dV of a block that came."""
+        _, step, (k, v) = block
+        dkv = Rows(k.shape[2], [tile.k for tile in step.tiles])
+        self.add(block, step.tiles, flying, dkv)
+        return dkv.join(partial(zero_block, k, v, self.dtype))
+
+    def add(self, block: Block, tiles: Sequence[Tile], flying: list[Tensor], dkv: Rows) -> None:
+        """Adds what `tiles` of a block give; its share of dK and dV to `dkv`."""
+        i, step, blocks = block
+        lane, ours = self.keys.lanes[i], self.ours[i]
+        for tile in tiles:
+            name = _name(lane, step, tile)
+            args = _tile_args(lane, step, tile, ours[1], self.leaves, self.seed, flying)
+            with label(f"attention_backward_{name}"):
+                mine, theirs = [cut(x, tile.q) for x in ours], [cut(x, tile.k) for x in blocks]
+                parts = _turned(tile, (*mine[:2], *theirs, *mine[2:]))
+                dq, dk, dv, *others = _turned(tile, self.op(*parts, *args))
+            self.dqs[i].fold(tile.q, (dq,), add, f"add_gradients_{name}")
+            dkv.fold(tile.k, (dk, dv), add, f"add_gradients_{name}")
+            if others:
+                self.dleaves = _add_leaf_grads(lane, step, tile, ours[1], self.leaves, others, self.dleaves)
 
 
 def _spans_of(steps: Sequence[Step]) -> list[tuple[int, int]]:

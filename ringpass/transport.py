@@ -18,7 +18,8 @@ from ringpass.rows import Rows, add, cut, fold_runs, label
 from ringpass.schedule import Step, Transfer, rows
 from ringpass.site import Site
 
-Served = list[tuple[int, Step, tuple[Tensor, Tensor]]]  # number of a lane, its step, its keys and values
+Block = tuple[int, Step, tuple[Tensor, Tensor]]  # number of a lane, its step, its keys and values
+Served = list[Block]
 
 
 def transport(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Transport:
