@@ -1,9 +1,10 @@
 """detect: captured graph -> attention sites, each with its mask as a scalar function of (b, h, q, k).
 
-A *site* is the output of one attention call: an `aten.scaled_dot_product_attention` node, or the first result of a
-`flex_attention` operator.  The `attn_mask` of the former, given as an input or built in the graph, is pulled back to an
-expression of `ringpass.mask` (`pull`): element [b, h, q, k] of the mask node, rewritten until it rests on positions,
-constants and loads from *leaves*, the tensors that hold data.  The latter's functions are read by `flex`.
+A *site* is the output of one attention call: an `aten.scaled_dot_product_attention` node, the first result of a
+`flex_attention` operator, or the last product of an attention that the model writes out.  The `attn_mask` of the first,
+given as an input or built in the graph, is pulled back to an expression of `ringpass.mask` (`pull`): element
+[b, h, q, k] of the mask node, rewritten until it rests on positions, constants and loads from *leaves*, the tensors
+that hold data.  The functions of the second are read by `flex`, what the third does to its scores by `handwritten`.
 
 Contract: the expressions equal mask, bias and score function for every element.  A call that is not read stays as the
 model wrote it, and runs replicated.
@@ -27,10 +28,11 @@ from ringpass import mask as m
 from ringpass.closed_form import simplify
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.mask import CAUSAL, TRUE, Const, Expr, call
-from ringpass.passes import flex
+from ringpass.passes import flex, handwritten
 from ringpass.passes.factors import args_of, first_of
 from ringpass.passes.heads import unrepeated
-from ringpass.passes.pull import Puller, numbered, split_bias
+from ringpass.passes.pull import Puller, numbered
+from ringpass.passes.separate import rows_with_keys, split_bias
 from ringpass.patterns import Pattern, everything
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -42,7 +44,7 @@ class AttentionSite:
     """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
 
     `score` is any other function of them.  `unread`: why the call must run as the model wrote it.  `listed`: lists of
-    blocks, which come with each call, say what is computed.
+    blocks, which come with each call, say what is computed.  `written`: the model writes it out.
     """
 
     index: int
@@ -58,6 +60,7 @@ class AttentionSite:
     score: Expr | None = None
     unread: str = ""
     listed: bool = False
+    written: bool = False
 
     @property
     def path(self) -> str:
@@ -90,7 +93,7 @@ def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSit
 
     Raises UnsupportedError for an attention call that cannot be read, OptionError for a pattern of another length.
     """
-    readers = [(reader, node) for node in gm.graph.nodes if (reader := _reader(node)) is not None]
+    readers = [(reader, node) for node in list(gm.graph.nodes) if (reader := _reader(node)) is not None]
     sites = [_grouped(reader(index, node)) for index, (reader, node) in enumerate(readers)]
     return tuple(narrowed(site, pattern) for site in sites)
 
@@ -114,6 +117,8 @@ def _reader(node: Node) -> Callable[[int, Node], AttentionSite] | None:
         return None
     if node.target is operator.getitem and first_of(node).target is flex.FLEX and node.args[1] == 0:
         return _flex_site
+    if (found := handwritten.read(node)) is not None:
+        return lambda index, node: _written_site(index, node, found)
     return _site if node.target is SDPA else None
 
 
@@ -125,6 +130,13 @@ def _flex_site(index: int, node: Node) -> AttentionSite:
         return AttentionSite(index, node, q, k, v, TRUE, None, (), number, 0.0, unread=found)
     scores = found.mask, found.bias, found.leaves
     return AttentionSite(index, node, q, k, v, *scores, scale, 0.0, found.score, listed=found.listed)
+
+
+def _written_site(index: int, node: Node, found: handwritten.Written) -> AttentionSite:
+    scores = found.mask, found.bias, found.leaves
+    return AttentionSite(
+        index, node, found.q, found.k, found.v, *scores, found.scale, found.dropout, found.score, written=True
+    )
 
 
 def _site(index: int, node: Node) -> AttentionSite:
@@ -140,24 +152,28 @@ def _site(index: int, node: Node) -> AttentionSite:
     bias: Expr | None = None
     leaves: tuple[Node, ...] = ()
     if given.get("attn_mask") is not None:
-        allowed, bias, leaves = _mask(given["attn_mask"], q.meta["val"].ndim)
+        allowed, bias, leaves = _mask(given["attn_mask"], q, k)
     if given.get("is_causal", False):
         allowed = simplify(call("and", CAUSAL, allowed))
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     return AttentionSite(index, node, q, k, v, allowed, bias, leaves, scale, float(dropout))
 
 
-def _mask(node: Node, query_dims: int) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
+def _mask(node: Node, q: Node, k: Node) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
     """(boolean mask, additive bias, leaves) of an attn_mask node, which broadcasts to the scores of the queries."""
     puller = Puller()
-    scores = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}.get(query_dims, ())
+    scores = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}.get(q.meta["val"].ndim, ())
     rank = node.meta["val"].ndim
     if not 2 <= rank <= len(scores):
         raise UnsupportedError(
             f"attention mask {node.name} has {rank} dims, expected 2 to {len(scores)} for such queries"
         )
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
-    allowed, bias = (expr, None) if node.meta["val"].dtype == torch.bool else split_bias(expr)
+    allowed, bias = (
+        (expr, None)
+        if node.meta["val"].dtype == torch.bool
+        else split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k))))
+    )
     (mask, bias), leaves = numbered(puller, simplify(allowed), bias)
     assert mask is not None
     return mask, bias, leaves

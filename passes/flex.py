@@ -16,7 +16,6 @@ Contract: exact, or the reason why the call is not read, in words.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +29,10 @@ from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 
 from ringpass import mask as m
 from ringpass.closed_form import simplify
-from ringpass.mask import FALSE, SCORE, TRUE, Call, Const, Expr, call
+from ringpass.mask import FALSE, SCORE, Const, Expr, call
 from ringpass.passes.factors import args_of
-from ringpass.passes.pull import Puller, numbered, split_bias
+from ringpass.passes.pull import Puller, numbered
+from ringpass.passes.separate import separated
 from ringpass.tile import accumulator
 
 FLEX = torch.ops.higher_order.flex_attention
@@ -66,7 +66,7 @@ def read(node: Node) -> Scores | str:
     blocks = _blocks(puller, node, allowed)
     if blocks is None:
         return "its block mask has a symbolic length"
-    seen, bias, function = _separated(score, exact=dtype == q.meta["val"].dtype)
+    seen, bias, function = separated(score, exact=dtype == q.meta["val"].dtype)
     (mask, bias, function), leaves = numbered(puller, simplify(call("and", blocks, seen)), bias, function)
     assert mask is not None
     return Scores(mask, bias, function, leaves, listed=blocks != allowed)
@@ -153,50 +153,3 @@ def _written_before(node: Node, function: Any, args: Sequence[Node]) -> Node:
         out = node.graph.graph_copy(traced.graph, dict(zip(places, args, strict=True)))
     assert isinstance(out, Node)
     return out
-
-
-# --- score functions --------------------------------------------------------------------------------------------------
-
-
-def _scored(expr: Expr) -> bool:
-    """Whether `expr` depends on the score."""
-    if isinstance(expr, Call):
-        return any(map(_scored, expr.args))
-    return any(map(_scored, expr.indices)) if isinstance(expr, m.Load) else expr == SCORE
-
-
-def _separated(expr: Expr, exact: bool) -> tuple[Expr, Expr | None, Expr | None]:
-    """A score function as (mask, bias, any other function); without a bias where adding it would not be `exact`."""
-    seen, rest = _peeled(expr)
-    added = _addend(rest)
-    if added is None:
-        return seen, None, rest
-    if rest == SCORE:
-        return seen, None, None
-    closed, bias = split_bias(added)
-    seen = call("and", seen, closed)
-    return (seen, bias, None) if bias is None or exact else (seen, None, call("add", SCORE, bias))
-
-
-def _peeled(expr: Expr) -> tuple[Expr, Expr]:
-    """A score function as (mask, the rest): where(c, x, -inf) is x under the mask c."""
-    if isinstance(expr, Call) and expr.op == "where" and not _scored(expr.args[0]):
-        c, a, b = expr.args
-        for seen, inner, other in ((c, a, b), (call("not", c), b, a)):
-            if other == Const(-math.inf):
-                more, rest = _peeled(inner)
-                return call("and", seen, more), rest
-    return TRUE, expr
-
-
-def _addend(expr: Expr) -> Expr | None:
-    """f, where a score function is score + f (0 for the score alone)."""
-    if expr == SCORE:
-        return Const(0)
-    if isinstance(expr, Call) and expr.op in ("add", "sub"):
-        left, right = expr.args
-        if expr.op == "add" and not _scored(left):
-            left, right = right, left
-        inner = None if _scored(right) else _addend(left)
-        return None if inner is None else call(expr.op, inner, right)
-    return None

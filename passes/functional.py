@@ -128,6 +128,8 @@ class Functionaliser:
         """The tensor that `node` is a view of."""
         if node.op != "call_function":
             return None
+        if node.target is operator.getitem and node.args[0] not in self.base:
+            return None  # one result of several, each with its own memory
         mine, found = _storages(node.meta.get("val")), []
         fx.map_arg(original, lambda i: found.append(i) if mine & _storages(i.meta.get("val")) else None)
         return self.same.get(found[0], found[0]) if found else None
@@ -232,6 +234,8 @@ class Functionaliser:
 
     def scattered(self, node: fx.Node, view: fx.Node, base: fx.Node, value: fx.Node) -> fx.Node:
         """The tensor `base` with the part that `view` shows replaced by `value`."""
+        if not isinstance(base.meta["val"], torch.Tensor):
+            raise MutationError(f"{node.target} changes one of several views of a tensor; change the tensor itself")
         name, shape = _op_name(view.target), base.meta["val"].shape
         (_, *rest), kwargs = fx.map_arg(self.recipe[view], self.read)
         if name in _SCATTERS:

@@ -15,41 +15,29 @@ Contract: the sequence of nodes does not depend on the rank; ranks differ in con
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node, Proxy, map_arg
-from torch.fx.proxy import GraphAppendingTracer
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
-from ringpass.kernels import accumulator
 from ringpass.layout import Layout
 from ringpass.mask import TRUE, Expr, call
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Sweep, args_of, first_of, hint_of, size_of, tensors_of
+from ringpass.passes.emission import Rank, bytes_of, slice_of
+from ringpass.passes.factors import Sweep, args_of, first_of, size_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, RESIZED, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED, op_name
+from ringpass.passes.sums import Sums
+from ringpass.passes.takes import Takes
 from ringpass.places import of_places
 from ringpass.selection import TopBlocks, chosen_blocks
 
 aten = torch.ops.aten
 BUCKET_BYTES = 25 * 2**20
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Who this rank is.  `group` is the process group's name."""
-
-    rank: int
-    world: int
-    group: str
 
 
 @dataclass(frozen=True)
@@ -101,24 +89,20 @@ def partition(
     return _Writer(captured, place(captured, plan, sweep), plan, rank, strict, gather_outputs).write()
 
 
-class _Writer:
+class _Writer(Sums, Takes):
     def __init__(
         self, captured: Captured, placement: Placement, plan: RingPlan, rank: Rank, strict: bool, gather_outputs: bool
     ) -> None:
-        self.captured, self.placement, self.plan, self.rank = captured, placement, plan, rank
-        self.strict, self.gather_outputs = strict, gather_outputs
-        self.graph = Graph()
+        super().__init__(captured, placement, rank)
+        self.plan, self.strict, self.gather_outputs = plan, strict, gather_outputs
         self.wholes: dict[Node, Any] = {}
         self.locals: dict[Node, Any] = {}
         self.shards: dict[tuple[Node, int], Node] = {}
         self.broadcasts: dict[Node, Node] = {}
         self.parts: dict[Node, tuple[int, int]] = {}  # slices that are taken when the output is used
         self.gathers: list[Gather] = []
-        self.sizes: dict[Any, Any] = {}
-        self.lengths: dict[int, Any] = {}
         self.seed: Node | None = None
         self.streams = 0
-        self.origin: Node | None = None  # the captured node being written
         self.keeps = True  # whether what is written now may serve later nodes: not inside a no_grad region of the model
 
     def write(self) -> Partitioned:
@@ -151,6 +135,8 @@ class _Writer:
             (self.wholes if axis is None else self.locals)[node] = self._write_site(self.placement.sites[node])
         elif (part := self._returned_part(node)) is not None:
             self.parts[node] = part
+        elif axis is None and (taken := self._write_taken(node)) is not None:
+            self.wholes[node] = taken
         elif axis is None:
             self.wholes[node] = self._write_whole(node)
         elif self.placement.sums(node):
@@ -206,6 +192,10 @@ class _Writer:
         if name in PATTERNED:
             return self._emit(aten.to.dtype, self._local(first_of(node), axis), node.meta["val"].dtype, name=node.name)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
+        if name == FUNCTION:  # elementwise: its results are like its operands
+            new = self._copy(node, args, kwargs)
+            new.meta["val"] = (args[2].meta["val"],) * len(node.meta["val"])
+            return new
         if name not in RESIZED:
             return self._checked(self._copy(node, args, kwargs), node, axis)
         shape, position = self._local_shape(node, axis), RESIZED[name]
@@ -305,73 +295,7 @@ class _Writer:
             chosen = of_places(chosen, {name: layout.order for name, layout in layouts if layout.order})
         return call("and", plan.placed.mask, chosen)
 
-    # --- sums over the sequence -------------------------------------------------------------------------------------
-
-    def _write_sum(self, node: Node, axis: Axis) -> Node:
-        """The local part of a sum, added over ranks.  A mean divides by the full number of elements."""
-        name = op_name(node)
-        if name == "cross_entropy_loss.default":
-            return self._write_loss(node, axis)
-        args, kwargs = self._operands(node, axis, f"operand of {name}")
-        if name in LOSSES:
-            return self._write_elementwise_loss(node, args, kwargs)
-        if name not in SUMS:
-            return self._emit(ops.reduce, self._copy(node, args, kwargs), self.rank.group, name=f"{node.name}_reduced")
-        value, result = first_of(node).meta["val"], node.meta["val"]
-        position = SUMS[name]
-        dims = args[position] if position is not None and len(args) > position else kwargs.get("dim")
-        keep = args[position + 1] if position is not None and len(args) > position + 1 else kwargs.get("keepdim", False)
-        dims = list(range(value.ndim)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
-        part = self._emit(aten.sum.dim_IntList, args[0], dims, keep, dtype=accumulator(result.dtype), name=node.name)
-        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
-        if name.startswith("mean"):
-            count = self._size(sympy.prod([size_of(value.shape[d]) for d in dims]))
-            total = self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
-        return total if total.meta["val"].dtype == result.dtype else self._emit(aten.to.dtype, total, result.dtype)
-
-    def _write_elementwise_loss(self, node: Node, args: Any, kwargs: Any) -> Node:
-        """The local sum of an element-wise loss, reduced; a mean divides by the full number of elements."""
-        position = LOSSES[op_name(node)]
-        reduction = args[position] if len(args) > position else kwargs.get("reduction", 1)
-        named = {k: v for k, v in kwargs.items() if k != "reduction"}
-        schema: Any = node.target
-        missing = [named.pop(a.name, a.default_value) for a in schema._schema.arguments[len(args) : position]]
-        summed = (*args[:position], *missing, 2, *args[position + 1 :])
-        part = self._emit(node.target, *summed, name=node.name, **named)  # type: ignore[arg-type]
-        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
-        if reduction == 2:
-            return total
-        shapes = [a.meta["val"].shape for a in node.args[:2] if isinstance(a, Node)]
-        count = self._size(sympy.prod([size_of(n) for n in torch.broadcast_shapes(*shapes)]))
-        return self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
-
-    def _write_loss(self, node: Node, axis: Axis) -> Node:
-        """cross_entropy_loss: the local sum, reduced; a mean divides by the number (weight) of targets that count."""
-        defaults: tuple[Any, ...] = (None, None, None, 1, -100, 0.0)
-        given = args_of(node)
-        logits, target, weight, reduction, ignored, smoothing = (*given, *defaults[len(given) :])
-        kwargs = dict(node.kwargs)
-        weight, reduction = kwargs.get("weight", weight), kwargs.get("reduction", reduction)
-        ignored, smoothing = kwargs.get("ignore_index", ignored), kwargs.get("label_smoothing", smoothing)
-        operands = [self._operand(x, axis, "loss") if isinstance(x, Node) else x for x in (logits, target, weight)]
-        part = self._emit(aten.cross_entropy_loss.default, *operands, 2, ignored, smoothing, name=node.name)
-        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
-        if reduction == 2:
-            return total
-        counted = self._emit(aten.ne.Scalar, operands[1], ignored)
-        if weight is not None:
-            safe = self._emit(aten.where.ScalarOther, counted, operands[1], 0)
-            weights = self._emit(aten.index.Tensor, operands[2], [safe])
-            counted = self._emit(aten.where.ScalarOther, counted, weights, 0.0)
-        count = self._emit(
-            ops.reduce, self._emit(aten.sum.default, counted), self.rank.group, name=f"{node.name}_targets"
-        )
-        return self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
-
     # --- operands ---------------------------------------------------------------------------------------------------
-
-    def _operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
-        return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))
 
     def _operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
         if isinstance(node.meta.get("val"), torch.SymInt):
@@ -382,10 +306,12 @@ class _Writer:
 
     def _whole(self, node: Node, reason: str) -> Any:
         """`node` at full length: gathered, and reported, if it is local."""
+        if node not in self.wholes and op_name(node) in CONSTANT:
+            self.wholes[node] = self._write_whole(node)
         if node not in self.wholes:
             axis = self.placement.modes[node]
             assert axis is not None and isinstance(node.meta["val"], torch.Tensor), node
-            gather = Gather(node.name, reason, _bytes(node), _where(self.origin))
+            gather = Gather(node.name, reason, bytes_of(node), _where(self.origin))
             if self.strict and reason != "output":
                 raise UnsupportedError(
                     f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "
@@ -441,119 +367,16 @@ class _Writer:
         filled = BUCKET_BYTES
         for node in dict.fromkeys(uses):
             if node.op == "placeholder" and node in self.placement.tracked:
-                filled += _bytes(node)
+                filled += bytes_of(node)
                 if filled > BUCKET_BYTES:
                     buckets.append([])
-                    filled = _bytes(node)
+                    filled = bytes_of(node)
                 buckets[-1].append(node)
         for bucket in buckets:
             self._replicate(bucket)
 
     def _draws(self, node: Node) -> bool:
         return is_dropout(node) or (node in self.placement.sites and self.placement.sites[node].site.dropout > 0)
-
-    # --- sizes ------------------------------------------------------------------------------------------------------
-
-    def _shard_args(self, node: Node, axis: Axis) -> tuple[Any, ...]:
-        """(dim, outer, tokens, layout, world, rank) of `node` on `axis`, as the boundary operators take them."""
-        for dim, factors in enumerate(self.placement.sweep.dims(node)):
-            for position, factor in enumerate(factors):
-                if self.placement.axis_of.get(factor) is axis:
-                    outer = self._size(sympy.prod([f.size for f in factors[:position]]))
-                    return dim, outer, self._tokens(axis), axis.layout.name, self.rank.world, self.rank.rank
-        raise AssertionError(f"{node} has no dim on {axis}")
-
-    def _local_shape(self, node: Node, axis: Axis) -> list[Any]:
-        shape = [size_of(n) for n in node.meta["val"].shape]
-        for dim, factors in enumerate(self.placement.sweep.dims(node)):
-            if any(self.placement.axis_of.get(f) is axis for f in factors):
-                rest = self._size(sympy.cancel(shape[dim] / size_of(axis.tokens)))
-                length = self._length(axis)
-                shape[dim] = length if rest == 1 else self._compute(operator.mul, rest, length)
-            else:
-                shape[dim] = self._size(shape[dim])
-        return shape
-
-    def _tokens(self, axis: Axis) -> Any:
-        return self._size(size_of(axis.tokens))
-
-    def _length(self, axis: Axis) -> Any:
-        """L, the number of local tokens."""
-        if axis.index not in self.lengths:
-            self.lengths[axis.index] = self._compute(
-                lambda s: axis.layout.length(self.rank.rank, s), self._tokens(axis)
-            )
-        return self.lengths[axis.index]
-
-    def _size(self, expr: Any) -> Any:
-        """A size expression as an int, or as a node computed from the graph's symbolic inputs."""
-        expr = sympy.sympify(expr)
-        if expr.is_number:
-            return int(expr)
-        if expr not in self.sizes:
-            self.sizes[expr] = self._size_node(expr)
-        return self.sizes[expr]
-
-    def _size_node(self, expr: Any) -> Any:
-        if expr.is_Symbol:
-            for node in self.graph.nodes:
-                value = node.meta.get("val")
-                if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr == expr:
-                    return node
-            raise UnsupportedError(f"the size {expr} is no input of the graph")
-        known = {sympy.Add: operator.add, sympy.Mul: operator.mul}
-        name = type(expr).__name__
-        fn = next((f for kind, f in known.items() if isinstance(expr, kind)), None)
-        fn = fn or {
-            "FloorDiv": operator.floordiv,
-            "PythonMod": operator.mod,
-            "Mod": operator.mod,
-            "Max": torch.sym_max,
-            "Min": torch.sym_min,
-        }.get(name)
-        if fn is None:
-            raise UnsupportedError(f"cannot compute the size {expr} in the graph: {name}")
-        first, *rest = [self._size(a) for a in expr.args]
-        for other in rest:
-            first = self._compute(fn, first, other)
-        return first
-
-    def _compute(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """`fn` on ints and size nodes; the arithmetic is written into the graph."""
-        if not any(isinstance(a, Node) for a in args):
-            return fn(*args)
-        tracer = GraphAppendingTracer(self.graph)
-        out = fn(*(Proxy(a, tracer) if isinstance(a, Node) else a for a in args))
-        for node in self.graph.nodes:
-            if "val" not in node.meta and node.op == "call_function":
-                node.meta["val"] = node.target(*_fakes(node.args))
-        return out.node
-
-    # --- emission ---------------------------------------------------------------------------------------------------
-
-    def _copy(self, node: Node, args: Any, kwargs: Any) -> Node:
-        """The same call on new operands; what is no ATen op (higher-order ops, mode switches) keeps the fake it had."""
-        if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
-            return self._emit(node.target, *args, name=node.name, **kwargs)
-        new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-        new.meta.update(node.meta)
-        return new
-
-    def _emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
-        """Appends a call, with its fake value and the meta of the node that it comes from."""
-        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        with self.captured.fake_mode, torch.no_grad():
-            node.meta["val"] = target(*_fakes(args), **_fakes(kwargs))
-        if self.origin is not None:
-            node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
-        if target in ops.COMMUNICATING and "recompute" in node.meta:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        return node
-
-    def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
-        node = self.graph.placeholder(name)
-        node.meta.update(meta)
-        return node
 
     def _write_outputs(self, output: Node) -> tuple[tuple[LocalOutput | None, ...], int]:
         self.origin = None
@@ -591,24 +414,8 @@ class _Writer:
         return LocalOutput(node.name, dim, known(outer), known(tokens), layout)
 
 
-def _fakes(args: Any) -> Any:
-    return map_arg(args, lambda n: n.meta["val"])
-
-
-def slice_of(node: Node) -> tuple[Any, ...]:
-    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    given = args_of(node)[1:]
-    dim, *bounds = (*given, *defaults[len(given) :])
-    return dim % node.meta["val"].ndim, *bounds
-
-
 def _keeps_shape(node: Node) -> bool:
     return bool(first_of(node).meta["val"].shape == node.meta["val"].shape)
-
-
-def _bytes(node: Node) -> int:
-    return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
 
 
 def _where(node: Node | None) -> str:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"
 ATTENTION = (SDPA, "flex_attention")
 COUNTER_BASED = ("dropout.default", SDPA)
-CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default")
+CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default", "einsum.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
 
 
@@ -39,6 +39,9 @@ class Placement:
     live: frozenset[Node]
     tracked: frozenset[Node]
     modes: dict[Node, Axis | None]
+    kept: frozenset[Node] = (
+        frozenset()
+    )  # whole, since masks read them whole, and small: they derive from integers alone
 
     def on(self, node: Node, axis: Axis) -> bool:
         """Whether a dim of `node` lies on `axis`."""
@@ -73,7 +76,7 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep) -> Placement:
     axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
     live = _live(captured, sites)
     modes: dict[Node, Axis | None] = {}
-    placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes)
+    placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
         modes[node] = _decide(placement, node) if node in live else None
     return placement
@@ -121,6 +124,22 @@ def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
     return frozenset(live)
 
 
+def _kept(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
+    """What masks and biases are made of without any floating-point input, such as slopes times positions."""
+    integral: set[Node] = set()
+    for node in captured.gm.graph.nodes:
+        given = node.op == "placeholder" and any(differentiable(t) for t in tensors_of(node))
+        if not given and all(n in integral for n in node.all_input_nodes):
+            integral.add(node)
+    stack, kept = [leaf for s in sites.values() for leaf in s.site.leaves if leaf in integral], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in kept:
+            kept.add(node)
+            stack += node.all_input_nodes
+    return frozenset(kept)
+
+
 def _tracked(captured: Captured) -> frozenset[Node]:
     tracked: set[Node] = set()
     fakes = iter(captured.inputs)
@@ -159,7 +178,8 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     if not passed and name not in (*CONSTANT, "expand.default"):
         return None  # the op makes the dim (slice, cat, pad): at full length
     running = any(p.modes[n] is axis and p.on(n, axis) for n in tensors[1:])
-    return axis if running or any(differentiable(t) for t in tensors_of(node)) else None
+    starts = node not in p.kept and any(differentiable(t) for t in tensors_of(node))
+    return axis if running or starts else None
 
 
 def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:

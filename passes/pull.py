@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.fx import Node
 
 from ringpass import mask as m
 from ringpass.closed_form import constant, simplify
-from ringpass.mask import TRUE, Call, Const, Expr, Load, call
+from ringpass.mask import Call, Const, Expr, Load, call
 from ringpass.passes.factors import args_of
 
 aten = torch.ops.aten
@@ -35,12 +36,14 @@ ZERO = Const(0)
 class Puller:
     """Rewrites elements of nodes to expressions; collects the leaves that they rest on.
 
-    `bound`: what the placeholders of a body stand for in the graph around it.
+    `bound`: what the placeholders of a body stand for in the graph around it.  `products`: nodes whose element at the
+    given indices is the given expression.
     """
 
     leaves: list[Node] = field(default_factory=list)
     known: dict[tuple[Node, Indices], Expr] = field(default_factory=dict)
     bound: dict[Node, Any] = field(default_factory=dict)
+    products: dict[Node, tuple[Indices, Expr]] = field(default_factory=dict)
 
     def element(self, node: Any, indices: Indices) -> Expr:
         """Element `indices` of `node` (one index per dim; size-1 dims are indexed by 0)."""
@@ -49,6 +52,8 @@ class Puller:
             return Const(node)
         if isinstance(node.meta.get("val"), torch.SymInt):
             return Const(int(node.meta["val"]))  # a length in the mask's arithmetic: a guard, alike on all ranks
+        if node in self.products and indices == self.products[node][0]:
+            return self.products[node][1]
         key = (node, indices)
         if key not in self.known:
             rule = RULES.get(node.target) if node.op == "call_function" else None
@@ -341,19 +346,58 @@ def _permute(p: Puller, node: Node, indices: Indices) -> Expr:
 )
 def _view(p: Puller, node: Node, indices: Indices) -> Expr | None:
     source = args_of(node)[0]
-    inner, outer = source.meta["val"].shape, node.meta["val"].shape
-    kept = [i for n, i in zip(outer, indices, strict=True) if not _is_one(n)]
-    if [n for n in outer if not _is_one(n)] == [n for n in inner if not _is_one(n)]:
-        rest = iter(kept)
-        return p.element(source, tuple(ZERO if _is_one(n) else next(rest) for n in inner))
-    if not all(type(n) is int for n in (*inner, *outer)):
+    at = regrouped(indices, node.meta["val"].shape, source.meta["val"].shape)
+    return None if at is None else p.element(source, at)
+
+
+def regrouped(indices: Indices, shape: Sequence[Any], into: Sequence[Any]) -> Indices | None:
+    """Where element `indices` of a tensor of `shape` is in a view of it of shape `into`; None for symbolic sizes.
+
+    >>> print(*regrouped((m.B, m.H, m.Q), (2, 3, 5), (6, 5)))
+    b * 3 + h q
+    """
+    groups = _groups(shape, into)
+    if groups is None:
         return None
-    flat: Expr = ZERO
-    for n, i in zip(outer, indices, strict=True):
-        flat = call("add", call("mul", flat, Const(n)), i)
-    strides = [math.prod(inner[d + 1 :]) for d in range(len(inner))]
-    parts = [call("mod", call("floordiv", flat, Const(s)), Const(n)) for s, n in zip(strides, inner, strict=True)]
-    return p.element(source, tuple(ZERO if n == 1 else part for n, part in zip(inner, parts, strict=True)))
+    out: list[Expr] = [ZERO] * len(into)
+    for ours, theirs in groups:
+        flat = reduce(lambda a, d: _merged(a, shape[d], indices[d]), ours[1:], indices[ours[0]])
+        for d in reversed(theirs[1:]):
+            flat, out[d] = _divided(flat, into[d])
+        out[theirs[0]] = flat
+    return tuple(out)
+
+
+def _groups(shape: Sequence[Any], into: Sequence[Any]) -> list[tuple[list[int], list[int]]] | None:
+    """The dims of two shapes, but for those of size 1, in the least groups of equal numbers of elements."""
+    ours, theirs = ([d for d, n in enumerate(s) if not _is_one(n)] for s in (shape, into))
+    groups: list[tuple[list[int], list[int]]] = []
+    while ours and theirs:
+        a, b = [ours.pop(0)], [theirs.pop(0)]
+        while (m_ := math.prod(shape[d] for d in a)) != (n := math.prod(into[d] for d in b)):
+            fewer, rest = (a, ours) if m_ < n else (b, theirs)
+            if not rest or not all(type(x) is int for x in (*shape, *into)):
+                return None
+            fewer.append(rest.pop(0))
+        groups.append((a, b))
+    return None if ours or theirs else groups
+
+
+def _merged(flat: Expr, n: int, index: Expr) -> Expr:
+    """flat * n + index, where that is not what `_divided` took apart."""
+    parts = isinstance(flat, Call) and isinstance(index, Call) and flat.op == "floordiv" and index.op == "mod"
+    if parts and flat.args == index.args == (flat.args[0], Const(n)):  # type: ignore[attr-defined]
+        return flat.args[0]  # type: ignore[attr-defined,no-any-return]
+    return call("add", call("mul", flat, Const(n)), index)
+
+
+def _divided(flat: Expr, n: int) -> tuple[Expr, Expr]:
+    """flat // n and flat % n, where that is not what `_merged` put together."""
+    if isinstance(flat, Call) and flat.op == "add":
+        left, right = flat.args
+        if isinstance(left, Call) and left.op == "mul" and left.args[1] == Const(n):
+            return left.args[0], right
+    return call("floordiv", flat, Const(n)), call("mod", flat, Const(n))
 
 
 @_rule(aten.slice.Tensor)
@@ -409,17 +453,6 @@ def _embedding(p: Puller, node: Node, indices: Indices) -> Expr:
 
 
 # --- what was found ---------------------------------------------------------------------------------------------------
-
-
-def split_bias(expr: Expr) -> tuple[Expr, Expr | None]:
-    """An additive mask as (mask, bias): `where(c, 0, -inf)` is the mask c; a finite fill is not the same and stays."""
-    if isinstance(expr, Call) and expr.op == "where":
-        c, a, b = expr.args
-        if a == Const(0.0) and b == Const(-math.inf):
-            return c, None
-        if a == Const(-math.inf) and b == Const(0.0):
-            return call("not", c), None
-    return TRUE, expr
 
 
 Found = tuple[tuple[Expr | None, ...], tuple[Node, ...]]

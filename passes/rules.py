@@ -74,6 +74,8 @@ RESIZED = {
 }
 """Ops that name output sizes, and the position of that argument."""
 
+FUNCTION = "autograd_function_apply"
+
 PATTERNED = ("type_as.default", "to.other")
 """Ops whose second operand only lends its dtype."""
 
@@ -314,6 +316,15 @@ def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(sweep.resolve(d) for d in value[node.args[1]])
 
 
+def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """Values and indices: the dim is needed whole, the others pass."""
+    dims = list(sweep.dims(first_of(node)))
+    dim = _argument(node, 2, "dim", -1) % len(dims)
+    note.whole += dims[dim]
+    dims[dim] = sweep.new(node.meta["val"][0].shape[dim])
+    return (tuple(dims),) * 2
+
+
 def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
     dim = _argument(node, 1, "dim", 0)
@@ -338,6 +349,44 @@ def _loss(sweep: Sweep, node: Node, note: Note) -> Dims:
 def _broadcast_tensors(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
     return (dims,) * len(node.meta["val"])
+
+
+ELEMENTWISE = {
+    "mul", "add", "sub", "truediv", "neg", "pow", "tanh", "sigmoid", "exp", "log", "erf", "sqrt", "rsqrt", "abs",
+    "relu", "square", "reciprocal", "radd", "rmul", "rsub", "set_grad_enabled",
+}  # fmt: skip
+
+
+def _function(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...] | None:
+    """An autograd.Function whose forward and backward are elementwise, on tensors of one shape."""
+    shape = node.meta["val"][0].shape
+    bodies: Any = [getattr(node.graph.owning_module, str(body.target)) for body in args_of(node)[:2]]
+    for inner in [n for body in bodies for n in body.graph.nodes if n.op != "output"]:
+        value = inner.meta.get("example_value")
+        name = inner.target if isinstance(inner.target, str) else getattr(inner.target, "__name__", "")
+        known = inner.op == "placeholder" or (inner.op.startswith("call") and name.strip("_") in ELEMENTWISE)
+        if not known or (isinstance(value, torch.Tensor) and value.shape != shape):
+            return None
+    dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
+    return (dims,) * len(node.meta["val"])
+
+
+def _equation(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """einsum: letters are factors; those that the result lacks are summed over."""
+    equation, operands = args_of(node)[:2]
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return None
+    letters: dict[str, Factors] = {}
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        for name, factors in zip(term, sweep.dims(operand), strict=True):
+            letters[name] = (
+                sweep.tie(letters[name], factors, note)
+                if letters.get(name) and factors
+                else (letters.get(name) or factors)
+            )
+    note.summed += [f for name, factors in letters.items() if name not in result for f in factors]
+    return tuple(letters[name] for name in result)
 
 
 def _first_operand(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -395,6 +444,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),
+    "mT.default": _permuted(lambda node, rank: [*range(rank - 2), rank - 1, rank - 2]),
     "permute.default": _permuted(lambda node, rank: [d % rank for d in args_of(node)[1]]),
     **dict.fromkeys(LOSSES, _loss),
     "matmul.default": _matmul,
@@ -414,5 +464,8 @@ RULES: dict[str, Rule] = {
     "repeat_interleave.self_int": _repeat_heads,
     "cross_entropy_loss.default": _cross_entropy,
     "index.Tensor": _index,
+    "einsum.default": _equation,
+    "topk.default": _topk,
+    FUNCTION: _function,
 }
 assert operator.getitem.__name__ in RULES

@@ -28,9 +28,10 @@ from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
 from ringpass.passes.detect import AttentionSite, detect
 from ringpass.passes.dump import Dump
+from ringpass.passes.emission import Rank
 from ringpass.passes.factors import Sweep
 from ringpass.passes.lower import attentions
-from ringpass.passes.partition import LocalOutput, Partitioned, Rank, partition
+from ringpass.passes.partition import LocalOutput, Partitioned, partition
 from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
@@ -79,7 +80,9 @@ def ring_dilated(
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
     _report(planned, local, around)
     key = (around.rank, around.world, around.name)
-    whole = len(attentions(captured.gm.graph)) - sum(site.problem is not None for site in planned.sites)
+    whole = len(attentions(captured.gm.graph)) - sum(
+        s.problem is not None and not s.site.written for s in planned.sites
+    )
     run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, whole, dump.graph, dump.path is not None)
     return _calling(run, local, Agreement(around, _facts(captured, planned, config), _names(captured)), around)
 

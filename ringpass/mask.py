@@ -584,6 +584,11 @@ def replace_loads(expr: Expr, new: Callable[[int, tuple[Expr, ...]], Expr]) -> E
     return new(found.leaf, found.indices) if isinstance(found, Load) else found
 
 
+def substitute(expr: Expr, old: Expr, new: Expr) -> Expr:
+    """`expr` with each part that is `old` replaced by `new`."""
+    return new if expr == old else rebuilt(expr, lambda part: substitute(part, old, new))
+
+
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
     """`expr` with its leaves renumbered."""
     return replace_loads(expr, lambda leaf, indices: Load(numbers[leaf], indices))

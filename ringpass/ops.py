@@ -13,6 +13,7 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     ring_attention   local rows of attention over all keys     ring_attention_backward
     block_means      means over blocks of all tokens           none: what is chosen by them has no gradient
     choose_blocks    the pairs of blocks that attend           none
+    locate           the local row of each position, -1 where this rank does not hold it    none
     dropout          the element's own coin, scaled            the same coin
 
 `replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it
@@ -20,7 +21,7 @@ takes a list, so that the gradients of many parameters are summed in one message
 its backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
 
 Where a layout names a curve, `permute` stands before `shard` and, inverse, after `gather`, which alone know nothing of
-it.  Dropout and block means count tokens in their own order, so that no layout changes a result.
+it.  Dropout, block means and `locate` count tokens in their own order, so that no layout changes a result.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ringpass import dropout as counter
 from ringpass.collectives import Shard
 from ringpass.hilbert import Order
 from ringpass.kernels import accumulator
+from ringpass.layout import Layout
 from ringpass.library import LIBRARY, define, differentiate, empty_rows_first, implement, rows_first
 from ringpass.selection import TopBlocks
 from ringpass.site import Site
@@ -53,6 +55,7 @@ define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool 
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
 define("replicate(Tensor[] xs, str group) -> Tensor[]")
+define("locate(Tensor positions, SymInt tokens, str layout, int world, int rank) -> Tensor")
 define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor")
 define(f"dropout(Tensor x, Tensor seed, float p, int stream, {SHARD}) -> Tensor")
 define(f"block_means(Tensor x, int block, {SHARD}, str group) -> Tensor")
@@ -70,7 +73,7 @@ _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
 permute = _ops.permute.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
-reduce_scatter = _ops.reduce_scatter.default
+reduce_scatter, locate = _ops.reduce_scatter.default, _ops.locate.default
 block_means, choose_blocks = _ops.block_means.default, _ops.choose_blocks.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (
@@ -177,6 +180,21 @@ def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
 
 implement("keep", _keep, lambda seed, shape, *args: seed.new_empty(shape, dtype=torch.bool))
 LIBRARY.impl("dropout", _dropout, "CompositeImplicitAutograd")
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def _locate(positions: Tensor, tokens: int, layout: str, world: int, rank: int) -> Tensor:
+    where, places = Layout(layout, world), positions % tokens
+    if where.order:
+        places = where.order.inverse.tensor(places)[places]
+    held = torch.cat([torch.arange(a, b) for a, b in where.ranges(rank, tokens)]).to(positions.device)
+    rows = torch.full((tokens,), -1, dtype=torch.int64, device=positions.device)
+    rows[held] = torch.arange(len(held), device=positions.device)
+    return rows[places]
+
+
+implement("locate", _locate, lambda positions, *args: positions.new_empty(positions.shape, dtype=torch.int64))
 
 # --- block selection --------------------------------------------------------------------------------------------------
 

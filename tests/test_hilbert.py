@@ -396,11 +396,15 @@ def test_chosen_blocks_along_the_curve(workers: Workers, world: int) -> None:
 
 def dumped(group: dist.ProcessGroup, directory: str) -> None:
     model, inputs, _ = case("vision", layers=2)
-    step(model, compiled(model, group, hilbert=GRID, layout="zigzag", dump=directory), *inputs)
+    options = {"hilbert": GRID, "layout": "zigzag", "outputs": "gathered", "dump": directory}
+    step(model, compiled(model, group, **options), *inputs)
 
 
 def test_the_dump_names_the_curve(workers: Workers, tmp_path: Path) -> None:
-    """Permuted where tokens and the position table are sharded, and where tokens are gathered: not in each layer."""
+    """Permuted where tokens and the position table are sharded, and where tokens are gathered: not in each layer.
+
+    The CLS token alone is looked up by its place.
+    """
     workers.run(dumped, 2, str(tmp_path))
     (graph,) = (tmp_path / "rank1").iterdir()
     assert "axis 0: 31 tokens, zigzag along hilbert 5x6 after 1" in (graph / "plan.txt").read_text()
@@ -409,6 +413,7 @@ def test_the_dump_names_the_curve(workers: Workers, tmp_path: Path) -> None:
     assert [f"permute_hilbert_5x6_prefix1{i}:" in forward for i in ("", "_1", "_2")] == [True, True, False]
     assert forward.count("ringpass.permute.default(") == forward.count("'hilbert 5x6 after 1', ") == 3
     assert forward.index("ringpass.permute.default(") < forward.index("ringpass.shard.default(")
+    assert forward.count("ringpass.locate.default(") == forward.count("'zigzag along hilbert 5x6 after 1', 2, 1)") == 1
     assert backward.count("ringpass.permute.default(") == 3
 
 

@@ -1,0 +1,67 @@
+"""Public models on gloo ranks beside one device: docs/models.md.
+
+    python -m benchmarks.zoo                          # every entry, both ways of attention
+    python -m benchmarks.zoo --only gpt2,bert --ranks 3
+
+For each: the largest relative error of any output, loss or gradient (forward and backward, length 23), attentions on
+the ring, what is gathered, and the share of the linear layers' FLOPs that runs on local tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tests.workers import Workers
+from tests.zoo import ZOO
+from tests.zoo_parity import LENGTH, Report, local_share, zoo_parity
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
+HEAD = """# Models
+
+Tiny, randomly started models of public classes ({length} tokens, 2 layers, 2 rows, with labels, in training),
+partitioned over {ranks} gloo ranks, against eager on one device. Made by `python -m benchmarks.zoo`;
+`pytest tests/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks.
+
+*error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32
+where a \\* stands, since an op of the model knows nothing wider. *on the ring*: attentions. *gathers*: values that had
+to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the linear layers' FLOPs that
+runs on local tokens.
+
+| model | attention | error | on the ring | gathers | local |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def row(name: str, attention: str, reports: list[Report]) -> str:
+    """One line of the table."""
+    report = max(reports, key=lambda r: r.error)
+    size = sum(g.bytes for g in report.gathers)
+    reasons = ", ".join(dict.fromkeys(g.reason for g in report.gathers))
+    gathers = f"{len(report.gathers)} ({size:,} bytes): {reasons}" if report.gathers else "none"
+    star = "" if ZOO[name].dtype.itemsize == 8 else "\\*"
+    sites = str(report.sites) if report.sites else "none: every rank computes all"
+    local = f"{local_share(reports):.0%}" if report.sites else ""
+    return f"| {name} | {attention} | {report.error:.0e}{star} | {sites} | {gathers} | {local} |"
+
+
+def main() -> None:
+    """Prints the table, and writes it where it is whole."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--ranks", type=int, default=2)
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(ZOO)
+    rows = []
+    with Workers(ranks=args.ranks) as workers:
+        for name in names:
+            for attention in ZOO[name].attentions if not ZOO[name].missing else ():
+                reports = workers.run(zoo_parity, args.ranks, name, attention)
+                rows.append(row(name, attention, reports))
+                print(rows[-1], flush=True)
+    if not args.only:
+        DOCUMENT.write_text(HEAD.format(length=LENGTH, ranks=args.ranks) + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Public models on gloo ranks give the numbers of one device, and nothing is gathered between embedding and head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.workers import Workers, slow
+from tests.zoo import ZOO
+from tests.zoo_parity import zoo_parity
+
+EXACT, SINGLE = 1e-9, 1e-4
+KINDS = [  # labels, padding, training
+    (True, False, True), (False, False, True), (True, True, True), (False, True, False),
+]  # fmt: skip
+GATHERED = {  # why an entry gathers something
+    "dinov2": "the mean of all tokens but the first",
+    "mixtral": "tokens sorted by expert",
+    "gpt_oss": "attention with sinks runs whole",
+    "nn_attention_maps": "attention maps are returned",
+}
+BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
+    "gpt2": ("eager", True, True, True),
+    "gemma2": ("eager", True, False, True),
+    "bloom": ("eager", True, True, True),
+    "opt": ("eager", True, False, True),
+    "bert_classification": ("eager", True, True, True),
+    "clip": ("sdpa", True, False, True),
+    "vit": ("eager", False, False, False),
+    "nn_encoder": ("sdpa", False, True, False),
+    "nn_attention_weights": ("sdpa", True, True, True),
+    "nn_attention_maps": ("sdpa", True, False, True),
+    "nanogpt_manual": ("sdpa", False, False, True),
+    "nanogpt_einsum": ("sdpa", True, False, True),
+}
+CASES = [
+    slow(name, attention, *kind, ranks)
+    for name, entry in ZOO.items()
+    for attention in entry.attentions
+    for kind in KINDS
+    for ranks in (2, 3)
+    if entry.padding or not kind[1]
+]
+
+
+def check(workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int) -> None:
+    entry = ZOO[name]
+    if entry.missing:
+        pytest.skip(f"{entry.missing} is not installed")
+    reports = workers.run(zoo_parity, ranks, name, attention, labels, padding, train)
+    worst = max(reports, key=lambda report: report.error)
+    assert worst.error < (EXACT if entry.dtype == torch.float64 else SINGLE), worst.where
+    assert worst.sites or name in GATHERED
+    assert bool(worst.gathers) <= (name in GATHERED), [str(g) for g in worst.gathers]
+
+
+@pytest.mark.parametrize(("name", "kind"), BY_DEFAULT.items())
+def test_one_of_each_kind(workers: Workers, name: str, kind: tuple[str, bool, bool, bool]) -> None:
+    check(workers, name, *kind, 2)
+
+
+@pytest.mark.parametrize(("name", "attention", "labels", "padding", "train", "ranks"), CASES)
+def test_every_model(
+    workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int
+) -> None:
+    check(workers, name, attention, labels, padding, train, ranks)
