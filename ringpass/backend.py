@@ -22,6 +22,7 @@ from ringpass import codegen
 from ringpass.agreement import Agreement, Ring, ring
 from ringpass.collectives import Shard
 from ringpass.config import RingConfig
+from ringpass.dilation import Dilation
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
@@ -39,6 +40,8 @@ from ringpass.patterns import everything
 from ringpass.schedule import tiling
 
 log = logging.getLogger("ringpass")
+
+SHOWN = 4  # attentions that a message names
 
 
 def ring_dilated(
@@ -157,9 +160,29 @@ def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
 
 def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
     log.info("%s", planned)
+    for text in _dilated(planned):
+        _tell(around, text)
     for gather in local.gathers if around.world > 1 else ():
         if gather.reason != "output":
             _tell(around, str(gather))
+
+
+def _dilated(planned: RingPlan) -> list[str]:
+    """A line for each dilation: in which attentions, and what they attend to."""
+    alike: dict[tuple[Dilation, int], list[str]] = {}
+    for s in planned.sites:
+        if s.dilation and s.problem:
+            name = f"{s.site.index} ({s.site.path or s.site.node.name})"
+            alike.setdefault((s.dilation, s.problem.queries), []).append(name)
+    return [
+        f"attention {_listed(names)} dilated by {dilation}: {dilation.describe()}; "
+        f"about {dilation.share(tokens):.4g} of all pairs of {tokens} tokens"
+        for (dilation, tokens), names in alike.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
 
 
 def _tell(around: Ring, text: str) -> None:

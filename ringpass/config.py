@@ -41,7 +41,8 @@ class RingConfig:
     segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
         the rate r, of which every r-th token attends to every r-th one (`ringpass.dilation`).  It changes what is
         attended to, in attentions whose queries and keys are one sequence; others stay exact.
-    dilation: a name for both, "longnet" or "auto"; or a `ringpass.Dilation`.
+    dilation: a name for both: "longnet", "longvit" or "gigapath", the published lists for the length of the sequence;
+        "auto", lists that double; or a `ringpass.Dilation`.
     dilation_budget: the share of all pairs that "auto" may compute at most, above 0 and at most 1.
     head_offset: where a head begins in each segment: "mod", head mod r; or "block", r groups of heads.
     dilate: which attentions are dilated, None: all.  Or a list of indices in graph order, of module paths such as
