@@ -9,6 +9,7 @@ to skip logging calls in models, which would else break the graph in two
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch._dynamo.backends.distributed import SubmodCompiler
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import codegen
 from ringpass.agreement import Agreement, Ring, ring
@@ -55,6 +58,7 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
+    _refuse_split(around, config)
     captured = capture(gm, example_inputs)
     sites = detect(captured.gm, everything() if config.along_curve else config.mask)
     draws = _draws(captured, sites)
@@ -118,6 +122,29 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
             f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one"
         )
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+
+
+def _refuse_split(around: Ring, config: RingConfig) -> None:
+    """torch.compile(DDP(model)): Dynamo cuts the graph at gradient buckets, and all that passes between is gathered."""
+    if around.world > 1 and DistributedDataParallel._get_active_ddp_module() is not None and _in_a_bucket():
+        text = (
+            "Dynamo splits this graph at the gradient buckets of DistributedDataParallel, and what passes from piece "
+            "to piece is gathered: wrap the compiled model, DistributedDataParallel(torch.compile(model, ..)), or set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
+        if config.strict:
+            raise UnsupportedError(text)
+        _tell(around, text)
+
+
+def _in_a_bucket() -> bool:
+    """Whether the graph that is being compiled is one of several that Dynamo cut a graph into."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), SubmodCompiler):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
