@@ -111,3 +111,11 @@ def test_hooks_on_lazy_outputs_see_the_whole_cotangent(workers: Workers) -> None
     ones = torch.ones(1, 2, 6, 4)
     for seen in workers.run(hooked, 2):
         assert seen == (ones.tolist(), (2 * ones).tolist())
+
+
+def test_the_page_names_what_is_here() -> None:
+    page = (ROOT / "docs" / "mesh.md").read_text()
+    assert all(
+        name in page for name in ("-m examples.mesh", 'options = {"group": mesh["ring"]}', "optimize_ddp = False")
+    )
+    assert "docs/mesh.md" in (ROOT / "README.md").read_text()
