@@ -325,6 +325,27 @@ def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     return (tuple(dims),) * 2
 
 
+def _sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """Values and indices, as the operand: the dim is needed whole."""
+    dims = sweep.dims(first_of(node))
+    note.whole += dims[_argument(node, 1, "dim", -1)]
+    return dims, dims
+
+
+def _gather(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """x.gather(dim, index): of index's shape; other dims where both have the same size go together."""
+    source, picks = (sweep.dims(n) for n in operands_of(node))
+    dim = args_of(node)[1] % len(picks)
+    out = []
+    for d, (f, g) in enumerate(zip(source, picks, strict=True)):
+        if d == dim or _size(f) != _size(g):
+            note.whole += (*f, *g) if d != dim else f
+            out.append(g)
+        else:
+            out.append(sweep.tie(f, g, note) if f else g)
+    return tuple(out)
+
+
 def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
     dim = _argument(node, 1, "dim", 0)
@@ -466,6 +487,8 @@ RULES: dict[str, Rule] = {
     "index.Tensor": _index,
     "einsum.default": _equation,
     "topk.default": _topk,
+    "sort.default": _sort,
+    "gather.default": _gather,
     FUNCTION: _function,
 }
 assert operator.getitem.__name__ in RULES
