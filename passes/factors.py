@@ -71,6 +71,7 @@ class Sweep:
     def __init__(self) -> None:
         self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
         self.notes: dict[Node, Note] = {}
+        self.fused: dict[Factors, Factor] = {}
 
     def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
         """Applies the rule of every node, in order."""
@@ -104,7 +105,15 @@ class Sweep:
         for factor in factors:
             root = self.root(factor)
             out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
+        for parts, whole in self.fused.items():
+            for at in range(len(out) - len(parts), -1, -1):
+                if tuple(out[at : at + len(parts)]) == parts:
+                    out[at : at + len(parts)] = [whole]
         return tuple(out)
+
+    def fuse(self, factors: Factors) -> Factor:
+        """From now on, `factors` in a row are one index, such as the rows and columns of patches."""
+        return self.fused.setdefault(factors, Factor(_product(factors)))
 
     def root(self, factor: Factor) -> Factor:
         while factor.parent is not None:

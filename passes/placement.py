@@ -188,6 +188,6 @@ def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node
     if any(sum(len(p._axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
         return False
     if axis not in p._axes(note.summed):
-        return True
+        return p.on(tensors[0], axis)  # else a view took a fused axis apart
     summing = (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES)
     return op_name(node) in summing and node.meta["val"].is_floating_point()
