@@ -22,20 +22,14 @@ GATHERED = {  # why an entry gathers something
     "nn_attention_maps": "attention maps are returned",
 }
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
-    "gpt2": ("eager", True, True, True),
     "gemma2": ("eager", True, False, True),
-    "mixtral": ("eager", True, True, True),
+    "mixtral": ("sdpa", True, True, True),
     "bloom": ("eager", True, True, True),
-    "opt": ("eager", True, False, True),
-    "bert_classification": ("eager", True, True, True),
     "clip": ("sdpa", True, False, True),
-    "vit": ("eager", False, False, False),
     "dit": ("eager", True, False, True),
     "nn_encoder": ("sdpa", False, True, False),
     "nn_attention_weights": ("sdpa", True, True, True),
-    "nn_attention_maps": ("sdpa", True, False, True),
     "nanogpt_manual": ("sdpa", False, False, True),
-    "nanogpt_einsum": ("sdpa", True, False, True),
 }
 CASES = [
     slow(name, attention, *kind, ranks)
