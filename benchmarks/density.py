@@ -2,11 +2,12 @@
 
     python -m benchmarks.density
 
-One rank, one thread, forward and backward of the ring's own loop. A mask allows a share d of all S x S pairs. Each
-round times, at the tile that the backend chooses for the mask,
+One rank, one thread, forward and backward of the ring's own loop, of which a share d of all S x S pairs is asked. Each
+round times, at the tile that the backend chooses,
 
     dense           every pair: one full tile
-    the patterns    a window on both sides, and a narrower one with global tokens, at each density
+    the masks       a window on both sides, and a narrower one with global tokens, at each density
+    dilation        lengths and rates that double up to S, from each of the first lengths
 
 The bound is on time / (d x time of dense).
 """
@@ -17,6 +18,7 @@ import argparse
 import statistics
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,37 +28,64 @@ from rich.table import Table
 from benchmarks.paired import Case, Step, against, arguments, collect, conclude, interleaved, on_ranks, screen
 from benchmarks.paired import spread as text
 
-BOUNDS = {0.1: 1.3, 0.0: 1.5}  # from this density on
-QUICK = {"length": 256, "rounds": 1, "densities": [0.5, 0.1]}
+BOUNDS = {0.1: 1.3, 0.0: 1.5}  # of masks, from this density on
+DILATED = 1.3
+QUICK = {"length": 256, "rounds": 1, "densities": [0.5, 0.1], "segments": [32]}
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """An attention that computes a share `density` of all pairs."""
+
+    name: str
+    density: float
+    mask: str
+    dilation: str
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.density:.3f}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table and the verdict, write the JSON."""
     args = _arguments(argv)
     console = screen()
-    total = (1 + 2 * len(args.densities)) * (args.rounds + 1)
+    total = (1 + 2 * len(args.densities) + len(args.segments)) * (args.rounds + 1)
     cases = collect(console, "density", total, on_ranks(1, job, args))
     conclude(console, "density", args, _table(cases), cases, _verdict(cases))
 
 
 def job(args: argparse.Namespace) -> Iterator[Any]:
-    """On the one rank: a step of every mask in each round."""
-    masks = {
-        f"{name} {density:g}": (name, allowed_pairs(args.length, reach, globals_) / args.length**2, reach, globals_)
-        for density in args.densities
-        for name, globals_ in (("window", 0), ("local + global", args.length // 256))
-        for reach in [reach_for(density, args.length, globals_)]
-    }
+    """On the one rank: a step of each attention in each round."""
+    asked = {str(x): x for x in (*_masks(args), *_dilations(args))}
     steps, tiles = {}, {}
-    for label, mask in {"dense": "True", **{label: expression(*m[2:]) for label, m in masks.items()}}.items():
-        steps[label], tiles[label] = attention(mask, args)
+    for label, x in {"dense": Sparse("dense", 1.0, "True", "", {}), **asked}.items():
+        steps[label], tiles[label] = attention(x, args)
     seconds = yield from interleaved(steps, args.rounds)
-    for label, (name, density, reach, globals_) in masks.items():
-        facts = {"tile": tiles[label], "reach": reach, "global tokens": globals_}
-        found = Case({"mask": name, "density": density}, {k: seconds[k] for k in ("dense", label)}, facts=facts)
+    for label, x in asked.items():
+        facts = {"tile": tiles[label], **x.facts}
+        found = Case({"mask": x.name, "density": x.density}, {k: seconds[k] for k in ("dense", label)}, facts=facts)
         found.seconds["sparse"] = found.seconds.pop(label)
-        found.add_ratio("of its share", lambda dense, sparse, d=density: sparse / (d * dense))
+        found.add_ratio("of its share", lambda dense, sparse, d=x.density: sparse / (d * dense))
         yield found
+
+
+def _masks(args: argparse.Namespace) -> Iterator[Sparse]:
+    for density in args.densities:
+        for name, globals_ in (("window", 0), ("local + global", args.length // 256)):
+            reach = reach_for(density, args.length, globals_)
+            exact = allowed_pairs(args.length, reach, globals_) / args.length**2
+            yield Sparse(name, exact, expression(reach, globals_), "", {"reach": reach, "global tokens": globals_})
+
+
+def _dilations(args: argparse.Namespace) -> Iterator[Sparse]:
+    from ringpass.dilation import Dilation
+
+    for first in args.segments:
+        doubled = range((args.length // first).bit_length())
+        d = Dilation(tuple(first << i for i in doubled), tuple(1 << i for i in doubled))
+        yield Sparse("dilation", d.share(args.length), "True", str(d), {"dilation": str(d)})
 
 
 def expression(reach: int, globals_: int) -> str:
@@ -80,18 +109,18 @@ def reach_for(density: float, length: int, globals_: int) -> int:
     return bisect_left(range(length), density * length**2, key=lambda reach: allowed_pairs(length, reach, globals_))
 
 
-def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
-    """Forward and backward under `mask`, and the tile."""
+def attention(x: Sparse, args: argparse.Namespace) -> tuple[Step, int]:
+    """Forward and backward of `x`, and the tile."""
     from ringpass import ring
-    from ringpass.layout import Layout
     from ringpass.passes.balance import refine
-    from ringpass.schedule import Problem
+    from ringpass.schedule import TILE
     from ringpass.site import Site
 
-    here = Layout("contiguous", 1)
-    tile = refine([Problem(mask, args.length, args.length, here, here)], "cpu")
+    rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
     lengths, layouts = (args.length, args.length), ("contiguous", "contiguous")
-    site = Site(mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, tile, rank=0, world=1, group="")
+    site = Site(x.mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, TILE, **rest)  # type: ignore[arg-type]
+    tile = refine([lane.problem for lane in site.lanes(args.heads)], "cpu")
+    site = replace(site, tile=tile)
     q, k, v, grad = (torch.randn(1, args.heads, args.length, args.width) for _ in range(4))
 
     def step() -> object:
@@ -102,9 +131,11 @@ def attention(mask: str, args: argparse.Namespace) -> tuple[Step, int]:
     return step, tile
 
 
-def bound(density: float) -> float:
-    """What is promised at a density; those asked for are met to three digits."""
-    return next(value for least, value in BOUNDS.items() if density >= 0.999 * least)
+def bound(case: Case) -> float:
+    """What is promised; densities asked for are met to three digits."""
+    if case.case["mask"] == "dilation":
+        return DILATED
+    return next(value for least, value in BOUNDS.items() if float(case.case["density"]) >= 0.999 * least)
 
 
 def _table(cases: Sequence[Case]) -> Table:
@@ -113,14 +144,14 @@ def _table(cases: Sequence[Case]) -> Table:
     for case in cases:
         density = float(case.case["density"])
         cells = f"{density:.3f}", str(case.facts["tile"]), *(text(x) for x in case.seconds.values())
-        table.add_row(str(case.case["mask"]), *cells, text(case.ratios["of its share"]), f"{bound(density):g}")
+        table.add_row(str(case.case["mask"]), *cells, text(case.ratios["of its share"]), f"{bound(case):g}")
     return table
 
 
 def _verdict(cases: Sequence[Case]) -> str:
     found = [
         f"{case.case['mask']} {case.case['density']:.2f} "
-        + against(statistics.median(case.ratios["of its share"]), bound(float(case.case["density"])), False)
+        + against(statistics.median(case.ratios["of its share"]), bound(case), False)
         for case in cases
     ]
     return "time over density x dense: " + "; ".join(found)
@@ -132,6 +163,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
+    parser.add_argument("--segments", type=int, nargs="+", default=[2048, 1024, 512], help="first segment lengths")
     return arguments(parser, argv, QUICK)
 
 

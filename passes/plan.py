@@ -91,7 +91,7 @@ class SitePlan:
             most = max(map(self.received, range(self.problem.world)))
             k, v = (x.meta["val"] for x in (self.site.k, self.site.v))
             each = hint_of(k.shape[0]) * hint_of(k.shape[-1] + v.shape[-1]) * k.element_size()
-            lines.append(f"  receives at most {most} rows of K and V per rank, {most * each} bytes")
+            lines.append(f"  receives at most {most} rows of K and V per rank, {most * each} bytes in a forward")
         return lines
 
     def received(self, rank: int) -> int:

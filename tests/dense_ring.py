@@ -33,7 +33,8 @@ def site(mask: str, layout: str, tokens: int, tile: int, rank: int, world: int, 
 
 
 def of_rank(x: Tensor, layout: str, rank: int, world: int) -> Tensor:
-    return torch.cat([x[:, :, a:b] for a, b in Layout(layout, world).ranges(rank, x.shape[2])], 2)
+    owned = Layout(layout, world).ranges(rank, x.shape[2])
+    return torch.cat([x[:, :, a:b] for a, b in [(0, 0), *owned]], 2)
 
 
 def ring_step(

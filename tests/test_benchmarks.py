@@ -13,7 +13,9 @@ from benchmarks import bytes_received, density, memory, overlap, planning, step_
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
+from ringpass.dilation import parse as parse_dilation
 from ringpass.mask import parse
+from ringpass.reference import multiplicity
 from tests.test_patterns import dense
 
 NAMES = (
@@ -75,7 +77,10 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     density.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert _last(capsys).startswith("time over density x dense: window 0.50")
     cases = json.loads((tmp_path / "found.json").read_text())["cases"]
-    for case, share in zip(cases, (0.5, 0.5, 0.1, 0.1), strict=True):
+    *masks, dilated = cases
+    joined = multiplicity(parse_dilation(dilated["dilation"]), heads=8, tokens=256)
+    assert joined.double().mean().item() == dilated["case"]["density"]
+    for case, share in zip(masks, (0.5, 0.5, 0.1, 0.1), strict=True):
         assert case["case"]["density"] == pytest.approx(share, abs=0.02)
         pattern = patterns.Pattern(parse(density.expression(case["reach"], case["global tokens"])))
         assert dense(pattern, 256).double().mean().item() == case["case"]["density"]
