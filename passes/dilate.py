@@ -47,10 +47,12 @@ def _dilation(site: AttentionSite, config: RingConfig, remarks: list[str]) -> Di
     if lengths[0] != lengths[1]:
         remarks.append(f"{site.node.name}: {lengths[0]} queries, {lengths[1]} keys: not one sequence, not dilated")
         return None
-    if isinstance(config.dilate, dict):
-        wanted = config.dilate[chosen[0]]
-        return None if wanted is None else config.dilation_of(wanted, lengths[0])
-    return config.dilation_of(config.dilation, lengths[0])
+    wanted = config.dilate[chosen[0]] if isinstance(config.dilate, dict) else config.dilation
+    if wanted is None and isinstance(config.dilate, dict):
+        return None
+    if isinstance(wanted, str):  # its patterns are those of one length: `int` lets another one compile anew
+        return config.dilation_of(wanted, int(site.q.meta["val"].shape[-2]))
+    return config.dilation_of(wanted, lengths[0])
 
 
 def _selects(selector: Any, site: AttentionSite) -> bool:

@@ -9,6 +9,7 @@ to skip logging calls in models, which would else break the graph in two
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch._dynamo.backends.distributed import SubmodCompiler
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import codegen
 from ringpass.agreement import Agreement, Ring, ring
 from ringpass.collectives import Shard
 from ringpass.config import RingConfig
+from ringpass.dilation import Dilation
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture import Captured, capture
@@ -40,6 +44,8 @@ from ringpass.schedule import tiling
 
 log = logging.getLogger("ringpass")
 
+SHOWN = 4  # attentions that a message names
+
 
 def ring_dilated(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
@@ -52,6 +58,7 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
+    _refuse_split(around, config)
     captured = capture(gm, example_inputs)
     sites = detect(captured.gm, everything() if config.along_curve else config.mask)
     draws = _draws(captured, sites)
@@ -62,7 +69,8 @@ def ring_dilated(
             _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not draws:
-            return codegen.plain(gm, example_inputs, inductor, config.compiler)
+            plain = codegen.plain(gm, example_inputs, inductor, config.compiler)
+            return lambda *args: plain(*_whole(args))
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
@@ -116,6 +124,29 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
+def _refuse_split(around: Ring, config: RingConfig) -> None:
+    """torch.compile(DDP(model)): Dynamo cuts the graph at gradient buckets, and all that passes between is gathered."""
+    if around.world > 1 and DistributedDataParallel._get_active_ddp_module() is not None and _in_a_bucket():
+        text = (
+            "Dynamo splits this graph at the gradient buckets of DistributedDataParallel, and what passes from piece "
+            "to piece is gathered: wrap the compiled model, DistributedDataParallel(torch.compile(model, ..)), or set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
+        if config.strict:
+            raise UnsupportedError(text)
+        _tell(around, text)
+
+
+def _in_a_bucket() -> bool:
+    """Whether the graph that is being compiled is one of several that Dynamo cut a graph into."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), SubmodCompiler):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
     """Whether the graph draws random numbers: with one rank too, its dropout is that of every number of ranks."""
     nodes = captured.gm.graph.nodes
@@ -156,9 +187,29 @@ def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
 
 def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
     log.info("%s", planned)
+    for text in _dilated(planned):
+        _tell(around, text)
     for gather in local.gathers if around.world > 1 else ():
         if gather.reason != "output":
             _tell(around, str(gather))
+
+
+def _dilated(planned: RingPlan) -> list[str]:
+    """A line for each dilation: in which attentions, and what they attend to."""
+    alike: dict[tuple[Dilation, int], list[str]] = {}
+    for s in planned.sites:
+        if s.dilation and s.problem:
+            name = f"{s.site.index} ({s.site.path or s.site.node.name})"
+            alike.setdefault((s.dilation, s.problem.queries), []).append(name)
+    return [
+        f"attention {_listed(names)} dilated by {dilation}: {dilation.describe()}; "
+        f"about {dilation.share(tokens):.4g} of all pairs of {tokens} tokens"
+        for (dilation, tokens), names in alike.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
 
 
 def _tell(around: Ring, text: str) -> None:
@@ -199,7 +250,8 @@ def _spelled(target: Any) -> str:
 def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring) -> Callable[..., Any]:
     """What Dynamo calls: agree, draw the seed, run, show local outputs as tensors of global shape."""
 
-    def call(*args: Any) -> Any:
+    def call(*given: Any) -> Any:
+        args = _whole(given)
         draws = local.seeded or local.draws
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
         seed = agreement.seed(args, drawn)
@@ -214,6 +266,11 @@ def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, 
         ]
 
     return call
+
+
+def _whole(args: Sequence[Any]) -> list[Any]:
+    """Arguments with lazy outputs gathered: what autograd sees, and hooks on them fire."""
+    return [arg.full() if isinstance(arg, LazyOutput) else arg for arg in args]
 
 
 @contextmanager

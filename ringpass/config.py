@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.errors import OptionError
@@ -41,7 +42,8 @@ class RingConfig:
     segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
         the rate r, of which every r-th token attends to every r-th one (`ringpass.dilation`).  It changes what is
         attended to, in attentions whose queries and keys are one sequence; others stay exact.
-    dilation: a name for both, "longnet" or "auto"; or a `ringpass.Dilation`.
+    dilation: a name for both: "longnet", "longvit" or "gigapath", the published lists for the length of the sequence;
+        "auto", lists that double; or a `ringpass.Dilation`.
     dilation_budget: the share of all pairs that "auto" may compute at most, above 0 and at most 1.
     head_offset: where a head begins in each segment: "mod", head mod r; or "block", r groups of heads.
     dilate: which attentions are dilated, None: all.  Or a list of indices in graph order, of module paths such as
@@ -61,7 +63,7 @@ class RingConfig:
         lengths, each attention is one node that runs the same code.  0: always one node.
     timeout: seconds, more than 0, that ranks wait for each other where they compare notes (compile skew counts in).
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
-    group: the process group whose ranks are the ring; the default group if None.
+    group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"]; the default group if None.
     inductor: options passed on to Inductor as they are.
     """
 
@@ -86,7 +88,7 @@ class RingConfig:
     unroll_limit: int = 128
     timeout: float = 300.0
     dump: str | None = None
-    group: dist.ProcessGroup | None = None
+    group: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class RingConfig:
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
-        _require("group", self.group, self.group is None or isinstance(self.group, dist.ProcessGroup), "a ProcessGroup")
+        object.__setattr__(self, "group", _group(self.group))
         _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
         if self.compiler == "aot_eager" and self.inductor:
             raise OptionError(
@@ -235,6 +237,16 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), valid, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, valid))}, got {value!r}{hint}")
+
+
+def _group(given: object) -> dist.ProcessGroup | None:
+    """The process group of the ring."""
+    if isinstance(given, DeviceMesh):
+        names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
+        _require("group", given, given.ndim == 1, f"one dimension of a mesh, the ring's, out of {names}")
+        return given.get_group()
+    _require("group", given, given is None or isinstance(given, dist.ProcessGroup), "a ProcessGroup or a DeviceMesh")
+    return given  # type: ignore[return-value]
 
 
 def _require(name: str, value: object, holds: bool, what: str) -> None:

@@ -21,6 +21,7 @@ FLOPs are those of S sum(w_i / r_i^2) pairs per head on average, of S^2 for dens
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -177,10 +178,57 @@ def _ordinal(n: int) -> str:
 
 # --- presets ----------------------------------------------------------------------------------------------------------
 
-PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "longnet": ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)),
-}
-"""Segment lengths and rates; LongNet's are those of its language models (arXiv 2307.02486, section 4.1)."""
+Lists = tuple[tuple[int, ...], tuple[int, ...]]  # segment lengths, dilation rates
+
+
+def longnet(tokens: int) -> Lists:
+    """LongNet's language models of 2K to 32K tokens (arXiv 2307.02486, section 4.2).
+
+    >>> longnet(32768)
+    ((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+    """
+    return _reaching(tokens, (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+
+
+def longvit(tokens: int) -> Lists:
+    """LongViT's (microsoft/torchscale, examples/longvit/longvit.py).
+
+    There are lists for 1,024 to 1,048,576 patches of 32 x 32 pixels; a sequence gets that of the next such number.
+
+    >>> longvit(128 * 128)
+    ((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16))
+    """
+    published = (
+        (64, 128, 256, 512, 1024),
+        (1024, 2048, 4096, 8192, 16384),
+        (1024, 4096, 8192, 16384, 65536),
+        (1024, 4096, 16384, 65536, 262144),
+        (1024, 4096, 32768, 262144, 1048576),
+    )
+    fitting = [lengths for lengths in published if lengths[-1] >= tokens]
+    return _reaching(tokens, (fitting or published[-1:])[0], (1, 2, 4, 8, 16))
+
+
+def gigapath(tokens: int) -> Lists:
+    """GigaPath's, even on a logarithmic scale (prov-gigapath, gigapath/slide_encoder.py, `get_optimal_segment_length`).
+
+    There `tokens` is the longest sequence that the encoder is made for: 2^20 for the one that is published.
+
+    >>> gigapath(2**20)
+    ((1024, 5792, 32768, 185363, 1048576), (1, 2, 4, 8, 16))
+    """
+    least, most = 10, max(10, tokens.bit_length() - 1)
+    return _reaching(tokens, tuple(int(2 ** (least + (most - least) * i / 4)) for i in range(5)), (1, 2, 4, 8, 16))
+
+
+def _reaching(tokens: int, lengths: tuple[int, ...], rates: tuple[int, ...]) -> Lists:
+    """The lists up to the first segment that holds all tokens: LongNet's lengths grow until they do (eq. 11)."""
+    used = 1 + sum(w < tokens for w in lengths[:-1])
+    return lengths[:used], rates[:used]
+
+
+PRESETS: dict[str, Callable[[int], Lists]] = {"longnet": longnet, "longvit": longvit, "gigapath": gigapath}
+"""Published lists, by the length of the sequence."""
 AUTO = "auto"
 BUDGET = 0.25
 
@@ -193,9 +241,9 @@ def preset(name: str, tokens: int, head_offset: str = "mod", budget: float = BUD
     >>> print(preset("auto", 6000))
     512/1+1024/2+2048/4+4096/8+8192/16 mod
 
-    `longnet`: its list, as far as a longer segment still adds a key.  `auto`: lengths and rates that double, up to the
-    whole sequence, from the longest first segment, a power of 2, with which at most a share `budget` of all pairs is
-    computed.  Raises OptionError for another name, or a budget that is too small for any.
+    `auto`: lengths and rates that double, up to the whole sequence, from the longest first segment, a power of 2, with
+    which at most a share `budget` of all pairs is computed.  Raises OptionError for a name that is neither that nor
+    one of PRESETS, or a budget that is too small for any.
     """
     if name == AUTO:
         return _auto(tokens, head_offset, budget)
@@ -203,9 +251,7 @@ def preset(name: str, tokens: int, head_offset: str = "mod", budget: float = BUD
         near = difflib.get_close_matches(name, [*PRESETS, AUTO], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise OptionError(f"unknown dilation {name!r}{hint}: known are {', '.join(map(repr, [*PRESETS, AUTO]))}")
-    lengths, rates = PRESETS[name]
-    used = 1 + sum(w < tokens for w in lengths[:-1])
-    return Dilation(lengths[:used], rates[:used], head_offset)
+    return Dilation(*PRESETS[name](tokens), head_offset)
 
 
 def _auto(tokens: int, head_offset: str, budget: float) -> Dilation:

@@ -86,14 +86,26 @@ class LazyOutput(Tensor):
                     "on none."
                 )
             with torch.inference_mode(False), torch.enable_grad():  # a first use under no_grad is not the last
-                self.gathered = o.gather(self.local)
+                self.gathered = _Gather.apply(self)  # type: ignore[no-untyped-call]
             self.local = self.gathered.new_empty(0)
         return self.gathered
 
-    METADATA = frozenset(
+    OWN = frozenset(
         {
             getattr(Tensor, n).__get__
-            for n in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_cuda", "is_leaf", "grad_fn")
+            for n in (
+                "shape",
+                "dtype",
+                "device",
+                "requires_grad",
+                "ndim",
+                "layout",
+                "is_cuda",
+                "is_leaf",
+                "grad_fn",
+                "grad",
+                "retains_grad",
+            )
         }
         | {
             Tensor.size,
@@ -104,13 +116,14 @@ class LazyOutput(Tensor):
             Tensor.is_complex,
             Tensor.element_size,
         }
+        | {Tensor.retain_grad, Tensor.register_hook}
         | {Tensor.__len__}
     )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in cls.METADATA:
+        if func in cls.OWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs))
@@ -125,10 +138,9 @@ class LazyOutput(Tensor):
 
 
 class _Show(torch.autograd.Function):
-    """Makes the lazy output a node of the autograd graph.
+    """Makes the lazy output a node of the autograd graph, on which hooks see its whole cotangent.
 
-    Code that never asks it for its values, such as a user's own autograd.Function, sends a cotangent of global shape;
-    being whole and equal on every rank, it gives the local output its own tokens.
+    That is of global shape, equal on every rank, and gives the local output its own tokens.
     """
 
     @staticmethod
@@ -139,6 +151,18 @@ class _Show(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.origin.scatter(grad), None
+
+
+class _Gather(torch.autograd.Function):
+    """What a lazy output stands for; the cotangent is the lazy output's."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyOutput) -> Tensor:
+        return lazy.origin.gather(lazy.local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def show(local: Tensor, origin: Origin) -> LazyOutput:

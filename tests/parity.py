@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-300))
 
 
-def compiled(model: nn.Module, group: dist.ProcessGroup, **options: Any) -> Any:
+def compiled(model: Callable[..., Any], group: dist.ProcessGroup, **options: Any) -> Any:
     """The model on the ring of `group`."""
     settings: dict[str, Any] = {"compiler": "aot_eager", "timeout": 60.0, "group": group, **options}
     return torch.compile(model, backend="ring_dilated", options=settings)

@@ -20,13 +20,15 @@ from rich.console import Console
 
 from benchmarks import bytes_received
 from benchmarks.paired import RESULTS, Case
+from examples import simulate
 from ringpass import RingConfig, patterns
+from ringpass.dilation import AUTO, PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = (
     "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
-    "passes.cover", "passes.verify",
+    "dilation", "residue", "bundle", "reference", "passes.cover", "passes.verify",
 )  # fmt: skip
 
 
@@ -53,8 +55,9 @@ def test_readme_script(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [float(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d+", line)]
-    assert len(losses) == 2 and losses[0] == losses[1]
+    printed = "".join(done.stdout.split())  # unbuffered: both ranks may print into one line
+    loss = printed[: len(printed) // 2]
+    assert re.fullmatch(r"\d+\.\d+", loss) and printed == 2 * loss
 
 
 def test_the_page_on_masks() -> None:
@@ -78,6 +81,24 @@ def test_the_page_on_hilbert_order() -> None:
     assert snippets
     for snippet in snippets:
         exec(snippet, {})
+
+
+def test_the_page_on_dilation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its snippets run, its names are the presets, its options exist, and it shows what the simulation prints."""
+    page = (ROOT / "docs" / "dilation.md").read_text()
+    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(snippet, {})
+    assert set(re.findall(r'^\| `"(\w+)"` \|', page, re.MULTILINE)) == {*PRESETS, AUTO}
+    named = {
+        name for row in re.findall(r"^\| (`\w+`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert named == {
+        f.name for f in fields(RingConfig) if "dilat" in f.name or f.name in ("segment_lengths", "head_offset")
+    }
+    command, shown = re.findall(r"^    \$ python -m examples.simulate (.*)\n((?:    .*\n)+)", page, re.MULTILINE)[0]
+    simulate.main(command.split())
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in map(str.strip, shown.splitlines()) if line not in [*printed, "..."]] == []
 
 
 def _makes_a_pattern(function: Any) -> bool:
