@@ -1,10 +1,10 @@
-"""Public models on gloo ranks beside one device: docs/models.md.
+"""Public models on gloo ranks beside one device: docs/zoo.md.
 
     python -m benchmarks.zoo                          # every entry, both ways of attention
     python -m benchmarks.zoo --only gpt2,bert --ranks 3
 
 For each: the largest relative error of any output, loss or gradient (forward and backward, length 23), attentions on
-the ring, what is gathered, and the share of the linear layers' FLOPs that runs on local tokens.
+the ring, what is gathered, the share of the linear layers' FLOPs that runs on local tokens, and the peak of a step.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tests.workers import Workers
 from tests.zoo import ZOO
 from tests.zoo_parity import LENGTH, Report, local_share, zoo_parity
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = """# Models
+DOCUMENT = Path(__file__).parent.parent / "docs" / "zoo.md"
+HEAD = """# The zoo
 
 Tiny, randomly started models of public classes ({length} tokens, 2 layers, 2 rows, with labels, in training),
 partitioned over {ranks} gloo ranks, against eager on one device. Made by `python -m benchmarks.zoo`;
@@ -26,10 +26,11 @@ partitioned over {ranks} gloo ranks, against eager on one device. Made by `pytho
 *error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32
 where a \\* stands, since an op of the model knows nothing wider. *on the ring*: attentions. *gathers*: values that had
 to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the linear layers' FLOPs that
-runs on local tokens.
+runs on local tokens. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters
+and their gradients, against one device in eager mode; models so small keep mostly what does not depend on tokens.
 
-| model | attention | error | on the ring | gathers | local |
-| --- | --- | --- | --- | --- | --- |
+| model | attention | error | on the ring | gathers | local | peak, KiB |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -41,8 +42,9 @@ def row(name: str, attention: str, reports: list[Report]) -> str:
     gathers = f"{len(report.gathers)} ({size:,} bytes): {reasons}" if report.gathers else "none"
     star = "" if ZOO[name].dtype.itemsize == 8 else "\\*"
     sites = str(report.sites) if report.sites else "none: every rank computes all"
-    local = f"{local_share(reports):.0%}" if report.sites else ""
-    return f"| {name} | {attention} | {report.error:.0e}{star} | {sites} | {gathers} | {local} |"
+    local = f"{local_share(reports):.1%}" if report.sites else ""
+    peak = f"{max(r.peak for r in reports) / 1024:,.0f} of {report.whole_peak / 1024:,.0f}"
+    return f"| {name} | {attention} | {report.error:.0e}{star} | {sites} | {gathers} | {local} | {peak} |"
 
 
 def main() -> None:
@@ -56,9 +58,11 @@ def main() -> None:
     with Workers(ranks=args.ranks) as workers:
         for name in names:
             for attention in ZOO[name].attentions if not ZOO[name].missing else ():
-                reports = workers.run(zoo_parity, args.ranks, name, attention)
+                reports = workers.run(zoo_parity, args.ranks, name, attention, memory=True)
                 rows.append(row(name, attention, reports))
                 print(rows[-1], flush=True)
+    missing = [f"{name} ({ZOO[name].missing})" for name in names if ZOO[name].missing]
+    rows += [f"\nNot run, since the package was not installed: {', '.join(missing)}."] if missing else []
     if not args.only:
         DOCUMENT.write_text(HEAD.format(length=LENGTH, ranks=args.ranks) + "\n".join(rows) + "\n")
 

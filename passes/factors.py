@@ -65,12 +65,24 @@ class Note:
     known: bool = True  # False: the op has no rule
 
 
+@dataclass
+class Routing:
+    """Rows of (token, expert) pairs, sorted by expert; see `routing`."""
+
+    pairs: dict[Factor, Factors] = field(default_factory=dict)  # rows -> what they are an order of
+    order: dict[Node, tuple[Factor, int]] = field(default_factory=dict)  # the pair of each row, divided by k
+    back: dict[Node, Factor] = field(default_factory=dict)  # the row of each pair
+    counts: dict[Node, Factor] = field(default_factory=dict)  # rows of each expert
+
+
 class Sweep:
     """The state of the sweep, and the vocabulary in which rules are written."""
 
     def __init__(self) -> None:
         self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
         self.notes: dict[Node, Note] = {}
+        self.fused: dict[Factors, Factor] = {}
+        self.routing = Routing()
 
     def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
         """Applies the rule of every node, in order."""
@@ -104,7 +116,15 @@ class Sweep:
         for factor in factors:
             root = self.root(factor)
             out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
+        for parts, whole in self.fused.items():
+            for at in range(len(out) - len(parts), -1, -1):
+                if tuple(out[at : at + len(parts)]) == parts:
+                    out[at : at + len(parts)] = [whole]
         return tuple(out)
+
+    def fuse(self, factors: Factors) -> Factor:
+        """From now on, `factors` in a row are one index, such as the rows and columns of patches."""
+        return self.fused.setdefault(factors, Factor(_product(factors)))
 
     def root(self, factor: Factor) -> Factor:
         while factor.parent is not None:
@@ -114,6 +134,9 @@ class Sweep:
     def tie(self, a: Factors, b: Factors, note: Note) -> Factors:
         """Declares two dims to be one index; returns it.  What cannot be matched is marked whole."""
         a, b = self.resolve(a), self.resolve(b)
+        if a != b and any(f in self.routing.pairs for f in (*a, *b)):  # rows are in an order of their own
+            note.whole += [*a, *b]
+            return a
         if len(a) == 1 and len(b) > 1:
             a, b = b, a
         if len(b) == 1 and len(a) > 1 and _product(a) == b[0].size:

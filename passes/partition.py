@@ -196,6 +196,10 @@ class _Writer(Sums, Takes):
             new = self._copy(node, args, kwargs)
             new.meta["val"] = (args[2].meta["val"],) * len(node.meta["val"])
             return new
+        if node in self.placement.sweep.routing.back:
+            rows = self._local_shape(node, axis)[0]
+            numbers = self._emit(aten.arange.default, rows, device=node.meta["val"].device)
+            return self._copy(node, (*args[:2], numbers), kwargs)
         if name not in RESIZED:
             return self._checked(self._copy(node, args, kwargs), node, axis)
         shape, position = self._local_shape(node, axis), RESIZED[name]

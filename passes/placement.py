@@ -17,8 +17,9 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, args_of, operands_of, tensors_of
+from ringpass.passes.factors import Note, Sweep, args_of, first_of, operands_of, tensors_of
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.routing import SORT, closed
 from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS, op_name
 
 aten = torch.ops.aten
@@ -44,7 +45,9 @@ class Placement:
     )  # whole, since masks read them whole, and small: they derive from integers alone
 
     def on(self, node: Node, axis: Axis) -> bool:
-        """Whether a dim of `node` lies on `axis`."""
+        """Whether a dim of `node` lies on `axis`, or it counts rows of it."""
+        if node in self.sweep.routing.counts:
+            return self.modes[node] is axis
         return any(axis in self._axes(d) for d in self.sweep.operand_dims(node))
 
     def sums(self, node: Node) -> bool:
@@ -75,11 +78,22 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep) -> Placement:
     sites = {s.site.node: s for s in plan.sites if s.problem}
     axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
     live = _live(captured, sites)
+    axis_of |= _rows(sweep, axis_of, [n for n in captured.gm.graph.nodes if n in live])
     modes: dict[Node, Axis | None] = {}
     placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
         modes[node] = _decide(placement, node) if node in live else None
     return placement
+
+
+def _rows(sweep: Sweep, axis_of: dict[Any, Axis], live: list[Node]) -> dict[Any, Axis]:
+    """The axes of rows that are an order of pairs on an axis."""
+    found: dict[Any, Axis] = {}
+    for rows, pairs in sweep.routing.pairs.items():
+        axes = [axis_of[f] for f in sweep.resolve(pairs) if f in axis_of]
+        if len(axes) == 1 and closed(sweep, rows, live):
+            found[rows] = axes[0]
+    return found
 
 
 def has_effect(node: Node) -> bool:
@@ -163,13 +177,15 @@ def _decide(p: Placement, node: Node) -> Axis | None:
         return None
     if node.target is operator.getitem:
         return p.modes[args_of(node)[0]]
+    if node in p.sweep.routing.counts:  # known on the rank alone, which is all that reads them
+        return p.modes[first_of(node)]
     name = op_name(node)
     if name in ATTENTION or draws_elsewhere(node):  # an attention left alone by the plan, a draw that all ranks share
         return None
     read = [] if name in CREATION else operands_of(node)[: 1 if name in PATTERNED else None]
     note, tensors = p.sweep.notes[node], [node, *read]
     axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
-    if len(axes) != 1 or not note.known or has_effect(node):
+    if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node):
         return None
     (axis,) = axes
     if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
@@ -182,12 +198,18 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     return axis if running or starts else None
 
 
+def _sorts(p: Placement, node: Node) -> bool:
+    """Whether `node` puts pairs into an order that is not local."""
+    rows = [f for d in p.sweep.operand_dims(node) for f in d if f in p.sweep.routing.pairs]
+    return node.target is SORT and any(f not in p.axis_of for f in rows)
+
+
 def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:
     """Whether the op on shards of `axis` gives shards of the op, or parts of its sum."""
     singles = [t for t in tensors if isinstance(t.meta["val"], torch.Tensor)]
     if any(sum(len(p._axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
         return False
     if axis not in p._axes(note.summed):
-        return True
+        return p.on(tensors[0], axis)  # else a view took a fused axis apart
     summing = (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES)
     return op_name(node) in summing and node.meta["val"].is_floating_point()

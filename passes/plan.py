@@ -213,6 +213,8 @@ def _axis(
 ) -> Axis | None:
     """The axis of a site's queries or keys; None where it stays replicated."""
     factors, n = sweep.dims(x)[-2], x.meta["val"].shape[-2]
+    if len(factors) > 1 and axes.keys().isdisjoint(factors):  # rows and columns of patches
+        factors = (sweep.fuse(factors),)
     if len(factors) != 1:
         remarks.append(f"{x.name}: its sequence dim of {n} is {len(factors)} merged dims, and stays replicated")
         return None

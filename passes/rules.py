@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringpass.passes import routing
 from ringpass.passes.factors import Dims, Factors, Note, Sweep, args_of, first_of, operands_of, size_of
 
 aten = torch.ops.aten
@@ -48,24 +49,14 @@ CREATION = {
     "scalar_tensor.default", "eye.default", "eye.m", "linspace.default", "randn.default", "rand.default",
 }  # fmt: skip
 CONSTANT = {
-    "zeros.default",
-    "ones.default",
-    "full.default",
-    "new_zeros.default",
-    "new_ones.default",
-    "new_full.default",
-}
+    "zeros.default", "ones.default", "full.default", "new_zeros.default", "new_ones.default", "new_full.default",
+}  # fmt: skip
 """Creation ops whose every element is the same: a shard of one is the same op at the local size."""
 
 VIEWS = {
-    "view.default",
-    "reshape.default",
-    "_unsafe_view.default",
-    "flatten.using_ints",
-    "unflatten.int",
-    "view_as.default",
-    "reshape_as.default",
-}
+    "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
+    "view_as.default", "reshape_as.default",
+}  # fmt: skip
 RESIZED = {
     **dict.fromkeys(VIEWS, 1),
     "expand.default": 1,
@@ -131,6 +122,8 @@ def rule_for(node: Node) -> Rule:
 
 
 def _pointwise(sweep: Sweep, node: Node, note: Note) -> Dims:
+    if len(operands_of(node)) == 1:
+        routing.counts_too(sweep, node)
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
     return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
 
@@ -171,6 +164,7 @@ def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def _whole_dim(sweep: Sweep, node: Node, note: Note) -> Dims:
+    routing.counts_too(sweep, node)
     position, default = WHOLE_DIM[op_name(node)]
     dims = sweep.dims(first_of(node))
     given = default if position is None else _argument(node, position, "dim", default)
@@ -325,6 +319,24 @@ def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     return (tuple(dims),) * 2
 
 
+def _gather(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """x.gather(dim, index): of index's shape; other dims where both have the same size go together."""
+    source, picks = (sweep.dims(n) for n in operands_of(node))
+    dim = args_of(node)[1] % len(picks)
+    out = []
+    for d, (f, g) in enumerate(zip(source, picks, strict=True)):
+        if d == dim or _size(f) != _size(g):
+            note.whole += (*f, *g) if d != dim else f
+            out.append(g)
+        else:
+            out.append(sweep.tie(f, g, note) if f else g)
+    return tuple(out)
+
+
+def _floor_divide(sweep: Sweep, node: Node, note: Note) -> Dims:
+    return routing.divided(sweep, node, note) or _pointwise(sweep, node, note)
+
+
 def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
     dim = _argument(node, 1, "dim", 0)
@@ -425,6 +437,8 @@ def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """x[i, j, ..]: the picked dims are needed whole, the index tensors' dims stand in their place."""
     source, picks = sweep.dims(first_of(node)), list(args_of(node)[1])
+    if len(picks) == 1 and (dims := routing.picked(sweep, first_of(node), picks[0])) is not None:
+        return dims
     at = [d for d, p in enumerate(picks) if p is not None]
     if at != list(range(at[0], at[-1] + 1)) or any(picks[d].meta["val"].dtype == torch.bool for d in at):
         return None
@@ -466,6 +480,12 @@ RULES: dict[str, Rule] = {
     "index.Tensor": _index,
     "einsum.default": _equation,
     "topk.default": _topk,
+    "sort.default": routing.sort,
+    "histc.default": routing.count,
+    "index_put.default": routing.put_back,
+    "floor_divide.default": _floor_divide,
+    **dict.fromkeys(routing.GROUPED, routing.grouped),
+    "gather.default": _gather,
     FUNCTION: _function,
 }
 assert operator.getitem.__name__ in RULES

@@ -16,9 +16,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ringpass import p2p
+from ringpass import collectives, p2p
 
 TIMEOUT = 60.0
 NAME = "thread"
@@ -84,6 +85,27 @@ class Mailboxes:
         return sum(not letter.delivered for letter in self.letters.values())
 
 
+class Meeting:
+    """Where all ranks show a tensor and see everyone's: in place of `collectives.run_collective`."""
+
+    def __init__(self, world: int) -> None:
+        self.shown: list[Any] = [None] * world
+        self.barrier = threading.Barrier(world, timeout=TIMEOUT)
+
+    def __call__(self, collective: Any, out: Any, *given: Tensor, group: str) -> None:
+        rank = int(group.removeprefix(NAME))
+        self.shown[rank] = given[0] if given else out.clone()
+        self.barrier.wait()
+        everyone = [x.clone() for x in self.shown]
+        self.barrier.wait()
+        if collective is dist.all_gather:
+            for mine, one in zip(out, everyone, strict=True):
+                mine.copy_(one)
+        else:
+            total = torch.stack(everyone).sum(0)
+            out.copy_(total if collective is dist.all_reduce else total.chunk(len(everyone))[rank])
+
+
 def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
     """Results of `job(rank, group)` on each rank; raises the first error of a rank."""
     mailboxes = Mailboxes()
@@ -92,7 +114,8 @@ def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
         with torch.autograd.set_multithreading_enabled(False):  # else ranks on one device share a backward thread
             return job(rank, f"{NAME}{rank}")
 
-    with patch.object(p2p, "start", mailboxes.start), ThreadPoolExecutor(world) as pool:
+    meeting = patch.object(collectives, "run_collective", Meeting(world))
+    with patch.object(p2p, "start", mailboxes.start), meeting, ThreadPoolExecutor(world) as pool:
         results = list(pool.map(member, range(world)))
     assert mailboxes.unread == 0
     return results

@@ -11,18 +11,18 @@ inside `wide()`, which makes them keep float64.
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-VOCAB, WIDTH, HEADS, LAYERS, ROWS = 61, 32, 4, 2, 2
+from tests.zoo_modules import HEADS, LAYERS, VOCAB, WIDTH, Classifier, Denoiser, Encoder, Heads, Translator, WrittenGPT
+
+ROWS = 2
 Batch = dict[str, Any]
 
 
@@ -213,7 +213,68 @@ def _clip(attention: str) -> nn.Module:
     return model
 
 
-# --- torch.nn, and attention as people write it -----------------------------------------------------------------------
+# --- diffusers, timm --------------------------------------------------------------------------------------------------
+
+
+def noised(length: int, labels: bool, padding: bool) -> Batch:
+    """Latents of 5 x 5 patches, a step and a class each."""
+    batch = {"hidden_states": _latents(0), "timestep": torch.tensor([3, 70]), "class_labels": torch.tensor([1, 4])}
+    return batch | ({"target": _latents(1)} if labels else {})
+
+
+def prompted(length: int, labels: bool, padding: bool) -> Batch:
+    """Latents of 5 x 5 patches, a step, and a text of `length` vectors, one of which stands for all."""
+    text = {"encoder_hidden_states": _floats(length, 2), "pooled_projections": _floats(1, 3)[:, 0]}
+    batch = {"hidden_states": _latents(0), "timestep": torch.tensor([3, 70]), **text}
+    return batch | ({"target": _latents(1)} if labels else {})
+
+
+def _latents(seed: int) -> Tensor:
+    return torch.randn(ROWS, 4, 10, 10, generator=_generator(seed), dtype=torch.float64)
+
+
+LATENT = {"sample_size": 10, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": LAYERS}
+
+
+def _dit(attention: str) -> nn.Module:
+    import diffusers
+    from diffusers.models import attention_processor as how
+
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "num_embeds_ada_norm": 8}
+    model = diffusers.DiTTransformer2DModel(**LATENT, **sizes)
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):  # classes that are left out at random
+            module.dropout_prob = 0.0
+        if isinstance(module, how.Attention):
+            module.set_processor(how.AttnProcessor2_0() if attention == "sdpa" else how.AttnProcessor())
+    return Denoiser(model)
+
+
+def _sd3(attention: str) -> nn.Module:
+    import diffusers
+
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "joint_attention_dim": WIDTH}
+    widths = {"caption_projection_dim": WIDTH, "pooled_projection_dim": WIDTH, "pos_embed_max_size": 8}
+    return Denoiser(diffusers.SD3Transformer2DModel(**LATENT, **sizes, **widths))
+
+
+def _timm(attention: str) -> nn.Module:
+    import timm
+
+    sizes = {"img_size": 20, "patch_size": 4, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+    model: nn.Module = timm.models.VisionTransformer(**sizes, num_classes=7)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", attention == "sdpa")  # noqa: B010  a bool, which nn.Module's stub forbids
+    return Classifier(model)
+
+
+def labelled(length: int, labels: bool, padding: bool) -> Batch:
+    """Pictures of 5 x 5 patches, and a class each."""
+    return {"x": _pixels()} | ({"target": torch.tensor([1, 0])} if labels else {})
+
+
+# --- torch.nn -----------------------------------------------------------------------
 
 
 def _floats(length: int, seed: int = 0) -> Tensor:
@@ -234,115 +295,6 @@ def two_sequences(length: int, labels: bool, padding: bool) -> Batch:
 def texts(length: int, labels: bool, padding: bool) -> Batch:
     """Ids and targets."""
     return {"idx": _ids(length)} | ({"targets": _ids(length, 1)} if labels else {})
-
-
-class Regression(nn.Module):
-    """(output, mean squared error) of what `run` makes of the batch."""
-
-    def forward(self, target: Tensor | None = None, **batch: Any) -> tuple[Tensor, ...]:
-        y = self.run(**batch)
-        return (y,) if target is None else (y, F.mse_loss(y, target))
-
-    run: Callable[..., Tensor]
-
-
-class Encoder(Regression):
-    """nn.TransformerEncoder; causal if asked."""
-
-    def __init__(self, causal: bool = False, norm_first: bool = False, batch_first: bool = True) -> None:
-        super().__init__()
-        sizes = WIDTH, HEADS, 2 * WIDTH, 0.0
-        layer = nn.TransformerEncoderLayer(*sizes, batch_first=batch_first, norm_first=norm_first)
-        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
-        self.causal, self.batch_first = causal, batch_first
-
-    def run(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        n = x.shape[1]
-        mask = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1) if self.causal else None
-        x = x if self.batch_first else x.transpose(0, 1)
-        y: Tensor = self.encoder(x, mask=mask, src_key_padding_mask=padding, is_causal=self.causal)
-        return y if self.batch_first else y.transpose(0, 1)
-
-
-class Translator(Regression):
-    """nn.Transformer with a causal decoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes: dict[str, Any] = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 2 * WIDTH, "dropout": 0.0}
-        self.transformer = nn.Transformer(**sizes, num_encoder_layers=1, num_decoder_layers=LAYERS, batch_first=True)
-
-    def run(self, x: Tensor, source: Tensor) -> Tensor:
-        n = x.shape[1]
-        mask = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-        y: Tensor = self.transformer(source, x, tgt_mask=mask, tgt_is_causal=True)
-        return y
-
-
-class Heads(Regression):
-    """nn.MultiheadAttention, with or without the weights that nobody reads; sequence-first inside."""
-
-    def __init__(self, need_weights: bool, causal: bool = False, returned: bool = False) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(LAYERS))
-        self.need_weights, self.causal, self.returned = need_weights, causal, returned
-
-    def forward(self, target: Tensor | None = None, **batch: Any) -> tuple[Tensor, ...]:
-        y, maps = self.attended(**batch)
-        found = (maps, y) if self.returned else (y,)
-        return found if target is None else (*found, F.mse_loss(y, target))
-
-    def attended(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The output, and the last attention's map."""
-        n = x.shape[1]
-        mask = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1) if self.causal else None
-        for attention in self.attentions:
-            settings = {"attn_mask": mask, "key_padding_mask": padding, "need_weights": self.need_weights}
-            y, maps = attention(x, x, x, **settings)
-            x = x + y
-        return x, maps
-
-
-class WrittenGPT(nn.Module):
-    """A GPT as in Karpathy's minGPT: `attend` says how its attention is written."""
-
-    def __init__(self, attend: str) -> None:
-        super().__init__()
-        self.attend = attend
-        self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(64, WIDTH)
-        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
-        self.merge = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
-        self.causal: Tensor
-        self.register_buffer("causal", torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64), persistent=False)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, ...]:
-        batch, n = idx.shape
-        x = self.tokens(idx) + self.positions(torch.arange(n, device=idx.device))
-        for qkv, merge in zip(self.qkv, self.merge, strict=True):
-            q, k, v = (t.view(batch, n, HEADS, -1).transpose(1, 2) for t in qkv(x).split(WIDTH, dim=2))
-            y = getattr(self, self.attend)(q, k, v)
-            x = x + merge(y.transpose(1, 2).contiguous().view(batch, n, WIDTH))
-        if targets is None:
-            return (self.head(x[:, [-1], :]),)
-        logits = self.head(x)
-        return logits, F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
-
-    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def manual(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[2]
-        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
-        scores = scores.masked_fill(self.causal[:, :, :n, :n] == 0, float("-inf"))
-        return F.softmax(scores, dim=-1) @ v
-
-    def einsum(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[2]
-        scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * q.shape[-1] ** -0.5
-        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.finfo(scores.dtype).max)
-        return torch.einsum("b h i j, b h j d -> b h i d", scores.softmax(dim=-1), v)
 
 
 ONE = ("sdpa",)  # for models that have no choice
@@ -401,6 +353,9 @@ ZOO: dict[str, Entry] = {
         pictures,
     ),
     "clip": Entry(_clip, captioned, padding=True),
+    "dit": Entry(_dit, noised, needs="diffusers"),
+    "sd3": Entry(_sd3, prompted, attentions=("sdpa",), needs="diffusers"),
+    "timm_vit": Entry(_timm, labelled, needs="timm"),
     "nn_transformer": Entry(lambda _: Translator(), two_sequences, attentions=ONE),
     "nn_encoder": Entry(lambda _: Encoder(), vectors, padding=True, attentions=ONE),
     "nn_encoder_causal": Entry(lambda _: Encoder(causal=True, norm_first=True), vectors, attentions=ONE),

@@ -36,6 +36,8 @@ class Report:
     gathers: list[Gather] = field(default_factory=list)  # but for outputs
     flops: float = 0.0  # of this rank's linear layers
     whole_flops: float = 0.0  # of one device
+    peak: int = 0  # bytes that a step of this rank holds at most, but for parameters and their gradients
+    whole_peak: int = 0  # of one device
 
     def add(self, captured: Any, plan: Any, local: Partitioned) -> None:
         """Counts one graph."""
@@ -59,9 +61,10 @@ def zoo_parity(
     padding: bool = False,
     train: bool = True,
     length: int = LENGTH,
+    memory: bool = False,
     **options: Any,
 ) -> Report:
-    """Relative error of every output, the loss and every parameter gradient."""
+    """Relative error of every output, the loss and every parameter gradient; `memory`: the peaks of a step, too."""
     torch._dynamo.reset()
     entry = ZOO[name]
     model, batch = entry.make(attention, train), entry.batch(length, labels, padding)
@@ -74,8 +77,10 @@ def zoo_parity(
 
     original = backend.partition  # type: ignore[attr-defined]
     with wide() if entry.dtype == torch.float64 else nullcontext(), patch.object(backend, "partition", partition):
-        want = step(model, model, batch)
-        got = step(model, compiled(model, group, **options), batch)
+        run = compiled(model, group, **options)
+        want, got = (step(model, how, batch) for how in (model, run))
+        if memory:
+            report.whole_peak, report.peak = (_peak(model, how, batch) for how in (model, run))
     assert got.keys() == want.keys()
     errors = {key: _error(got[key], want[key]) for key in want}
     report.where = max(errors, key=lambda key: errors[key])
@@ -92,6 +97,12 @@ def step(model: nn.Module, run: Any, batch: dict[str, Any]) -> dict[str, Tensor]
     loss.backward()
     grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": loss.detach().clone(), **grads}
+
+
+def _peak(model: nn.Module, run: Any, batch: dict[str, Any]) -> int:
+    from benchmarks.memory import peak_bytes
+
+    return peak_bytes(lambda: step(model, run, batch), lambda: [p.grad for p in model.parameters()])
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
