@@ -9,7 +9,6 @@ to skip logging calls in models, which would else break the graph in two
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch._dynamo.backends.distributed import SubmodCompiler
 from torch.fx import GraphModule
-from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import codegen
 from ringpass.agreement import Agreement, Ring, ring
@@ -41,6 +38,7 @@ from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
 from ringpass.patterns import everything
 from ringpass.schedule import tiling
+from ringpass.wrappers import concerns
 
 log = logging.getLogger("ringpass")
 
@@ -58,7 +56,7 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     around = ring(config.group, config.timeout)
-    _refuse_split(around, config)
+    _look_around(around, config)
     captured = capture(gm, example_inputs)
     sites = detect(captured.gm, everything() if config.along_curve else config.mask)
     draws = _draws(captured, sites)
@@ -124,27 +122,12 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
-def _refuse_split(around: Ring, config: RingConfig) -> None:
-    """torch.compile(DDP(model)): Dynamo cuts the graph at gradient buckets, and all that passes between is gathered."""
-    if around.world > 1 and DistributedDataParallel._get_active_ddp_module() is not None and _in_a_bucket():
-        text = (
-            "Dynamo splits this graph at the gradient buckets of DistributedDataParallel, and what passes from piece "
-            "to piece is gathered: wrap the compiled model, DistributedDataParallel(torch.compile(model, ..)), or set "
-            "torch._dynamo.config.optimize_ddp = False"
-        )
+def _look_around(around: Ring, config: RingConfig) -> None:
+    """At DDP and FSDP2 around the model."""
+    for text in concerns(around.pg) if around.pg and around.world > 1 else ():
         if config.strict:
             raise UnsupportedError(text)
         _tell(around, text)
-
-
-def _in_a_bucket() -> bool:
-    """Whether the graph that is being compiled is one of several that Dynamo cut a graph into."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), SubmodCompiler):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import OptionError, RingConfig, UnsupportedError
@@ -64,6 +65,40 @@ def split(group: dist.ProcessGroup, strict: bool) -> str:
 def test_a_graph_that_ddp_splits_is_refused_under_strict(workers: Workers) -> None:
     for said in workers.run(split, 2, True):
         assert "gradient buckets of DistributedDataParallel" in said and "optimize_ddp = False" in said
+
+
+def added(group: dist.ProcessGroup, how: str) -> str:
+    """What is said of gradients that are added up over the ring."""
+    model: Any = Attending()
+    if how == "fsdp":
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        model.set_gradient_divide_factor(1.0)
+        run = compiled(model, group)
+    else:
+        run = DistributedDataParallel(compiled(model, group, strict=True), process_group=group)
+        run.register_comm_hook(None, lambda state, bucket: bucket.buffer())
+    with pytest.raises(BackendCompilerFailed) as error:
+        run(torch.ones(1, 2, 6, 8))
+    assert isinstance(error.value.inner_exception, UnsupportedError)
+    return str(error.value.inner_exception)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.linear(x), x, x)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("fsdp", "must average them, and divides by 1"), ("ddp", "over ranks of this ring by added.<locals>.<lambda>")],
+)
+def test_gradients_added_up_over_a_ring_are_refused(workers: Workers, how: str, said: str) -> None:
+    for text in workers.run(added, 2, how):
+        assert said in text
 
 
 def meshes(group: dist.ProcessGroup) -> str:

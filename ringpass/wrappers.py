@@ -1,0 +1,81 @@
+"""DDP and FSDP2 around a compiled model, as far as they concern its ring.
+
+Gradients are whole and equal on all ranks of a ring, so a reduction over several of them must average.  This is looked
+at when a graph is compiled; what is changed later is not seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch._dynamo.backends.distributed import SubmodCompiler
+from torch.distributed._composable_state import _get_module_state, _module_state_mapping
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.nn.parallel import DistributedDataParallel
+
+from ringpass.errors import UnsupportedError
+
+AVERAGING = (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook)
+
+
+def concerns(pg: dist.ProcessGroup) -> Iterator[str]:
+    """What costs more than it must, or is not known to be right; all of it is refused under `strict`.
+
+    Raises UnsupportedError for gradients that FSDP2 does not average over the ranks of the ring `pg`.
+    """
+    ring = {*dist.get_process_group_ranks(pg)}
+    _refuse_sums(ring)
+    around = DistributedDataParallel._get_active_ddp_module()
+    if around is None:
+        return
+    if _in_a_bucket():
+        yield (
+            "Dynamo splits this graph at the gradient buckets of DistributedDataParallel, and what passes from piece "
+            "to piece is gathered: wrap the compiled model, DistributedDataParallel(torch.compile(model, ..)), or set "
+            "torch._dynamo.config.optimize_ddp = False"
+        )
+    hooks = [hook for hook, _ in around._comm_hooks if hook not in AVERAGING]
+    if hooks and len(ring.intersection(dist.get_process_group_ranks(around.process_group))) > 1:
+        yield (
+            f"DistributedDataParallel reduces gradients over ranks of this ring by {_name(hooks[0])}, and they are "
+            "equal there: it must average them. Give it a process_group with one rank of each ring to be sure"
+        )
+
+
+def _refuse_sums(ring: set[int]) -> None:
+    for module in list(_module_state_mapping):
+        state: Any = _get_module_state(module)
+        running = isinstance(state, FSDPState) and state._training_state == TrainingState.FORWARD
+        for group in _groups(state) if running else ():
+            ranks, factor = group.mesh_info.mesh.mesh.flatten().tolist(), group.gradient_divide_factor
+            if factor not in (None, len(ranks)) and len(ring.intersection(ranks)) > 1:
+                raise UnsupportedError(
+                    f"FSDP reduces the gradients of {type(module).__name__} over the ranks {ranks}, several of one "
+                    f"ring, whose gradients are equal: it must average them, and divides by {factor:g}. Leave "
+                    "set_gradient_divide_factor out, or shard over the mesh's other dimensions"
+                )
+
+
+def _groups(state: Any) -> list[Any]:
+    """The groups of parameters that FSDP gathers and reduces together; before torch 2.13 one at most."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return list(groups) if groups is not None else [g for g in (state._fsdp_param_group,) if g is not None]
+
+
+def _in_a_bucket() -> bool:
+    """Whether the graph that is being compiled is one of several that Dynamo cut a graph into."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), SubmodCompiler):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _name(hook: object) -> str:
+    return str(getattr(hook, "__qualname__", hook))
