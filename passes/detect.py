@@ -94,7 +94,7 @@ def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSit
     Raises UnsupportedError for an attention call that cannot be read, OptionError for a pattern of another length.
     """
     readers = [(reader, node) for node in list(gm.graph.nodes) if (reader := _reader(node)) is not None]
-    sites = [_grouped(reader(index, node)) for index, (reader, node) in enumerate(readers)]
+    sites = [_grouped(_one_sequence(reader(index, node))) for index, (reader, node) in enumerate(readers)]
     return tuple(narrowed(site, pattern) for site in sites)
 
 
@@ -105,6 +105,12 @@ def narrowed(site: AttentionSite, pattern: Pattern) -> AttentionSite:
         batch, heads = {4: shape[:2], 3: (shape[0], 1)}.get(len(shape), (1, 1))
         pattern.check(batch, heads, shape[-2], keys)
     return replace(site, mask=simplify(call("and", site.mask, pattern.expr)))
+
+
+def _one_sequence(site: AttentionSite) -> AttentionSite:
+    """Keys and values are as many: where their lengths are two symbols, these become one."""
+    torch._check(site.k.meta["val"].shape[-2] == site.v.meta["val"].shape[-2])
+    return site
 
 
 def _grouped(site: AttentionSite) -> AttentionSite:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -100,6 +101,24 @@ def test_lengths_share_a_compilation(workers: Workers, many: int) -> None:
     lengths = [drawn.randint(6, 60) for _ in range(many)]
     for counts, error in workers.run(compilations, 2, lengths):
         assert counts == [1] + [2] * (many - 1) and error < 1e-6  # transformers computes the loss in float32
+
+
+def apart(group: dist.ProcessGroup) -> float:
+    """Error of an attention whose queries, keys and values are inputs, at several lengths."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    torch._dynamo.reset()
+    run, g, errors = compiled(attend, group), torch.Generator().manual_seed(0), []
+    for length in (23, 31, 18):
+        q, k, v = (torch.randn(1, 2, length, 4, dtype=torch.float64, generator=g) for _ in range(3))
+        errors.append(relative(run(q, k, v), attend(q, k, v)))
+    return max(errors)
+
+
+def test_keys_and_values_may_come_apart(workers: Workers) -> None:
+    assert all(error < 1e-12 for error in workers.run(apart, 2))
 
 
 # --- generation and Trainer -------------------------------------------------------------------------------------------
