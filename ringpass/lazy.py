@@ -50,7 +50,7 @@ class Origin:
             dim, (start, stop) = self.shard.dim, self.part
             whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
             grad = whole.slice_scatter(grad, dim, start, stop)
-        shared: Tensor = ops.shard(self._ordered(grad, inverse=False), *_shard_args(self))
+        shared: Tensor = ops._gather_backward_shard(self._ordered(grad, inverse=False), *_shard_args(self))
         return shared
 
     def _ordered(self, whole: Tensor, inverse: bool) -> Tensor:
