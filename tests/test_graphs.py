@@ -197,6 +197,7 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention_backward_step1" in (folder / "backward.py").read_text()
 
 
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_ranks() -> None:
     """Above the unroll limit an attention is one node, whatever P; all 1,024 ranks are planned and proved."""
     sizes = set()

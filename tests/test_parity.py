@@ -33,11 +33,11 @@ def check(workers: Workers, ranks: int, *args: Any, **options: Any) -> None:
         ("nanogpt", 2, "zigzag"),
         ("nanogpt", 5, "zigzag"),
         ("gpt2", 1, "contiguous"),
-        ("gpt2", 2, "contiguous"),
+        slow("gpt2", 2, "contiguous"),
         ("gpt2", 3, "zigzag"),
         ("gpt2", 4, "zigzag"),
         ("llama", 2, "zigzag"),
-        ("llama", 3, "contiguous"),
+        slow("llama", 3, "contiguous"),
     ],
 )
 def test_language_models(workers: Workers, name: str, ranks: int, layout: str) -> None:
@@ -46,7 +46,7 @@ def test_language_models(workers: Workers, name: str, ranks: int, layout: str) -
 
 @pytest.mark.parametrize(
     ("name", "labels", "padding"),
-    [("nanogpt", False, False), ("gpt2", True, False), ("gpt2", False, True), ("llama", False, False)],
+    [slow("nanogpt", False, False), ("gpt2", True, False), ("gpt2", False, True), slow("llama", False, False)],
 )
 def test_labels_and_padding(workers: Workers, name: str, labels: bool, padding: bool) -> None:
     check(workers, 3 if labels else 2, name, LENGTH, labels, padding, layout="zigzag" if padding else "contiguous")
@@ -71,7 +71,7 @@ def test_other_models_with_the_loss_outside(workers: Workers, name: str) -> None
     check(workers, 3, name, LENGTH, False, False, layout="zigzag")
 
 
-@pytest.mark.parametrize(("name", "bound"), [slow("nanogpt", EXACT), ("gpt2", EXACT), ("llama", 1e-6)])
+@pytest.mark.parametrize(("name", "bound"), [slow("nanogpt", EXACT), ("gpt2", EXACT), slow("llama", 1e-6)])
 def test_with_inductor(workers: Workers, name: str, bound: float) -> None:
     """Llama computes its rotary tables in float32 whatever its dtype; Inductor's cos is not eager's to the last bit."""
     error, where = worst(workers.run(parity, 2, name, LENGTH, True, name != "nanogpt", compiler="inductor"))

@@ -51,6 +51,7 @@ def accumulated(group: dist.ProcessGroup) -> float:
     return max(relative(got, want) for got, want in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(workers: Workers) -> None:
     assert all(error < 1e-9 for error in workers.run(accumulated, 2))
 
@@ -94,7 +95,7 @@ def compilations(group: dist.ProcessGroup, lengths: list[int]) -> tuple[list[int
     return counts, max(errors)
 
 
-@pytest.mark.parametrize("many", [8, slow(20)])
+@pytest.mark.parametrize("many", [5, slow(20)])
 def test_lengths_share_a_compilation(workers: Workers, many: int) -> None:
     """The first is compiled for its own length, the second for any."""
     drawn = random.Random(0)

@@ -25,11 +25,10 @@ BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
     "gemma2": ("eager", True, False, True),
     "mixtral": ("sdpa", True, True, True),
     "bloom": ("eager", True, True, True),
-    "clip": ("sdpa", True, False, True),
     "dit": ("eager", True, False, True),
     "nn_encoder": ("sdpa", False, True, False),
     "nn_attention_weights": ("sdpa", True, True, True),
-    "nanogpt_manual": ("sdpa", False, False, True),
+    "nanogpt_manual": ("sdpa", True, False, True),
 }
 CASES = [
     slow(name, attention, *kind, ranks)
@@ -50,7 +49,8 @@ def check(workers: Workers, name: str, attention: str, labels: bool, padding: bo
     assert worst.error < (EXACT if entry.dtype == torch.float64 else SINGLE), worst.where
     assert worst.sites or name in GATHERED
     assert bool(worst.gathers) <= (name in GATHERED), [str(g) for g in worst.gathers]
-    assert local_share(reports) >= LOCAL or name in GATHERED
+    last_token = name.startswith("nanogpt") and not labels  # the head of nanoGPT then reads one token, on every rank
+    assert local_share(reports) >= LOCAL or name in GATHERED or last_token
 
 
 @pytest.mark.parametrize(("name", "kind"), BY_DEFAULT.items())
