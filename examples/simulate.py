@@ -34,7 +34,6 @@ from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
 from ringpass.patterns import everything, window
 from ringpass.schedule import Transfer
-from ringpass.site import Site
 
 SHOWN = 3  # ranges of tokens that a cell lists
 
@@ -98,21 +97,13 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
     """What `rank` sends in a forward, exchange by exchange; a backward sends it again, and gradients the other way."""
     heads, groups = site.site.heads
     if site.dilation:
-        for joint in joints(_on(site, rank), heads, groups):
+        for joint in joints(site.on(rank), heads, groups):
             if joint.send:
                 yield Sent(joint.shift, rank, joint.send.dst, _parcels(joint.send), joint.send.rows)
     else:
         for step in site.programs(rank)[0].steps:
             if step.send:
                 yield Sent(step.shift, rank, step.send.dst, _tokens(step.send, groups), step.send.size * groups)
-
-
-def _on(site: SitePlan, rank: int) -> Site:
-    p = site.problem
-    assert p is not None
-    layouts = p.query_layout.name, p.key_layout.name
-    how = str(site.dilation)
-    return Site(p.mask, "", 1.0, 0.0, 0, p.queries, p.keys, *layouts, p.tile, rank, p.world, "", dilation=how)
 
 
 def pairs_of(site: SitePlan, rank: int) -> int:

@@ -31,7 +31,7 @@ from ringpass.mask import CAUSAL, TRUE, Const, Expr, call
 from ringpass.passes import flex, handwritten
 from ringpass.passes.factors import args_of, first_of
 from ringpass.passes.heads import unrepeated
-from ringpass.passes.pull import Puller, numbered
+from ringpass.passes.pull import COORDINATES, Puller, numbered
 from ringpass.passes.separate import rows_with_keys, split_bias
 from ringpass.patterns import Pattern, everything
 
@@ -168,7 +168,7 @@ def _site(index: int, node: Node) -> AttentionSite:
 def _mask(node: Node, q: Node, k: Node) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
     """(boolean mask, additive bias, leaves) of an attn_mask node, which broadcasts to the scores of the queries."""
     puller = Puller()
-    scores = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}.get(q.meta["val"].ndim, ())
+    scores = COORDINATES.get(q.meta["val"].ndim, ())
     rank = node.meta["val"].ndim
     if not 2 <= rank <= len(scores):
         raise UnsupportedError(

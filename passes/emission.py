@@ -23,11 +23,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import args_of, hint_of, size_of, tensors_of
+from ringpass.passes.factors import args_of, hint_of, product, size_of, tensors_of
 from ringpass.passes.placement import Placement
 from ringpass.passes.plan import Axis
-
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+from ringpass.passes.spelled import KEPT_META
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Emitter:
         for dim, factors in enumerate(self.placement.sweep.dims(node)):
             for position, factor in enumerate(factors):
                 if self.placement.axis_of.get(factor) is axis:
-                    outer = self._size(sympy.prod([f.size for f in factors[:position]]))
+                    outer = self._size(product(factors[:position]))
                     return dim, outer, self._tokens(axis), axis.layout.name, self.rank.world, self.rank.rank
         raise AssertionError(f"{node} has no dim on {axis}")
 

@@ -124,7 +124,7 @@ class Sweep:
 
     def fuse(self, factors: Factors) -> Factor:
         """From now on, `factors` in a row are one index, such as the rows and columns of patches."""
-        return self.fused.setdefault(factors, Factor(_product(factors)))
+        return self.fused.setdefault(factors, Factor(product(factors)))
 
     def root(self, factor: Factor) -> Factor:
         while factor.parent is not None:
@@ -139,7 +139,7 @@ class Sweep:
             return a
         if len(a) == 1 and len(b) > 1:
             a, b = b, a
-        if len(b) == 1 and len(a) > 1 and _product(a) == b[0].size:
+        if len(b) == 1 and len(a) > 1 and product(a) == b[0].size:
             b[0].parts = a
             return a
         if [f.size for f in a] != [f.size for f in b]:
@@ -229,7 +229,17 @@ def operands_of(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if tensors_of(n)]
 
 
-def _product(factors: Factors) -> Any:
+def op_name(node: Node) -> str:
+    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
+        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+def product(factors: Iterable[Factor]) -> Any:
+    """The size of a dim of these factors, a sympy expression."""
     return sympy.prod([f.size for f in factors])
 
 

@@ -26,7 +26,7 @@ from ringpass import mask as m
 from ringpass.closed_form import simplify
 from ringpass.mask import SCORE, TRUE, Call, Const, Expr, call
 from ringpass.passes.factors import args_of
-from ringpass.passes.pull import Puller, numbered, regrouped
+from ringpass.passes.pull import COORDINATES, Puller, numbered, regrouped
 from ringpass.passes.separate import rows_with_keys, scored, separated
 
 aten = torch.ops.aten
@@ -40,7 +40,6 @@ SOFTMAX = (aten.softmax.int, aten._softmax.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default, aten.to.other)
 SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, *CASTS)
-COORDINATES = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from ringpass.layout import Layout
 from ringpass.mask import TRUE, Expr, call
 from ringpass.passes.capture import Captured
 from ringpass.passes.emission import Rank, bytes_of, slice_of
-from ringpass.passes.factors import Sweep, args_of, first_of, size_of
+from ringpass.passes.factors import Sweep, args_of, first_of, op_name, size_of
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
-from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED
 from ringpass.passes.sums import Sums
 from ringpass.passes.takes import Takes
 from ringpass.places import of_places

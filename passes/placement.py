@@ -17,10 +17,10 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, args_of, first_of, operands_of, tensors_of
+from ringpass.passes.factors import Note, Sweep, args_of, first_of, op_name, operands_of, tensors_of
 from ringpass.passes.plan import Axis, RingPlan, SitePlan
 from ringpass.passes.routing import SORT, closed
-from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS, op_name
+from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS
 
 aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"

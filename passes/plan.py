@@ -96,14 +96,17 @@ class SitePlan:
 
     def received(self, rank: int) -> int:
         """(key token, K/V head) pairs that `rank` receives: of what lanes share, each once."""
-        p = self.problem
-        if p is None or self.dilation is None:
+        if self.dilation is None or self.problem is None:
             return self.site.heads[1] * sum(one.received for one in self.programs(rank))
-        layouts = p.query_layout.name, p.key_layout.name
-        rank = rank if self.query_axis else 0
-        lengths, how = (p.queries, p.keys), str(self.dilation)
-        site = Site(p.mask, "", 1.0, 0.0, 0, *lengths, *layouts, p.tile, rank, p.world, "", dilation=how)
-        return received(site, *self.site.heads)
+        return received(self.on(rank), *self.site.heads)
+
+    def on(self, rank: int) -> Site:
+        """What is scheduled, as `rank` runs it: for `ringpass.bundle`, which reads neither biases nor groups."""
+        p = self.problem
+        assert p is not None, "runs as the model wrote it"
+        layouts, rank = (p.query_layout.name, p.key_layout.name), rank if self.query_axis else 0
+        lengths, how = (p.queries, p.keys), str(self.dilation or "")
+        return Site(p.mask, "", 1.0, 0.0, 0, *lengths, *layouts, p.tile, rank, p.world, "", dilation=how)
 
 
 @dataclass(frozen=True)

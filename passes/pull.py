@@ -30,6 +30,8 @@ from ringpass.passes.factors import args_of
 aten = torch.ops.aten
 Indices = tuple[Expr, ...]
 ZERO = Const(0)
+COORDINATES = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}
+"""What the dims of scores are, by their number."""
 
 
 @dataclass

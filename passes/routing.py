@@ -20,7 +20,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.passes.factors import Dims, Factor, Factors, Note, Sweep, args_of, first_of, operands_of
+from ringpass.passes.factors import (
+    Dims,
+    Factor,
+    Factors,
+    Note,
+    Sweep,
+    args_of,
+    first_of,
+    op_name,
+    operands_of,
+    product,
+)  # fmt: skip
 
 aten = torch.ops.aten
 SORT, COUNT, BACK, INDEX = aten.sort.default, aten.histc.default, aten.index_put.default, aten.index.Tensor
@@ -33,7 +44,7 @@ def sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """Values and indices: rows, if there is one dim; else as the operand, whose sorted dim is needed whole."""
     dims, routing = sweep.dims(first_of(node)), sweep.routing
     if len(dims) == 1 and len(args_of(node)) < 3:
-        rows = Factor(_size(dims[0]))
+        rows = Factor(product(dims[0]))
         routing.pairs[rows] = dims[0]
         for user in node.users:
             if args_of(user)[1] == 1:
@@ -127,7 +138,7 @@ def _reads_well(sweep: Sweep, rows: Factor, node: Node) -> bool:
     if any(n in routing.back for n in operands):
         return _picks(sweep, node)
     if any(n in routing.counts for n in operands):
-        return node in routing.counts or _name(node) in GROUPED
+        return node in routing.counts or op_name(node) in GROUPED
     return True
 
 
@@ -146,22 +157,9 @@ def _of(sweep: Sweep, rows: Factor, node: Node) -> bool:
     return known or routing.counts.get(node) is rows or any(rows in d for d in sweep.operand_dims(node))
 
 
-def _name(node: Node) -> str:
-    target: Any = node.target
-    prefix = "" if target.namespace == "aten" else f"{target.namespace}."
-    return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
-
-
 def _without(factors: Factors, k: int) -> Factors:
     """`factors` without the last ones, which make k."""
     size, rest = 1, list(factors)
     while rest and size < k:
         size = size * rest.pop().size
     return tuple(rest) if size == k else ()
-
-
-def _size(factors: Factors) -> Any:
-    total: Any = 1
-    for f in factors:
-        total = total * f.size
-    return total

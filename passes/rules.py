@@ -17,7 +17,18 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes import routing
-from ringpass.passes.factors import Dims, Factors, Note, Sweep, args_of, first_of, operands_of, size_of
+from ringpass.passes.factors import (
+    Dims,
+    Factors,
+    Note,
+    Sweep,
+    args_of,
+    first_of,
+    op_name,
+    operands_of,
+    product,
+    size_of,
+)  # fmt: skip
 
 aten = torch.ops.aten
 Rule = Callable[[Sweep, Node, Note], Any]
@@ -93,15 +104,6 @@ REDUCTIONS = {
     "any.default": None, "all.default": None, "max.default": None, "min.default": None, "var.dim": 1,
     "norm.ScalarOpt_dim": 2,
 }  # fmt: skip
-
-
-def op_name(node: Node) -> str:
-    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
-        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
-    return getattr(target, "__name__", str(target))
 
 
 def rule_for(node: Node) -> Rule:
@@ -261,7 +263,7 @@ def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
     out = []
     for position, n in enumerate(node.meta["val"].shape):
         columns = [d[position] for d in operands]
-        if position not in padded and all(_size(f) == size_of(n) for f in columns):
+        if position not in padded and all(product(f) == size_of(n) for f in columns):
             out.append(sweep.broadcast([(f,) for f in columns], note)[0])
         else:
             note.whole += [f for column in columns for f in column]
@@ -275,13 +277,6 @@ def _padded_dims(node: Node, rank: int) -> set[int]:
         return set()
     amounts: Any = node.args[1]
     return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
-
-
-def _size(factors: Factors) -> Any:
-    total = size_of(1)
-    for f in factors:
-        total = total * f.size
-    return total
 
 
 def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -325,7 +320,7 @@ def _gather(sweep: Sweep, node: Node, note: Note) -> Dims:
     dim = args_of(node)[1] % len(picks)
     out = []
     for d, (f, g) in enumerate(zip(source, picks, strict=True)):
-        if d == dim or _size(f) != _size(g):
+        if d == dim or product(f) != product(g):
             note.whole += (*f, *g) if d != dim else f
             out.append(g)
         else:

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringpass.passes.factors import args_of
 
 aten = torch.ops.aten
-KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
 
 
 def spell_out(gm: GraphModule) -> None:
@@ -44,7 +44,7 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
     with fakes[0].fake_mode, torch.no_grad():
         traced = make_fx(run, pre_dispatch=True)(*fakes)
     for inner in traced.graph.nodes:
-        inner.meta.update({k: node.meta[k] for k in KEPT if k in node.meta})
+        inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
     places = traced.graph.find_nodes(op="placeholder")
     with node.graph.inserting_before(node):
         out = node.graph.graph_copy(traced.graph, dict(zip(places, nodes.values(), strict=True)))

@@ -18,9 +18,9 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.kernels import accumulator
 from ringpass.passes.emission import Emitter
-from ringpass.passes.factors import args_of, first_of, size_of
+from ringpass.passes.factors import args_of, first_of, op_name, size_of
 from ringpass.passes.plan import Axis
-from ringpass.passes.rules import LOSSES, SUMS, op_name
+from ringpass.passes.rules import LOSSES, SUMS
 
 aten = torch.ops.aten
 

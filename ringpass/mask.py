@@ -23,6 +23,7 @@ import ast
 import inspect
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
@@ -289,12 +290,18 @@ def _text(e: Expr, outer: int) -> str:
     return f"({text})" if rank < outer else text
 
 
+PARSING = threading.Lock()
+"""One `ast.parse` at a time: before CPython 3.11.8, two threads in it raise a SystemError now and then (gh-106905)."""
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expr:
     """The expression that `text` spells.  Raises ValueError where it is not one."""
     python = text.replace("&", " and ").replace("|", " or ")
     try:
-        return _from_ast(ast.parse(python.strip(), mode="eval").body)
+        with PARSING:
+            tree = ast.parse(python.strip(), mode="eval")
+        return _from_ast(tree.body)
     except (SyntaxError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a mask expression: {text!r}") from error
 

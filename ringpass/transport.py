@@ -95,10 +95,10 @@ class Exchanges(Transport):
     def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
         ((_, step, _),), (grads,) = served, given
         back, home = _reverse(step.receive), _reverse(step.send)
-        with label(f"send_gradients_step{step.shift}_{_peer(back)}"):
+        with label(f"send_gradients_step{step.shift}_{_peer('to', back.dst if back else None)}"):
             nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
             sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
-        started = _exchange(self.site, 2 * step.shift + 1, sent, back, home, *grads)
+        started = self._exchange(2 * step.shift + 1, sent, back, home)
         self.finish(own)
         self.returning, self.late = [started], step
 
@@ -109,10 +109,15 @@ class Exchanges(Transport):
         self.returning = []
 
     def _start(self, step: Step) -> Tensor:
-        with label(f"send_step{step.shift}_{_peer(step.send)}"):
+        with label(f"send_step{step.shift}_{_peer('to', step.send.dst if step.send else None)}"):
             rows_sent = [edge for span in _sent_rows(self.site, step) for edge in span]
             sent = primitives.pack([self.k, self.v], rows_sent) if step.send else self.k.new_empty(0)
-        return _exchange(self.site, 2 * step.shift, sent, step.send, step.receive, self.k, self.v)
+        return self._exchange(2 * step.shift, sent, step.send, step.receive)
+
+    def _exchange(self, tag: int, sent: Tensor, send: Transfer | None, receive: Transfer | None) -> Tensor:
+        numel = receive.size * sum(math.prod(x.shape[:2]) * x.shape[3] for x in (self.k, self.v)) if receive else 0
+        dst, src = send.dst if send else None, receive.src if receive else None
+        return _exchange(self.site, tag, sent, dst, src, numel)
 
     def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
         with label(f"wait_gradients_step{step.shift}"):
@@ -212,31 +217,18 @@ class Parcels(Transport):
             return take_rows(k, [0], rows).view(shapes[0]), take_rows(v, [0], rows).view(shapes[1])
 
     def _start(self, joint: Joint) -> Tensor:
-        peer = f"to_rank{joint.send.dst}" if joint.send else "to_nobody"
-        with label(f"send_step{joint.shift}_{peer}"):
+        with label(f"send_step{joint.shift}_{_peer('to', joint.send.dst if joint.send else None)}"):
             sent = pack_rows([self.k, self.v], *flat(self._places(joint.send))) if joint.send else self.k.new_empty(0)
-        return self._exchange(joint, 2 * joint.shift, sent, joint.send, joint.receive)
+        dst, src = joint.send.dst if joint.send else None, joint.receive.src if joint.receive else None
+        return _exchange(self.site, 2 * joint.shift, sent, dst, src, self._numel(joint.receive))
 
     def _places(self, message: Message) -> list[Place]:
         """Where the parcels of a message that the rank sends stand in its block."""
         return [(parcel.heads, rows_of(self.site, parcel.tokens)) for parcel in message.parcels]
 
-    def _exchange(
-        self,
-        joint: Joint,
-        tag: int,
-        sent: Tensor,
-        send: Message | None,
-        receive: Message | None,
-    ) -> Tensor:
-        numel = receive.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if receive else 0
-        back = tag % 2  # gradients go the other way
-        dst = (send.src if back else send.dst) if send else primitives.NOBODY
-        src = (receive.dst if back else receive.src) if receive else primitives.NOBODY
-        peer = f"from_rank{src}" if receive else "from_nobody"
-        with label(f"receive{'_gradients' if back else ''}_step{joint.shift}_{peer}"):
-            received: Tensor = primitives.exchange([sent], numel, dst, src, tag, self.site.group)[0]
-        return received
+    def _numel(self, message: Message | None) -> int:
+        """Numbers of K and V, or of their gradients, in a message."""
+        return message.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if message else 0
 
     def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
         joint = next(joint for joint in self.joints if joint.shift == served[0][1].shift)
@@ -251,7 +243,8 @@ class Parcels(Transport):
                         parts.append([g.flatten(1, 2).unsqueeze(1) for g in grads])
                 sums = [add_rows(list(xs), *flat(places), 1, joint.receive.rows) for xs in zip(*parts, strict=True)]
                 sent = primitives.pack(sums, [0, joint.receive.rows])
-        started = self._exchange(joint, 2 * joint.shift + 1, sent, joint.receive, joint.send)
+        dst, src = joint.receive.src if joint.receive else None, joint.send.dst if joint.send else None
+        started = _exchange(self.site, 2 * joint.shift + 1, sent, dst, src, self._numel(joint.send))
         self.finish(own)
         self.returning, self.late = [started], joint
 
@@ -286,21 +279,16 @@ class Parcels(Transport):
         return tuple(add_rows(list(xs), *places, self.k.shape[1], self.k.shape[2]) for xs in sums)
 
 
-def _exchange(
-    site: Site, tag: int, sent: Tensor, send: Transfer | None, receive: Transfer | None, k: Tensor, v: Tensor
-) -> Tensor:
-    """Starts an exchange; returns the buffer that will hold what arrives."""
-    numel = receive.size * k.shape[0] * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3]) if receive else 0
-    dst, src = send.dst if send else primitives.NOBODY, receive.src if receive else primitives.NOBODY
-    with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{_peer(receive, source=True)}"):
-        received: Tensor = primitives.exchange([sent], numel, dst, src, tag, site.group)[0]
+def _exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int | None, numel: int) -> Tensor:
+    """Starts an exchange; returns the buffer that will hold the `numel` numbers that arrive."""
+    ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
+    with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{_peer('from', src)}"):
+        received: Tensor = primitives.exchange([sent], numel, *ranks, tag, site.group)[0]
     return received
 
 
-def _peer(transfer: Transfer | None, source: bool = False) -> str:
-    if transfer is None:
-        return "nothing"
-    return f"from_rank{transfer.src}" if source else f"to_rank{transfer.dst}"
+def _peer(way: str, rank: int | None) -> str:
+    return "nothing" if rank is None else f"{way}_rank{rank}"
 
 
 def _reverse(transfer: Transfer | None) -> Transfer | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,25 @@ def tensors(tokens: int, heads: tuple[int, int], width: int, dtype: torch.dtype,
 def site(mask: str, layout: str, tokens: int, tile: int, rank: int, world: int, group: str) -> Site:
     layouts = (layout, layout)
     return Site(mask, "", SCALE, 0.0, 0, tokens, tokens, *layouts, tile, rank, world, group)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For tensors so small that threads only cost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_ranks(found: Sequence[list[Tensor]], wanted: list[Tensor], layout: str, tolerance: float, where: str) -> None:
+    """Whether [out, dq, dk, dv] of each rank are its tokens of those wanted."""
+    for rank, results in enumerate(found):
+        for name, got, whole in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
+            want = of_rank(whole, layout, rank, len(found))
+            assert torch.allclose(got, want, rtol=tolerance, atol=tolerance), f"{name} of rank {rank}: {where}"
 
 
 def of_rank(x: Tensor, layout: str, rank: int, world: int) -> Tensor:

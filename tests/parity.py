@@ -14,12 +14,12 @@ from tests.models import MODELS, batch_for, loss_of, tensors_of
 Errors = dict[str, float]
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted; infinite where the shapes differ."""
+def relative(got: Tensor, want: Tensor, floor: float = 1e-300) -> float:
+    """Norm of the difference over that of what is wanted, `floor` at least; infinite for NaN and for other shapes."""
     if got.shape != want.shape:
         return float("inf")
     got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+    return float(((got - want).norm() / want.norm().clamp_min(floor)).nan_to_num(torch.inf))
 
 
 def compiled(model: Callable[..., Any], group: dist.ProcessGroup, **options: Any) -> Any:
@@ -44,10 +44,15 @@ def outputs_and_gradients(model: nn.Module, run: Any, batch: dict[str, Tensor]) 
     model.zero_grad()
     outputs = run(**batch)
     tensors = tensors_of(outputs)
-    loss = loss_of(outputs) if has_loss(batch) else sum((t.pow(2).mean() for t in tensors.values()), torch.zeros(()))
-    loss.backward()
+    return after_backward(model, tensors, loss_of(outputs) if has_loss(batch) else None)
+
+
+def after_backward(model: nn.Module, tensors: dict[str, Tensor], loss: Tensor | None) -> dict[str, Tensor]:
+    """Outputs, the loss (None: a number that depends on all of them), and the gradients of `model` under it."""
+    used = sum((t.pow(2).mean() for t in tensors.values()), torch.zeros(())) if loss is None else loss
+    used.backward()
     grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": loss.detach().clone(), **grads}
+    return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": used.detach().clone(), **grads}
 
 
 def has_loss(batch: dict[str, Tensor]) -> bool:

@@ -24,7 +24,7 @@ from ringpass.mask import Expr, call, parse
 from ringpass.patterns import Pattern
 from ringpass.site import Site
 from tests import thread_ranks
-from tests.dense_ring import SCALE, of_rank
+from tests.dense_ring import SCALE, check_ranks, of_rank, one_thread
 from tests.parity import compiled, relative
 from tests.test_patterns import Attention, step
 from tests.workers import Workers
@@ -262,17 +262,11 @@ def dense(c: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= FEW else []) for n in range(ALL)])
 def test_the_ring_equals_dense_attention(seed: int) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         c = case(seed)
         found, wanted = on_the_ring(c), dense(c)
-    finally:
-        torch.set_num_threads(threads)
+    check_ranks(found, wanted, c.layout, TOLERANCE, str(c))
     for rank, results in enumerate(found):
-        for name, got, whole in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
-            want = of_rank(whole, c.layout, rank, c.world)
-            assert torch.allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE), f"{name} of rank {rank}: {c}"
         dead = ~of_rank(c.rows.unsqueeze(-1), c.layout, rank, c.world).squeeze(-1)
         assert not results[0][dead].any() and not results[1][dead].any(), f"rows without a key, rank {rank}: {c}"
 

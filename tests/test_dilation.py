@@ -16,7 +16,7 @@ from ringpass.dilation import parse, preset
 from ringpass.layout import STRIPES, Layout
 from ringpass.site import Site
 from tests import thread_ranks
-from tests.dense_ring import SCALE, of_rank
+from tests.dense_ring import SCALE, check_ranks, of_rank, one_thread
 
 BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
 FEW, ALL = 40, 1100  # cases of the default run, and with -m slow
@@ -131,17 +131,10 @@ def dense(c: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= FEW else []) for n in range(ALL)])
 def test_the_ring_equals_the_reference(seed: int) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         c = case(seed)
         found, wanted = on_the_ring(c), dense(c)
-    finally:
-        torch.set_num_threads(threads)
-    for name, *parts, whole in zip(("out", "dq", "dk", "dv"), *(x[:4] for x in found), wanted[:4], strict=True):
-        for rank, got in enumerate(parts):
-            want = of_rank(whole, c.layout, rank, c.world)
-            assert torch.allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE), f"{name} of rank {rank}: {c}"
+    check_ranks([results[:4] for results in found], wanted[:4], c.layout, TOLERANCE, str(c))
     if c.learned:
         got = torch.stack([results[4] for results in found]).sum(0)
         assert torch.allclose(got, wanted[4], rtol=TOLERANCE, atol=TOLERANCE), f"bias: {c}"

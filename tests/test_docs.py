@@ -7,8 +7,6 @@ import importlib
 import io
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from inspect import isfunction
 from pathlib import Path
@@ -23,8 +21,8 @@ from benchmarks.paired import RESULTS, Case
 from examples import simulate
 from ringpass import RingConfig, patterns
 from ringpass.dilation import AUTO, PRESETS
+from tests.torchrun import ROOT, torchrun
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = (
     "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
@@ -52,10 +50,9 @@ def test_readme_script(tmp_path: Path) -> None:
     small = script.replace("GPT2Config()", "GPT2Config(n_layer=1, n_embd=64, n_head=2, bos_token_id=0, eos_token_id=0)")
     path = tmp_path / "train.py"
     path.write_text(small)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    printed = "".join(done.stdout.split())  # unbuffered: both ranks may print into one line
+    printed = "".join(
+        torchrun("--nproc-per-node", "2", str(path)).split()
+    )  # unbuffered: both ranks may print into one line
     loss = printed[: len(printed) // 2]
     assert re.fullmatch(r"\d+\.\d+", loss) and printed == 2 * loss
 
@@ -128,10 +125,7 @@ def test_the_dump_that_the_documentation_reads(tmp_path: Path) -> None:
     blocks = re.findall(r"^```(?:python)?\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     command = re.search(r"^    torchrun (.*) --dump dump$", page, flags=re.MULTILINE)
     assert command and blocks[0] in (ROOT / "examples" / "attention.py").read_text()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    job = [*command.group(1).split(), f"--dump={tmp_path}"]
-    result = subprocess.run([*torchrun, *job], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    torchrun(*command.group(1).split(), f"--dump={tmp_path}")
     graph = tmp_path / "rank1" / "graph0"
     for name, block in zip(("schedule.txt", "forward.py", "backward.py"), blocks[1:], strict=True):
         assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/lowered_graph.md"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,7 @@ import torch
 from examples import simulate
 from ringpass.dilation import Dilation
 from ringpass.reference import multiplicity
-
-ROOT = Path(__file__).parent.parent
+from tests.torchrun import torchrun
 
 
 @pytest.mark.parametrize(
@@ -59,18 +54,9 @@ def test_the_simulation_prints_its_tables(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_dilated_training_goes_from_length_to_length() -> None:
     """Its lines, and losses that fall."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    job = ["examples.dilated_training", "--lengths", "256", "512", "--steps", "8", "--layers", "1"]
-    done = subprocess.run(
-        [*command, *job],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = re.findall(r"^ +(\d+) tokens: (\S+) of all pairs, +(\S+) bytes .* loss (\S+) -> (\S+),", done.stdout, re.M)
+    job = ["-m", "examples.dilated_training", "--lengths", "256", "512", "--steps", "8", "--layers", "1"]
+    printed = torchrun("--nproc-per-node", "2", *job, timeout=600)
+    lines = re.findall(r"^ +(\d+) tokens: (\S+) of all pairs, +(\S+) bytes .* loss (\S+) -> (\S+),", printed, re.M)
     assert [line[0] for line in lines] == ["256", "512"]
     assert float(lines[-1][4]) < float(lines[0][3]) and all(0 < float(line[1]) <= 0.25 for line in lines)
     assert all(int(line[2].replace(",", "")) > 0 for line in lines)

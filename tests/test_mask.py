@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import operator
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -211,6 +214,22 @@ k is q
 def test_bad_text_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="not a mask expression"):
         parse(text)
+
+
+def test_threads_parse_at_the_same_time() -> None:
+    def give_way(*_: Any) -> None:
+        time.sleep(1e-5)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(give_way)  # another thread takes over amid `ast.parse`
+    gc.set_threshold(10)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            texts = [f"q + {i} <= k & (k - q) // 7 <= {i}" for i in range(100)]
+            assert [str(e) for e in threads.map(parse, texts)] == texts
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(give_way)
 
 
 def test_constants_keep_their_type() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import OptionError, RingConfig, UnsupportedError
 from tests.parity import compiled
+from tests.torchrun import ROOT, torchrun
 from tests.workers import Workers, slow
 
-ROOT = Path(__file__).parent.parent
 FOUND = re.compile(
     r"2 x 2 ranks, (\S+): 10 steps from (\S+) to (\S+), largest difference of the loss to one device (\S+)"
 )
@@ -30,11 +27,9 @@ FOUND = re.compile(
 
 @pytest.mark.parametrize("ways", [("ddp", "fsdp"), slow(("ddp-all", "fsdp-layers"))])
 def test_ten_steps_equal_one_device(ways: tuple[str, ...]) -> None:
-    job = ["-m", "examples.mesh", "--compiler", "aot_eager", "--ways", *ways]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    result = subprocess.run([*torchrun, *job], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    found = FOUND.findall(result.stdout)
-    assert [way for way, *_ in found] == list(ways), result.stderr
+    printed = torchrun("--nproc-per-node", "4", "-m", "examples.mesh", "--compiler", "aot_eager", "--ways", *ways)
+    found = FOUND.findall(printed)
+    assert [way for way, *_ in found] == list(ways), printed
     for _, first, last, far in found:
         assert float(last) < 0.95 * float(first) and float(far) < 1e-9
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ringpass import collectives, ops
 from ringpass.collectives import Shard
 from ringpass.passes import partition
+from ringpass.passes.factors import op_name
 from ringpass.passes.placement import Placement
-from ringpass.passes.rules import op_name
 from tests.parity import parity, worst
 from tests.workers import Workers
 

@@ -21,7 +21,7 @@ from ringpass.layout import Layout
 from ringpass.passes import routing, rules
 from ringpass.passes.capture import Captured, capture
 from ringpass.passes.emission import Rank
-from ringpass.passes.factors import Sweep
+from ringpass.passes.factors import Sweep, op_name
 from ringpass.passes.partition import LocalOutput, Partitioned, partition
 from ringpass.passes.plan import Axis, RingPlan
 from tests import thread_ranks
@@ -258,7 +258,7 @@ def captured_of(case: Case) -> Captured:
 def programs(case: Case, layout: str, world: int) -> list[Partitioned]:
     """Each rank's program, as if an attention had the sequence of the first operand that has one."""
     captured = captured_of(case)
-    assert case.op in {rules.op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
+    assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
     sweep = Sweep().run(captured.gm, rules.rule_for)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == S]

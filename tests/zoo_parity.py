@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from ringpass import backend
 from ringpass.passes.partition import Gather, Partitioned
-from tests.parity import compiled
+from tests.parity import after_backward, compiled, relative
 from tests.zoo import ZOO, wide
 
 LENGTH = 23  # prime, odd: nothing divides it
@@ -82,7 +82,7 @@ def zoo_parity(
         if memory:
             report.whole_peak, report.peak = (_peak(model, how, batch) for how in (model, run))
     assert got.keys() == want.keys()
-    errors = {key: _error(got[key], want[key]) for key in want}
+    errors = {key: relative(got[key], want[key], FLOOR) for key in want}
     report.where = max(errors, key=lambda key: errors[key])
     report.error = errors[report.where]
     return report
@@ -93,10 +93,7 @@ def step(model: nn.Module, run: Any, batch: dict[str, Any]) -> dict[str, Tensor]
     model.zero_grad()
     tensors = dict(_tensors(run(**batch), ""))
     numbers = [t for t in tensors.values() if not t.ndim and t.requires_grad]
-    loss = numbers[-1] if numbers else sum((t.pow(2).mean() for t in tensors.values()), torch.zeros(()))
-    loss.backward()
-    grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": loss.detach().clone(), **grads}
+    return after_backward(model, tensors, numbers[-1] if numbers else None)
 
 
 def _peak(model: nn.Module, run: Any, batch: dict[str, Any]) -> int:
@@ -119,13 +116,6 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name}.{key}")
     elif hasattr(value, "layers"):
         yield from _tensors([(layer.keys, layer.values) for layer in value.layers], name)
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return float("inf")
-    got, want = got.detach().double(), want.detach().double()
-    return float(((got - want).norm() / want.norm().clamp_min(FLOOR)).nan_to_num(torch.inf))
 
 
 PRODUCTS = {
