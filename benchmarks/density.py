@@ -121,7 +121,8 @@ def attention(x: Sparse, args: argparse.Namespace) -> tuple[Step, int]:
     site = Site(x.mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, TILE, **rest)  # type: ignore[arg-type]
     tile = refine([lane.problem for lane in site.lanes(args.heads)], "cpu")
     site = replace(site, tile=tile)
-    q, k, v, grad = (torch.randn(1, args.heads, args.length, args.width) for _ in range(4))
+    # rows first in memory, as models' projections are
+    q, k, v, grad = (torch.randn(1, args.length, args.heads, args.width).transpose(1, 2) for _ in range(4))
 
     def step() -> object:
         with torch.no_grad():

@@ -34,8 +34,9 @@ MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer to
 class Price:
     """What a tile costs on a device, in (query, key) pairs of a large full tile.
 
-    A causal flag skips keys in blocks of `skip`; a pair whose mask is evaluated costs `mask`, one in a tile of fewer
-    than so many query rows costs as `few` says; each query row costs `row` (it is merged), each tile `call`.
+    In a triangle, about half of `skip` keys that a row does not see are computed for it all the same; a pair whose mask
+    is evaluated costs `mask`, one in a tile of fewer than so many query rows costs as `few` says; each query row costs
+    `row` (it is merged), each tile `call`.
     """
 
     skip: int
@@ -55,7 +56,7 @@ class Price:
 
 
 PRICES = {
-    "cpu": Price(skip=512, mask=1.2, few=((192, 1.25),), row=7.0, call=4e3),
+    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, call=4e3),
     "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5),
 }
 """CPU: read off torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess; nothing was measured."""

@@ -24,14 +24,14 @@ No CUDA kernel has been run on a device yet: `pytest tests/test_gpu.py` and `pyt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ringpass import kernels_cpu, kernels_cuda
-from ringpass.tile import Grads, TileArgs, above_diagonal, accumulator, per_key_head, per_query_head
+from ringpass.tile import Grads, TileArgs, above_diagonal, accumulator, merge, per_key_head, per_query_head
 
 __all__ = ["TileArgs", "accumulator", "backward", "choose", "forward", "merge"]
 
@@ -78,7 +78,7 @@ def choose(
     are alike.
     """
     acting = {
-        "causal": args.causal,
+        "causal": args.causal or args.mirrored,
         "mask": args.mask is not None,
         "bias": args.bias is not None,
         "dropout": args.keep is not None,
@@ -99,7 +99,11 @@ def choose(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile; out in q's dtype for fused kernels, in the accumulator's for `plain`."""
-    return KERNELS[_chosen(q, k, v, args)][0](q, k, v, args)
+    name = _chosen(q, k, v, args)
+    if not args.mirrored or name in MIRRORING:
+        return KERNELS[name][0](q, k, v, args)
+    out, lse = KERNELS[name][0](q.flip(2), k.flip(2), v.flip(2), _unmirrored(args))
+    return out.flip(2), lse.flip(2)
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
@@ -107,7 +111,19 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
     dbias has the bias's own shape, and is None where the bias needs no gradient.
     """
-    return KERNELS[_chosen(q, k, v, args)][1](grad, q, k, v, out, lse, args)
+    name = _chosen(q, k, v, args)
+    if not args.mirrored or name in MIRRORING:
+        return KERNELS[name][1](grad, q, k, v, out, lse, args)
+    rows = (x.flip(2) for x in (grad, q, k, v, out, lse))
+    run: Callable[..., Grads] = KERNELS[name][1]
+    return *(g.flip(2) for g in run(*rows, _unmirrored(args))[:3]), None
+
+
+def _unmirrored(args: TileArgs) -> TileArgs:
+    """What acts on the scores when all rows are in reverse."""
+    assert args.keep is None and args.score is None and not args.learned, "the schedule mirrors fused tiles only"
+    mask, bias = (None if x is None else x.flip(2, 3) for x in (args.mask, args.bias))
+    return replace(args, causal=True, mirrored=False, mask=mask, bias=bias)
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> str:
@@ -148,7 +164,7 @@ def _masked(scores: Tensor, q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
 def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
     scores = _masked(_scored(_products(q, k, args), *args.parameters, args=args), q, k, args)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - finite(lse).unsqueeze(-1))
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
     return torch.matmul(_dropped(weights, args), per_query_head(v, q).to(weights.dtype)), lse
 
 
@@ -184,20 +200,4 @@ KERNELS: dict[str, tuple[Forward, Backward]] = {
     "flex": (kernels_cuda.flex, kernels_cuda.flex_backward),
     "plain": (plain, plain_backward),
 }
-
-# --- merging ----------------------------------------------------------------------------------------------------------
-
-
-def finite(lse: Tensor) -> Tensor:
-    """`lse` with -inf replaced by 0, so that differences with it are never NaN."""
-    return torch.where(lse == -torch.inf, 0.0, lse)
-
-
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from attention over each: the log-sum-exp merge of flash attention."""
-    base = finite(torch.maximum(lse, more_lse))
-    weight, more_weight = torch.exp(lse - base), torch.exp(more_lse - base)
-    total = weight + more_weight
-    share = torch.where(total == 0, 0.0, 1.0 / total)  # a row that no key of either set serves stays 0
-    merged = out * (weight * share).unsqueeze(-1) + more * (more_weight * share).unsqueeze(-1)
-    return merged, base + torch.log(total)
+MIRRORING = ("flash_cpu",)  # take mirrored tiles as they are

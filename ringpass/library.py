@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def differentiate(name: str, backward: Any, setup: Any) -> None:
 def rows_first(x: Tensor) -> Tensor:
     """The same (B, H, L, D) with B, L, H, D order in memory: what models' own reshapes after attention want."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Blocks of rows (dim 2), one after the other; those of (B, H, L, D) rows first, as `rows_first` says."""
+    if parts[0].ndim == 4:
+        return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
+    return torch.cat(list(parts), 2)
 
 
 def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:

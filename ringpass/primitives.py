@@ -28,7 +28,7 @@ from ringpass import dropout, kernels, mask, p2p
 from ringpass.kernels import TileArgs, accumulator
 from ringpass.library import define, empty_rows_first, implement, rows_first
 
-TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, float dropout, bool learned"
+TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool mirrored, float dropout, bool learned"
 SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("pack(Tensor[] tensors, int[] rows) -> Tensor")
@@ -101,8 +101,8 @@ implement("wait", _wait, lambda received: received)
 
 
 def _args(q: Tensor, args: Sequence[Any]) -> TileArgs:
-    allowed, bias, keep, scale, causal, drop, learned, *scoring, _ = args
-    plain = TileArgs(scale, causal, allowed, bias, keep, drop, learned)
+    allowed, bias, keep, scale, causal, mirrored, drop, learned, *scoring, _ = args
+    plain = TileArgs(scale, causal, allowed, bias, keep, drop, learned, mirrored=mirrored)
     if not scoring:
         return plain
     score, leaves, parameters, queries, keys = scoring

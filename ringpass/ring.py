@@ -32,7 +32,7 @@ from ringpass.lanes import Place, add_rows, flat, merge_rows, take_rows
 from ringpass.layout import Ranges, tokens
 from ringpass.mask import PARTIAL
 from ringpass.rows import Rows, add, cut, label, merge
-from ringpass.schedule import MIRRORED, TRIANGLES, Step, Tile, divided
+from ringpass.schedule import CAUSAL_TILE, MIRRORED, Step, Tile, divided
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
 
@@ -51,8 +51,7 @@ def forward(
             for tile in step.tiles:
                 args = _tile_args(lane, step, tile, own_q, leaves, seed, flying)
                 with label(f"attention_{_name(lane, step, tile)}"):
-                    parts = cut(own_q, tile.q), cut(k_block, tile.k), cut(v_block, tile.k)
-                    out, lse = _turned(tile, op(*_turned(tile, parts), *args))
+                    out, lse = op(cut(own_q, tile.q), cut(k_block, tile.k), cut(v_block, tile.k), *args)
                 states[i].fold(tile.q, (out.to(dtype), lse), merge, f"merge_{_name(lane, step, tile)}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
@@ -136,8 +135,7 @@ class _Gradients:
             args = _tile_args(lane, step, tile, ours[1], self.leaves, self.seed, flying)
             with label(f"attention_backward_{name}"):
                 mine, theirs = [cut(x, tile.q) for x in ours], [cut(x, tile.k) for x in blocks]
-                parts = _turned(tile, (*mine[:2], *theirs, *mine[2:]))
-                dq, dk, dv, *others = _turned(tile, self.op(*parts, *args))
+                dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
             self.dqs[i].fold(tile.q, (dq,), add, f"add_gradients_{name}")
             dkv.fold(tile.k, (dk, dv), add, f"add_gradients_{name}")
             if others:
@@ -220,18 +218,13 @@ def _tile_args(
         if tile.kind == PARTIAL:
             allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
         if site.bias:
-            (bias,) = _turned(tile, [primitives.mask_tile(list(leaves), q, site.bias, *spans)], (2, 3))
+            bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
     if site.dropout:
         with label(f"keep_{_name(site, step, tile)}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
-    causal, learned = tile.kind in TRIANGLES, bool(site.learned)
-    return allowed, bias, keep, site.scale, causal, site.dropout, learned, *score, flying
-
-
-def _turned(tile: Tile, tensors: Sequence[Tensor], dims: tuple[int, ...] = (2,)) -> Sequence[Tensor]:
-    """`tensors` with their rows in reverse where the tile is mirrored: its triangle is then the kernels' causal one."""
-    return [x.flip(dims) for x in tensors] if tile.kind == MIRRORED else tensors
+    triangle = tile.kind == CAUSAL_TILE, tile.kind == MIRRORED
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, bool(site.learned), *score, flying
 
 
 def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass import primitives
+from ringpass import kernels, primitives
 from ringpass.layout import Ranges
+from ringpass.library import join_rows
 
 LABEL = "ringpass_label"
 Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -35,7 +35,8 @@ def label(text: str) -> Iterator[None]:
 class Rows:
     """Running values of a block of rows, cut where tiles begin and end, so that each tile touches whole pieces.
 
-    A value is a tuple of tensors with the rows in dim 2.  Functional: no tensor is written in place.
+    A value is a tuple of tensors with the rows in dim 2, which are this block's own from then on: run, they are written
+    in place; traced, never.
     """
 
     def __init__(self, length: int, spans: Sequence[tuple[int, int]]) -> None:
@@ -56,14 +57,19 @@ class Rows:
         if not self.pieces:
             return missing(0)
         parts = [self.values[p] if p in self.values else missing(p[1] - p[0]) for p in self.pieces]
-        return tuple(xs[0] if len(xs) == 1 else torch.cat(xs, dim=2) for xs in zip(*parts, strict=True))
+        return tuple(xs[0] if len(xs) == 1 else join_rows(xs) for xs in zip(*parts, strict=True))
 
 
 def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if get_proxy_mode() is None:
+        (out, lse), (more, more_lse) = old, new
+        return kernels.merge(out, lse, more, more_lse, in_place=True)
     return tuple(primitives.merge(*old, *new))
 
 
 def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if get_proxy_mode() is None:
+        return tuple(a.add_(b) for a, b in zip(old, new, strict=True))
     return tuple(a + b for a, b in zip(old, new, strict=True))
 
 

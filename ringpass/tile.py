@@ -19,7 +19,7 @@ class TileArgs:
     """
 
     scale: float
-    causal: bool = False
+    causal: bool = False  # row i sees keys 0..i
     mask: Tensor | None = None
     bias: Tensor | None = None
     keep: Tensor | None = None
@@ -27,6 +27,7 @@ class TileArgs:
     learned: bool = False  # the bias needs its gradient
     score: Callable[..., Tensor] | None = None
     parameters: tuple[Tensor, ...] = ()
+    mirrored: bool = False  # row i sees keys i and after, as many as rows: the causal triangle with all rows in reverse
 
 
 Grads = tuple[Any, ...]
@@ -52,11 +53,16 @@ def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
 
 
 def additive(q: Tensor, args: TileArgs) -> Tensor | None:
-    """Mask and bias as one additive mask in q's dtype, of their own broadcast shape."""
-    if args.mask is None:
+    """Mask, bias and mirrored triangle as one additive mask in q's dtype, of their own broadcast shape."""
+    mask = args.mask
+    if args.mirrored:
+        above = above_diagonal(q, q).transpose(0, 1).logical_not()
+        mask = above if mask is None else mask & above
+    if mask is None:
         return None if args.bias is None else args.bias.to(q.dtype)
     bias = torch.zeros((), dtype=q.dtype, device=q.device) if args.bias is None else args.bias.to(q.dtype)
-    return torch.where(args.mask, bias, -torch.inf)
+    added: Tensor = torch.where(mask, bias, -torch.inf)
+    return added.view((1,) * (4 - added.ndim) + added.shape)
 
 
 def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
@@ -70,3 +76,13 @@ def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
 def above_diagonal(q: Tensor, k: Tensor) -> Tensor:
     """(Lq, Lk), True where a causal tile is closed."""
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from attention over each: the log-sum-exp merge of flash attention.
+
+    `in_place`: the result is written to `out` and `lse`.
+    """
+    share = torch.sigmoid(more_lse - lse).masked_fill(more_lse == -torch.inf, 0.0)  # a row that neither set serves too
+    into, into_lse = (out, lse) if in_place else (None, None)
+    return torch.lerp(out, more, share.unsqueeze(-1), out=into), torch.logaddexp(lse, more_lse, out=into_lse)

@@ -34,6 +34,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Ten
     scores = scores if args.bias is None else scores + args.bias
     allowed = torch.ones_like(scores, dtype=torch.bool)
     allowed = allowed.tril() if args.causal else allowed
+    allowed = allowed.triu() if args.mirrored else allowed
     allowed = allowed if args.mask is None else allowed & args.mask
     seen = allowed.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(~allowed & seen, -torch.inf), -1) * seen
@@ -98,6 +99,12 @@ ARGS: dict[str, tuple[TileArgs, dict[str, Any]]] = {
         TileArgs(SCALE, False, holes(2, 1, 7, 9), noise(1, 4, 7, 9), coins(2, 4, 7, 9), dropout=0.4, learned=True), {},
     ),
     "wide values": (TileArgs(SCALE, mask=holes(2, 1, 7, 9)), {"widths": (8, 5), "heads": (4, 2)}),
+    "mirrored": (TileArgs(SCALE, mirrored=True), {"lengths": (7, 7), "heads": (4, 2)}),
+    "mirrored, mask and bias": (
+        TileArgs(SCALE, mirrored=True, mask=holes(2, 1, 7, 7), bias=noise(1, 4, 7, 7)), {"lengths": (7, 7)},
+    ),
+    "triangle in pieces": (TileArgs(SCALE, causal=True), {"lengths": (301, 301), "heads": (4, 2)}),
+    "mirrored in pieces": (TileArgs(SCALE, mirrored=True), {"lengths": (517, 517), "heads": (2, 1)}),
     "narrow values": (TileArgs(SCALE, causal=True), {"widths": (4, 12), "lengths": (7, 7)}),
 }  # fmt: skip
 
