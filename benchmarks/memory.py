@@ -1,9 +1,10 @@
 """How much activation memory does a rank need? Peak memory of one training step, by the profiler's record.
 
-    python -m benchmarks.memory --ranks 1 2 3 4 5 6 7 8 --length 8192
+    python -m benchmarks.memory --ranks 1 2 3 4 5 6 7 8 --length 8192 [--checkpoint]
 
 The largest peak of any of P ranks, against the peak of plain Inductor on one process: a GPT-2 without dropout, forward
-and backward. The measurement itself, for other programs:
+and backward; with ``--checkpoint``, activation checkpointing of each layer in both. The measurement itself, for other
+programs:
 
 >>> peak_bytes(lambda: model(**batch).loss.backward(), kept=lambda: [p.grad for p in model.parameters()])
 123456789
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     one = max(cases[0].facts["bytes"])
     for case in cases:
         case.facts["of 1/P"] = max(case.facts["bytes"]) * case.case["ranks"] / one
-    conclude(screen(), "memory", args, _table(cases, one), cases, _verdict(cases[1:]))
+    name = "memory_checkpoint" if args.checkpoint else "memory"
+    conclude(screen(), name, args, _table(cases, one), cases, _verdict(cases[1:]))
 
 
 def job(args: argparse.Namespace, ring: bool) -> Iterator[Any]:
@@ -109,6 +111,8 @@ def job(args: argparse.Namespace, ring: bool) -> Iterator[Any]:
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # else one process holds S x S for dropout
     config = GPT2Config(vocab_size=256, n_positions=args.length, **heads, **rates, bos_token_id=0, eos_token_id=0)
     model: Any = GPT2LMHeadModel(config).train()
+    if args.checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"compiler": args.compiler}
     how: dict[str, Any] = {"backend": "ring_dilated", "options": options} if ring else {"backend": args.compiler}
     run: Any = torch.compile(model, **how)
@@ -148,6 +152,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--checkpoint", action="store_true", help="recompute the layers in the backward")
     parser.add_argument("--compiler", default="inductor", choices=["inductor", "aot_eager"], help="of both")
     return arguments(parser, argv, QUICK)
 

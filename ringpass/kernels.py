@@ -18,6 +18,9 @@ gradients of several tiles add up to the exact gradient; a row with lse +inf the
     plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
                 CUDA, other devices, ROCm
 
+A mirrored tile (row i sees keys i and after) is computed with all rows in reverse, as a causal one; `flash_cpu` takes
+it as it is.
+
 No CUDA kernel has been run on a device yet: `pytest tests/test_gpu.py` and `python -m benchmarks.kernels` do.
 """
 
