@@ -81,7 +81,8 @@ def along(site: AttentionSite, places: Sequence[Order | None], config: RingConfi
     """`site` with its queries and its keys in these orders."""
     orders = {name: order for name, order in zip("qk", places, strict=True) if order}
     if orders:
-        mask, *scores = (None if e is None else of_places(e, orders) for e in (site.mask, site.bias, site.score))
+        functions = site.mask, site.bias, site.score, site.sink
+        mask, bias, score, sink = (None if e is None else of_places(e, orders) for e in functions)
         assert mask is not None
-        site = replace(site, mask=mask, bias=scores[0], score=scores[1])
+        site = replace(site, mask=mask, bias=bias, score=score, sink=sink)
     return narrowed(site, config.mask) if config.along_curve else site

@@ -43,7 +43,8 @@ EVERYTHING = everything()
 class AttentionSite:
     """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
 
-    `score` is any other function of them.  `unread`: why the call must run as the model wrote it.  `listed`: lists of
+    `score` is any other function of them, `sink` the score of one key more, whose value is 0.  `unread`: why the call
+    must run as the model wrote it.  `listed`: lists of
     blocks, which come with each call, say what is computed.  `written`: the model writes it out.
     """
 
@@ -61,6 +62,7 @@ class AttentionSite:
     unread: str = ""
     listed: bool = False
     written: bool = False
+    sink: Expr | None = None
 
     @property
     def path(self) -> str:
@@ -83,6 +85,7 @@ class AttentionSite:
         parts += [f"not read: {self.unread}"] if self.unread else [f"mask {self.mask}"]
         parts += [f"bias {self.bias}"] if self.bias is not None else []
         parts += [f"score {self.score}"] if self.score is not None else []
+        parts += [f"sink {self.sink}"] if self.sink is not None else []
         parts += [f"leaves {leaves}"] if leaves else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         return "; ".join([*parts, f"scale {self.scale:.6g}"])
@@ -140,9 +143,8 @@ def _flex_site(index: int, node: Node) -> AttentionSite:
 
 def _written_site(index: int, node: Node, found: handwritten.Written) -> AttentionSite:
     scores = found.mask, found.bias, found.leaves
-    return AttentionSite(
-        index, node, found.q, found.k, found.v, *scores, found.scale, found.dropout, found.score, written=True
-    )
+    rest = found.scale, found.dropout, found.score
+    return AttentionSite(index, node, found.q, found.k, found.v, *scores, *rest, written=True, sink=found.sink)
 
 
 def _site(index: int, node: Node) -> AttentionSite:

@@ -2,7 +2,9 @@
 
     scores = matmul(q, k^T)                      matmul, bmm, baddbmm
     scores = f(scores)                           any elementwise function: scale, mask, bias, tanh
+    scores = cat([scores, sink], -1)             maybe: one score more for each row, of which no value comes
     probabilities = softmax(scores, -1)          views and changes of dtype may stand anywhere between
+    probabilities = probabilities[..., :-1]      where there is a sink
     out = matmul(dropout(probabilities), v)      the site's node
 
 f is read like the functions of FlexAttention: `pull` rewrites an element of the softmax's operand to an expression in
@@ -55,6 +57,7 @@ class Written:
     leaves: tuple[Node, ...]
     scale: float
     dropout: float
+    sink: Expr | None
 
 
 def read(node: Node) -> Written | None:
@@ -62,51 +65,85 @@ def read(node: Node) -> Written | None:
     if node.target not in (aten.matmul.default, aten.bmm.default):
         return None
     probabilities, v = args_of(node)
-    softmax, dropout = _softmax_of(probabilities)
+    softmax, dropout, cut_off = _softmax_of(probabilities)
     if softmax is None:
         return None
-    scores = _scores_of(args_of(softmax)[0])
-    if scores is None or not _fits(node, softmax, scores, v):
+    operand, sink = _without_sink(args_of(softmax)[0]) if cut_off else (args_of(softmax)[0], None)
+    scores = _scores_of(operand)
+    if scores is None or not _fits(node, operand, scores, v):
         return None
     if dropout and _others_read(softmax, node):
         return None  # the probabilities that the model returns are dropped by the same coins as those that it uses
-    puller, expr = _element(softmax, scores)
+    puller, expr, beside = _element(operand, scores, sink)
     function = _without_casts(expr)
     if not scored(function):
         return None
     scale, function = _scaled(_unshifted(function))
     seen, bias, rest = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))
-    (allowed, bias, rest), leaves = numbered(puller, simplify(seen), bias, rest)
+    (allowed, bias, rest, beside), leaves = numbered(puller, simplify(seen), bias, rest, beside)
     assert allowed is not None
     if any(_rests_on(leaf, scores) for leaf in leaves):
         return None
     q, k = (args_of(scores)[i] for i in PRODUCTS[scores.target])
-    return Written(q, _transposed(k, scores), v, allowed, bias, rest, leaves, scale, dropout)
+    return Written(q, _transposed(k, scores), v, allowed, bias, rest, leaves, scale, dropout, beside)
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
 
 
-def _softmax_of(node: Node) -> tuple[Node | None, float]:
-    """The softmax over the last dim that `node` is, but for views, casts and dropout; and the dropout's rate."""
-    rate = 0.0
+def _softmax_of(node: Node) -> tuple[Node | None, float, bool]:
+    """The softmax over the last dim that `node` is, but for views, casts and dropout; the dropout's rate; and whether
+    the last column of the softmax is cut off.
+    """
+    rate, cut_off = 0.0, False
     while isinstance(node, Node) and node.op == "call_function":
         if node.target in SOFTMAX:
             last = args_of(node)[1] in (-1, node.meta["val"].ndim - 1)
-            return (node if last else None), rate
+            return (node if last else None), rate, cut_off
         if node.target is aten.dropout.default:
             _, p, train = args_of(node)
             if train and (rate or not isinstance(p, float | int)):
-                return None, 0.0
+                break
             rate = float(p) if train else rate
+        elif node.target is aten.slice.Tensor:
+            if cut_off or not _cuts_one_off(node):
+                break
+            cut_off = True
         elif node.target not in (*SAME, *RESHAPES):
-            return None, 0.0
+            break
         node = args_of(node)[0]
-    return None, 0.0
+    return None, 0.0, False
+
+
+def _cuts_one_off(node: Node) -> bool:
+    """Whether a slice is `x[..., :-1]`."""
+    x, dim, start, _, *step = args_of(node)
+    before, after = x.meta["val"].shape, node.meta["val"].shape
+    last = dim % len(before) == len(before) - 1
+    return bool(last and start in (0, None) and step in ([], [1]) and after[-1] == before[-1] - 1)
+
+
+def _without_sink(node: Any) -> tuple[Any, Node | None]:
+    """(scores, sink) of what is `cat([scores, sink], -1)`, but for what is the same in all of a row, as its maximum."""
+    while isinstance(node, Node) and node.target in (*SAME, aten.sub.Tensor):
+        if node.target is aten.sub.Tensor and not (_is_column(node.args[1]) and node.kwargs.get("alpha", 1) == 1):
+            return None, None
+        node = args_of(node)[0]
+    if not isinstance(node, Node) or node.target is not aten.cat.default:
+        return None, None
+    parts, dim = args_of(node)
+    last = dim in (-1, node.meta["val"].ndim - 1)
+    return tuple(parts) if last and len(parts) == 2 and _is_column(parts[1]) else (None, None)
+
+
+def _is_column(x: Any) -> bool:
+    return isinstance(x, Node) and x.meta["val"].ndim > 1 and x.meta["val"].shape[-1] == 1
 
 
 def _scores_of(node: Any) -> Node | None:
     """The one product of queries and keys under `node`, through elementwise ops on tensors of its size."""
+    if not isinstance(node, Node):
+        return None
     size = node.meta["val"].numel()
     found: dict[Node, None] = {}
     stack, met = [node], set[Node]()
@@ -127,12 +164,12 @@ def _is_size(node: Node, size: Any) -> bool:
     return isinstance(value, torch.Tensor) and bool(value.numel() == size)
 
 
-def _fits(node: Node, softmax: Node, scores: Node, v: Any) -> bool:
+def _fits(node: Node, operand: Node, scores: Node, v: Any) -> bool:
     """Whether shapes and dtypes are those of an attention: out (.., Sq, Dv), scores (.., Sq, Sk), v (.., Sk, Dv)."""
     if not isinstance(v, Node):
         return False
     q, k = (args_of(scores)[i].meta["val"] for i in PRODUCTS[scores.target])
-    out, product, values, soft = node.meta["val"], scores.meta["val"], v.meta["val"], softmax.meta["val"]
+    out, product, values, soft = node.meta["val"], scores.meta["val"], v.meta["val"], operand.meta["val"]
     one_rank = q.ndim == k.ndim == values.ndim == product.ndim == out.ndim and out.ndim in COORDINATES
     same_ends = one_rank and soft.shape[-2:] == product.shape[-2:] and out.shape[-2] == product.shape[-2]
     return bool(
@@ -177,9 +214,9 @@ def _transposed(k: Node, scores: Node) -> Node:
 # --- the function of the scores ---------------------------------------------------------------------------------------
 
 
-def _element(softmax: Node, scores: Node) -> tuple[Puller, Expr]:
-    """An element of the softmax's operand, over the coordinates of `scores`, whose element is `score`."""
-    operand, puller = args_of(softmax)[0], Puller()
+def _element(operand: Node, scores: Node, sink: Node | None) -> tuple[Puller, Expr, Expr | None]:
+    """An element of `operand`, over the coordinates of `scores`, whose element is `score`; and one of `sink`."""
+    puller = Puller()
     at = puller.clip(scores, COORDINATES[scores.meta["val"].ndim])
     factor: Any = SCORE
     if scores.target is aten.baddbmm.default:
@@ -191,7 +228,10 @@ def _element(softmax: Node, scores: Node) -> tuple[Puller, Expr]:
             factor = call("add", factor, call("mul", bias, Const(beta)))  # type: ignore[arg-type]
     puller.products[scores] = (at, factor)
     where = regrouped(at, scores.meta["val"].shape, operand.meta["val"].shape)
-    return puller, puller.element(operand, where) if where is not None else TRUE
+    if where is None:
+        return puller, TRUE, None
+    beside = None if sink is None else puller.element(sink, puller.clip(sink, where))
+    return puller, puller.element(operand, where), beside
 
 
 def _rests_on(node: Node, scores: Node) -> bool:

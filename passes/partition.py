@@ -256,11 +256,11 @@ class _Writer(Sums, Takes):
         if self.plan.approximate:
             leaves.append(self._choose_blocks(self.plan.approximate, plan, q, k, lengths, who))
             mask, pruning = self._chosen(plan, len(leaves) - 1), (*pruning, len(leaves) - 1)
-        bias, score = ("" if x is None else str(x) for x in (site.bias, site.score))
+        bias, score, sink = ("" if x is None else str(x) for x in (site.bias, site.score, site.sink))
         learned, pruned = (",".join(map(str, numbers)) for numbers in (self.placement.learned(plan), pruning))
         call = self._emit(
             ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
-            *names, problem.tile, *who, self.plan.comm, score, str(plan.dilation or ""), learned, pruned,
+            *names, problem.tile, *who, self.plan.comm, score, str(plan.dilation or ""), sink, learned, pruned,
             name=f"ring_attention_{site.index}",
         )  # fmt: skip
         out = self._emit(operator.getitem, call, 0, name=site.node.name)

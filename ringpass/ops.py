@@ -46,7 +46,7 @@ SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 SITE = (
     "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
     "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str dilation, "
-    "str learned, str pruning"
+    "str sink, str learned, str pruning"
 )
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")

@@ -56,7 +56,9 @@ def forward(
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
         out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
-        return out.to(q.dtype), lse
+    if site.sink:
+        out, lse = _with_sink(site, out, lse, leaves)
+    return out.to(q.dtype), lse
 
 
 def backward(
@@ -89,6 +91,9 @@ def backward(
     with label("join_gradients"):
         dk, dv = keys.collect(own)
         dq = _dq(site, keys.lanes, sums.dqs, q)
+    if site.sink and site.learned:
+        sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
+    with label("join_gradients"):
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
@@ -224,7 +229,7 @@ def _tile_args(
             keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = tile.kind == CAUSAL_TILE, tile.kind == MIRRORED
-    return allowed, bias, keep, site.scale, *triangle, site.dropout, bool(site.learned), *score, flying
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
 
 
 def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
@@ -247,3 +252,33 @@ def _add_leaf_grads(
         if not site.score:
             more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)
     return [a + b for a, b in zip(dleaves, more, strict=True)]
+
+
+# --- sinks ------------------------------------------------------------------------------------------------------------
+
+
+def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) with one key more for each row, whose score is the sink and whose value is 0."""
+    with label("sink"):
+        sink = primitives.mask_tile(list(leaves), out, site.sink, *_sink_spans(site, out)).to(lse.dtype)[..., 0]
+        share = torch.sigmoid(lse - sink).masked_fill(lse == -torch.inf, 0.0)
+        return out * share.unsqueeze(-1), torch.logaddexp(lse, sink)
+
+
+def _add_sink_grads(
+    site: Site, grad: Tensor, out: Tensor, lse: Tensor, leaves: Sequence[Tensor], dleaves: list[Tensor]
+) -> list[Tensor]:
+    """`dleaves` plus what comes through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
+    spans = _sink_spans(site, out)
+    with label("sink_backward"):
+        sink = primitives.mask_tile(list(leaves), out, site.sink, *spans).to(lse.dtype)
+        weight = torch.exp(sink - lse.unsqueeze(-1)).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+        through = -weight * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
+        more = primitives.mask_tile_backward(
+            through.sum_to_size(sink.shape), list(leaves), list(site.learned), out, site.sink, *spans
+        )
+        return [a + b for a, b in zip(dleaves, more, strict=True)]
+
+
+def _sink_spans(site: Site, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    return q.shape[0], q.shape[1], [edge for run in site.owned_queries for edge in run], [0, 1]

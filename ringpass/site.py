@@ -12,7 +12,7 @@ from ringpass import dilation
 from ringpass.dilation import Lane
 from ringpass.known import Known
 from ringpass.layout import Layout, Ranges, sieved
-from ringpass.mask import H, K, Q, parse, table
+from ringpass.mask import H, K, Q, loads, parse, table
 from ringpass.schedule import Problem, Program, program
 
 
@@ -39,6 +39,7 @@ class Site:
     comm: str = "ring"
     score: str = ""  # any other function of the scaled scores, in place of the bias
     dilation: str = ""  # as `str(Dilation)` writes it; none: every query sees every key that the mask allows
+    sink: str = ""  # the score of one key more for each row, whose value is 0: an expression without k
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     pruning: tuple[int, ...] = ()  # the leaves whose values, in each call, prune the schedule
     known: tuple[tuple[int, Known], ...] = ()  # their values in this call
@@ -52,8 +53,13 @@ class Site:
     @property
     def problem(self) -> Problem:
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        cut_all = self.dropout > 0 or bool(self.learned) or bool(self.score)
+        cut_all = self.dropout > 0 or self.learns or bool(self.score)
         return Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all, self.known)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its tiles give gradients of leaves."""
+        return any(loads(parse(text)) & {*self.learned} for text in (self.bias, self.score) if text)
 
     def knowing(self, leaves: Sequence[Tensor]) -> Site:
         """The site in a call with these leaves.  All ranks hold the same ones, so their schedules fit together."""

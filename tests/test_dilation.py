@@ -108,8 +108,6 @@ def on_the_ring(c: Case) -> list[list[Tensor]]:
     """[out, dq, dk, dv, and the rank's share of the bias' gradient] of each rank."""
     last = len(c.leaves) - 1
     more: dict[str, Any] = {"bias": LEARNED.format(last), "learned": (last,)} if c.learned else {}
-    site_of(c.dilation, c.tokens, 0, c.world, c.layout, c.mask, **more).lanes(c.inputs[0].shape[1])
-    # ^ parsed once for all threads: CPython 3.11's parser is not safe in several at a time
 
     def job(rank: int, group: str) -> list[Tensor]:
         site = site_of(c.dilation, c.tokens, rank, c.world, c.layout, c.mask, tile=c.tile, group=group, **more)

@@ -62,8 +62,11 @@ def dense(site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, leaves: list[Ten
         scores = m.evaluate(m.parse(str(site.score)), {**where, "score": scores}, leaves)
     if site.bias is not None:
         scores = scores + m.evaluate(m.parse(str(site.bias)), where, leaves)
-    seen = m.evaluate(m.parse(str(site.mask)), where, leaves)
-    out = torch.softmax(scores.masked_fill(~seen, -math.inf), -1) @ v
+    scores = scores.masked_fill(~m.evaluate(m.parse(str(site.mask)), where, leaves), -math.inf)
+    if site.sink is not None:
+        sink = m.evaluate(m.parse(str(site.sink)), where, leaves).to(scores.dtype)
+        scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1)
+    out = torch.softmax(scores, -1)[..., : k.shape[2]] @ v
     return out if dims == 4 else out.squeeze(1)
 
 
@@ -121,10 +124,19 @@ def three_dims(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(q * 0.3, k.transpose(1, 2)).softmax(-1), v)
 
 
+def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * 0.3).masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf)
+    sinks = torch.arange(H, dtype=q.dtype).reshape(1, -1, 1, 1).expand(B, -1, S, -1)
+    scores = torch.cat([scores, sinks], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.softmax(scores, dim=-1)[..., :-1] @ v
+
+
 WRITTEN = {  # mask, score function
     plain: ("True", None), masked: ("k <= q", None), least: ("k <= q", None), stable: ("k <= q", None),
     capped: ("k <= q", "tanh(score / 5.0) * 5.0"), grouped: ("k <= q", None), by_einsum: ("True", None),
     bloom: ("k <= q", None), three_dims: ("True", None),
+    with_sinks: ("k <= q", None),
 }  # fmt: skip
 
 
@@ -142,6 +154,7 @@ def test_what_is_read_equals_what_is_written(attend: Attend) -> None:
     q, k, v, want = values_of(gm, values, [site.q, site.k, site.v, site.node])
     leaves = values_of(gm, values, list(site.leaves))
     assert torch.allclose(dense(site, q, k, v, leaves), want, rtol=0, atol=1e-13)
+    assert (site.sink is not None) == (attend is with_sinks)
     if attend is grouped:
         assert k.shape[1] == H // 2
 
@@ -170,8 +183,33 @@ def subtracts_a_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores * scores.mean(-1, keepdim=True), dim=-1) @ v
 
 
+def drops_a_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT, dim=-1)[..., :-1] @ v[..., :-1, :]
+
+
+def drops_the_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, torch.ones(B, H, S, 1, dtype=q.dtype)], -1)
+    return torch.softmax(scores, -1)[..., 1:] @ v
+
+
+def two_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, torch.ones(B, H, S, 2, dtype=q.dtype)], -1)
+    return torch.softmax(scores, -1)[..., :-2] @ v
+
+
 @pytest.mark.parametrize(
-    "attend", (over_queries, two_products, not_normalised, scaled_afterwards, subtracts_a_row), ids=lambda f: f.__name__
+    "attend",
+    (
+        drops_a_key,
+        drops_the_first,
+        two_sinks,
+        over_queries,
+        two_products,
+        not_normalised,
+        scaled_afterwards,
+        subtracts_a_row,
+    ),
+    ids=lambda f: f.__name__,
 )
 def test_what_is_no_attention_is_left_alone(attend: Attend) -> None:
     assert site_of(attend, *inputs()) is None

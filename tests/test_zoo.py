@@ -16,7 +16,6 @@ KINDS = [  # labels, padding, training
 LOCAL = 0.99  # the least share of the FLOPs on local tokens
 GATHERED = {  # why an entry gathers something
     "dinov2": "the mean of all tokens but the first",
-    "gpt_oss": "attention with sinks runs whole",
     "dit": "patches, at the end, become a picture",
     "sd3": "two streams take turns in one sequence",
     "nn_attention_maps": "attention maps are returned",
