@@ -44,8 +44,8 @@ class AttentionSite:
     """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
 
     `score` is any other function of them, `sink` the score of one key more, whose value is 0.  `unread`: why the call
-    must run as the model wrote it.  `listed`: lists of
-    blocks, which come with each call, say what is computed.  `written`: the model writes it out.
+    must run as the model wrote it.  `listed`: lists of blocks, which come with each call, say what is computed.
+    `written`: the model writes it out.
     """
 
     index: int

@@ -21,7 +21,7 @@ from ringpass.library import empty_rows_first
 from ringpass.tile import Grads, TileArgs, accumulator, additive, merge, sees_nothing
 
 aten = torch.ops.aten
-SMALLEST, LARGEST = 128, 1024  # rows: of the triangles that are left, of one that is divided
+SMALLEST, LARGEST = 128, 1024  # rows: of the triangles that are left, of a causal one that is divided
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,8 @@ def flash_cpu_backward(
 def _divided(q: Tensor, k: Tensor, args: TileArgs) -> bool:
     """Whether the tile is computed in pieces."""
     plain = (args.causal or args.mirrored) and args.mask is None and args.bias is None
-    return plain and q.shape[2] == k.shape[2] and 2 * SMALLEST <= q.shape[2] <= LARGEST
+    short = args.mirrored or q.shape[2] <= LARGEST  # the mask of a mirrored triangle is as large as its square
+    return plain and short and q.shape[2] == k.shape[2] and q.shape[2] >= 2 * SMALLEST
 
 
 def _pieces(length: int, args: TileArgs) -> Iterator[tuple[slice, slice, TileArgs]]:

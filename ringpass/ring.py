@@ -88,12 +88,11 @@ def backward(
     for block, dkv in zip(local, own, strict=True):
         sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
     keys.finish(own)
-    with label("join_gradients"):
-        dk, dv = keys.collect(own)
-        dq = _dq(site, keys.lanes, sums.dqs, q)
     if site.sink and site.learned:
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
+        dk, dv = keys.collect(own)
+        dq = _dq(site, keys.lanes, sums.dqs, q)
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class Site:
         cut_all = self.dropout > 0 or self.learns or bool(self.score)
         return Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all, self.known)
 
-    @property
+    @cached_property
     def learns(self) -> bool:
         """Whether its tiles give gradients of leaves."""
         return any(loads(parse(text)) & {*self.learned} for text in (self.bias, self.score) if text)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringpass import kernels
+from ringpass import kernels, kernels_cpu
 from ringpass.kernels import TileArgs, accumulator, backward, choose, forward, merge
+from ringpass.tile import additive
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -186,6 +187,23 @@ def test_a_bias_of_minus_infinity_is_a_mask(causal: bool, kernel: str) -> None:
     torch.testing.assert_close((out, lse), (want_out, want_lse))
     got = backward(grad, q, k, v, out, rows_without_keys(lse), as_bias)
     torch.testing.assert_close(got[:3], tuple(want[:3]))
+
+
+def test_a_mirrored_tile_makes_no_mask_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def noted(q: Tensor, args: TileArgs) -> Tensor | None:
+        rows.append(q.shape[2] if args.mirrored else 0)
+        return additive(q, args)
+
+    monkeypatch.setattr(kernels_cpu, "additive", noted)
+    args = TileArgs(SCALE, mirrored=True)
+    q, k, v = tensors(heads=(1, 1), lengths=(1500, 1500))
+    (want_out, want_lse), want = truth(q, k, v, args, torch.ones_like(q))
+    out, lse = forward(q, k, v, args)
+    torch.testing.assert_close((out, lse), (want_out, want_lse))
+    torch.testing.assert_close(backward(torch.ones_like(q), q, k, v, out, lse, args)[:3], tuple(want[:3]))
+    assert 0 < max(rows) < 2 * kernels_cpu.SMALLEST
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,11 @@ from tests import thread_ranks
 from tests.dense_ring import SCALE, check_ranks, of_rank, one_thread, site, tensors
 
 S, TILE, EXACT = 37, 8, 1e-11
-SINKS = {"x0[h]": (4,), "x0[b, h, q]": (2, 4, S), "x0[0] * 2": (1,)}
+SINKS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {  # shape of the leaf, its column of scores
+    "x0[h]": ((4,), lambda x: x.view(1, 4, 1, 1)),
+    "x0[b, h, q]": ((2, 4, S), lambda x: x[..., None]),
+    "x0[0] * 2": ((1,), lambda x: x * 2),
+}
 
 
 def on_the_ring(
@@ -40,15 +45,14 @@ def dense(allowed: Tensor, counts: Tensor | float, sink: str, inputs: list[Tenso
     q, k, v, leaf = (inputs[i].clone().requires_grad_() for i in (0, 1, 2, 4))
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ keys.mT * SCALE).masked_fill(~allowed, -torch.inf) + torch.as_tensor(counts).log()
-    column = {"x0[h]": leaf.view(1, -1, 1, 1) if leaf.numel() == 4 else leaf, "x0[0] * 2": leaf * 2}.get(sink, leaf)
-    column = column[..., None] if sink == "x0[b, h, q]" else column
+    column = SINKS[sink][1](leaf)
     weights = torch.cat([scores, column.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
     out = weights @ values
     return [out.detach(), *torch.autograd.grad(out, (q, k, v, leaf), inputs[3])]
 
 
 def inputs(sink: str) -> list[Tensor]:
-    leaf = torch.randn(SINKS[sink], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaf = torch.randn(SINKS[sink][0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return [*tensors(S, (4, 2), 8, torch.float64, "cpu")[:4], leaf]
 
 
