@@ -40,15 +40,16 @@ class Shard:
         return self.placement.length(self.rank, self.tokens)
 
     def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
-        """`shape` with `old` tokens in the sequence dim replaced by `new`."""
-        return [*shape[: self.dim], shape[self.dim] // old * new, *shape[self.dim + 1 :]]
+        """`shape` with `old` tokens in the sequence dim replaced by `new`; where a rank has none, the dim is theirs."""
+        rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
+        return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
 
     def split(self, x: Tensor, tokens: Any) -> Tensor:
         """`x` as (before, tokens, after): `before` holds the leading dims and outer, `after` inner and the rest."""
         before = self.outer
         for n in x.shape[: self.dim]:
             before = before * n
-        after = x.shape[self.dim] // (self.outer * tokens)
+        after = x.shape[self.dim] // (self.outer * tokens) if type(tokens) is not int or tokens else 1
         for n in x.shape[self.dim + 1 :]:
             after = after * n
         return x.reshape(before, tokens, after)
@@ -57,6 +58,7 @@ class Shard:
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`."""
     parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    parts = parts or [shard.split(x, shard.tokens)[:, :0]]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
 

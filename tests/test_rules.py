@@ -8,7 +8,7 @@ may then gather.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from ringpass.passes.capture import Captured, capture
 from ringpass.passes.emission import Rank
 from ringpass.passes.factors import Sweep, op_name
 from ringpass.passes.partition import LocalOutput, Partitioned, partition
-from ringpass.passes.plan import Axis, RingPlan
+from ringpass.passes.pieces import Axis, on_lines
+from ringpass.passes.plan import RingPlan
 from tests import thread_ranks
 
 B, TOKENS, H, D = 2, 11, 3, 4
@@ -232,7 +233,26 @@ WHOLE = [  # gathered, and said so
     )),
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
 ]  # fmt: skip
-CASES = [*LOCAL, *SUMMED, *TAKEN, *WHOLE]
+RUNS = [  # runs of tokens: nothing moves
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, :-1].reshape(-1, D).sin(), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[1:-2] * 2, (FIRST, (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:].mean(1), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.cross_entropy(F.linear(x, w)[:, :-1].reshape(-1, D), ids(D)[:, 1:].reshape(-1)),
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y.expand(B, 1, D), F.linear(x, w)], 1).sin()[:, 1:] * 2,
+         ((B, S, D), (D, D), (1, 1, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y, F.linear(x, w), y[:, :1]], 1) * 2,
+         ((B, S, D), (D, D), (B, 2, D))),
+    Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1] * 3, y[:, 1:] * 2], 1) + x,
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([F.linear(y, w), F.linear(x, w)], 1)[:, 7:] + x,
+         ((B, S, D), (D, D), (B, 7, D))),
+    Case("pad.default", lambda x, w: F.pad(F.linear(x, w), (0, 0, 0, 3)) * 2, ((B, S, D), (D, D))),
+    Case("constant_pad_nd.default",
+         lambda x, w: aten.constant_pad_nd(F.linear(x, w), [0, 0, 1, 2], 5.0).sin()[:, 1:-2] * 2, ((B, S, D), (D, D))),
+]  # fmt: skip
+CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -262,8 +282,9 @@ def programs(case: Case, layout: str, world: int) -> list[Partitioned]:
     sweep = Sweep().run(captured.gm, rules.rule_for)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == S]
-    axis = Axis(0, factors[0], S, Layout(layout, world))
-    plan = RingPlan(world, (axis,), (), "ring")
+    axis = Axis(0, factors[0], S, Layout("contiguous", world))
+    axes = [replace(a, layout=a.layout.dealt(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()]
+    plan = RingPlan(world, tuple(axes), (), "ring")
     return [
         partition(captured, plan, sweep, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
         for rank in range(world)
