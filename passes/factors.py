@@ -87,6 +87,7 @@ class Sweep:
         self.routing = Routing()
         self.lines = Lines(self.root)
         self.worked: set[Node] = set()  # values that come of a product: no tables, no inputs
+        self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.runs: dict[
             Node, int
         ] = {}  # nodes that take runs of tokens apart or put them together, and along which dim
@@ -274,6 +275,13 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 def args_of(node: Node) -> tuple[Any, ...]:
     """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
     return node.args
+
+
+def bound_of(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by name, but for those that have their default."""
+    schema: Any = node.target
+    names = [a.name for a in schema._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def first_of(node: Node) -> Node:

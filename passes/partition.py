@@ -195,6 +195,8 @@ class _Writer(Sums, Takes, Runs):
             return self._local(first_of(node), axis)
         if name in PATTERNED:
             return self._emit(aten.to.dtype, self._local(first_of(node), axis), node.meta["val"].dtype, name=node.name)
+        if self.placement.reads_around(node, axis):
+            return self._checked(self._write_halo(node, axis), node, axis)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name == FUNCTION:  # elementwise: its results are like its operands
             new = self._copy(node, args, kwargs)

@@ -76,6 +76,10 @@ class Placement:
         axes = self._axes(self.sweep.dims(node)[dim])
         return axes[0] if len(axes) == 1 else None
 
+    def reads_around(self, node: Node, axis: Axis) -> bool:
+        """Whether `node`, on an axis, reads the tokens around each token of it."""
+        return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
+
     def holder(self, axis: Axis, offset: Any, part: Node, dim: int) -> int | None:
         """The rank that holds all tokens of `part`, which stand at `offset` of `axis`; None: several."""
         size = size_of(part.meta["val"].shape[dim])
@@ -207,6 +211,8 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node):
         return None
     (axis,) = axes
+    if p.reads_around(node, axis) and not _in_order(p, node, axis):
+        return None
     if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
         return None
     passed = any(p.on(n, axis) for n in tensors[1:])
@@ -241,6 +247,12 @@ def parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
     parts = [n for n in given if n.meta["val"].shape != (0,)] if isinstance(given, list | tuple) else [given]
     sizes = [size_of(n.meta["val"].shape[dim]) for n in parts]
     return [(n, sum(sizes[:i], sympy.Integer(0))) for i, n in enumerate(parts)]
+
+
+def _in_order(p: Placement, node: Node, axis: Axis) -> bool:
+    """Whether the tokens around each one are those of the sequence, in runs whose number no length changes."""
+    outermost = p._axes(p.sweep.dims(node)[p.sweep.halos[node]][:1])
+    return bool(outermost) and not axis.layout.order and isinstance(axis.tokens, int)
 
 
 def _sorts(p: Placement, node: Node) -> bool:

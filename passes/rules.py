@@ -23,6 +23,7 @@ from ringpass.passes.factors import (
     Note,
     Sweep,
     args_of,
+    bound_of,
     first_of,
     hint_of,
     op_name,
@@ -315,6 +316,9 @@ def _pad(sweep: Sweep, node: Node, note: Note) -> Dims:
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
     constant = _argument(node, 2, "mode", "constant") == "constant" or op_name(node) != "pad.default"
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
+    if shift_of(node):
+        sweep.halos[node] = min(padded)
+        return sweep.dims(source)
     if dim is None or not (fixed and constant) or source not in sweep.worked or not sweep.dims(source)[dim]:
         return _same_or_whole(sweep, node, note)
     dims = list(sweep.dims(source))
@@ -322,6 +326,61 @@ def _pad(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims[dim] = sweep.joined([((), size_of(low)), (dims[dim], size), ((), size_of(high))], note)
     sweep.runs[node] = dim
     return tuple(dims)
+
+
+def _convolution(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
+    dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
+    if len(dims) != len(shape):
+        return sweep.unknown(node, note)  # type: ignore[no-any-return]
+    note.whole += [f for d in dims[1:2] for f in d]
+    weight: Any = bound_of(node)["weight"]
+    note.whole += [f for d in sweep.dims(weight) for f in d]
+    step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
+    old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
+    if step and dims[2] and old == step * size:
+        split = sweep.reshape((dims[2],), (size, step), note)
+        sweep.halos[node] = 2
+        return dims[0], sweep.new(shape[1]), split[0]
+    note.whole += [f for d in dims[2:] for f in d]
+    return (dims[0], *sweep.fresh(shape[1:]))
+
+
+def halo_of(node: Node) -> tuple[int, int, int]:
+    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one."""
+    if op_name(node) != "conv1d.default":
+        low = shift_of(node)
+        return max(low, 0), max(-low, 0), 1
+    bound = bound_of(node)
+    weight: Any = bound["weight"]
+    step, before, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    after = apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step
+    after = max(after, 0)
+    return before, after + -(before + after) % step, step
+
+
+def _single(value: Any) -> int:
+    return int(value[0]) if isinstance(value, list | tuple) else int(value)
+
+
+def shift_of(node: Node) -> int:
+    """By how many tokens a pad moves a sequence of the same length: on one side it pads, on the other it crops."""
+    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+        return 0
+    amounts, rank = list(args_of(node)[1]), node.meta["val"].ndim
+    padded = _padded_dims(node, rank)
+    if len(padded) != 1:
+        return 0
+    low, high = amounts[2 * (rank - 1 - min(padded)) :][:2]
+    fixed = isinstance(low, int) and isinstance(high, int) and low == -high
+    return low if fixed and _zeros(node) else 0
+
+
+def _zeros(node: Node) -> bool:
+    """Whether a pad puts zeros."""
+    if op_name(node) == "pad.default":
+        return _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value")
+    return not _argument(node, 2, "value", 0)
 
 
 def _padded_dims(node: Node, rank: int) -> set[int]:
@@ -502,6 +561,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
     "slice.Tensor": _slice,
     "cat.default": _cat,
+    **dict.fromkeys(["conv1d.default", "conv2d.default", "conv3d.default"], _convolution),
     **dict.fromkeys(["pad.default", "constant_pad_nd.default"], _pad),
     "repeat.default": _same_or_whole,
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),

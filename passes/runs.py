@@ -4,9 +4,12 @@
     cat([cls, patches])       the local patches, after the CLS token on the rank that holds it
     cat([text, image])        the local text, then the local image: each has been dealt out by itself
     pad(x, (0, 0, 0, 5))      the local tokens, then this rank's share of the five
+    conv1d(x, w, padding=1)   conv1d(halo(x, 1, 1), w), and of what it gives, the rows of local tokens
+    pad(x, (0, 0, 1, -1))     halo(x, 1, 0), without the last row of each run of tokens
 
-Contract: nothing moves, for a token is on the same rank in all runs of its line (`pieces`); what is whole, such as CLS,
-is cut to this rank's share of it.
+Contract: a conv1d and a shift move what stands around each run of local tokens, and no more; the others move nothing,
+for a token is on the same rank in all runs of its line (`pieces`).  What is whole, such as CLS, is cut to this rank's
+share of it.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.layout import assigned
 from ringpass.passes.emission import Emitter
-from ringpass.passes.factors import args_of, first_of, op_name, size_of
+from ringpass.passes.factors import args_of, bound_of, first_of, op_name, size_of
 from ringpass.passes.lines import same
 from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import parts_of
+from ringpass.passes.rules import halo_of
 
 aten = torch.ops.aten
 
@@ -75,6 +79,23 @@ class Runs(Emitter):
         at = 2 * (node.meta["val"].ndim - 1 - dim)
         amounts[at : at + 2] = low, self._compute(operator.sub, rest, low)
         return self._copy(node, (self._local(source, own), amounts, *args_of(node)[2:]), node.kwargs)
+
+    def _write_halo(self, node: Node, axis: Axis) -> Node:
+        """A conv1d or a shift, of the local tokens and those around them."""
+        source, (low, high, step) = first_of(node), halo_of(node)
+        around = self._shard_args(source, axis)
+        dim, runs = around[0], len(axis.layout.ranges(self.rank.rank, axis.hint))
+        each = self._size(sympy.cancel(size_of(node.meta["val"].shape[dim]) / size_of(axis.tokens)))
+        x = self._local(source, axis)
+        rows = self._emit(ops.halo, x, *around, runs, low, high, self.rank.group, name=f"{source.name}_around")
+        if op_name(node) == "conv1d.default":
+            bound = {**bound_of(node), "padding": [0]}
+            given = {k: self._operand(v, axis, "weights") if isinstance(v, Node) else v for k, v in bound.items()}
+            rows, before, after = self._emit(aten.conv1d.default, **{**given, "input": rows}), 0, (low + high) // step
+        else:
+            before, after = high, low
+        at = self._emit(ops.core, rows, *around, each, before, after)
+        return self._emit(aten.index_select.default, rows, dim, at, name=node.name)
 
     def _before(self, axis: Axis, place: Any) -> Any:
         """How many local tokens of `axis` stand before a place of its line, at which it is cut."""

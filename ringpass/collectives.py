@@ -146,6 +146,62 @@ def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
 
 
+def halo(x: Tensor, shard: Shard, left: int, right: int, group: str) -> Tensor:
+    """Each run of the local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
+
+    The sequence dim has S * each elements, which are counted one by one.
+    """
+    around = Around(shard, x.shape[shard.dim] // shard.length, left, right)
+    rows = move(shard.split(x, x.shape[shard.dim]), around.held, around.wanted, shard.rank, group)
+    inside = around.inside(x)
+    out = rows.new_zeros((rows.shape[0], len(inside), rows.shape[2]))
+    out[:, inside] = rows
+    return out.reshape(*x.shape[: shard.dim], len(inside), *x.shape[shard.dim + 1 :])
+
+
+def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
+    """The transpose of `halo`."""
+    around = Around(shard, each, left, right)
+    rows = shard.split(grad, grad.shape[shard.dim])[:, around.inside(grad)]
+    out = move_back(rows, around.held, around.wanted, shard.rank, group)
+    return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Around:
+    """The elements that each rank holds and those that it wants: its runs of tokens, and what is around them."""
+
+    shard: Shard
+    each: int  # elements of a token
+    left: int
+    right: int
+
+    @property
+    def held(self) -> list[Ranges]:
+        return [tuple((a * self.each, b * self.each) for a, b in self._runs(r)) for r in range(self.shard.world)]
+
+    @property
+    def wanted(self) -> list[Ranges]:
+        most = self.shard.tokens * self.each
+        return [
+            tuple((max(a, 0), min(b, most)) for a, b in self._wider(rank) if min(b, most) > max(a, 0))
+            for rank in range(self.shard.world)
+        ]
+
+    def inside(self, like: Tensor) -> Tensor:
+        """Which of this rank's elements and those around them are in the sequence."""
+        wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
+        at = torch.cat(wider)
+        found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
+        return found
+
+    def _wider(self, rank: int) -> list[tuple[int, int]]:
+        return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._runs(rank)]
+
+    def _runs(self, rank: int) -> Ranges:
+        return self.shard.placement.ranges(rank, self.shard.tokens)
+
+
 def _forth(x: Tensor, moves: Moves, group: str) -> Tensor:
     rows = x.transpose(0, 1)
     received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
