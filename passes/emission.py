@@ -129,7 +129,7 @@ class Emitter:
         for node in self.graph.nodes:
             if "val" not in node.meta and node.op == "call_function":
                 node.meta["val"] = node.target(*fakes(node.args))
-        return out.node
+        return out.node if isinstance(out, Proxy) else out
 
     # --- emission ---------------------------------------------------------------------------------------------------
 

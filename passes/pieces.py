@@ -141,7 +141,7 @@ def _laid(run: Axis, cuts: tuple[int, ...], world: int) -> Axis:
 
 def _hints(sweep: Sweep) -> dict[Any, int]:
     """The value of each symbolic length."""
-    sizes = {n for node in sweep.values for n in getattr(node.meta.get("val"), "shape", ())}
+    sizes = [n for node in sweep.values for n in getattr(node.meta.get("val"), "shape", ())]
     symbols = [n for n in sizes if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol]
     return {n.node.expr: hint_of(n) for n in symbols}
 

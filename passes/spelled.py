@@ -3,6 +3,7 @@
     _transformer_encoder_layer_fwd(x, ..)        the layer: norms, linears, scaled_dot_product_attention
     einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
     conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
+    split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
 """
@@ -32,6 +33,8 @@ def spell_out(gm: GraphModule) -> None:
             _replace(node, encoder_layer, bound_of(node))
         elif node.target is aten.einsum.default and (product := _product(*args_of(node)[:2])) is not None:
             _replace(node, product, dict(zip("ab", args_of(node)[1], strict=True)))
+        elif node.target in SPLITS:
+            _sliced(node)
         elif node.target in CONVOLUTIONS and _of_patches(node):
             _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
 
@@ -99,6 +102,28 @@ def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
         return None
     seen = mask.to(torch.bool).logical_not()
     return seen[:, None, None, :] if kind == 1 else seen
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+def _sliced(node: Node) -> None:
+    """The parts of a split as slices, which have a run of tokens each; channels, in the last dim, stay as they are."""
+    parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
+    sizes = [part.shape[dim] for part in parts]
+    if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
+        return
+    for user in list(node.users):
+        start = sum(sizes[: args_of(user)[1]])
+        with node.graph.inserting_before(user):
+            bounds = dim, start, start + user.meta["val"].shape[dim]
+            part = node.graph.call_function(aten.slice.Tensor, (node.args[0], *bounds))
+        part.meta.update(user.meta)
+        user.replace_all_uses_with(part)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 # --- convolutions of patches ------------------------------------------------------------------------------------------
