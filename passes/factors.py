@@ -86,6 +86,7 @@ class Sweep:
         self.fused: dict[Factors, Factor] = {}
         self.routing = Routing()
         self.lines = Lines(self.root)
+        self.merged: list[Factor] = []  # stand on lines for several factors in a row
         self.worked: set[Node] = set()  # values that come of a product: no tables, no inputs
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.runs: dict[
@@ -151,6 +152,7 @@ class Sweep:
             a, b = b, a
         if len(b) == 1 and len(a) > 1 and product(a) == b[0].size:
             b[0].parts = a
+            self.merged.insert(0, b[0])
             return a
         if [f.size for f in a] != [f.size for f in b]:
             note.whole += [*a, *b]
@@ -166,13 +168,12 @@ class Sweep:
         """One factor for a dim of these, which may be several in a row, such as the rows and columns of patches."""
         if len(factors) == 1:
             return factors[0]
-        known: Factor
-        for known in self.lines.known:
-            if self.resolve([known]) == self.resolve(factors):
-                return known
-        whole = Factor(product(factors))
-        whole.parts = factors
-        return whole
+        found = next((whole for whole in self.merged if self.resolve([whole]) == self.resolve(factors)), None)
+        if found is None:
+            found = Factor(product(factors))
+            found.parts = factors
+            self.merged.append(found)
+        return found
 
     def line_of(self, factor: Factor) -> Factor:
         """What stands on a line for `factor`, which several may have been fused into."""

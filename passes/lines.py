@@ -26,7 +26,7 @@ class Lines:
     def __init__(self, root: Any) -> None:
         self.root = root
         self.above: dict[Any, tuple[Any, Any]] = {}
-        self.known: dict[Any, None] = {}
+        self.members: dict[Any, list[Any]] = {}  # of each line
 
     def place(self, factor: Any) -> tuple[Any, Any]:
         """(the line, the offset of the factor's first token on it)."""
@@ -42,20 +42,18 @@ class Lines:
         if top is other:
             return same(base + offset, start)
         self.above[other] = top, base + offset - start
-        self.known |= dict.fromkeys((self.root(whole), self.root(part)))
+        self.members[top] = self.members.get(top, [top]) + self.members.pop(other, [other])
         return True
 
     def tie(self, a: Any, b: Any) -> bool:
         """Whether two factors may become one class."""
-        return not self.known.keys() & {a, b} or self.join(a, b, 0)
+        return not any(x in self.above or x in self.members for x in (a, b)) or self.join(a, b, 0)
 
     def runs(self, factor: Any) -> Iterator[tuple[Any, Any]]:
         """(factor, offset from the given one's first token) of all on its line."""
         line, start = self.place(factor)
-        for other in dict.fromkeys(map(self.root, [*self.known, factor])):
-            top, offset = self.place(other)
-            if top is line:
-                yield other, sympy.expand(offset - start)
+        for other in dict.fromkeys(map(self.root, self.members.get(line, [factor]))):
+            yield other, sympy.expand(self.place(other)[1] - start)
 
     def run(self, factor: Any, offset: Any, size: Any) -> Any:
         """The factor whose `size` tokens begin at `offset` from the given one's first token, or None."""

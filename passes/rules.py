@@ -340,7 +340,8 @@ def _convolution(sweep: Sweep, node: Node, note: Note) -> Dims:
     old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
     if step and dims[2] and old == step * size:
         split = sweep.reshape((dims[2],), (size, step), note)
-        sweep.halos[node] = 2
+        if any(halo_of(node)[:2]):
+            sweep.halos[node] = 2
         return dims[0], sweep.new(shape[1]), split[0]
     note.whole += [f for d in dims[2:] for f in d]
     return (dims[0], *sweep.fresh(shape[1:]))
