@@ -3,10 +3,13 @@
 `dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The
 sharded tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no
 padded tensor leaves this file.
+
+`move` brings each rank the tokens that it wants, whoever holds them, and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.kernels import accumulator
-from ringpass.layout import Layout
+from ringpass.known import Array
+from ringpass.layout import Layout, Ranges
+from ringpass.moves import Moves, among, between
 from ringpass.p2p import lost, process_group
 
 
@@ -117,6 +122,58 @@ def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return accumulator(x.dtype) if x.is_floating_point() else torch.int64
+
+
+def move(x: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
+    """(before, tokens, after) with the tokens `wanted[rank]`, from those of `held[rank]` on each rank, in that order.
+
+    What is wanted may overlap, on one rank and between ranks; only what a rank wants and does not hold travels.
+    """
+    return _forth(x, among(tuple(held), tuple(wanted), rank), group)
+
+
+def move_back(grad: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
+    """The transpose of `move`: what all ranks have of each token, added up where it is held."""
+    return _back(grad, among(tuple(held), tuple(wanted), rank), group)
+
+
+def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
+    """The local tokens in layout `other` of what `x` holds in that of `shard`."""
+    moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
+    rows = _forth(shard.split(x, shard.length), moves, group)
+    return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
+
+
+def _forth(x: Tensor, moves: Moves, group: str) -> Tensor:
+    rows = x.transpose(0, 1)
+    received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
+    found: Tensor = torch.cat([rows, received]).index_select(0, _index(moves.found, x)).transpose(0, 1)
+    return found.contiguous()
+
+
+def _back(grad: Tensor, moves: Moves, group: str) -> Tensor:
+    """Added in float32 (float64)."""
+    summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
+    shape = moves.held + sum(moves.received), grad.shape[0], grad.shape[2]
+    rows: Tensor = grad.new_zeros(shape, dtype=summed)
+    rows.index_add_(0, _index(moves.found, grad), grad.transpose(0, 1).to(summed))
+    mine, theirs = rows[: moves.held], rows[moves.held :]
+    mine.index_add_(0, _index(moves.rows, grad), _exchanged(theirs, moves, True, group))
+    return mine.to(grad.dtype).transpose(0, 1).contiguous()
+
+
+def _exchanged(rows: Tensor, moves: Moves, back: bool, group: str) -> Tensor:
+    """What the other ranks send for `rows`: all in one message per pair, none where no two ranks exchange any."""
+    sent, received = (moves.received, moves.sent) if back else (moves.sent, moves.received)
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    if not moves.idle:
+        parts = [torch.view_as_real(x) if x.is_complex() else x for x in (out, rows.contiguous())]
+        run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
+    return out
+
+
+def _index(rows: Array, like: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(like.device)
 
 
 def run_collective(collective: Any, *tensors: Any, group: str) -> None:

@@ -6,6 +6,7 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     operator         forward                                   backward
     shard            take the own tokens                       all-gather
     gather           all-gather, in original order             take the own tokens
+    redeal           from the own tokens in one layout to those in another     back
     permute          all tokens in the order of a curve        the inverse
     reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
     reduce           all-reduce (sum)                          identity
@@ -51,6 +52,10 @@ SITE = (
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"reduce_scatter(Tensor x, {SHARD}, str group) -> Tensor")
+define(
+    "redeal(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, str other, int world, int rank, str group) "
+    "-> Tensor"
+)
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
@@ -71,13 +76,13 @@ define(
 
 _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
-permute = _ops.permute.default
+permute, redeal = _ops.permute.default, _ops.redeal.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
 reduce_scatter, locate = _ops.reduce_scatter.default, _ops.locate.default
 block_means, choose_blocks = _ops.block_means.default, _ops.choose_blocks.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (
-    shard, gather, reduce, reduce_list, reduce_scatter, replicate, block_means, ring_attention,
+    shard, gather, redeal, reduce, reduce_list, reduce_scatter, replicate, block_means, ring_attention,
     ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
@@ -114,6 +119,27 @@ differentiate(
 differentiate(
     "gather", lambda ctx, grad: (_gather_backward_shard(grad, *ctx.arguments), *_unchanged(ctx)), _save_arguments
 )
+
+
+def _redeal(x: Tensor, *args: Any) -> Tensor:
+    dim, outer, tokens, layout, other, world, rank, group = args
+    return collectives.redeal(x, Shard(dim, outer, tokens, layout, world, rank), other, group)
+
+
+def _fake_redeal(x: Tensor, *args: Any) -> Tensor:
+    dim, outer, tokens, layout, other, world, rank, _ = args
+    old, new = (Shard(dim, outer, tokens, name, world, rank) for name in (layout, other))
+    return x.new_empty(old.resized(x.shape, old.length, new.length))
+
+
+def _redeal_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *where, layout, other, world, rank, group = ctx.arguments
+    return _redeal_back(grad, *where, other, layout, world, rank, group), *_unchanged(ctx)
+
+
+implement("redeal", _redeal, _fake_redeal)
+_redeal_back = redeal
+differentiate("redeal", _redeal_backward, _save_arguments)
 
 
 def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:

@@ -26,7 +26,7 @@ from tests.torchrun import ROOT, torchrun
 README = (ROOT / "README.md").read_text()
 MODULES = (
     "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
-    "dilation", "residue", "bundle", "reference", "passes.cover", "passes.verify",
+    "dilation", "residue", "moves", "bundle", "reference", "passes.cover", "passes.verify",
 )  # fmt: skip
 
 

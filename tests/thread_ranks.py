@@ -92,18 +92,32 @@ class Meeting:
         self.shown: list[Any] = [None] * world
         self.barrier = threading.Barrier(world, timeout=TIMEOUT)
 
-    def __call__(self, collective: Any, out: Any, *given: Tensor, group: str) -> None:
+    def __call__(self, collective: Any, out: Any, *given: Any, group: str) -> None:
         rank = int(group.removeprefix(NAME))
-        self.shown[rank] = given[0] if given else out.clone()
-        self.barrier.wait()
-        everyone = [x.clone() for x in self.shown]
-        self.barrier.wait()
+        if collective is dist.all_to_all_single:
+            return self._deal(rank, out, *given)
+        everyone = self._shown(rank, given[0] if given else out.clone())
         if collective is dist.all_gather:
             for mine, one in zip(out, everyone, strict=True):
                 mine.copy_(one)
         else:
             total = torch.stack(everyone).sum(0)
             out.copy_(total if collective is dist.all_reduce else total.chunk(len(everyone))[rank])
+
+    def _deal(self, rank: int, out: Tensor, given: Tensor, received: list[int], sent: list[int]) -> None:
+        """Each rank's share for `rank`, one after the other; the two sides must tell the same lengths."""
+        everyone = self._shown(rank, given, sent)
+        parts = [rows.split(lengths)[rank] for rows, lengths in everyone]
+        assert [len(part) for part in parts] == received
+        out.copy_(torch.cat(parts))
+
+    def _shown(self, rank: int, *shown: Any) -> list[Any]:
+        """What each rank shows: a tensor, copied, alone or with what goes with it."""
+        self.shown[rank] = shown
+        self.barrier.wait()
+        everyone = [(x.clone(), *rest) for x, *rest in self.shown]
+        self.barrier.wait()
+        return everyone if len(shown) > 1 else [x for (x,) in everyone]
 
 
 def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
