@@ -12,6 +12,7 @@ rank some of them, in ascending order.
     zigzag           n = 2P, rank r holds chunks r and 2P-1-r, which balances causal attention
     striped          n = 8P, rank r holds every P-th chunk from r on
     chunks 0,1,1,0   as many chunks as numbers, each held by the rank of that number
+    chunked          n = P, as torch.chunk and DTensor cut: all chunks equal, but for the last ones that hold any
     replicated       every rank holds all tokens
 
 `zigzag along hilbert 14x14 after 1`: the tokens are in the order of that curve (`ringpass.hilbert`) before they are cut
@@ -37,6 +38,7 @@ Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
 ASSIGNED, ALONG, EVERY = "chunks ", " along ", " every "
+CHUNKED = "chunked"  # of tensors that come and go, never of a plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.map in NAMES or self.map.startswith(ASSIGNED), self.name
+        assert self.map in (*NAMES, CHUNKED) or self.map.startswith(ASSIGNED), self.name
 
     @property
     def map(self) -> str:
@@ -79,7 +81,7 @@ class Layout:
     def chunks(self) -> int:
         if self.map.startswith(ASSIGNED):
             return len(_owners(self.map))
-        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES}
+        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES, CHUNKED: 1}
         return 1 if self.replicated else per_rank[self.map] * self.world
 
     def owned(self, rank: int) -> tuple[int, ...]:
@@ -96,6 +98,8 @@ class Layout:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
         if self.replicated:
             return tokens
+        if self.map == CHUNKED:
+            return size(self.ranges(rank, tokens))
         n = self.chunks
         return reduce(operator.add, [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)] or [0])
 
@@ -116,6 +120,8 @@ class Layout:
         return tuple(out)
 
     def _start(self, chunk: int, tokens: int) -> int:
+        if self.map == CHUNKED:
+            return min(chunk * -(-tokens // self.chunks), tokens)
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
 
