@@ -222,7 +222,7 @@ def _facts(
     ]
     text = "\n".join(f"{n.name} = {_spelled(n.target)}({n.args}, {n.kwargs})" for n in nodes)
     return (
-        ("call", "of a compiled model"),
+        ("call", "a compiled model"),
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
         ("options", config.fingerprint()),
         ("inputs", "; ".join(" ".join(i) for i in inputs)),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._guards import TracingContext
 
 from ringpass import ops
 from ringpass.agreement import Ring
@@ -108,6 +109,19 @@ def _inside(tokens: Array, part: tuple[int, int]) -> Array:
     return inside
 
 
+_PROPERTIES = (
+    "shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad_fn", "grad", "retains_grad",
+    "itemsize", "nbytes", "output_nr", "_base", "_version", "_backward_hooks",
+    *(n for n in dir(Tensor) if n.startswith("is_") and not callable(getattr(Tensor, n))),
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "numel", "nelement", "ndimension", "element_size", "stride", "storage_offset", "_is_view",
+    "is_contiguous", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_signed", "retain_grad",
+    "register_hook", "__len__",
+)  # fmt: skip
+"""What can be asked of a tensor without a look at its elements."""
+
+
 class LazyOutput(Tensor):
     """A tensor of global shape, of which this rank holds `local`."""
 
@@ -165,33 +179,7 @@ class LazyOutput(Tensor):
         return self.gathered
 
     OWN = frozenset(
-        {
-            getattr(Tensor, n).__get__
-            for n in (
-                "shape",
-                "dtype",
-                "device",
-                "requires_grad",
-                "ndim",
-                "layout",
-                "is_cuda",
-                "is_leaf",
-                "grad_fn",
-                "grad",
-                "retains_grad",
-            )
-        }
-        | {
-            Tensor.size,
-            Tensor.dim,
-            Tensor.numel,
-            Tensor.ndimension,
-            Tensor.is_floating_point,
-            Tensor.is_complex,
-            Tensor.element_size,
-        }
-        | {Tensor.retain_grad, Tensor.register_hook}
-        | {Tensor.__len__}
+        {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
     )
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -205,7 +193,8 @@ class LazyOutput(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in cls.OWN:
+        described = func is Tensor.untyped_storage and TracingContext.try_get() is not None  # by Dynamo, in a graph
+        if func in cls.OWN or described:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs))

@@ -178,7 +178,7 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]
     kind = f"{x.dtype} [{', '.join(map(str, rest))}], {layout}{', needs a gradient' if x.requires_grad else ''}"
-    lengths = Agreement(around, (("call", "of ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
+    lengths = Agreement(around, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
     tokens, world = sum(lengths), around.world
     if world == 1:
         return x

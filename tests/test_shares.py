@@ -24,6 +24,7 @@ from ringpass.layout import Layout
 from ringpass.moves import held_by
 from tests.parity import compiled, relative
 from tests.test_bad_input import failure
+from tests.test_returned_parts import Cached
 from tests.workers import Workers, slow
 
 LENGTH = 23
@@ -154,6 +155,47 @@ def test_dtensors_are_one_device(
 ) -> None:
     for errors in workers.run(as_dtensors, ranks, merged, options, on_mesh):
         assert max(errors) < 1e-12
+
+
+# --- parts, and what is whole -----------------------------------------------------------------------------------------
+
+
+def parts(group: dist.ProcessGroup, part: slice) -> list[float]:
+    """Errors of an output that is a slice of the sequence, and of gradients through it, as shares and as a DTensor."""
+    model, x, errors = Cached(part).double(), torch.randn(2, LENGTH, 8, dtype=torch.float64), []
+    keys = model(x)[1]
+    want = gradients(model, keys.pow(3).sum())
+    for outputs in ("local", "dtensor"):
+        got = compiled(model, group, outputs=outputs, layout="zigzag")(x)[1]
+        own = keys.index_select(2, ringpass.tokens_of(got))
+        alone = got.to_local() if isinstance(got, DTensor) else got
+        errors += [relative(alone, own), worst(gradients(model, alone.pow(3).sum()), want)]
+    return errors
+
+
+@pytest.mark.parametrize("part", [slice(-5, None), slow(slice(2, 9))], ids=str)
+def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
+    for errors in workers.run(parts, 3, part):
+        assert max(errors) < 1e-12
+
+
+def few(group: dist.ProcessGroup) -> bool:
+    """Whether a sequence that is too short to be divided is whole, and its labels with it."""
+    model, (x, labels) = Scores(), batch(3)
+    got = compiled(model, group, outputs="local")(x)
+    whole = ringpass.local(labels, like=got) is labels and ringpass.tokens_of(got).tolist() == [0, 1, 2]
+    return whole and relative(got, model(x)) < 1e-12
+
+
+def test_a_short_sequence_is_whole_on_every_rank(workers: Workers) -> None:
+    assert workers.run(few, 2) == [True, True]
+    assert few_alone()
+
+
+def few_alone() -> bool:
+    """The same with one process, where there is no group."""
+    run = torch.compile(Scores(), backend="ring_dilated", options={"outputs": "local", "compiler": "aot_eager"})
+    return ringpass.tokens_of(run(batch()[0])).tolist() == list(range(LENGTH))
 
 
 # --- inputs in shares -------------------------------------------------------------------------------------------------
@@ -290,6 +332,6 @@ REFUSED = (
     "differ in share: rank 0 has torch.float64",
     "got 'zigzak'",
     "outputs='local'",
-    "differ in call: rank 0 has of a compiled model, rank 1 has of ringpass.sharded",
+    "differ in call: rank 0 has a compiled model, rank 1 has ringpass.sharded",
     "in shares",
 )
