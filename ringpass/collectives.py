@@ -46,17 +46,23 @@ class Shard:
 
     def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
         """`shape` with `old` tokens in the sequence dim replaced by `new`."""
-        return [*shape[: self.dim], shape[self.dim] // old * new, *shape[self.dim + 1 :]]
+        each = self.outer if _none(old) else shape[self.dim] // old
+        return [*shape[: self.dim], each * new, *shape[self.dim + 1 :]]
 
     def split(self, x: Tensor, tokens: Any) -> Tensor:
         """`x` as (before, tokens, after): `before` holds the leading dims and outer, `after` inner and the rest."""
         before = self.outer
         for n in x.shape[: self.dim]:
             before = before * n
-        after = x.shape[self.dim] // (self.outer * tokens)
+        after = 1 if _none(tokens) else x.shape[self.dim] // (self.outer * tokens)
         for n in x.shape[self.dim + 1 :]:
             after = after * n
         return x.reshape(before, tokens, after)
+
+
+def _none(tokens: Any) -> bool:
+    """Whether a rank has no tokens at all, as the last ones of a short tensor that DTensor cut: of plain dims only."""
+    return type(tokens) is int and tokens == 0
 
 
 def take(x: Tensor, shard: Shard) -> Tensor:

@@ -91,9 +91,9 @@ class _Dealt(torch.autograd.Function):
 
 
 def _along(x: Tensor, dim: int, carry: Any, moves: Moves, group: str) -> Tensor:
-    n = x.shape[dim]
-    rows: Tensor = carry(Shard(dim, 1, n, "replicated", 1, 0).split(x, n), moves, group)
-    return rows.reshape(*x.shape[:dim], rows.shape[1], *x.shape[dim + 1 :])
+    before, n, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
+    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), moves, group)
+    return rows.reshape(*before, rows.shape[1], *after)
 
 
 @lru_cache(maxsize=64)

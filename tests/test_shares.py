@@ -123,7 +123,8 @@ def as_dtensors(group: dist.ProcessGroup, merged: bool, options: dict[str, Any],
     scores, loss, grads = on_one_device(model)
     x.requires_grad_()
     mesh = DeviceMesh.from_group(group, "cpu")
-    run = compiled(model, mesh if on_mesh else group, outputs="dtensor", **options)
+    ring: Any = mesh if on_mesh else group
+    run = compiled(model, ring, outputs="dtensor", **options)
     got, dim = run(x), 0 if merged else 1
     assert isinstance(got, DTensor) and got.shape == scores.shape and got.stride() == scores.stride()
     assert got.device_mesh == mesh and got.placements[0].is_shard(dim)
