@@ -270,10 +270,12 @@ class Layer(nn.Module):
         return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
-def chain(group: dist.ProcessGroup) -> list[float]:
+def chain(group: dist.ProcessGroup, **options: Any) -> list[float]:
     """Errors of gradients through two models: as they are, at another length, with a hook between them, from ids."""
     models = nn.ModuleList([Layer(), Layer()])
-    first, second = (compiled(m, group, layout=how) for m, how in zip(models, ("zigzag", "contiguous"), strict=True))
+    first, second = (
+        compiled(m, group, layout=how, **options) for m, how in zip(models, ("zigzag", "contiguous"), strict=True)
+    )
     errors, seen = [], list[Tensor]()
     for length, hooked in ((23, False), (31, False), (31, True)):
         x = torch.randn(2, length, 8, dtype=torch.float64)
@@ -297,8 +299,9 @@ def from_ids(group: dist.ProcessGroup) -> list[float]:
     return [worst(found, gradients(model, model(ids).pow(2).sum()))]
 
 
-def test_what_one_model_returns_is_read_where_it_is_by_the_next(workers: Workers) -> None:
-    for errors in workers.run(chain, 2):
+@pytest.mark.parametrize("compiler", ["aot_eager", slow("inductor")])
+def test_what_one_model_returns_is_read_where_it_is_by_the_next(workers: Workers, compiler: str) -> None:
+    for errors in workers.run(chain, 2, compiler=compiler):
         assert max(errors) < 1e-12
 
 
