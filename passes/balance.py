@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringpass.layout import STRIPES, Layout, assigned, sieved
+from ringpass.layout import STRIPES, assigned
 from ringpass.mask import PARTIAL
 from ringpass.schedule import TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
@@ -144,7 +144,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
 def placed(problem: Problem, layout: str, world: int) -> Problem:
     """`problem` with its sharded sides in `layout`."""
     sides = (problem.query_layout, problem.key_layout)
-    query, key = (side if side.replicated else Layout(sieved(layout, side.residue), world) for side in sides)
+    query, key = (side if side.replicated else replace(side.dealt(layout), world=world) for side in sides)
     return replace(problem, query_layout=query, key_layout=key)
 
 

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import args_of, hint_of, product, size_of, tensors_of
+from ringpass.passes.factors import hint_of, product, size_of, tensors_of
+from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import Placement
-from ringpass.passes.plan import Axis
 from ringpass.passes.spelled import KEPT_META
 
 
@@ -129,7 +129,7 @@ class Emitter:
         for node in self.graph.nodes:
             if "val" not in node.meta and node.op == "call_function":
                 node.meta["val"] = node.target(*fakes(node.args))
-        return out.node
+        return out.node if isinstance(out, Proxy) else out
 
     # --- emission ---------------------------------------------------------------------------------------------------
 
@@ -160,14 +160,6 @@ class Emitter:
 
 def fakes(args: Any) -> Any:
     return map_arg(args, lambda n: n.meta["val"])
-
-
-def slice_of(node: Node) -> tuple[Any, ...]:
-    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    given = args_of(node)[1:]
-    dim, *bounds = (*given, *defaults[len(given) :])
-    return dim % node.meta["val"].ndim, *bounds
 
 
 def bytes_of(node: Node) -> int:

@@ -25,6 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
+from ringpass.passes.lines import Lines
+
 Factors = tuple["Factor", ...]
 Dims = tuple[Factors, ...]
 
@@ -83,11 +85,19 @@ class Sweep:
         self.notes: dict[Node, Note] = {}
         self.fused: dict[Factors, Factor] = {}
         self.routing = Routing()
+        self.lines = Lines(self.root)
+        self.worked: set[Node] = set()  # values that come of a product: no tables, no inputs
+        self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
+        self.runs: dict[
+            Node, int
+        ] = {}  # nodes that take runs of tokens apart or put them together, and along which dim
 
     def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
         """Applies the rule of every node, in order."""
         for node in gm.graph.nodes:
             note = self.notes[node] = Note()
+            if op_name(node) in PRODUCTS or not self.worked.isdisjoint(node.all_input_nodes):
+                self.worked.add(node)
             if node.op == "output" or not tensors_of(node):
                 continue
             if node.op in ("placeholder", "get_attr"):
@@ -145,10 +155,53 @@ class Sweep:
         if [f.size for f in a] != [f.size for f in b]:
             note.whole += [*a, *b]
             return a
-        for x, y in zip(a, b, strict=True):
-            if self.root(x) is not self.root(y):
-                self.root(y).parent = self.root(x)
+        for x, y in zip(map(self.root, a), map(self.root, b), strict=True):
+            if x is not y and self.lines.tie(x, y):
+                y.parent = x
+            elif x is not y:
+                note.whole += [x, y]
         return self.resolve(a)
+
+    def index(self, factors: Factors) -> Factor:
+        """One factor for a dim of these, which may be several in a row, such as the rows and columns of patches."""
+        if len(factors) == 1:
+            return factors[0]
+        known: Factor
+        for known in self.lines.known:
+            if self.resolve([known]) == self.resolve(factors):
+                return known
+        whole = Factor(product(factors))
+        whole.parts = factors
+        return whole
+
+    def line_of(self, factor: Factor) -> Factor:
+        """What stands on a line for `factor`, which several may have been fused into."""
+        parts = next((parts for parts, whole in self.fused.items() if whole is factor), (factor,))
+        return self.index(parts)
+
+    def run_of(self, source: Factors, offset: Any, size: Any, new: bool) -> Factors | None:
+        """The run of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
+        whole = self.index(source)
+        found = self.lines.run(whole, offset, size)
+        if found is None and new:
+            found = Factor(size)
+            self.lines.join(whole, found, offset)
+        return None if found is None else self.resolve([found])
+
+    def joined(self, parts: Sequence[tuple[Factors, Any]], note: Note) -> Factors:
+        """The dim that these, with their sizes, make one after the other.
+
+        Factors that stand elsewhere already are needed whole; a part without any is new.
+        """
+        offsets = [sum((n for _, n in parts[:i]), sympy.Integer(0)) for i in range(len(parts))]
+        total = sum((n for _, n in parts), sympy.Integer(0))
+        placed = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
+        first, before = placed[0]
+        whole = self.lines.run(first, -before, total) or Factor(total)
+        for part, at in placed:
+            if not self.lines.join(whole, part, at):
+                note.whole.append(part)
+        return self.resolve([whole])
 
     def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
         """Dims of a pointwise op: right-aligned dims are tied, size-1 dims follow the others."""
@@ -207,6 +260,13 @@ class Sweep:
         return tuple(self.resolve(d) for d in parts)
 
 
+PRODUCTS = {
+    "linear.default", "mm.default", "bmm.default", "addmm.default", "baddbmm.default", "matmul.default",
+    "einsum.default", "embedding.default", "conv1d.default", "conv2d.default", "conv3d.default",
+    "scaled_dot_product_attention.default",
+}  # fmt: skip
+
+
 def tensors_of(node: Node) -> list[torch.Tensor]:
     """The fake tensors that `node` produces."""
     return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
@@ -215,6 +275,13 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 def args_of(node: Node) -> tuple[Any, ...]:
     """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
     return node.args
+
+
+def bound_of(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by name, but for those that have their default."""
+    schema: Any = node.target
+    names = [a.name for a in schema._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def first_of(node: Node) -> Node:
@@ -236,6 +303,14 @@ def op_name(node: Node) -> str:
         prefix = "" if target.namespace == "aten" else f"{target.namespace}."
         return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
     return getattr(target, "__name__", str(target))
+
+
+def slice_of(node: Node) -> tuple[Any, ...]:
+    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    given = args_of(node)[1:]
+    dim, *bounds = (*given, *defaults[len(given) :])
+    return dim % node.meta["val"].ndim, *bounds
 
 
 def product(factors: Iterable[Factor]) -> Any:

@@ -27,11 +27,13 @@ from ringpass.errors import UnsupportedError
 from ringpass.layout import Layout
 from ringpass.mask import TRUE, Expr, call
 from ringpass.passes.capture import Captured
-from ringpass.passes.emission import Rank, bytes_of, slice_of
-from ringpass.passes.factors import Sweep, args_of, first_of, op_name, size_of
+from ringpass.passes.emission import Rank, bytes_of
+from ringpass.passes.factors import Sweep, args_of, first_of, op_name, size_of, slice_of
+from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import Placement, draws_elsewhere, is_dropout, place
-from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.plan import RingPlan, SitePlan
 from ringpass.passes.rules import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED
+from ringpass.passes.runs import Runs
 from ringpass.passes.sums import Sums
 from ringpass.passes.takes import Takes
 from ringpass.places import of_places
@@ -111,7 +113,7 @@ def partition(
     return _Writer(captured, placement, plan, rank, strict, gather_outputs).write()
 
 
-class _Writer(Sums, Takes):
+class _Writer(Sums, Takes, Runs):
     def __init__(
         self, captured: Captured, placement: Placement, plan: RingPlan, rank: Rank, strict: bool, gather_outputs: bool
     ) -> None:
@@ -172,6 +174,8 @@ class _Writer(Sums, Takes):
             return  # written on demand, from the sizes of the inputs
         if node in self.placement.sites:
             (self.wholes if axis is None else self.locals)[node] = self._write_site(self.placement.sites[node])
+        elif axis is not None and node in self.placement.runs:
+            self.locals[node] = self._checked(self._write_run(node, axis), node, axis)
         elif (part := self._returned_part(node)) is not None:
             self.parts[node] = part
         elif axis is None and (taken := self._write_taken(node)) is not None:
@@ -230,6 +234,8 @@ class _Writer(Sums, Takes):
             return self._local(first_of(node), axis)
         if name in PATTERNED:
             return self._emit(aten.to.dtype, self._local(first_of(node), axis), node.meta["val"].dtype, name=node.name)
+        if self.placement.reads_around(node, axis):
+            return self._checked(self._write_halo(node, axis), node, axis)
         args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name == FUNCTION:  # elementwise: its results are like its operands
             new = self._copy(node, args, kwargs)
@@ -319,7 +325,7 @@ class _Writer(Sums, Takes):
         rank, world, group = who
         assert plan.problem is not None
         layouts = plan.problem.query_layout, plan.problem.key_layout
-        names = [layout.map if self.plan.along_curve else layout.name for layout in layouts]
+        names = [layout.dealing if self.plan.along_curve else layout.name for layout in layouts]
         site = plan.placed if self.plan.along_curve else plan.site
         means = []
         for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):

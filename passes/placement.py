@@ -2,6 +2,7 @@
 
     shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values
     with a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
+    runs: slices, cats and pads of runs of tokens run on the axis of what they make
     whole: when the op needs A whole (softmax over the sequence, no rule), when a tensor of it has A twice, or two axes
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.
@@ -11,15 +12,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, args_of, first_of, op_name, operands_of, tensors_of
-from ringpass.passes.plan import Axis, RingPlan, SitePlan
+from ringpass.passes.factors import Note, Sweep, args_of, first_of, op_name, operands_of, size_of, tensors_of
+from ringpass.passes.pieces import Axis
+from ringpass.passes.plan import RingPlan, SitePlan
 from ringpass.passes.routing import SORT, closed
 from ringpass.passes.rules import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS
 
@@ -41,9 +44,8 @@ class Placement:
     live: frozenset[Node]
     tracked: frozenset[Node]
     modes: dict[Node, Axis | None]
-    kept: frozenset[Node] = (
-        frozenset()
-    )  # whole, since masks read them whole, and small: they derive from integers alone
+    kept: frozenset[Node] = frozenset()  # whole, as masks read them, and small: they derive from integers alone
+    runs: set[Node] = field(default_factory=set)
 
     def on(self, node: Node, axis: Axis) -> bool:
         """Whether a dim of `node` lies on `axis`, or it counts rows of it."""
@@ -59,7 +61,7 @@ class Placement:
     def broadcast_operands(self, node: Node) -> list[Node]:
         """Operands that `node`, running on an axis, reads whole."""
         axis, site = self.modes[node], self.sites.get(node)
-        if axis is None:
+        if axis is None or node in self.runs:
             return []
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
@@ -69,6 +71,24 @@ class Placement:
     def learned(self, site: SitePlan) -> list[int]:
         """Numbers of the site's leaves that need a gradient."""
         return [i for i, leaf in enumerate(site.site.leaves) if leaf in self.tracked]
+
+    def axis_along(self, node: Node, dim: int) -> Axis | None:
+        """The axis of one dim of `node`."""
+        axes = self._axes(self.sweep.dims(node)[dim])
+        return axes[0] if len(axes) == 1 else None
+
+    def reads_around(self, node: Node, axis: Axis) -> bool:
+        """Whether `node`, on an axis, reads the tokens around each token of it."""
+        return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
+
+    def holder(self, axis: Axis, offset: Any, part: Node, dim: int) -> int | None:
+        """The rank that holds all tokens of `part`, which stand at `offset` of `axis`; None: several."""
+        size = size_of(part.meta["val"].shape[dim])
+        if not size.is_Integer:
+            return None
+        late = sympy.expand(offset - size_of(axis.tokens))
+        start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
+        return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
 
     def _axes(self, factors: Any) -> list[Axis]:
         return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
@@ -195,11 +215,16 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     if name in ATTENTION or draws_elsewhere(node):  # an attention left alone by the plan, a draw that all ranks share
         return None
     read = [] if name in CREATION else operands_of(node)[: 1 if name in PATTERNED else None]
+    if (made := _run(p, node)) is not None:
+        p.runs.add(node)
+        return made
     note, tensors = p.sweep.notes[node], [node, *read]
     axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
     if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node):
         return None
     (axis,) = axes
+    if p.reads_around(node, axis) and not _in_order(p, node, axis):
+        return None
     if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
         return None
     passed = any(p.on(n, axis) for n in tensors[1:])
@@ -208,6 +233,38 @@ def _decide(p: Placement, node: Node) -> Axis | None:
     running = any(p.modes[n] is axis and p.on(n, axis) for n in tensors[1:])
     starts = node not in p.kept and any(differentiable(t) for t in tensors_of(node))
     return axis if running or starts else None
+
+
+def _run(p: Placement, node: Node) -> Axis | None:
+    """The axis on which `node` takes a run of tokens, or puts runs together; None where it does not."""
+    dim = p.sweep.runs.get(node)
+    axis = p.axis_along(node, dim) if dim is not None else None
+    if dim is None or axis is None or axis.line is None or len(p._axes(sum(p.sweep.dims(node), ()))) > 1:
+        return None
+    if node in p.kept or not differentiable(node.meta["val"]) or p._axes(p.sweep.notes[node].whole):
+        return None
+    parts = parts_of(node, dim)
+    own = [p.axis_along(part, dim) for part, _ in parts]
+    if any(a is not None and a.line is not axis.line for a in own) or not any(own):
+        return None
+    if op_name(node) == "slice.Tensor":
+        return axis if p.modes[first_of(node)] is own[0] else None
+    few = [p.holder(axis, offset, part, dim) for (part, offset), a in zip(parts, own, strict=True) if a is None]
+    return None if None in few else axis
+
+
+def parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
+    """The operands of a slice, cat or pad along `dim`, and where their tokens begin in what a cat makes."""
+    given = args_of(node)[0]
+    parts = [n for n in given if n.meta["val"].shape != (0,)] if isinstance(given, list | tuple) else [given]
+    sizes = [size_of(n.meta["val"].shape[dim]) for n in parts]
+    return [(n, sum(sizes[:i], sympy.Integer(0))) for i, n in enumerate(parts)]
+
+
+def _in_order(p: Placement, node: Node, axis: Axis) -> bool:
+    """Whether the tokens around each one are those of the sequence, in runs whose number no length changes."""
+    outermost = p._axes(p.sweep.dims(node)[p.sweep.halos[node]][:1])
+    return bool(outermost) and not axis.layout.order and isinstance(axis.tokens, int)
 
 
 def _sorts(p: Placement, node: Node) -> bool:

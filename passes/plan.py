@@ -1,6 +1,6 @@
 """plan: sites + sequence axes -> one layout per axis and one schedule problem per site.  No tensors.
 
-    axes: the factor classes of the query and key dims of the sites
+    axes: the factor classes of the query and key dims of the sites, and, of `pieces`, other runs of the same tokens
     one rank: no axis, each site whole
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
     layout of the axes: `balance`, along the curve that `curves` finds
@@ -26,29 +26,13 @@ from ringpass.passes.curves import along, find, of_length
 from ringpass.passes.detect import AttentionSite
 from ringpass.passes.dilate import dilations
 from ringpass.passes.factors import Factor, Sweep, hint_of
+from ringpass.passes.pieces import Axis, on_lines
 from ringpass.schedule import TILE, Problem, Program, program
 from ringpass.selection import TopBlocks
 from ringpass.site import Site, of_lane
 
 SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
 LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One sequence axis.  `tokens` is S, an int or a SymInt; `hint` its value in this compilation."""
-
-    index: int
-    factor: Factor
-    tokens: Any
-    layout: Layout
-
-    @property
-    def hint(self) -> int:
-        return hint_of(self.tokens)
-
-    def __str__(self) -> str:
-        return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"
 
 
 @dataclass(frozen=True)
@@ -156,9 +140,13 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, along(site, orders, config), orders, pair))
+    laid = on_lines(axes, sweep, world)
+    planned = [
+        (site, placed, orders, [laid[a.factor] if a else None for a in pair]) for site, placed, orders, pair in planned
+    ]
     placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
     chosen, weighed = _choose(placed_pairs, world, config)
-    final = {a.index: replace(a, layout=Layout(following(chosen, a.layout.order), world)) for a in axes.values()}
+    final = {a.index: replace(a, layout=a.layout.dealt(chosen)) for a in laid.values()}
     plans = []
     for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)

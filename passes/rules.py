@@ -23,11 +23,14 @@ from ringpass.passes.factors import (
     Note,
     Sweep,
     args_of,
+    bound_of,
     first_of,
+    hint_of,
     op_name,
     operands_of,
     product,
     size_of,
+    slice_of,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -254,7 +257,7 @@ def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
 def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Dims whose size the op leaves alone pass through; the others are needed whole.
 
-    For slice, pad, cat, repeat and index_select.
+    For repeat, and slice, pad and cat of what holds no tokens.
     """
     rank = node.meta["val"].ndim
     padded = _padded_dims(node, rank)
@@ -269,6 +272,115 @@ def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
             note.whole += [f for column in columns for f in column]
             out.append(sweep.new(n))
     return tuple(out)
+
+
+def _slice(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """A run of tokens, if it is most of them or known from elsewhere, and something works on it."""
+    dims, (dim, start, _, step) = list(sweep.dims(first_of(node))), slice_of(node)
+    old, size = product(dims[dim]), size_of(node.meta["val"].shape[dim])
+    returned = all(user.op == "output" for user in node.users)
+    if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.worked or returned:
+        return _same_or_whole(sweep, node, note)
+    begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
+    most = 2 * hint_of(node.meta["val"].shape[dim]) > hint_of(first_of(node).meta["val"].shape[dim])
+    found = sweep.run_of(dims[dim], old + begin if begin.is_negative else begin, size, new=most)
+    if found is None:
+        return _same_or_whole(sweep, node, note)
+    sweep.runs[node] = dim
+    dims[dim] = found
+    return tuple(dims)
+
+
+def _cat(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Runs of tokens put together, if any of them is worked on."""
+    operands = [n for n in operands_of(node) if n.meta["val"].shape != (0,)]
+    rank = node.meta["val"].ndim
+    listed = [n for n in args_of(node)[0] if n in operands]
+    dim = _argument(node, 1, "dim", 0) % rank
+    parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
+    if sweep.worked.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
+        return _same_or_whole(sweep, node, note)
+    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in operands]
+    out = list(sweep.broadcast(others, note))
+    out[dim] = sweep.joined(parts, note)
+    sweep.runs[node] = dim
+    return tuple(out)
+
+
+def _pad(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Tokens put before and after one run of them, if it is worked on."""
+    rank, source = node.meta["val"].ndim, first_of(node)
+    padded = _padded_dims(node, rank)
+    amounts: Any = node.args[1]
+    (dim,) = padded if len(padded) == 1 else (None,)
+    low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
+    constant = _argument(node, 2, "mode", "constant") == "constant" or op_name(node) != "pad.default"
+    fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
+    if shift_of(node):
+        sweep.halos[node] = min(padded)
+        return sweep.dims(source)
+    if dim is None or not (fixed and constant) or source not in sweep.worked or not sweep.dims(source)[dim]:
+        return _same_or_whole(sweep, node, note)
+    dims = list(sweep.dims(source))
+    size = size_of(source.meta["val"].shape[dim])
+    dims[dim] = sweep.joined([((), size_of(low)), (dims[dim], size), ((), size_of(high))], note)
+    sweep.runs[node] = dim
+    return tuple(dims)
+
+
+def _convolution(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
+    dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
+    if len(dims) != len(shape):
+        return sweep.unknown(node, note)  # type: ignore[no-any-return]
+    note.whole += [f for d in dims[1:2] for f in d]
+    weight: Any = bound_of(node)["weight"]
+    note.whole += [f for d in sweep.dims(weight) for f in d]
+    step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
+    old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
+    if step and dims[2] and old == step * size:
+        split = sweep.reshape((dims[2],), (size, step), note)
+        sweep.halos[node] = 2
+        return dims[0], sweep.new(shape[1]), split[0]
+    note.whole += [f for d in dims[2:] for f in d]
+    return (dims[0], *sweep.fresh(shape[1:]))
+
+
+def halo_of(node: Node) -> tuple[int, int, int]:
+    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one."""
+    if op_name(node) != "conv1d.default":
+        low = shift_of(node)
+        return max(low, 0), max(-low, 0), 1
+    bound = bound_of(node)
+    weight: Any = bound["weight"]
+    step, before, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    after = apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step
+    after = max(after, 0)
+    return before, after + -(before + after) % step, step
+
+
+def _single(value: Any) -> int:
+    return int(value[0]) if isinstance(value, list | tuple) else int(value)
+
+
+def shift_of(node: Node) -> int:
+    """By how many tokens a pad moves a sequence of the same length: on one side it pads, on the other it crops."""
+    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+        return 0
+    amounts, rank = list(args_of(node)[1]), node.meta["val"].ndim
+    padded = _padded_dims(node, rank)
+    if len(padded) != 1:
+        return 0
+    low, high = amounts[2 * (rank - 1 - min(padded)) :][:2]
+    fixed = isinstance(low, int) and isinstance(high, int) and low == -high
+    return low if fixed and _zeros(node) else 0
+
+
+def _zeros(node: Node) -> bool:
+    """Whether a pad puts zeros."""
+    if op_name(node) == "pad.default":
+        return _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value")
+    return not _argument(node, 2, "value", 0)
 
 
 def _padded_dims(node: Node, rank: int) -> set[int]:
@@ -447,9 +559,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(WHOLE_DIM, _whole_dim),
     **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
-    **dict.fromkeys(
-        ["slice.Tensor", "pad.default", "constant_pad_nd.default", "cat.default", "repeat.default"], _same_or_whole
-    ),
+    "slice.Tensor": _slice,
+    "cat.default": _cat,
+    **dict.fromkeys(["conv1d.default", "conv2d.default", "conv3d.default"], _convolution),
+    **dict.fromkeys(["pad.default", "constant_pad_nd.default"], _pad),
+    "repeat.default": _same_or_whole,
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),

@@ -2,12 +2,15 @@
 
     _transformer_encoder_layer_fwd(x, ..)        the layer: norms, linears, scaled_dot_product_attention
     einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
+    conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
+    split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.passes.factors import args_of
+from ringpass.passes.factors import args_of, bound_of
 
 aten = torch.ops.aten
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
@@ -27,12 +30,16 @@ def spell_out(gm: GraphModule) -> None:
     """Rewrites `gm` in place."""
     for node in list(gm.graph.nodes):
         if node.target is aten._transformer_encoder_layer_fwd.default:
-            _replace(node, encoder_layer, _bound(node))
+            _replace(node, encoder_layer, bound_of(node))
         elif node.target is aten.einsum.default and (product := _product(*args_of(node)[:2])) is not None:
             _replace(node, product, dict(zip("ab", args_of(node)[1], strict=True)))
+        elif node.target in SPLITS:
+            _sliced(node)
+        elif node.target in CONVOLUTIONS and _of_patches(node):
+            _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
 
 
-def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> None:
+def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
     """`function` of `args` in the place of `node`."""
     nodes = {name: value for name, value in args.items() if isinstance(value, Node)}
     rest = {name: value for name, value in args.items() if name not in nodes}
@@ -51,15 +58,10 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
     assert isinstance(out, Node)
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
+    return out
 
 
 # --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------
-
-
-def _bound(node: Node) -> dict[str, Any]:
-    schema: Any = node.target
-    names = [a.name for a in schema._schema.arguments]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def encoder_layer(
@@ -100,6 +102,76 @@ def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
         return None
     seen = mask.to(torch.bool).logical_not()
     return seen[:, None, None, :] if kind == 1 else seen
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+def _sliced(node: Node) -> None:
+    """The parts of a split as slices, which have a run of tokens each; channels, in the last dim, stay as they are."""
+    parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
+    sizes = [part.shape[dim] for part in parts]
+    if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
+        return
+    for user in list(node.users):
+        start = sum(sizes[: args_of(user)[1]])
+        with node.graph.inserting_before(user):
+            bounds = dim, start, start + user.meta["val"].shape[dim]
+            part = node.graph.call_function(aten.slice.Tensor, (node.args[0], *bounds))
+        part.meta.update(user.meta)
+        user.replace_all_uses_with(part)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+# --- convolutions of patches ------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+FLATTENING = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+
+
+def _of_patches(node: Node) -> bool:
+    """Whether a convolution takes patches side by side, of a batch of known sizes."""
+    bound = bound_of(node)
+    shape, kernel = bound["input"].meta["val"].shape, list(bound["weight"].meta["val"].shape[2:])
+    stride, padding, dilation = (
+        _each(bound.get(name, default), kernel) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    plain = stride == kernel and not any(padding) and set(dilation) <= {1} and bound.get("groups", 1) == 1
+    return plain and len(shape) == len(kernel) + 2 and all(isinstance(n, int) for n in (*shape[1:], *kernel))
+
+
+def _each(value: Any, kernel: list[int]) -> list[int]:
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    return listed * len(kernel) if len(listed) == 1 else listed
+
+
+def patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..), by a linear layer of each patch."""
+    kernel, dims = weight.shape[2:], range(weight.ndim - 2)
+    counts = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
+    for d in dims:
+        if x.shape[2 + d] % kernel[d]:
+            x = x.narrow(2 + d, 0, counts[d] * kernel[d])
+    split = [n for pair in zip(counts, kernel, strict=True) for n in pair]
+    x = x.reshape(-1, x.shape[1], *split).permute(0, *(2 + 2 * d for d in dims), 1, *(3 + 2 * d for d in dims))
+    y = F.linear(x.reshape(-1, math.prod(counts), weight[0].numel()), weight.reshape(weight.shape[0], -1), bias)
+    return y.transpose(1, 2).reshape(-1, weight.shape[0], *counts)
+
+
+def _flattened(grid: Node) -> None:
+    """A view of a grid of patches is one of their row."""
+    for user in list(grid.users):
+        if user.target in FLATTENING:
+            with user.graph.inserting_before(user):
+                row = user.graph.call_function(aten.reshape.default, (grid.args[0], list(user.meta["val"].shape)))
+            row.meta.update(user.meta)
+            user.replace_all_uses_with(row)
+            user.graph.erase_node(user)
+    if not grid.users:
+        grid.graph.erase_node(grid)
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ringpass import ops
 from ringpass.kernels import accumulator
 from ringpass.passes.emission import Emitter
 from ringpass.passes.factors import args_of, first_of, op_name, size_of
-from ringpass.passes.plan import Axis
+from ringpass.passes.pieces import Axis
 from ringpass.passes.rules import LOSSES, SUMS
 
 aten = torch.ops.aten

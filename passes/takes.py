@@ -15,9 +15,9 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.passes.emission import Emitter, bytes_of, slice_of
-from ringpass.passes.factors import args_of, first_of, op_name, size_of
-from ringpass.passes.plan import Axis
+from ringpass.passes.emission import Emitter, bytes_of
+from ringpass.passes.factors import args_of, first_of, op_name, size_of, slice_of
+from ringpass.passes.pieces import Axis
 
 aten = torch.ops.aten
 TAKES = ("select.int", "slice.Tensor", "index.Tensor", "index_select.default")

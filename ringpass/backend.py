@@ -286,7 +286,7 @@ def _handed_out(
     """A local output as the option `outputs` says."""
     outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
     shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
-    inner = output.shape[spec.dim] // (outer * shard.length)
+    inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
     origin = Origin(spec.name, around.calls, position, shard, around, spec.part, inner)
     if config.outputs == "lazy":
         return show(output, origin)

@@ -45,29 +45,25 @@ class Shard:
         return self.placement.length(self.rank, self.tokens)
 
     def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
-        """`shape` with `old` tokens in the sequence dim replaced by `new`."""
-        each = self.outer if _none(old) else shape[self.dim] // old
-        return [*shape[: self.dim], each * new, *shape[self.dim + 1 :]]
+        """`shape` with `old` tokens in the sequence dim replaced by `new`; where a rank has none, the dim is theirs."""
+        rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
+        return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
 
     def split(self, x: Tensor, tokens: Any) -> Tensor:
         """`x` as (before, tokens, after): `before` holds the leading dims and outer, `after` inner and the rest."""
         before = self.outer
         for n in x.shape[: self.dim]:
             before = before * n
-        after = 1 if _none(tokens) else x.shape[self.dim] // (self.outer * tokens)
+        after = x.shape[self.dim] // (self.outer * tokens) if type(tokens) is not int or tokens else 1
         for n in x.shape[self.dim + 1 :]:
             after = after * n
         return x.reshape(before, tokens, after)
 
 
-def _none(tokens: Any) -> bool:
-    """Whether a rank has no tokens at all, as the last ones of a short tensor that DTensor cut: of plain dims only."""
-    return type(tokens) is int and tokens == 0
-
-
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`."""
     parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    parts = parts or [shard.split(x, shard.tokens)[:, :0]]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
 
@@ -148,6 +144,62 @@ def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
     rows = carry(shard.split(x, shard.length), moves, group)
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
+
+
+def halo(x: Tensor, shard: Shard, left: int, right: int, group: str) -> Tensor:
+    """Each run of the local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
+
+    The sequence dim has S * each elements, which are counted one by one.
+    """
+    around = Around(shard, x.shape[shard.dim] // shard.length, left, right)
+    rows = move(shard.split(x, x.shape[shard.dim]), around.held, around.wanted, shard.rank, group)
+    inside = around.inside(x)
+    out = rows.new_zeros((rows.shape[0], len(inside), rows.shape[2]))
+    out[:, inside] = rows
+    return out.reshape(*x.shape[: shard.dim], len(inside), *x.shape[shard.dim + 1 :])
+
+
+def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
+    """The transpose of `halo`."""
+    around = Around(shard, each, left, right)
+    rows = shard.split(grad, grad.shape[shard.dim])[:, around.inside(grad)]
+    out = move_back(rows, around.held, around.wanted, shard.rank, group)
+    return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Around:
+    """The elements that each rank holds and those that it wants: its runs of tokens, and what is around them."""
+
+    shard: Shard
+    each: int  # elements of a token
+    left: int
+    right: int
+
+    @property
+    def held(self) -> list[Ranges]:
+        return [tuple((a * self.each, b * self.each) for a, b in self._runs(r)) for r in range(self.shard.world)]
+
+    @property
+    def wanted(self) -> list[Ranges]:
+        most = self.shard.tokens * self.each
+        return [
+            tuple((max(a, 0), min(b, most)) for a, b in self._wider(rank) if min(b, most) > max(a, 0))
+            for rank in range(self.shard.world)
+        ]
+
+    def inside(self, like: Tensor) -> Tensor:
+        """Which of this rank's elements and those around them are in the sequence."""
+        wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
+        at = torch.cat(wider)
+        found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
+        return found
+
+    def _wider(self, rank: int) -> list[tuple[int, int]]:
+        return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._runs(rank)]
+
+    def _runs(self, rank: int) -> Ranges:
+        return self.shard.placement.ranges(rank, self.shard.tokens)
 
 
 def carry(x: Tensor, moves: Moves, group: str) -> Tensor:

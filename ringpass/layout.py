@@ -15,6 +15,10 @@ rank some of them, in ascending order.
     chunked          n = P, as torch.chunk and DTensor cut: all chunks equal, but for the last ones that hold any
     replicated       every rank holds all tokens
 
+`zigzag cut 77,-1`: the first 77 tokens, the last, and those between are dealt out each by itself, as for a text and
+an image that stand in one sequence, so that a run of tokens from cut to cut is in a layout of the same kind.  A piece
+of fewer than 2P tokens (CLS) is not divided: the rank of the chunk before it holds it, or, at the start, of that after.
+
 `zigzag along hilbert 14x14 after 1`: the tokens are in the order of that curve (`ringpass.hilbert`) before they are cut
 into chunks.  Ranges, and all schedules made of them, then speak of places along the curve.
 
@@ -25,9 +29,10 @@ counted 0, 1, 2 ..; ranges speak of these numbers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from itertools import pairwise
 from typing import Any
 
 from ringpass.hilbert import Order
@@ -37,7 +42,7 @@ Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
-ASSIGNED, ALONG, EVERY = "chunks ", " along ", " every "
+ASSIGNED, CUT, ALONG, EVERY = "chunks ", " cut ", " along ", " every "
 CHUNKED = "chunked"  # of tensors that come and go, never of a plan
 
 
@@ -52,9 +57,20 @@ class Layout:
         assert self.map in (*NAMES, CHUNKED) or self.map.startswith(ASSIGNED), self.name
 
     @property
-    def map(self) -> str:
-        """The name without the order and the residue class."""
+    def dealing(self) -> str:
+        """The name without the order and the residue class: how places are dealt out."""
         return self.name.partition(EVERY)[0].partition(ALONG)[0]
+
+    @property
+    def map(self) -> str:
+        """How each piece is dealt out."""
+        return self.dealing.partition(CUT)[0]
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Between which tokens the sequence is in pieces, ascending; counted from the end where they are negative."""
+        text = self.dealing.partition(CUT)[2]
+        return tuple(int(n) for n in text.split(",")) if text else ()
 
     @property
     def order(self) -> Order | None:
@@ -96,10 +112,34 @@ class Layout:
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
-        if self.replicated:
-            return tokens
         if self.map == CHUNKED:
             return size(self.ranges(rank, tokens))
+        return tokens if self.replicated else self.before(rank, tokens, None)
+
+    def before(self, rank: int, tokens: Any, cut: int | None) -> Any:
+        """Number of local tokens before a cut, 0 for the first token; None: of all."""
+        if cut == 0:
+            return 0
+        ends = [*self.cuts, None]
+        assert cut in ends, (cut, self.name)
+        sizes = [self._share(rank, size, owner) for size, owner in self._pieces(tokens)[: ends.index(cut) + 1]]
+        return reduce(operator.add, sizes)
+
+    def _pieces(self, tokens: Any) -> list[tuple[Any, int | None]]:
+        """(size, the rank that holds all of it, or None) of each piece."""
+        if not self.cuts:
+            return [(tokens, None)]
+        starts = [0, *(c if c >= 0 else tokens + c for c in self.cuts), tokens]
+        ends: list[Any] = [0, *self.cuts, None]
+        small = [_is_small(a, b, 2 * self.world) for a, b in pairwise(ends)]
+        first, last = (_owner(self.map, self.world, chunk) for chunk in (0, self.chunks - 1))
+        owners = [None if not few else first if all(small[:i]) else last for i, few in enumerate(small)]
+        return [(b - a, owner) for (a, b), owner in zip(pairwise(starts), owners, strict=True)]
+
+    def _share(self, rank: int, tokens: Any, owner: int | None) -> Any:
+        """How many tokens of a piece `rank` holds."""
+        if owner is not None:
+            return tokens if owner == rank else 0
         n = self.chunks
         return reduce(operator.add, [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)] or [0])
 
@@ -111,13 +151,23 @@ class Layout:
             found = [(self.residue.before(a), self.residue.before(b)) for a, b in whole]
             return tuple((a, b) for a, b in found if a < b)
         out: list[tuple[int, int]] = []
-        for chunk in self.owned(rank):
-            start, stop = self._start(chunk, tokens), self._start(chunk + 1, tokens)
+        for start, stop in self._spans(rank, tokens):
             if out and out[-1][1] == start:
                 out[-1] = (out[-1][0], stop)
             elif start < stop:
                 out.append((start, stop))
         return tuple(out)
+
+    def _spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
+        """The tokens of `rank`, chunk by chunk and piece by piece."""
+        offset = 0
+        for size, owner in self._pieces(tokens):
+            if owner is None:
+                for chunk in self.owned(rank):
+                    yield offset + self._start(chunk, size), offset + self._start(chunk + 1, size)
+            elif owner == rank:
+                yield offset, offset + size
+            offset += size
 
     def _start(self, chunk: int, tokens: int) -> int:
         if self.map == CHUNKED:
@@ -125,10 +175,37 @@ class Layout:
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
 
+    def holder(self, tokens: int, start: int, stop: int) -> int | None:
+        """The rank that holds all of a piece in which these tokens are; None if the piece is dealt out."""
+        end = 0
+        for size, owner in self._pieces(tokens):
+            begin, end = end, end + size
+            if begin <= start and stop <= end:
+                return owner
+        return None
+
+    def dealt(self, name: str) -> Layout:
+        """The same cuts, order and residue class, with another map."""
+        return replace(self, name=name + self.name.removeprefix(self.map))
+
+
+def _is_small(start: int, stop: int | None, few: int) -> bool:
+    """Whether a piece from cut to cut has fewer than `few` tokens; one that ends on either side of the middle has not.
+
+    The answer must be that of each length of the sequence, which may be symbolic.
+    """
+    beginning, end = stop is not None and 0 <= start <= stop, start < 0
+    return (beginning or end) and (stop or 0) - start < few
+
 
 def assigned(owners: Sequence[int]) -> str:
     """The name of the layout whose chunk i is held by rank `owners[i]`."""
     return ASSIGNED + ",".join(map(str, owners))
+
+
+def cut(name: str, cuts: Sequence[int]) -> str:
+    """The layout `name`, each piece from cut to cut by itself."""
+    return f"{name}{CUT}{','.join(map(str, cuts))}" if cuts else name
 
 
 def following(name: str, order: Order | None) -> str:
@@ -139,6 +216,12 @@ def following(name: str, order: Order | None) -> str:
 def sieved(name: str, residue: Residue | None) -> str:
     """The layout `name` of the tokens in `residue` alone."""
     return f"{name}{EVERY}{residue}" if residue else name
+
+
+@lru_cache(maxsize=256)
+def _owner(name: str, world: int, chunk: int) -> int:
+    layout = Layout(name, world)
+    return next(rank for rank in range(world) if chunk in layout.owned(rank))
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,8 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     redeal           from the own tokens in one layout to those in another     back
     permute          all tokens in the order of a curve        the inverse
     reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
+    halo             the own tokens, run by run, with those around them   their sum, where they are held
+    core             the local row of each own token, where each run has rows around it   none
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys     ring_attention_backward
@@ -57,6 +59,9 @@ define(
     "-> Tensor"
 )
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
+define(f"halo(Tensor x, {SHARD}, int runs, int left, int right, str group) -> Tensor")
+define(f"halo_backward(Tensor grad, {SHARD}, int each, int left, int right, str group) -> Tensor")
+define(f"core(Tensor like, {SHARD}, int each, int left, int right) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
 define("replicate(Tensor[] xs, str group) -> Tensor[]")
@@ -76,14 +81,15 @@ define(
 
 _ops = torch.ops.ringpass
 shard, gather, reduce, replicate = _ops.shard.default, _ops.gather.default, _ops.reduce.default, _ops.replicate.default
+halo, halo_backward, core = _ops.halo.default, _ops.halo_backward.default, _ops.core.default
 permute, redeal = _ops.permute.default, _ops.redeal.default
 reduce_list, dropout, keep = _ops.reduce_list.default, _ops.dropout.default, _ops.keep.default
 reduce_scatter, locate = _ops.reduce_scatter.default, _ops.locate.default
 block_means, choose_blocks = _ops.block_means.default, _ops.choose_blocks.default
 ring_attention, ring_attention_backward = _ops.ring_attention.default, _ops.ring_attention_backward.default
 COMMUNICATING = (
-    shard, gather, redeal, reduce, reduce_list, reduce_scatter, replicate, block_means, ring_attention,
-    ring_attention_backward,
+    shard, gather, redeal, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
+    ring_attention, ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""
 
@@ -155,6 +161,64 @@ def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 implement("permute", _permute, lambda x, *args: x.new_empty(x.shape))
 differentiate("permute", _permute_backward, _save_arguments)
+
+# --- halo -------------------------------------------------------------------------------------------------------------
+
+
+def _halo(x: Tensor, *args: Any) -> Tensor:
+    *where, runs, left, right, group = args
+    shard = Shard(*where)
+    assert len(shard.placement.ranges(shard.rank, shard.tokens)) == runs, "compiled for another number of runs"
+    return collectives.halo(x, shard, left, right, group)
+
+
+def _fake_halo(x: Tensor, *args: Any) -> Tensor:
+    *where, runs, left, right, _ = args
+    dim = where[0]
+    return x.new_empty((*x.shape[:dim], x.shape[dim] + runs * (left + right), *x.shape[dim + 1 :]))
+
+
+def _halo_backward(grad: Tensor, *args: Any) -> Tensor:
+    *where, each, left, right, group = args
+    return collectives.halo_back(grad, Shard(*where), each, left, right, group)
+
+
+def _fake_halo_backward(grad: Tensor, *args: Any) -> Tensor:
+    *where, each, _, _, _ = args
+    shard = Shard(*where)
+    return grad.new_empty((*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :]))
+
+
+def _save_halo(ctx: Any, inputs: Any, output: Any) -> None:
+    x, *where, _, left, right, group = inputs
+    shard = Shard(*where)
+    ctx.arguments = *where, x.shape[shard.dim] // shard.length, left, right, group
+
+
+def _halo_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return halo_backward(grad, *ctx.arguments), *_unchanged(ctx)
+
+
+implement("halo", _halo, _fake_halo)
+implement("halo_backward", _halo_backward, _fake_halo_backward)
+differentiate("halo", _halo_grad, _save_halo)
+
+
+def _core(like: Tensor, *args: Any) -> Tensor:
+    *where, each, left, right = args
+    shard = Shard(*where)
+    counts = [(b - a) * each for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    starts = [sum(counts[:i]) + i * (left + right) + left for i in range(len(counts))]
+    rows = [torch.arange(at, at + n, device=like.device) for at, n in zip(starts, counts, strict=True)]
+    return torch.cat(rows)
+
+
+def _fake_core(like: Tensor, *args: Any) -> Tensor:
+    *where, each, _, _ = args
+    return like.new_empty(Shard(*where).length * each, dtype=torch.int64)
+
+
+implement("core", _core, _fake_core)
 
 # --- reduce, replicate ------------------------------------------------------------------------------------------------
 

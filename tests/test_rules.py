@@ -8,7 +8,7 @@ may then gather.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,7 +23,8 @@ from ringpass.passes.capture import Captured, capture
 from ringpass.passes.emission import Rank
 from ringpass.passes.factors import Sweep, op_name
 from ringpass.passes.partition import LocalOutput, Partitioned, partition
-from ringpass.passes.plan import Axis, RingPlan
+from ringpass.passes.pieces import Axis, on_lines
+from ringpass.passes.plan import RingPlan
 from tests import thread_ranks
 
 B, TOKENS, H, D = 2, 11, 3, 4
@@ -220,7 +221,7 @@ WHOLE = [  # gathered, and said so
         "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
         "var.correction": lambda x: aten.var.correction(x, [1]),
         "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
-        "pad.default": lambda x: F.pad(x, (0, 0, 1, -1)), "repeat.default": lambda x: x.repeat(1, 2, 1),
+        "pad.default": lambda x: F.pad(x, (0, 0, 1, -1), value=2.0), "repeat.default": lambda x: x.repeat(1, 2, 1),
         "unbind.int": lambda x: x.unbind(1)[2], "sort.default": lambda x: x.sort(1).values,
         "slice.Tensor": lambda x: x[:, 1:] * 2, "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
     }.items()),
@@ -232,7 +233,40 @@ WHOLE = [  # gathered, and said so
     )),
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
 ]  # fmt: skip
-CASES = [*LOCAL, *SUMMED, *TAKEN, *WHOLE]
+RUNS = [  # runs of tokens: nothing moves
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, :-1].reshape(-1, D).sin(), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[1:-2] * 2, (FIRST, (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:].mean(1), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.cross_entropy(F.linear(x, w)[:, :-1].reshape(-1, D), ids(D)[:, 1:].reshape(-1)),
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y.expand(B, 1, D), F.linear(x, w)], 1).sin()[:, 1:] * 2,
+         ((B, S, D), (D, D), (1, 1, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y, F.linear(x, w), y[:, :1]], 1) * 2,
+         ((B, S, D), (D, D), (B, 2, D))),
+    Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1] * 3, y[:, 1:] * 2], 1) + x,
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([F.linear(y, w), F.linear(x, w)], 1)[:, 7:] + x,
+         ((B, S, D), (D, D), (B, 7, D))),
+    Case("pad.default", lambda x, w: F.pad(F.linear(x, w), (0, 0, 0, 3)) * 2, ((B, S, D), (D, D))),
+    Case("constant_pad_nd.default",
+         lambda x, w: aten.constant_pad_nd(F.linear(x, w), [0, 0, 1, 2], 5.0).sin()[:, 1:-2] * 2, ((B, S, D), (D, D))),
+    Case("conv1d.default", lambda x, w, b: F.conv1d(x.mT, w, b, padding=1), ((B, S, D), (5, D, 3), (5,))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=4, dilation=2, groups=D), ((B, S, D), (D, 1, 5))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.reshape(B, S * 2, 2).mT, w, stride=2, padding=1),
+         ((B, S, D), (5, 2, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.reshape(B, S * 2, 2).mT, w, stride=2, padding=3),
+         ((B, S, D), (5, 2, 8))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.conv1d(x.reshape(B, S * 2, 2).mT, w, padding=1).sin(), w.mT.mT,
+         stride=2, padding=1).mT + x[..., :2], ((B, S, D), (2, 2, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x, w, padding=1), ((S, B, D), (5, B, 3))),
+    Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 2, 3, 3), (5, 2, 3, 3))),
+    Case("conv3d.default", lambda x, w: F.conv3d(x, w, padding=1), ((S, 2, 3, 3, 2), (5, 2, 3, 3, 3))),
+    Case("pad.default", lambda x: F.pad(x, (0, 0, 1, -1)) * x),
+    Case("pad.default", lambda x: F.pad(x, (0, 0, -2, 2)) * x),
+    Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
+]  # fmt: skip
+CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -262,8 +296,9 @@ def programs(case: Case, layout: str, world: int) -> list[Partitioned]:
     sweep = Sweep().run(captured.gm, rules.rule_for)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == S]
-    axis = Axis(0, factors[0], S, Layout(layout, world))
-    plan = RingPlan(world, (axis,), (), "ring")
+    axis = Axis(0, factors[0], S, Layout("contiguous", world))
+    axes = [replace(a, layout=a.layout.dealt(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()]
+    plan = RingPlan(world, tuple(axes), (), "ring")
     return [
         partition(captured, plan, sweep, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
         for rank in range(world)

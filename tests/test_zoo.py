@@ -15,9 +15,8 @@ KINDS = [  # labels, padding, training
 ]  # fmt: skip
 LOCAL = 0.99  # the least share of the FLOPs on local tokens
 GATHERED = {  # why an entry gathers something
-    "dinov2": "the mean of all tokens but the first",
     "dit": "patches, at the end, become a picture",
-    "sd3": "two streams take turns in one sequence",
+    "sd3": "patches, at the end, become a picture",
     "nn_attention_maps": "attention maps are returned",
 }
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ringpass import backend
+from ringpass.passes.factors import bound_of
 from ringpass.passes.partition import Gather, Partitioned
 from tests.parity import after_backward, compiled, relative
 from tests.zoo import ZOO, wide
@@ -34,7 +35,7 @@ class Report:
     where: str
     sites: int = 0  # attentions on the ring
     gathers: list[Gather] = field(default_factory=list)  # but for outputs
-    flops: float = 0.0  # of this rank's linear layers
+    flops: float = 0.0  # of this rank's linear layers and convolutions
     whole_flops: float = 0.0  # of one device
     peak: int = 0  # bytes that a step of this rank holds at most, but for parameters and their gradients
     whole_peak: int = 0  # of one device
@@ -122,14 +123,16 @@ PRODUCTS = {
     "aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "aten::_grouped_mm": 0, "transformers::grouped_mm_fallback": 0,
 }  # fmt: skip
 """Positions of the left factor."""
+CONVOLUTIONS = ("aten::conv1d", "aten::conv2d", "aten::conv3d")
 
 
 def flops(gm: GraphModule) -> float:
-    """FLOPs of the linear layers of a graph, experts included."""
+    """FLOPs of the linear layers and convolutions of a graph, experts included."""
     total = 0.0
     for node in gm.graph.nodes:
         name = node.target.name().split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
         if name in PRODUCTS:
-            left = node.args[PRODUCTS[name]].meta["val"]
-            total += 2.0 * node.meta["val"].numel() * left.shape[-1]
+            total += 2.0 * node.meta["val"].numel() * node.args[PRODUCTS[name]].meta["val"].shape[-1]
+        elif name in CONVOLUTIONS:
+            total += 2.0 * node.meta["val"].numel() * bound_of(node)["weight"].meta["val"][0].numel()
     return total

@@ -1,0 +1,106 @@
+"""runs: slices, concatenations and pads along the sequence, on local tokens.
+
+    x[:, 1:]                  the local rows but the first, on the rank that holds token 0; all of them elsewhere
+    cat([cls, patches])       the local patches, after the CLS token on the rank that holds it
+    cat([text, image])        the local text, then the local image: each has been dealt out by itself
+    pad(x, (0, 0, 0, 5))      the local tokens, then this rank's share of the five
+    conv1d(x, w, padding=1)   conv1d(halo(x, 1, 1), w), and of what it gives, the rows of local tokens
+    pad(x, (0, 0, 1, -1))     halo(x, 1, 0), without the last row of each run of tokens
+
+Contract: a conv1d and a shift move what stands around each run of local tokens, and no more; the others move nothing,
+for a token is on the same rank in all runs of its line (`pieces`).  What is whole, such as CLS, is cut to this rank's
+share of it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from ringpass import ops
+from ringpass.layout import assigned
+from ringpass.passes.emission import Emitter
+from ringpass.passes.factors import args_of, bound_of, first_of, op_name, size_of
+from ringpass.passes.lines import same
+from ringpass.passes.pieces import Axis
+from ringpass.passes.placement import parts_of
+from ringpass.passes.rules import halo_of
+
+aten = torch.ops.aten
+
+
+class Runs(Emitter):
+    """Writes the nodes of `Placement.runs`."""
+
+    def _local(self, node: Node, axis: Axis) -> Any:
+        raise NotImplementedError
+
+    def _whole(self, node: Node, reason: str) -> Any:
+        raise NotImplementedError
+
+    def _write_run(self, node: Node, axis: Axis) -> Node:
+        name, dim = op_name(node), self.placement.sweep.runs[node]
+        if name == "slice.Tensor":
+            return self._write_slice(node, axis, dim)
+        return self._write_cat(node, axis, dim) if name == "cat.default" else self._write_pad(node, axis, dim)
+
+    def _write_slice(self, node: Node, axis: Axis, dim: int) -> Node:
+        around = self.placement.modes[first_of(node)]
+        assert around is not None
+        x, start = self._local(first_of(node), around), self._before(around, axis.offset)
+        stop = self._compute(operator.add, start, self._length(axis))
+        return self._emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
+
+    def _write_cat(self, node: Node, axis: Axis, dim: int) -> Node:
+        rows = []
+        for part, offset in parts_of(node, dim):
+            own = self.placement.axis_along(part, dim)
+            rows.append(self._local(part, own) if own else self._share(part, axis, dim, offset))
+        return self._emit(aten.cat.default, rows, dim, name=node.name)
+
+    def _share(self, part: Node, axis: Axis, dim: int, offset: Any) -> Node:
+        """Of a few whole tokens at `offset` of the axis: all, on the rank that holds them there, none elsewhere."""
+        holder = self.placement.holder(axis, offset, part, dim)
+        assert holder is not None
+        size = self._size(size_of(part.meta["val"].shape[dim]))
+        args = dim, 1, size, assigned([holder]), self.rank.world, self.rank.rank, self.rank.group
+        return self._emit(ops.shard, self._whole(part, "a part of a sequence"), *args, name=f"{part.name}_local")
+
+    def _write_pad(self, node: Node, axis: Axis, dim: int) -> Node:
+        source, amounts = first_of(node), list(args_of(node)[1])
+        own = self.placement.axis_along(source, dim)
+        assert own is not None
+        low = self._before(axis, own.offset)
+        rest = self._compute(operator.sub, self._length(axis), self._length(own))
+        at = 2 * (node.meta["val"].ndim - 1 - dim)
+        amounts[at : at + 2] = low, self._compute(operator.sub, rest, low)
+        return self._copy(node, (self._local(source, own), amounts, *args_of(node)[2:]), node.kwargs)
+
+    def _write_halo(self, node: Node, axis: Axis) -> Node:
+        """A conv1d or a shift, of the local tokens and those around them."""
+        source, (low, high, step) = first_of(node), halo_of(node)
+        around = self._shard_args(source, axis)
+        dim, runs = around[0], len(axis.layout.ranges(self.rank.rank, axis.hint))
+        each = self._size(sympy.cancel(size_of(node.meta["val"].shape[dim]) / size_of(axis.tokens)))
+        x = self._local(source, axis)
+        rows = self._emit(ops.halo, x, *around, runs, low, high, self.rank.group, name=f"{source.name}_around")
+        if op_name(node) == "conv1d.default":
+            bound = {**bound_of(node), "padding": [0]}
+            given = {k: self._operand(v, axis, "weights") if isinstance(v, Node) else v for k, v in bound.items()}
+            rows, before, after = self._emit(aten.conv1d.default, **{**given, "input": rows}), 0, (low + high) // step
+        else:
+            before, after = high, low
+        at = self._emit(ops.core, rows, *around, each, before, after)
+        return self._emit(aten.index_select.default, rows, dim, at, name=node.name)
+
+    def _before(self, axis: Axis, place: Any) -> Any:
+        """How many local tokens of `axis` stand before a place of its line, at which it is cut."""
+        size, at = size_of(axis.tokens), sympy.expand(place - axis.offset)
+        ends = {cut: cut if cut >= 0 else size + cut for cut in (0, *axis.layout.cuts)}
+        cut = next((cut for cut, end in ends.items() if same(end, at)), None)
+        assert cut is not None or same(at, size), (axis, place)
+        return self._compute(lambda s: axis.layout.before(self.rank.rank, s, cut), self._tokens(axis))
