@@ -15,6 +15,7 @@ Contract: the sequence of nodes does not depend on the rank; ranks differ in con
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +60,15 @@ class LocalOutput:
 
 
 @dataclass(frozen=True)
+class LocalInput:
+    """Input number `position` is this rank's tokens in dim `dim`."""
+
+    position: int
+    dim: int
+    layout: str
+
+
+@dataclass(frozen=True)
 class Gather:
     """A value that had to be gathered: which, why, at how many bytes, for which line of the model."""
 
@@ -81,14 +91,26 @@ class Partitioned:
     extras: int  # symbolic sizes returned after the outputs
     gathers: tuple[Gather, ...]
     seeded: bool
+    shares: tuple[LocalInput, ...]
     draws: bool  # random ops that draw from the default generator, which the ranks must then share
 
 
 def partition(
-    captured: Captured, plan: RingPlan, sweep: Sweep, rank: Rank, strict: bool, gather_outputs: bool
+    captured: Captured,
+    plan: RingPlan,
+    sweep: Sweep,
+    rank: Rank,
+    strict: bool,
+    gather_outputs: bool,
+    shares: Mapping[int, int] | None = None,
 ) -> Partitioned:
-    """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
-    return _Writer(captured, place(captured, plan, sweep), plan, rank, strict, gather_outputs).write()
+    """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered.
+
+    `shares`: numbers of the inputs of which each rank has its own tokens, and in which dim.
+    """
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    placement = place(captured, plan, sweep, {placeholders[i]: dim for i, dim in (shares or {}).items()})
+    return _Writer(captured, placement, plan, rank, strict, gather_outputs).write()
 
 
 class _Writer(Sums, Takes, Runs):
@@ -109,9 +131,8 @@ class _Writer(Sums, Takes, Runs):
 
     def write(self) -> Partitioned:
         nodes, live = list(self.captured.gm.graph.nodes), self.placement.live
-        for node in nodes:
-            if node.op == "placeholder":
-                self.wholes[node] = self._placeholder(node.name, node.meta)
+        given = [node for node in nodes if node.op == "placeholder"]
+        shares = tuple(filter(None, (self._write_input(i, node) for i, node in enumerate(given))))
         if any(self._draws(n) for n in live):
             with self.captured.fake_mode:
                 self.seed = self._placeholder("ringpass_seed", {"val": torch.zeros((), dtype=torch.int64)})
@@ -121,11 +142,29 @@ class _Writer(Sums, Takes, Runs):
                 self.origin = node
                 self._write(node)
         outputs, extras = self._write_outputs(nodes[-1])
-        inputs = tuple(n.meta["val"] for n in self.graph.nodes if n.op == "placeholder")
-        inputs = (*self.captured.inputs, *inputs[len(self.captured.inputs) :])
+        inputs = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
+        local = {share.position for share in shares}
+        for i, fake in enumerate(self.captured.inputs):
+            inputs[i] = inputs[i] if i in local else fake
         gm = GraphModule(self.captured.gm, self.graph)
         draws = any(draws_elsewhere(n) for n in live)
-        return Partitioned(gm, inputs, outputs, extras, tuple(self.gathers), self.seed is not None, draws)
+        seeded = self.seed is not None
+        return Partitioned(gm, tuple(inputs), outputs, extras, tuple(self.gathers), seeded, shares, draws)
+
+    def _write_input(self, position: int, node: Node) -> LocalInput | None:
+        """The placeholder of an input: whole, or, if it comes in shares, of the local shape."""
+        axis = self.placement.modes[node]
+        if axis is None:
+            self.wholes[node] = self._placeholder(node.name, node.meta)
+            return None
+        dim = next(i for i, d in enumerate(self.placement.sweep.dims(node)) if self.placement._axes(d))
+        value, layout = node.meta["val"], axis.layout
+        shape = [*value.shape[:dim], layout.length(self.rank.rank, value.shape[dim]), *value.shape[dim + 1 :]]
+        with self.captured.fake_mode:
+            local = torch.empty(shape, dtype=value.dtype, device=value.device)
+        local.requires_grad_(self.captured.inputs[position].requires_grad)
+        self.locals[node] = self._placeholder(node.name, {**node.meta, "val": local})
+        return LocalInput(position, dim, layout.name)
 
     # --- one node ---------------------------------------------------------------------------------------------------
 
@@ -376,7 +415,7 @@ class _Writer(Sums, Takes, Runs):
         buckets: list[list[Node]] = []
         filled = BUCKET_BYTES
         for node in dict.fromkeys(uses):
-            if node.op == "placeholder" and node in self.placement.tracked:
+            if node.op == "placeholder" and node in self.placement.tracked and node in self.wholes:
                 filled += bytes_of(node)
                 if filled > BUCKET_BYTES:
                     buckets.append([])

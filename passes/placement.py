@@ -11,6 +11,7 @@ Contract: an analysis; it writes nothing, and depends on the graph and the plan 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +94,8 @@ class Placement:
         return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
 
 
-def place(captured: Captured, plan: RingPlan, sweep: Sweep) -> Placement:
-    """Decides each live node's mode, in graph order."""
+def place(captured: Captured, plan: RingPlan, sweep: Sweep, given: Mapping[Node, int]) -> Placement:
+    """Decides each live node's mode, in graph order.  `given`: of these inputs each rank has its tokens in that dim."""
     sites = {s.site.node: s for s in plan.sites if s.problem}
     axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
     live = _live(captured, sites)
@@ -103,7 +104,18 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep) -> Placement:
     placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
         modes[node] = _decide(placement, node) if node in live else None
+        if node in given and node in live:
+            modes[node] = _given(placement, node, given[node])
     return placement
+
+
+def _given(p: Placement, node: Node, dim: int) -> Axis | None:
+    """The axis of an input that comes in shares along `dim`; None where it must be whole."""
+    factors, value = p.sweep.dims(node), node.meta["val"]
+    axes = {i: found for i, d in enumerate(factors) if (found := p._axes(d))}
+    simple = list(axes) == [dim] and len(axes[dim]) == len(factors[dim]) == 1
+    written = any(has_effect(user) for user in node.users)
+    return axes[dim][0] if simple and differentiable(value) and not written else None
 
 
 def _rows(sweep: Sweep, axis_of: dict[Any, Axis], live: list[Node]) -> dict[Any, Axis]:

@@ -3,16 +3,18 @@
     model = torch.compile(model, backend="ring_dilated")
 
 needs no import of this package.  What it offers beside the backend: `RingConfig`, the options; `patterns`,
-`top_blocks` and `Dilation`, values of options; `reference`, what they mean, dense and plain; `errors`.
+`top_blocks` and `Dilation`, values of options; `reference`, what they mean, dense and plain; `sharded`, `tokens_of` and
+`local`, for tensors of which each rank has its own tokens; `errors`.
 """
 
 from ringpass.config import RingConfig
 from ringpass.dilation import Dilation
-from ringpass.errors import MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
+from ringpass.errors import InputError, MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
 from ringpass.selection import top_blocks
+from ringpass.shares import local, sharded, tokens_of
 
 __all__ = [
-    "Dilation", "MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError", "UnsupportedError",
-    "top_blocks",
+    "Dilation", "InputError", "MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError",
+    "UnsupportedError", "local", "sharded", "tokens_of", "top_blocks",
 ]  # fmt: skip
 __version__ = "0.1.0"

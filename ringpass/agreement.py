@@ -69,17 +69,21 @@ class Ring:
         return missing
 
 
+TIMEOUT = 300.0  # seconds, where nobody says otherwise
 RINGS: dict[str, Ring] = {}
 
 
-def ring(pg: dist.ProcessGroup | None, timeout: float) -> Ring:
-    """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks."""
+def ring(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
+    """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks.
+
+    `timeout` None: the limit that it has.
+    """
     if pg is None and dist.is_available() and dist.is_initialized():
         pg = dist.group.WORLD
-    found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout))
+    found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout or TIMEOUT))
     if found.pg is not pg:  # the process group was torn down and made anew under the same name
-        found = RINGS[found.name] = Ring(pg, timeout)
-    found.timeout = timeout
+        found = RINGS[found.name] = Ring(pg, timeout or TIMEOUT)
+    found.timeout = timeout or found.timeout
     return found
 
 
@@ -99,23 +103,32 @@ class Agreement:
 
     def seed(self, args: Sequence[Any], seed: int) -> int:
         """The seed that all ranks use in this call.  Raises MismatchError or PeerError, on all ranks."""
+        return self.numbers(args, seed)[0]
+
+    def numbers(self, args: Sequence[Any], mine: int) -> list[int]:
+        """Each rank's number, once all have shown that they make this call.
+
+        `args`: what must be equal everywhere; a text instead of a tensor says what kind of tensor it is.
+        """
         if self.ring.world == 1:
-            return seed
+            return [mine]
         self.ring.calls += 1
         inputs = [
-            (n, checksum(a)) for n, a in zip(self.names, args, strict=False) if not isinstance(a, torch.nn.Parameter)
+            (n, a if isinstance(a, str) else checksum(a))
+            for n, a in zip(self.names, args, strict=False)
+            if not isinstance(a, torch.nn.Parameter)
         ]
         weights = [
             (n, checksum(a))
             for n, a in zip(self.names, args, strict=False)
             if isinstance(a, torch.nn.Parameter) and self.first
         ]
-        mine = [self.graph, _digest(json.dumps(inputs)), _digest(json.dumps(weights)), seed]
-        headers = self._exchange(mine)
-        if any(h[:3] != mine[:3] for h in headers):
+        header = [self.graph, _digest(json.dumps(inputs)), _digest(json.dumps(weights)), mine]
+        headers = self._exchange(header)
+        if any(h[:3] != header[:3] for h in headers):
             raise self._mismatch(inputs, weights)
         self.first = False
-        return headers[0][3]
+        return [h[3] for h in headers]
 
     def _exchange(self, mine: list[int]) -> list[list[int]]:
         """Every rank's header."""
@@ -151,7 +164,7 @@ class Agreement:
             "Every rank of the ring must call the same models, in the same order."
         )
 
-    def _mismatch(self, inputs: list[tuple[str, int]], weights: list[tuple[str, int]]) -> MismatchError:
+    def _mismatch(self, inputs: list[tuple[str, int | str]], weights: list[tuple[str, int]]) -> MismatchError:
         """The error that says which ranks differ, and where first."""
         store, key = self.ring.store, f"differ/{self.ring.calls}"
         mine = [
@@ -180,12 +193,15 @@ def _first_difference(a: list[Any], b: list[Any]) -> tuple[str, str, str] | None
 
 
 ADVICE = {
+    "call": "Every rank must make the same calls in the same order: all share an input by ringpass.sharded, or none.",
     "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per "
     "rank, gives each its own. Shard the data over the data-parallel ranks only.",
     "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
     "model, or broadcast the state dict from rank 0.",
     "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments.",
-    "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a share of it.",
+    "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a share of it, or "
+    "every rank its share, by ringpass.sharded.",
+    "share": "Every rank must pass its own tokens of one tensor to ringpass.sharded, with the same dim and layout.",
     "options": "Every rank must pass the same options to torch.compile.",
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,13 +31,14 @@ from ringpass.passes.dump import Dump
 from ringpass.passes.emission import Rank
 from ringpass.passes.factors import Sweep
 from ringpass.passes.lower import attentions
-from ringpass.passes.partition import LocalOutput, Partitioned, partition
+from ringpass.passes.partition import LocalInput, LocalOutput, Partitioned, partition
 from ringpass.passes.placement import draws_elsewhere, is_dropout
 from ringpass.passes.plan import RingPlan, plan
 from ringpass.passes.rules import rule_for
 from ringpass.passes.verify import prove_all
 from ringpass.patterns import everything
 from ringpass.schedule import tiling
+from ringpass.shares import as_dtensor, as_local, on_all_ranks
 from ringpass.wrappers import concerns
 
 log = logging.getLogger("ringpass")
@@ -55,7 +56,7 @@ def ring_dilated(
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
-    around = ring(config.group, config.timeout)
+    around = ring(config.ring, config.timeout)
     _look_around(around, config)
     captured = capture(gm, example_inputs)
     sites = detect(captured.gm, everything() if config.along_curve else config.mask)
@@ -67,8 +68,7 @@ def ring_dilated(
             _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
         _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
         if not draws:
-            plain = codegen.plain(gm, example_inputs, inductor, config.compiler)
-            return lambda *args: plain(*_whole(args))
+            return _calling_whole(codegen.plain(gm, example_inputs, inductor, config.compiler))
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
     sweep = Sweep().run(captured.gm, rule_for)
@@ -78,7 +78,9 @@ def ring_dilated(
     prove_all(planned, around.rank)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
-    local = partition(captured, planned, sweep, who, config.strict, _gathers_outputs(gm, config, around))
+    shares = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
+    gather_outputs = _gathers_outputs(gm, config, around)
+    local = partition(captured, planned, sweep, who, config.strict, gather_outputs, shares)
     dump.graph("partitioned", local.gm)
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
     _report(planned, local, around)
@@ -87,7 +89,8 @@ def ring_dilated(
         s.problem is not None and not s.site.written for s in planned.sites
     )
     run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, whole, dump.graph, dump.path is not None)
-    return _calling(run, local, Agreement(around, _facts(captured, planned, config), _names(captured)), around)
+    facts = _facts(captured, planned, config, shares)
+    return _calling(run, local, Agreement(around, facts, _names(captured)), around, config)
 
 
 class LoggingCalls(set[Any]):
@@ -205,18 +208,21 @@ def _names(captured: Captured) -> tuple[str, ...]:
     return tuple(n.name for n in captured.gm.graph.nodes if n.op == "placeholder")
 
 
-def _facts(captured: Captured, planned: RingPlan, config: RingConfig) -> tuple[tuple[str, str], ...]:
+def _facts(
+    captured: Captured, planned: RingPlan, config: RingConfig, shares: Collection[int]
+) -> tuple[tuple[str, str], ...]:
     """What must be equal on all ranks, in the order in which a difference is reported."""
     import ringpass
 
     nodes = captured.gm.graph.nodes
     inputs = [
-        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)))
-        for n in nodes
-        if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "placeholder"
+        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)), *(["in shares"] if i in shares else []))
+        for i, n in enumerate(n for n in nodes if n.op == "placeholder")
+        if isinstance(n.meta.get("val"), torch.Tensor)
     ]
     text = "\n".join(f"{n.name} = {_spelled(n.target)}({n.args}, {n.kwargs})" for n in nodes)
     return (
+        ("call", "a compiled model"),
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
         ("options", config.fingerprint()),
         ("inputs", "; ".join(" ".join(i) for i in inputs)),
@@ -230,30 +236,39 @@ def _spelled(target: Any) -> str:
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
-def _calling(run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring) -> Callable[..., Any]:
-    """What Dynamo calls: agree, draw the seed, run, show local outputs as tensors of global shape."""
+def _calling(
+    run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring, config: RingConfig
+) -> Callable[..., Any]:
+    """What Dynamo calls: agree, draw the seed, run, hand out local outputs as the options say."""
+    shares = {share.position: share for share in local.shares}
 
     def call(*given: Any) -> Any:
-        args = _whole(given)
         draws = local.seeded or local.draws
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
-        seed = agreement.seed(args, drawn)
+        seed = agreement.seed([x.kind if isinstance(x, LazyOutput) else x for x in given], drawn)
+        args = [_taken(x, shares.get(i), around) for i, x in enumerate(given)]
         with _generator(seed) if local.draws else nullcontext():
             results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
         outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
-        if around.world == 1:
-            return outputs
         return [
-            _show(o, i, spec, extras, around) if spec else o
+            _handed_out(o, i, spec, extras, around, config) if spec else on_all_ranks(o)
             for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))
         ]
 
     return call
 
 
-def _whole(args: Sequence[Any]) -> list[Any]:
-    """Arguments with lazy outputs gathered: what autograd sees, and hooks on them fire."""
-    return [arg.full() if isinstance(arg, LazyOutput) else arg for arg in args]
+def _calling_whole(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo calls where every rank computes everything."""
+    return lambda *args: [on_all_ranks(o) for o in run(*(_taken(arg, None, None) for arg in args))]
+
+
+def _taken(arg: Any, share: LocalInput | None, around: Ring | None) -> Any:
+    """An argument as the program reads it: a lazy one gathered, or, where it is read token by token, its tokens."""
+    if share is None or around is None:
+        return arg.full() if isinstance(arg, LazyOutput) else arg
+    assert isinstance(arg, LazyOutput), "Dynamo guards on the kinds of its inputs"
+    return arg.tokens_in(share.layout, share.dim, around)
 
 
 @contextmanager
@@ -265,7 +280,14 @@ def _generator(seed: int) -> Iterator[None]:
         yield
 
 
-def _show(output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring) -> LazyOutput:
+def _handed_out(
+    output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring, config: RingConfig
+) -> torch.Tensor:
+    """A local output as the option `outputs` says."""
     outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
     shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
-    return show(output, Origin(spec.name, around.calls, position, shard, around, spec.part))
+    inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
+    origin = Origin(spec.name, around.calls, position, shard, around, spec.part, inner)
+    if config.outputs == "lazy":
+        return show(output, origin)
+    return as_local(output, origin) if config.outputs == "local" else as_dtensor(output, origin, config.group)

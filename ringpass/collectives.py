@@ -131,18 +131,18 @@ def move(x: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int,
 
     What is wanted may overlap, on one rank and between ranks; only what a rank wants and does not hold travels.
     """
-    return _forth(x, among(tuple(held), tuple(wanted), rank), group)
+    return carry(x, among(tuple(held), tuple(wanted), rank), group)
 
 
 def move_back(grad: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
     """The transpose of `move`: what all ranks have of each token, added up where it is held."""
-    return _back(grad, among(tuple(held), tuple(wanted), rank), group)
+    return carry_back(grad, among(tuple(held), tuple(wanted), rank), group)
 
 
 def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     """The local tokens in layout `other` of what `x` holds in that of `shard`."""
     moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
-    rows = _forth(shard.split(x, shard.length), moves, group)
+    rows = carry(shard.split(x, shard.length), moves, group)
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
 
 
@@ -202,15 +202,16 @@ class Around:
         return self.shard.placement.ranges(rank, self.shard.tokens)
 
 
-def _forth(x: Tensor, moves: Moves, group: str) -> Tensor:
+def carry(x: Tensor, moves: Moves, group: str) -> Tensor:
+    """(before, rows, after) with the rows that this rank wants."""
     rows = x.transpose(0, 1)
     received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
     found: Tensor = torch.cat([rows, received]).index_select(0, _index(moves.found, x)).transpose(0, 1)
     return found.contiguous()
 
 
-def _back(grad: Tensor, moves: Moves, group: str) -> Tensor:
-    """Added in float32 (float64)."""
+def carry_back(grad: Tensor, moves: Moves, group: str) -> Tensor:
+    """The transpose of `carry`, added in float32 (float64)."""
     summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
     shape = moves.held + sum(moves.received), grad.shape[0], grad.shape[2]
     rows: Tensor = grad.new_zeros(shape, dtype=summed)

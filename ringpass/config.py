@@ -55,7 +55,8 @@ class RingConfig:
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
     strict: refuse, instead of gather and report, what has no rule.
-    outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph.
+    outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph;
+        "local": plain tensors of this rank's tokens (`ringpass.tokens_of`); "dtensor": DTensors over the ring's mesh.
     tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated; None: chosen for each attention, 1024
         or less where its mask is narrow.
     unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph while the sites together have
@@ -101,7 +102,7 @@ class RingConfig:
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
         _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
-        _one_of("outputs", self.outputs, ("lazy", "gathered"))
+        _one_of("outputs", self.outputs, ("lazy", "gathered", "local", "dtensor"))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
         edge = self.tile is None or (type(self.tile) is int and self.tile >= 1)
         _require("tile", self.tile, edge, "an int of at least 1, or None")
@@ -110,7 +111,7 @@ class RingConfig:
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
-        object.__setattr__(self, "group", _group(self.group))
+        group_of(self.group)
         _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
         if self.compiler == "aot_eager" and self.inductor:
             raise OptionError(
@@ -206,6 +207,11 @@ class RingConfig:
         return cls(**options)
 
     @property
+    def ring(self) -> dist.ProcessGroup | None:
+        """The process group of the ring; None: the default one."""
+        return group_of(self.group)
+
+    @property
     def asked(self) -> bool:
         """Whether any option that changes what is computed, or how it is shown, was set."""
         return any(
@@ -239,8 +245,8 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, valid))}, got {value!r}{hint}")
 
 
-def _group(given: object) -> dist.ProcessGroup | None:
-    """The process group of the ring."""
+def group_of(given: object) -> dist.ProcessGroup | None:
+    """The process group that the option `group` names."""
     if isinstance(given, DeviceMesh):
         names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
         _require("group", given, given.ndim == 1, f"one dimension of a mesh, the ring's, out of {names}")

@@ -9,6 +9,10 @@ class OptionError(RingpassError, ValueError):
     """An option is unknown, has a value that it cannot have, or contradicts another."""
 
 
+class InputError(RingpassError, ValueError):
+    """A tensor that was handed to a function of ringpass is not what that function takes."""
+
+
 class UnsupportedError(RingpassError, ValueError):
     """The graph holds something that ringpass cannot partition, and `strict` (or exactness) forbids to gather it."""
 

@@ -12,6 +12,7 @@ rank some of them, in ascending order.
     zigzag           n = 2P, rank r holds chunks r and 2P-1-r, which balances causal attention
     striped          n = 8P, rank r holds every P-th chunk from r on
     chunks 0,1,1,0   as many chunks as numbers, each held by the rank of that number
+    chunked          n = P, as torch.chunk and DTensor cut: all chunks equal, but for the last ones that hold any
     replicated       every rank holds all tokens
 
 `zigzag cut 77,-1`: the first 77 tokens, the last, and those between are dealt out each by itself, as for a text and
@@ -42,6 +43,7 @@ Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
 ASSIGNED, CUT, ALONG, EVERY = "chunks ", " cut ", " along ", " every "
+CHUNKED = "chunked"  # of tensors that come and go, never of a plan
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.map in NAMES or self.map.startswith(ASSIGNED), self.name
+        assert self.map in (*NAMES, CHUNKED) or self.map.startswith(ASSIGNED), self.name
 
     @property
     def dealing(self) -> str:
@@ -95,7 +97,7 @@ class Layout:
     def chunks(self) -> int:
         if self.map.startswith(ASSIGNED):
             return len(_owners(self.map))
-        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES}
+        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES, CHUNKED: 1}
         return 1 if self.replicated else per_rank[self.map] * self.world
 
     def owned(self, rank: int) -> tuple[int, ...]:
@@ -110,6 +112,8 @@ class Layout:
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
+        if self.map == CHUNKED:
+            return size(self.ranges(rank, tokens))
         return tokens if self.replicated else self.before(rank, tokens, None)
 
     def before(self, rank: int, tokens: Any, cut: int | None) -> Any:
@@ -166,6 +170,8 @@ class Layout:
             offset += size
 
     def _start(self, chunk: int, tokens: int) -> int:
+        if self.map == CHUNKED:
+            return min(chunk * -(-tokens // self.chunks), tokens)
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
 

@@ -1,8 +1,9 @@
-"""Outputs that hold this rank's tokens and show themselves as tensors of global shape.
+"""Outputs, and inputs, that hold this rank's tokens and show themselves as tensors of global shape.
 
 A LazyOutput gathers on first use, once, above autograd: its gradient goes back to the local tokens.  Reading its shape,
 dtype or device is no use.  Gathering is a collective: all ranks must use an output, or none; a rank that waits in vain
-gets a PeerError that names the output and the ranks.
+gets a PeerError that names the output and the ranks.  A compiled model of the same ring that reads it token by token
+takes the local tokens instead.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._guards import TracingContext
 
 from ringpass import ops
 from ringpass.agreement import Ring
 from ringpass.collectives import Shard
 from ringpass.errors import PeerError
+from ringpass.known import Array
+from ringpass.moves import held_by
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Origin:
     shard: Shard
     ring: Ring
     part: tuple[int, int] | None = None
+    inner: int = 1  # the sequence dim has size outer * S * inner
 
     def shape(self, local: Tensor) -> list[Any]:
         """Of what the model returned."""
@@ -37,6 +43,31 @@ class Origin:
         if self.part is not None:
             shape[self.shard.dim] = self.part[1] - self.part[0]
         return shape
+
+    @property
+    def size(self) -> int:
+        """That of the sequence dim of what the model returned."""
+        size: int = self.part[1] - self.part[0] if self.part else self.shard.outer * self.shard.tokens * self.inner
+        return size
+
+    @property
+    def kind(self) -> str:
+        """What ranks must agree on where they pass it to a model."""
+        s = self.shard
+        part = f", of which {self.part}" if self.part else ""
+        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout}{part}"
+
+    def held(self, rank: int) -> Array:
+        """The positions along the sequence dim of what the model returned that `rank` holds, in the order of rows."""
+        return held(self.shard, self.part, self.inner, rank)
+
+    def own(self, local: Tensor) -> Tensor:
+        """The rows of `local` that are in what the model returned."""
+        if self.part is None:
+            return local
+        tokens = held_by(self.shard.placement, self.shard.rank, self.shard.tokens)
+        rows = np.flatnonzero(_inside(tokens, self.part))
+        return local.index_select(self.shard.dim, torch.from_numpy(rows).to(local.device))
 
     def gather(self, local: Tensor) -> Tensor:
         """What the model returned, on all ranks."""
@@ -50,7 +81,11 @@ class Origin:
             dim, (start, stop) = self.shard.dim, self.part
             whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
             grad = whole.slice_scatter(grad, dim, start, stop)
-        shared: Tensor = ops._gather_backward_shard(self._ordered(grad, inverse=False), *_shard_args(self))
+        return self.share(grad)
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's tokens of a tensor that every rank holds."""
+        shared: Tensor = ops.shard(self._ordered(whole, inverse=False), *_shard_args(self))
         return shared
 
     def _ordered(self, whole: Tensor, inverse: bool) -> Tensor:
@@ -59,12 +94,41 @@ class Origin:
         return ops.permute(whole, s.dim, s.outer, s.tokens, str(order), inverse) if order else whole
 
 
+def held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> Array:
+    """The positions that `rank` holds along a dim of size outer * S * inner, or, if `part` is given, along that."""
+    tokens = held_by(shard.placement, rank, shard.tokens)
+    if part is not None:
+        return tokens[_inside(tokens, part)] - part[0]
+    outer = np.arange(shard.outer)[:, None, None]
+    positions: Array = ((outer * shard.tokens + tokens[:, None]) * inner + np.arange(inner)).reshape(-1)
+    return positions
+
+
+def _inside(tokens: Array, part: tuple[int, int]) -> Array:
+    inside: Array = (part[0] <= tokens) & (tokens < part[1])
+    return inside
+
+
+_PROPERTIES = (
+    "shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad_fn", "grad", "retains_grad",
+    "itemsize", "nbytes", "output_nr", "_base", "_version", "_backward_hooks",
+    *(n for n in dir(Tensor) if n.startswith("is_") and not callable(getattr(Tensor, n))),
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "numel", "nelement", "ndimension", "element_size", "stride", "storage_offset", "_is_view",
+    "is_contiguous", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_signed", "retain_grad",
+    "register_hook", "__len__",
+)  # fmt: skip
+"""What can be asked of a tensor without a look at its elements."""
+
+
 class LazyOutput(Tensor):
     """A tensor of global shape, of which this rank holds `local`."""
 
     local: Tensor
     origin: Origin
     gathered: Tensor | None
+    nothing: Tensor
 
     @staticmethod
     def __new__(cls, local: Tensor, origin: Origin) -> LazyOutput:
@@ -72,6 +136,30 @@ class LazyOutput(Tensor):
 
     def __init__(self, local: Tensor, origin: Origin) -> None:
         self.local, self.origin, self.gathered = local, origin, None
+        self.nothing = local.new_empty(0)
+
+    @property
+    def kind(self) -> str:
+        """What ranks must agree on where they pass it to a model."""
+        used = ", gathered" if self.gathered is not None else ", with hooks" if self._watched else ""
+        return f"{self.origin.kind}{used}"
+
+    @property
+    def _watched(self) -> bool:
+        """Whether someone looks at its gradient, which must then be whole."""
+        return bool(self._backward_hooks) or self.retains_grad
+
+    def tokens_in(self, layout: str, dim: int, ring: Ring) -> Tensor:
+        """This rank's tokens along `dim` in another layout: moved between ranks if they are elsewhere."""
+        o, s = self.origin, self.origin.shard
+        simple = (s.dim, s.outer, o.inner, o.part, o.ring) == (dim, 1, 1, None, ring)
+        if simple and self.gathered is None and not self._watched:
+            if s.layout == layout:
+                return self.local
+            moved: Tensor = ops.redeal(self.local, dim, 1, s.tokens, s.layout, layout, s.world, s.rank, ring.name)
+            return moved
+        shard = Shard(dim, 1, self.shape[dim], layout, ring.world, ring.rank)
+        return Origin("", 0, 0, shard, ring).share(self.full())
 
     def full(self) -> Tensor:
         """The whole tensor, as on one device; gathers at the first call, on all ranks together."""
@@ -91,39 +179,22 @@ class LazyOutput(Tensor):
         return self.gathered
 
     OWN = frozenset(
-        {
-            getattr(Tensor, n).__get__
-            for n in (
-                "shape",
-                "dtype",
-                "device",
-                "requires_grad",
-                "ndim",
-                "layout",
-                "is_cuda",
-                "is_leaf",
-                "grad_fn",
-                "grad",
-                "retains_grad",
-            )
-        }
-        | {
-            Tensor.size,
-            Tensor.dim,
-            Tensor.numel,
-            Tensor.ndimension,
-            Tensor.is_floating_point,
-            Tensor.is_complex,
-            Tensor.element_size,
-        }
-        | {Tensor.retain_grad, Tensor.register_hook}
-        | {Tensor.__len__}
+        {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
     )
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """To Dynamo, a plain tensor of global shape: of what is inside, the same on every rank, it sees nothing."""
+        return ["nothing"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, size: Any, stride: Any) -> Tensor:
+        return inner["nothing"].new_empty_strided(size, stride)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in cls.OWN:
+        described = func is Tensor.untyped_storage and TracingContext.try_get() is not None  # by Dynamo, in a graph
+        if func in cls.OWN or described:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs))

@@ -51,6 +51,7 @@ def failure(kind: type[Exception], run: Any) -> str:
         ({"layot": "zigzag"}, "did you mean 'layout'"),
         ({"layout": "zigzak"}, "did you mean 'zigzag'"),
         ({"compiler": "gcc"}, "'inductor', 'aot_eager'"),
+        ({"outputs": "locl"}, "did you mean 'local'"),
         ({"tile": 0}, "at least 1"),
         ({"tile": True}, "at least 1"),
         ({"timeout": -1}, "seconds above 0"),

@@ -80,6 +80,17 @@ def test_the_page_on_hilbert_order() -> None:
         exec(snippet, {})
 
 
+def test_the_page_on_shares() -> None:
+    """Its snippets run one after the other, and its table names every value of the option."""
+    page = (ROOT / "docs" / "shares.md").read_text()
+    names: dict[str, Any] = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(snippet, names)
+    for value in re.findall(r'^\| `"(\w+)"` \|', page, re.MULTILINE):
+        assert RingConfig(outputs=value).outputs == value
+    assert "docs/shares.md" in README
+
+
 def test_the_page_on_dilation(capsys: pytest.CaptureFixture[str]) -> None:
     """Its snippets run, its names are the presets, its options exist, and it shows what the simulation prints."""
     page = (ROOT / "docs" / "dilation.md").read_text()

@@ -113,6 +113,21 @@ def test_redeal(layout: str, other: str) -> None:
         assert torch.equal(out, own(x, other, rank)) and torch.equal(grad, own(x, layout, rank).square())
 
 
+def test_a_rank_without_tokens() -> None:
+    """torch.chunk leaves the last of five ranks none of 11 tokens."""
+    x = torch.randn(2, 11, 3, **F64)
+
+    def job(rank: int, group: str) -> tuple[Tensor, Tensor]:
+        local = x[:, moves.held_by(Layout("chunked", 5), rank, 11)].requires_grad_()
+        out = ops.redeal(local, 1, 1, 11, "chunked", "zigzag", 5, rank, group)
+        out.sum().backward()
+        assert local.grad is not None and torch.equal(local.grad, torch.ones_like(local))
+        return out, collectives.gather(local.detach(), Shard(1, 1, 11, "chunked", 5, rank), group)
+
+    for rank, (out, whole) in enumerate(thread_ranks.run(5, job)):
+        assert torch.equal(out, x[:, moves.held_by(Layout("zigzag", 5), rank, 11)]) and torch.equal(whole, x)
+
+
 def on_gloo(group: dist.ProcessGroup) -> float:
     """The largest error of a redeal, complex and not."""
     name, rank, worst = group.group_name, group.rank(), 0.0
