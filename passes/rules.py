@@ -16,21 +16,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.passes import routing
+from ringpass.passes import routing, run_rules
 from ringpass.passes.factors import (
     Dims,
     Factors,
     Note,
     Sweep,
     args_of,
-    bound_of,
     first_of,
-    hint_of,
     op_name,
     operands_of,
     product,
-    size_of,
-    slice_of,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -254,144 +250,6 @@ def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(dims)
 
 
-def _same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Dims whose size the op leaves alone pass through; the others are needed whole.
-
-    For repeat, and slice, pad and cat of what holds no tokens.
-    """
-    rank = node.meta["val"].ndim
-    padded = _padded_dims(node, rank)
-    operands = [sweep.dims(n) for n in operands_of(node) if n.meta["val"].shape != (0,)]  # cat skips empty 1-D tensors
-    operands = [((),) * (rank - len(d)) + d for d in operands]
-    out = []
-    for position, n in enumerate(node.meta["val"].shape):
-        columns = [d[position] for d in operands]
-        if position not in padded and all(product(f) == size_of(n) for f in columns):
-            out.append(sweep.broadcast([(f,) for f in columns], note)[0])
-        else:
-            note.whole += [f for column in columns for f in column]
-            out.append(sweep.new(n))
-    return tuple(out)
-
-
-def _slice(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """A run of tokens, if it is most of them or known from elsewhere, and something works on it."""
-    dims, (dim, start, _, step) = list(sweep.dims(first_of(node))), slice_of(node)
-    old, size = product(dims[dim]), size_of(node.meta["val"].shape[dim])
-    returned = all(user.op == "output" for user in node.users)
-    if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.worked or returned:
-        return _same_or_whole(sweep, node, note)
-    begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
-    most = 2 * hint_of(node.meta["val"].shape[dim]) > hint_of(first_of(node).meta["val"].shape[dim])
-    found = sweep.run_of(dims[dim], old + begin if begin.is_negative else begin, size, new=most)
-    if found is None:
-        return _same_or_whole(sweep, node, note)
-    sweep.runs[node] = dim
-    dims[dim] = found
-    return tuple(dims)
-
-
-def _cat(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Runs of tokens put together, if any of them is worked on."""
-    operands = [n for n in operands_of(node) if n.meta["val"].shape != (0,)]
-    rank = node.meta["val"].ndim
-    listed = [n for n in args_of(node)[0] if n in operands]
-    dim = _argument(node, 1, "dim", 0) % rank
-    parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
-    if sweep.worked.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
-        return _same_or_whole(sweep, node, note)
-    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in operands]
-    out = list(sweep.broadcast(others, note))
-    out[dim] = sweep.joined(parts, note)
-    sweep.runs[node] = dim
-    return tuple(out)
-
-
-def _pad(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Tokens put before and after one run of them, if it is worked on."""
-    rank, source = node.meta["val"].ndim, first_of(node)
-    padded = _padded_dims(node, rank)
-    amounts: Any = node.args[1]
-    (dim,) = padded if len(padded) == 1 else (None,)
-    low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
-    constant = _argument(node, 2, "mode", "constant") == "constant" or op_name(node) != "pad.default"
-    fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
-    if shift_of(node):
-        sweep.halos[node] = min(padded)
-        return sweep.dims(source)
-    if dim is None or not (fixed and constant) or source not in sweep.worked or not sweep.dims(source)[dim]:
-        return _same_or_whole(sweep, node, note)
-    dims = list(sweep.dims(source))
-    size = size_of(source.meta["val"].shape[dim])
-    dims[dim] = sweep.joined([((), size_of(low)), (dims[dim], size), ((), size_of(high))], note)
-    sweep.runs[node] = dim
-    return tuple(dims)
-
-
-def _convolution(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
-    dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
-    if len(dims) != len(shape):
-        return sweep.unknown(node, note)  # type: ignore[no-any-return]
-    note.whole += [f for d in dims[1:2] for f in d]
-    weight: Any = bound_of(node)["weight"]
-    note.whole += [f for d in sweep.dims(weight) for f in d]
-    step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
-    old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
-    if step and dims[2] and old == step * size:
-        split = sweep.reshape((dims[2],), (size, step), note)
-        if any(halo_of(node)[:2]):
-            sweep.halos[node] = 2
-        return dims[0], sweep.new(shape[1]), split[0]
-    note.whole += [f for d in dims[2:] for f in d]
-    return (dims[0], *sweep.fresh(shape[1:]))
-
-
-def halo_of(node: Node) -> tuple[int, int, int]:
-    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one."""
-    if op_name(node) != "conv1d.default":
-        low = shift_of(node)
-        return max(low, 0), max(-low, 0), 1
-    bound = bound_of(node)
-    weight: Any = bound["weight"]
-    step, before, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    after = apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step
-    after = max(after, 0)
-    return before, after + -(before + after) % step, step
-
-
-def _single(value: Any) -> int:
-    return int(value[0]) if isinstance(value, list | tuple) else int(value)
-
-
-def shift_of(node: Node) -> int:
-    """By how many tokens a pad moves a sequence of the same length: on one side it pads, on the other it crops."""
-    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
-        return 0
-    amounts, rank = list(args_of(node)[1]), node.meta["val"].ndim
-    padded = _padded_dims(node, rank)
-    if len(padded) != 1:
-        return 0
-    low, high = amounts[2 * (rank - 1 - min(padded)) :][:2]
-    fixed = isinstance(low, int) and isinstance(high, int) and low == -high
-    return low if fixed and _zeros(node) else 0
-
-
-def _zeros(node: Node) -> bool:
-    """Whether a pad puts zeros."""
-    if op_name(node) == "pad.default":
-        return _argument(node, 2, "mode", "constant") == "constant" and not _argument(node, 3, "value")
-    return not _argument(node, 2, "value", 0)
-
-
-def _padded_dims(node: Node, rank: int) -> set[int]:
-    """Dims that a pad changes: also one that it pads on one side and crops on the other, to the same size."""
-    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
-        return set()
-    amounts: Any = node.args[1]
-    return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
-
-
 def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.dims(first_of(node)))
     note.whole += dims.pop(args_of(node)[1])
@@ -560,11 +418,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(WHOLE_DIM, _whole_dim),
     **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
-    "slice.Tensor": _slice,
-    "cat.default": _cat,
-    **dict.fromkeys(["conv1d.default", "conv2d.default", "conv3d.default"], _convolution),
-    **dict.fromkeys(["pad.default", "constant_pad_nd.default"], _pad),
-    "repeat.default": _same_or_whole,
+    "slice.Tensor": run_rules.sliced,
+    "cat.default": run_rules.concatenated,
+    **dict.fromkeys(["conv1d.default", "conv2d.default", "conv3d.default"], run_rules.convolved),
+    **dict.fromkeys(["pad.default", "constant_pad_nd.default"], run_rules.padded),
+    "repeat.default": run_rules.same_or_whole,
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),
     **dict.fromkeys(["split.Tensor", "split_with_sizes.default", "chunk.default", "unbind.int"], _pieces),
     **dict.fromkeys(["transpose.int", "t.default", "numpy_T.default"], _permuted(_swapped)),

@@ -28,7 +28,7 @@ from ringpass.passes.factors import args_of, bound_of, first_of, op_name, size_o
 from ringpass.passes.lines import same
 from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import parts_of
-from ringpass.passes.rules import halo_of
+from ringpass.passes.run_rules import halo_of
 
 aten = torch.ops.aten
 

@@ -1,0 +1,168 @@
+"""run_rules: what slices, cats, pads and convolutions along a dim do to its tokens.
+
+    x[:, 1:], x.split([77, 256], 1)     a run of the tokens of x
+    cat([cls, x], 1), pad(x, (0, 3))    x is a run of what they make
+    pad(x, (1, -1)), conv1d(x, w)       each token reads those around it
+
+Contract: as for all rules (`rules`).  A run is made only of values that are worked on and by a slice that keeps most of
+them; tables, inputs, and the few tokens that a head reads are none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from ringpass.passes.factors import (
+    Dims,
+    Note,
+    Sweep,
+    args_of,
+    bound_of,
+    first_of,
+    hint_of,
+    op_name,
+    operands_of,
+    product,
+    size_of,
+    slice_of,
+)  # fmt: skip
+
+
+def same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Dims whose size the op leaves alone pass through; the others are needed whole.
+
+    For repeat, and slice, pad and cat of what holds no tokens.
+    """
+    rank = node.meta["val"].ndim
+    changed = _padded_dims(node, rank)
+    operands = [sweep.dims(n) for n in operands_of(node) if n.meta["val"].shape != (0,)]  # cat skips empty 1-D tensors
+    operands = [((),) * (rank - len(d)) + d for d in operands]
+    out = []
+    for position, n in enumerate(node.meta["val"].shape):
+        columns = [d[position] for d in operands]
+        if position not in changed and all(product(f) == size_of(n) for f in columns):
+            out.append(sweep.broadcast([(f,) for f in columns], note)[0])
+        else:
+            note.whole += [f for column in columns for f in column]
+            out.append(sweep.new(n))
+    return tuple(out)
+
+
+def sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """A run of tokens, if it is most of them or known from elsewhere, and something works on it."""
+    dims, (dim, start, _, step) = list(sweep.dims(first_of(node))), slice_of(node)
+    old, size = product(dims[dim]), size_of(node.meta["val"].shape[dim])
+    returned = all(user.op == "output" for user in node.users)
+    if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.worked or returned:
+        return same_or_whole(sweep, node, note)
+    begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
+    most = 2 * hint_of(node.meta["val"].shape[dim]) > hint_of(first_of(node).meta["val"].shape[dim])
+    found = sweep.run_of(dims[dim], old + begin if begin.is_negative else begin, size, new=most)
+    if found is None:
+        return same_or_whole(sweep, node, note)
+    sweep.runs[node] = dim
+    dims[dim] = found
+    return tuple(dims)
+
+
+def concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Runs of tokens put together, if any of them is worked on."""
+    operands = [n for n in operands_of(node) if n.meta["val"].shape != (0,)]
+    rank = node.meta["val"].ndim
+    listed = [n for n in args_of(node)[0] if n in operands]
+    dim = bound_of(node).get("dim", 0) % rank
+    parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
+    if sweep.worked.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
+        return same_or_whole(sweep, node, note)
+    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in operands]
+    out = list(sweep.broadcast(others, note))
+    out[dim] = sweep.joined(parts, note)
+    sweep.runs[node] = dim
+    return tuple(out)
+
+
+def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Tokens put before and after one run of them, if it is worked on."""
+    rank, source = node.meta["val"].ndim, first_of(node)
+    changed = _padded_dims(node, rank)
+    amounts: Any = node.args[1]
+    (dim,) = changed if len(changed) == 1 else (None,)
+    low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
+    constant = bound_of(node).get("mode", "constant") == "constant" or op_name(node) != "pad.default"
+    fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
+    if shift_of(node):
+        sweep.halos[node] = min(changed)
+        return sweep.dims(source)
+    if dim is None or not (fixed and constant) or source not in sweep.worked or not sweep.dims(source)[dim]:
+        return same_or_whole(sweep, node, note)
+    dims = list(sweep.dims(source))
+    size = size_of(source.meta["val"].shape[dim])
+    dims[dim] = sweep.joined([((), size_of(low)), (dims[dim], size), ((), size_of(high))], note)
+    sweep.runs[node] = dim
+    return tuple(dims)
+
+
+def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
+    dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
+    if len(dims) != len(shape):
+        return sweep.unknown(node, note)  # type: ignore[no-any-return]
+    note.whole += [f for d in dims[1:2] for f in d]
+    weight: Any = bound_of(node)["weight"]
+    note.whole += [f for d in sweep.dims(weight) for f in d]
+    step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
+    old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
+    if step and dims[2] and old == step * size:
+        split = sweep.reshape((dims[2],), (size, step), note)
+        if any(halo_of(node)[:2]):
+            sweep.halos[node] = 2
+        return dims[0], sweep.new(shape[1]), split[0]
+    note.whole += [f for d in dims[2:] for f in d]
+    return (dims[0], *sweep.fresh(shape[1:]))
+
+
+def halo_of(node: Node) -> tuple[int, int, int]:
+    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one."""
+    if op_name(node) != "conv1d.default":
+        low = shift_of(node)
+        return max(low, 0), max(-low, 0), 1
+    bound = bound_of(node)
+    weight: Any = bound["weight"]
+    step, before, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    after = apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step
+    after = max(after, 0)
+    return before, after + -(before + after) % step, step
+
+
+def _single(value: Any) -> int:
+    return int(value[0]) if isinstance(value, list | tuple) else int(value)
+
+
+def shift_of(node: Node) -> int:
+    """By how many tokens a pad moves a sequence of the same length: on one side it pads, on the other it crops."""
+    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+        return 0
+    amounts, rank = list(args_of(node)[1]), node.meta["val"].ndim
+    changed = _padded_dims(node, rank)
+    if len(changed) != 1:
+        return 0
+    low, high = amounts[2 * (rank - 1 - min(changed)) :][:2]
+    fixed = isinstance(low, int) and isinstance(high, int) and low == -high
+    return low if fixed and _zeros(node) else 0
+
+
+def _zeros(node: Node) -> bool:
+    """Whether a pad puts zeros."""
+    if op_name(node) == "pad.default":
+        return bound_of(node).get("mode", "constant") == "constant" and not bound_of(node).get("value")
+    return not bound_of(node).get("value", 0)
+
+
+def _padded_dims(node: Node, rank: int) -> set[int]:
+    """Dims that a pad changes: also one that it pads on one side and crops on the other, to the same size."""
+    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+        return set()
+    amounts: Any = node.args[1]
+    return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
