@@ -4,7 +4,7 @@
     python -m benchmarks.zoo --only gpt2,bert --ranks 3
 
 For each: the largest relative error of any output, loss or gradient (forward and backward, length 23), attentions on
-the ring, what is gathered, the share of the linear layers' FLOPs that runs on local tokens, and the peak of a step.
+the ring, what is gathered, the share of the FLOPs of linear layers and convolutions on local tokens, and the peak of a step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ HEAD = """# The zoo
 
 Tiny, randomly started models of public classes ({length} tokens, 2 layers, 2 rows, with labels, in training),
 partitioned over {ranks} gloo ranks, against eager on one device. Made by `python -m benchmarks.zoo`;
-`pytest tests/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks.
+`pytest tests/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks;
+`-k inductor`, with `-m slow`, each model once with code generation.
 
 *error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32
 where a \\* stands, since an op of the model knows nothing wider. *on the ring*: attentions. *gathers*: values that had
-to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the linear layers' FLOPs that
-runs on local tokens. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters
+to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the FLOPs of linear layers and
+convolutions that runs on local tokens: what is computed of a vector for each picture, as DiT and SD3 do, runs on every rank. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters
 and their gradients, against one device in eager mode; models so small keep mostly what does not depend on tokens.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |

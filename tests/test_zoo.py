@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,11 +40,13 @@ CASES = [
 ]
 
 
-def check(workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int) -> None:
+def check(
+    workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int, **options: Any
+) -> None:
     entry = ZOO[name]
     if entry.missing:
         pytest.skip(f"{entry.missing} is not installed")
-    reports = workers.run(zoo_parity, ranks, name, attention, labels, padding, train)
+    reports = workers.run(zoo_parity, ranks, name, attention, labels, padding, train, **options)
     worst = max(reports, key=lambda report: report.error)
     assert worst.error < (EXACT if entry.dtype == torch.float64 else SINGLE), worst.where
     assert worst.sites or name in GATHERED
@@ -61,3 +65,9 @@ def test_every_model(
     workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int
 ) -> None:
     check(workers, name, attention, labels, padding, train, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_with_inductor(workers: Workers, name: str) -> None:
+    check(workers, name, ZOO[name].attentions[0], True, False, True, 2, compiler="inductor", timeout=900.0)
