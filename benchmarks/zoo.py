@@ -4,7 +4,8 @@
     python -m benchmarks.zoo --only gpt2,bert --ranks 3
 
 For each: the largest relative error of any output, loss or gradient (forward and backward, length 23), attentions on
-the ring, what is gathered, the share of the FLOPs of linear layers and convolutions on local tokens, and the peak of a step.
+the ring, what is gathered, the share of the FLOPs of linear layers and convolutions on local tokens, and the peak of a
+step.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ partitioned over {ranks} gloo ranks, against eager on one device. Made by `pytho
 *error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32
 where a \\* stands, since an op of the model knows nothing wider. *on the ring*: attentions. *gathers*: values that had
 to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the FLOPs of linear layers and
-convolutions that runs on local tokens; layers of one vector for each picture (of its step and class, in DiT and SD3) run
-on every rank. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters and their
-gradients, against one device in eager mode; models so small keep mostly what does not depend on tokens.
+convolutions that runs on local tokens; layers of one vector for each picture (of its step and class, in DiT and SD3)
+run on every rank. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters and
+their gradients, against one device in eager mode; models so small keep mostly what does not depend on tokens.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node, Proxy, map_arg
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils.checkpoint import CheckpointPolicy
@@ -144,7 +145,7 @@ class Emitter:
     def _emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
         """Appends a call, with its fake value and the meta of the node that it comes from."""
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        with self.captured.fake_mode, torch.no_grad():
+        with self.captured.fake_mode, enable_python_dispatcher(), torch.no_grad():  # which symbolic amounts need
             node.meta["val"] = target(*fakes(args), **fakes(kwargs))
         if self.origin is not None:
             node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})

@@ -210,8 +210,7 @@ class _Writer(Sums, Takes, Runs):
             new = self.graph.get_attr(str(node.target))
             new.meta.update(node.meta)
             return new
-        if node.target is torch._C._set_grad_enabled:
-            self.keeps = bool(node.args[0]) or not torch.is_grad_enabled()
+        self.keeps = _keeps_after(node, self.keeps)
         known = self.placement.sweep.notes[node].known
         reason = f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
         if op_name(node) in CREATION:  # a tensor to take dtype and device from need not be whole
@@ -411,7 +410,11 @@ class _Writer(Sums, Takes, Runs):
 
     def _replicate_parameters(self) -> None:
         """One `replicate` per bucket of inputs that consumers on an axis read whole, in order of first use."""
-        uses = [n for node in self.captured.gm.graph.nodes for n in self.placement.broadcast_operands(node)]
+        uses: list[Node] = []
+        keeps = True
+        for node in self.captured.gm.graph.nodes:
+            keeps = _keeps_after(node, keeps)
+            uses += self.placement.broadcast_operands(node) if keeps else []
         buckets: list[list[Node]] = []
         filled = BUCKET_BYTES
         for node in dict.fromkeys(uses):
@@ -461,6 +464,12 @@ class _Writer(Sums, Takes, Runs):
             return ("extra", extras.index(n))
 
         return LocalOutput(node.name, dim, known(outer), known(tokens), layout)
+
+
+def _keeps_after(node: Node, keeps: bool) -> bool:
+    """Whether the nodes after this one are outside the model's no_grad regions; `keeps`: whether this one is."""
+    switches = node.target is torch._C._set_grad_enabled
+    return bool(node.args[0]) or not torch.is_grad_enabled() if switches else keeps
 
 
 def _keeps_shape(node: Node) -> bool:

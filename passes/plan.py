@@ -145,7 +145,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
         (site, placed, orders, [laid[a.factor] if a else None for a in pair]) for site, placed, orders, pair in planned
     ]
     placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
-    chosen, weighed = _choose(placed_pairs, world, config)
+    chosen, weighed = _choose(placed_pairs, tuple(laid.values()), world, config)
     final = {a.index: replace(a, layout=a.layout.dealt(chosen)) for a in laid.values()}
     plans = []
     for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
@@ -238,7 +238,7 @@ def _problem(
     return replace(problem, tile=min(config.approximate.block, edge) if config.approximate else edge)
 
 
-def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, list[str]]:
+def _choose(placed: list[Any], axes: Sequence[Axis], world: int, config: RingConfig) -> tuple[str, list[str]]:
     """The layout's name, and a line on each layout that was weighed, the chosen one first."""
     if config.layout != "auto" or world == 1:
         return ("contiguous" if config.layout == "auto" else config.layout), []
@@ -249,8 +249,14 @@ def _choose(placed: list[Any], world: int, config: RingConfig) -> tuple[str, lis
         for x in _loads(site, _problem(site, query, key, world, config, how), how)
     ]
     fixed = all(isinstance(axis.tokens, int) for _, *pair, _ in sharded for axis in pair if axis)
-    tried = choose(loads, world, fixed)
+    tried = [t for t in choose(loads, world, fixed) if all(_each_rank_has_some(axis, t.layout) for axis in axes)]
     return tried[0].layout, list(map(str, tried))
+
+
+def _each_rank_has_some(axis: Axis, layout: str) -> bool:
+    """Whether each rank has tokens of an axis: of one without an attention, too, which no price is for."""
+    dealt = axis.layout.dealt(layout)
+    return all(dealt.length(rank, axis.hint) for rank in range(dealt.world))
 
 
 def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:

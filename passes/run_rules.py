@@ -57,9 +57,11 @@ def sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     returned = all(user.op == "output" for user in node.users)
     if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.worked or returned:
         return same_or_whole(sweep, node, note)
+    many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (first_of(node), node))
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
-    most = 2 * hint_of(node.meta["val"].shape[dim]) > hint_of(first_of(node).meta["val"].shape[dim])
-    found = sweep.run_of(dims[dim], old + begin if begin.is_negative else begin, size, new=most)
+    if begin.is_negative:
+        begin = old + begin if many + int(begin) >= 0 else size_of(0)
+    found = sweep.run_of(dims[dim], begin, size, new=2 * kept > many)
     if found is None:
         return same_or_whole(sweep, node, note)
     sweep.runs[node] = dim
@@ -107,15 +109,14 @@ def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
 def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
     dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
-    if len(dims) != len(shape):
+    weights = sweep.dims(bound_of(node)["weight"])
+    if len(dims) != len(weights):  # no batch: the first dim is that of channels
         return sweep.unknown(node, note)  # type: ignore[no-any-return]
-    note.whole += [f for d in dims[1:2] for f in d]
-    weight: Any = bound_of(node)["weight"]
-    note.whole += [f for d in sweep.dims(weight) for f in d]
+    note.whole += [f for d in (dims[1], *weights) for f in d]
     step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
     old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
     if step and dims[2] and old == step * size:
-        split = sweep.reshape((dims[2],), (size, step), note)
+        split = sweep.reshape((dims[2],), (shape[2], step), note)
         if any(halo_of(node)[:2]):
             sweep.halos[node] = 2
         return dims[0], sweep.new(shape[1]), split[0]

@@ -232,6 +232,8 @@ WHOLE = [  # gathered, and said so
         lambda rows, order, back, y: rows + torch.cat([y, y]),
     )),
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=1), ((S, D), (5, D, 3)), True),
+    Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
 ]  # fmt: skip
 RUNS = [  # runs of tokens: nothing moves
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
@@ -265,6 +267,7 @@ RUNS = [  # runs of tokens: nothing moves
     Case("pad.default", lambda x: F.pad(x, (0, 0, 1, -1)) * x),
     Case("pad.default", lambda x: F.pad(x, (0, 0, -2, 2)) * x),
     Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, -100:-1] * 2, ((B, S, D), (D, D))),
 ]  # fmt: skip
 CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
 

@@ -127,7 +127,7 @@ def errors(group: dist.ProcessGroup, name: str, **options: Any) -> float:
 
 @pytest.mark.parametrize(
     ("name", "ranks", "layout"),
-    [("shifted", 3, "zigzag"), ("classes", 2, "contiguous"), ("streams", 3, "zigzag"), ("neighbours", 3, "zigzag"),
+    [("shifted", 3, "zigzag"), ("streams", 3, "zigzag"), ("neighbours", 3, "zigzag"),
      *(slow(name, ranks, layout) for name in MODELS for ranks in (2, 3, 4, 5)
        for layout in ("contiguous", "zigzag", "striped", "auto"))],
 )  # fmt: skip
@@ -140,23 +140,65 @@ def test_along_a_curve(workers: Workers) -> None:
     assert max(workers.run(errors, 2, "classes", **options)) < 1e-10
 
 
-def lengths(group: dist.ProcessGroup) -> tuple[float, int]:
+class Growing(nn.Module):
+    """A multiple of eight tokens inside, a token shift, a depthwise convolution: halos of sequences of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.near = Block(causal=False), nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        length = x.shape[1]
+        x = self.block(x)
+        x = x + F.pad(x, (0, 0, 1, -1)) + self.near(x.mT).mT
+        return (self.block(F.pad(x, (0, 0, 0, -length % 8)))[:, :length] * 2,)
+
+
+def lengths(group: dist.ProcessGroup, name: str) -> tuple[float, int]:
     """The largest error at lengths that change, and how often the model was compiled for them."""
     from torch._dynamo.utils import counters
 
     torch.manual_seed(0)
-    model = Shifted().double()
+    model: nn.Module = {"shifted": Shifted, "growing": Growing}[name]().double()
     counters.clear()
-    run, worst = compiled(model, group, strict=True), 0.0
-    for length in (TOKENS, 31, 40, 57):
-        want, got = (step(model, how, {"idx": ids(length)}) for how in (model, run))
+    run, worst = compiled(model, group, strict=name == "shifted"), 0.0
+    for length in (TOKENS, 31, 41, 57):
+        batch = {"idx": ids(length)} if name == "shifted" else {"x": floats(ROWS, length, WIDTH)}
+        want, got = (step(model, how, batch) for how in (model, run))
         worst = max(worst, *(relative(got[key], want[key]) for key in want))
     return worst, counters["stats"]["unique_graphs"]
 
 
-def test_lengths_that_change(workers: Workers) -> None:
-    for worst, graphs in workers.run(lengths, 2):
+@pytest.mark.parametrize("name", ["shifted", "growing"])
+def test_lengths_that_change(workers: Workers, name: str) -> None:
+    for worst, graphs in workers.run(lengths, 2, name):
         assert worst < 1e-10 and graphs <= 2
+
+
+class Still(nn.Module):
+    """A layer that the model uses under no_grad alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.frozen = Block(causal=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        with torch.no_grad():
+            z = self.frozen(y)[:, 1:].sin()
+        out: Tensor = y[:, 1:] * z
+        return out
+
+
+def without_gradient(group: dist.ProcessGroup) -> list[str]:
+    """Names of the parameters that have none."""
+    model = Still().double()
+    compiled(model, group, strict=True)(floats(ROWS, TOKENS, WIDTH)).sum().backward()
+    return [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_weights_under_no_grad_have_no_gradient(workers: Workers) -> None:
+    assert workers.run(without_gradient, 2) == [["frozen.weight", "frozen.bias"]] * 2
 
 
 @pytest.mark.parametrize("world", (1, 2, 3, 5))
