@@ -76,7 +76,7 @@ def read(node: Node) -> Written | None:
         return None  # the probabilities that the model returns are dropped by the same coins as those that it uses
     puller, expr, beside = _element(operand, scores, sink)
     function = _without_casts(expr)
-    if not scored(function):
+    if not scored(function) or (beside is not None and scored(beside)):
         return None
     scale, function = _scaled(_unshifted(function))
     seen, bias, rest = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))

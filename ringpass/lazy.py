@@ -81,7 +81,8 @@ class Origin:
             dim, (start, stop) = self.shard.dim, self.part
             whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
             grad = whole.slice_scatter(grad, dim, start, stop)
-        return self.share(grad)
+        mine: Tensor = ops._gather_backward_shard(self._ordered(grad, inverse=False), *_shard_args(self))
+        return mine
 
     def share(self, whole: Tensor) -> Tensor:
         """This rank's tokens of a tensor that every rank holds."""

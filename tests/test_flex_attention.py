@@ -246,7 +246,7 @@ ON_RANKS = {
 assert CASES.keys() == {name for names in ON_RANKS.values() for name in names}
 
 
-@pytest.mark.parametrize("ranks", (slow(1), 2, 3, slow(5)))
+@pytest.mark.parametrize("ranks", (slow(1), slow(2), 3, slow(5)))
 def test_parity_with_the_dense_formula(workers: Workers, ranks: int) -> None:
     check(workers, ranks, ON_RANKS[ranks])
 

@@ -32,7 +32,7 @@ EXACT = 1e-10
 PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), slow("t5"))
 
 
-@pytest.mark.parametrize("name", (slow("gemma3"), "bert", slow("modernbert"), "t5"))
+@pytest.mark.parametrize("name", (slow("gemma3"), "bert", slow("modernbert"), slow("t5")))
 def test_numbers_with_padding(workers: Workers, name: str) -> None:
     """Every output, the loss and every gradient, T5's table of distances among them."""
     results = workers.run(parity, 2, name, 37, True, True, tile=8)
