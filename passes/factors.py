@@ -89,9 +89,7 @@ class Sweep:
         self.merged: list[Factor] = []  # stand on lines for several factors in a row
         self.worked: set[Node] = set()  # values that come of a product: no tables, no inputs
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
-        self.runs: dict[
-            Node, int
-        ] = {}  # nodes that take runs of tokens apart or put them together, and along which dim
+        self.runs: dict[Node, int] = {}  # nodes that take runs of tokens apart, or join them, and along which dim
 
     def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
         """Applies the rule of every node, in order."""

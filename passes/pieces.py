@@ -46,6 +46,11 @@ class Axis:
     def hint(self) -> int:
         return hint_of(self.tokens)
 
+    def reaches_all(self, name: str) -> bool:
+        """Whether each rank has tokens of it where the map `name` deals them out."""
+        dealt = self.layout.dealt(name)
+        return all(dealt.length(rank, self.hint) for rank in range(dealt.world))
+
     def __str__(self) -> str:
         return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"
 
@@ -153,9 +158,8 @@ def _agree(runs: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
             cuts = (0, *run.layout.cuts)
             if run.tokens < 2 * world + max(cuts) - min(cuts):
                 return False
-        for name in CANDIDATES:
-            if not all(run.layout.dealt(name).length(rank, run.hint) for rank in range(world)):
-                return False
+        if not all(map(run.reaches_all, CANDIDATES)):
+            return False
     for a, b in combinations(runs, 2):
         shift = int((b.offset - a.offset).subs(hints))
         low, high = max(shift, 0), min(a.hint, shift + b.hint)

@@ -249,14 +249,8 @@ def _choose(placed: list[Any], axes: Sequence[Axis], world: int, config: RingCon
         for x in _loads(site, _problem(site, query, key, world, config, how), how)
     ]
     fixed = all(isinstance(axis.tokens, int) for _, *pair, _ in sharded for axis in pair if axis)
-    tried = [t for t in choose(loads, world, fixed) if all(_each_rank_has_some(axis, t.layout) for axis in axes)]
+    tried = [t for t in choose(loads, world, fixed) if all(axis.reaches_all(t.layout) for axis in axes)]
     return tried[0].layout, list(map(str, tried))
-
-
-def _each_rank_has_some(axis: Axis, layout: str) -> bool:
-    """Whether each rank has tokens of an axis: of one without an attention, too, which no price is for."""
-    dealt = axis.layout.dealt(layout)
-    return all(dealt.length(rank, axis.hint) for rank in range(dealt.world))
 
 
 def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:

@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 class Runs(Emitter):
-    """Writes the nodes of `Placement.runs`."""
+    """Writes the nodes of `Placement.runs`, and those that read around their tokens."""
 
     def _local(self, node: Node, axis: Axis) -> Any:
         raise NotImplementedError
