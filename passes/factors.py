@@ -16,6 +16,7 @@ which it *sums*; for every other factor, op on shards equals shards of op.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,13 +35,14 @@ Dims = tuple[Factors, ...]
 class Factor:
     """An index variable.
 
-    `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into.
+    `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into; `number` counts.
     """
 
-    __slots__ = ("parent", "parts", "size")
+    __slots__ = ("number", "parent", "parts", "size")
+    numbers = itertools.count()
 
     def __init__(self, size: Any) -> None:
-        self.size = size
+        self.size, self.number = size, next(Factor.numbers)
         self.parent: Factor | None = None
         self.parts: Factors | None = None
 
@@ -60,10 +62,15 @@ def hint_of(n: Any) -> int:
 
 @dataclass
 class Note:
-    """What the sweep found out about one node: factors that it needs whole, factors over which it sums."""
+    """What the sweep found out about one node: factors that it needs whole, factors over which it sums.
+
+    `moved`: pairs of factors that it takes for one, though they are different runs of a line (`x[:, 1:] - x[:, :-1]`):
+    the tokens of the first go to where those of the second are.
+    """
 
     whole: list[Factor] = field(default_factory=list)
     summed: list[Factor] = field(default_factory=list)
+    moved: list[tuple[Factor, Factor]] = field(default_factory=list)
     known: bool = True  # False: the op has no rule
 
 
@@ -141,7 +148,7 @@ class Sweep:
         return factor
 
     def tie(self, a: Factors, b: Factors, note: Note) -> Factors:
-        """Declares two dims to be one index; returns it.  What cannot be matched is marked whole."""
+        """Declares two dims to be one index; returns it.  What cannot be matched is marked whole, or moved."""
         a, b = self.resolve(a), self.resolve(b)
         if a != b and any(f in self.routing.pairs for f in (*a, *b)):  # rows are in an order of their own
             note.whole += [*a, *b]
@@ -155,12 +162,15 @@ class Sweep:
         if [f.size for f in a] != [f.size for f in b]:
             note.whole += [*a, *b]
             return a
+        kept = []
         for x, y in zip(map(self.root, a), map(self.root, b), strict=True):
             if x is not y and self.lines.tie(x, y):
                 y.parent = x
             elif x is not y:
-                note.whole += [x, y]
-        return self.resolve(a)
+                x, y = sorted((x, y), key=lambda factor: factor.number)  # what is there first stays where it is
+                note.moved.append((y, x))
+            kept.append(x)
+        return self.resolve(kept)
 
     def index(self, factors: Factors) -> Factor:
         """One factor for a dim of these, which may be several in a row, such as the rows and columns of patches."""

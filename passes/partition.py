@@ -157,7 +157,7 @@ class _Writer(Sums, Takes, Runs):
         if axis is None:
             self.wholes[node] = self._placeholder(node.name, node.meta)
             return None
-        dim = next(i for i, d in enumerate(self.placement.sweep.dims(node)) if self.placement._axes(d))
+        dim = next(i for i, d in enumerate(self.placement.sweep.dims(node)) if self.placement.axes(d))
         value, layout = node.meta["val"], axis.layout
         shape = [*value.shape[:dim], layout.length(self.rank.rank, value.shape[dim]), *value.shape[dim + 1 :]]
         with self.captured.fake_mode:
@@ -350,7 +350,9 @@ class _Writer(Sums, Takes, Runs):
             return self._size(size_of(node.meta["val"]))
         if axis is None:
             return self._whole(node, reason)
-        return self._local(node, axis) if self.placement.on(node, axis) else self._broadcast(node, reason)
+        assert self.origin is not None
+        source = self.placement.source(self.origin, node, axis)
+        return self._local(node, axis) if source else self._broadcast(node, reason)
 
     def _whole(self, node: Node, reason: str) -> Any:
         """`node` at full length: gathered, and reported, if it is local."""
@@ -375,17 +377,40 @@ class _Writer(Sums, Takes, Runs):
         return self.wholes[node]
 
     def _local(self, node: Node, axis: Axis) -> Any:
-        """This rank's tokens of `node` on `axis`."""
+        """This rank's tokens of `node` on `axis`; from another axis that it is on they are moved there."""
         if node in self.locals and self.placement.modes[node] is axis:
             return self.locals[node]
         if (node, axis.index) not in self.shards:
-            whole, args = self._whole(node, "change of axis"), self._shard_args(node, axis)
-            whole = self._ordered(whole, args, inverse=False)
-            local = self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+            local = self._write_move(node, axis) or self._write_shard(node, axis)
             if not self.keeps:
                 return local
             self.shards[node, axis.index] = local
         return self.shards[node, axis.index]
+
+    def _write_shard(self, node: Node, axis: Axis) -> Node:
+        """Of all tokens, those of this rank."""
+        whole, args = self._whole(node, "change of axis"), self._shard_args(node, self._own(node, axis))
+        dim, outer, tokens, _, world, rank = args
+        args = dim, outer, tokens, axis.layout.name, world, rank
+        whole = self._ordered(whole, args, inverse=False)
+        return self._emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+
+    def _write_move(self, node: Node, axis: Axis) -> Node | None:
+        """The tokens of another run of the axis's line, sent to where those of `axis` are that they go with."""
+        own = self._own(node, axis)
+        if own is axis or self.placement.modes[node] is not own or node not in self.locals:
+            return None
+        *where, layout, world, rank = self._shard_args(node, own)
+        args = *where, layout, axis.layout.name, world, rank, self.rank.group
+        return self._emit(ops.redeal, self.locals[node], *args, name=f"{node.name}_moved")
+
+    def _own(self, node: Node, axis: Axis) -> Axis:
+        """`axis`, or the axis of its line that `node` is on instead."""
+        if self.placement.on(node, axis):
+            return axis
+        (own,) = {a for d in self.placement.sweep.operand_dims(node) for a in self.placement.axes(d)}
+        assert own.line is axis.line and own.line is not None, (node, own, axis)
+        return own
 
     def _ordered(self, whole: Node, shard_args: tuple[Any, ...], inverse: bool) -> Node:
         """All tokens in the order of the layout's curve, or, inverse, back in their own."""

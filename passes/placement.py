@@ -2,7 +2,7 @@
 
     shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values
     with a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
-    runs: slices, cats and pads of runs of tokens run on the axis of what they make
+    runs: slices, cats, pads and convolutions that give runs of tokens run on the axis of what they make
     whole: when the op needs A whole (softmax over the sequence, no rule), when a tensor of it has A twice, or two axes
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import sympy
@@ -30,6 +31,7 @@ aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"
 ATTENTION = (SDPA, "flex_attention")
 COUNTER_BASED = ("dropout.default", SDPA)
+CONVOLUTION = "conv1d.default"
 CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default", "einsum.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
 
@@ -51,22 +53,40 @@ class Placement:
         """Whether a dim of `node` lies on `axis`, or it counts rows of it."""
         if node in self.sweep.routing.counts:
             return self.modes[node] is axis
-        return any(axis in self._axes(d) for d in self.sweep.operand_dims(node))
+        return any(axis in self.axes(d) for d in self.sweep.operand_dims(node))
+
+    def source(self, node: Node, operand: Node, axis: Axis) -> Axis | None:
+        """The axis on which `operand` has the tokens that `node` reads on `axis`: another one, if they are moved."""
+        if self.on(operand, axis):
+            return axis
+        moved = self.moved(node)
+        own = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
+        return next((a for a in own if moved.get(a) is axis), None)
+
+    def moved(self, node: Node) -> dict[Axis, Axis | None]:
+        """The axis to which `node` moves the tokens of each axis that it moves; None where that is not partitioned."""
+        pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].moved]
+        found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
+        for y, x in reversed(found.items()):  # what is moved to where it is moved on from
+            found[y] = found.get(x, x)
+        return found
 
     def sums(self, node: Node) -> bool:
         """Whether `node` runs on an axis and sums over it: its value, once reduced, is whole."""
         axis = self.modes[node]
-        return axis is not None and node not in self.sites and axis in self._axes(self.sweep.notes[node].summed)
+        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].summed)
 
     def broadcast_operands(self, node: Node) -> list[Node]:
         """Operands that `node`, running on an axis, reads whole."""
         axis, site = self.modes[node], self.sites.get(node)
-        if axis is None or node in self.runs:
+        if axis is None:
             return []
+        if node in self.runs:
+            return operands_of(node)[1:] if op_name(node) == CONVOLUTION else []
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
             return [*keys, *(site.site.leaves[i] for i in self.learned(site))]
-        return [n for n in operands_of(node) if not self.on(n, axis)]
+        return [n for n in operands_of(node) if self.source(node, n, axis) is None]
 
     def learned(self, site: SitePlan) -> list[int]:
         """Numbers of the site's leaves that need a gradient."""
@@ -74,7 +94,7 @@ class Placement:
 
     def axis_along(self, node: Node, dim: int) -> Axis | None:
         """The axis of one dim of `node`."""
-        axes = self._axes(self.sweep.dims(node)[dim])
+        axes = self.axes(self.sweep.dims(node)[dim])
         return axes[0] if len(axes) == 1 else None
 
     def reads_around(self, node: Node, axis: Axis) -> bool:
@@ -90,7 +110,7 @@ class Placement:
         start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
         return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
 
-    def _axes(self, factors: Any) -> list[Axis]:
+    def axes(self, factors: Any) -> list[Axis]:
         return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
 
 
@@ -112,7 +132,7 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep, given: Mapping[Node,
 def _given(p: Placement, node: Node, dim: int) -> Axis | None:
     """The axis of an input that comes in shares along `dim`; None where it must be whole."""
     factors, value = p.sweep.dims(node), node.meta["val"]
-    axes = {i: found for i, d in enumerate(factors) if (found := p._axes(d))}
+    axes = {i: found for i, d in enumerate(factors) if (found := p.axes(d))}
     simple = list(axes) == [dim] and len(axes[dim]) == len(factors[dim]) == 1
     written = any(has_effect(user) for user in node.users)
     return axes[dim][0] if simple and differentiable(value) and not written else None
@@ -219,18 +239,20 @@ def _decide(p: Placement, node: Node) -> Axis | None:
         p.runs.add(node)
         return made
     note, tensors = p.sweep.notes[node], [node, *read]
-    axes = {a for t in tensors for d in p.sweep.operand_dims(t) for a in p._axes(d)}
-    if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node):
+    moved = p.moved(node)
+    axes = {moved.get(a, a) for t in tensors for d in p.sweep.operand_dims(t) for a in p.axes(d)}
+    if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node) or None in (*moved, *moved.values()):
         return None
     (axis,) = axes
+    assert axis is not None
     if p.reads_around(node, axis) and not _in_order(p, node, axis):
         return None
-    if axis in p._axes(note.whole) or not _splits(p, node, note, axis, tensors):
+    if axis in p.axes(note.whole) or not _splits(p, node, note, axis, tensors):
         return None
-    passed = any(p.on(n, axis) for n in tensors[1:])
-    if not passed and name not in (*CONSTANT, "expand.default"):
+    sources = {n: p.source(node, n, axis) for n in tensors[1:]}
+    if not any(sources.values()) and name not in (*CONSTANT, "expand.default"):
         return None  # the op makes the dim (slice, cat, pad): at full length
-    running = any(p.modes[n] is axis and p.on(n, axis) for n in tensors[1:])
+    running = any(own is not None and p.modes[n] is own for n, own in sources.items())
     starts = node not in p.kept and any(differentiable(t) for t in tensors_of(node))
     return axis if running or starts else None
 
@@ -239,15 +261,17 @@ def _run(p: Placement, node: Node) -> Axis | None:
     """The axis on which `node` takes a run of tokens, or puts runs together; None where it does not."""
     dim = p.sweep.runs.get(node)
     axis = p.axis_along(node, dim) if dim is not None else None
-    if dim is None or axis is None or axis.line is None or len(p._axes(sum(p.sweep.dims(node), ()))) > 1:
+    if dim is None or axis is None or axis.line is None or len(p.axes(sum(p.sweep.dims(node), ()))) > 1:
         return None
-    if node in p.kept or not differentiable(node.meta["val"]) or p._axes(p.sweep.notes[node].whole):
+    if node in p.kept or not differentiable(node.meta["val"]) or p.axes(p.sweep.notes[node].whole):
         return None
     parts = parts_of(node, dim)
     own = [p.axis_along(part, dim) for part, _ in parts]
     if any(a is not None and a.line is not axis.line for a in own) or not any(own):
         return None
-    if op_name(node) == "slice.Tensor":
+    if op_name(node) == CONVOLUTION and not _in_order(p, node, axis):
+        return None
+    if op_name(node) in ("slice.Tensor", CONVOLUTION):
         return axis if p.modes[first_of(node)] is own[0] else None
     few = [p.holder(axis, offset, part, dim) for (part, offset), a in zip(parts, own, strict=True) if a is None]
     return None if None in few else axis
@@ -262,9 +286,9 @@ def parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
 
 
 def _in_order(p: Placement, node: Node, axis: Axis) -> bool:
-    """Whether the tokens around each one are those of the sequence, in runs whose number no length changes."""
-    outermost = p._axes(p.sweep.dims(node)[p.sweep.halos[node]][:1])
-    return bool(outermost) and not axis.layout.order and isinstance(axis.tokens, int)
+    """Whether the tokens around each one are those of the sequence."""
+    dim = {**p.sweep.runs, **p.sweep.halos}[node]
+    return bool(p.axes(p.sweep.dims(node)[dim][:1])) and not axis.layout.order
 
 
 def _sorts(p: Placement, node: Node) -> bool:
@@ -276,9 +300,9 @@ def _sorts(p: Placement, node: Node) -> bool:
 def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:
     """Whether the op on shards of `axis` gives shards of the op, or parts of its sum."""
     singles = [t for t in tensors if isinstance(t.meta["val"], torch.Tensor)]
-    if any(sum(len(p._axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
+    if any(sum(len(p.axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
         return False
-    if axis not in p._axes(note.summed):
+    if axis not in p.axes(note.summed):
         return p.on(tensors[0], axis)  # else a view took a fused axis apart
     summing = (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES)
     return op_name(node) in summing and node.meta["val"].is_floating_point()

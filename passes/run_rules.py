@@ -3,6 +3,7 @@
     x[:, 1:], x.split([77, 256], 1)     a run of the tokens of x
     cat([cls, x], 1), pad(x, (0, 3))    x is a run of what they make
     pad(x, (1, -1)), conv1d(x, w)       each token reads those around it
+    conv1d(pad(x, (2, 0)), w)           the run of what is padded that x is, or another one
 
 Contract: as for all rules (`rules`).  A run is made only of values that are worked on and by a slice that keeps most of
 them; tables, inputs, and the few tokens that a head reads are none.
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from ringpass.passes.factors import (
     Dims,
+    Factors,
     Note,
     Sweep,
     args_of,
@@ -28,6 +30,7 @@ from ringpass.passes.factors import (
     size_of,
     slice_of,
 )  # fmt: skip
+from ringpass.passes.lines import same
 
 
 def same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -92,12 +95,13 @@ def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
     amounts: Any = node.args[1]
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
+    works = source in sweep.worked or any(op_name(user) == "conv1d.default" for user in node.users)
     constant = bound_of(node).get("mode", "constant") == "constant" or op_name(node) != "pad.default"
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
     if shift_of(node):
         sweep.halos[node] = min(changed)
         return sweep.dims(source)
-    if dim is None or not (fixed and constant) or source not in sweep.worked or not sweep.dims(source)[dim]:
+    if dim is None or not (fixed and constant and works) or not sweep.dims(source)[dim]:
         return same_or_whole(sweep, node, note)
     dims = list(sweep.dims(source))
     size = size_of(source.meta["val"].shape[dim])
@@ -107,7 +111,7 @@ def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 
 def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Rows pass; of a conv1d, so does the sequence, if its steps give each token a number of its own."""
+    """Rows pass; of a conv1d so does the sequence, if each step makes one token, or if it makes a run of the tokens."""
     dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
     weights = sweep.dims(bound_of(node)["weight"])
     if len(dims) != len(weights):  # no batch: the first dim is that of channels
@@ -120,20 +124,37 @@ def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
         if any(halo_of(node)[:2]):
             sweep.halos[node] = 2
         return dims[0], sweep.new(shape[1]), split[0]
+    if step == 1 and dims[2] and (run := _inner_run(sweep, node, dims[2])):
+        sweep.runs[node] = 2
+        return dims[0], sweep.new(shape[1]), run
     note.whole += [f for d in dims[2:] for f in d]
     return (dims[0], *sweep.fresh(shape[1:]))
 
 
-def halo_of(node: Node) -> tuple[int, int, int]:
-    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one."""
+def _inner_run(sweep: Sweep, node: Node, tokens: Factors) -> Factors | None:
+    """A conv1d makes a run of the tokens that it reads, of fewer: one that is known, or the last that it can be."""
+    old, size = (size_of(x.meta["val"].shape[2]) for x in (first_of(node), node))
+    fewer = old - size
+    if not fewer.is_Integer or fewer < 0:
+        return None
+    known = (at for run, at in sweep.lines.runs(sweep.index(tokens)) if same(run.size, size) and at.is_Integer)
+    offset = min((at for at in known if 0 <= at <= fewer), default=fewer)
+    return sweep.run_of(tokens, offset, size, new=True)
+
+
+def halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
+    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one.
+
+    `offset`: the place, on what it reads, of the first of what a conv1d makes.
+    """
     if op_name(node) != "conv1d.default":
         low = shift_of(node)
         return max(low, 0), max(-low, 0), 1
     bound = bound_of(node)
     weight: Any = bound["weight"]
-    step, before, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    after = apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step
-    after = max(after, 0)
+    step, padding, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    before = padding + offset
+    after = max(apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step, 0)
     return before, after + -(before + after) % step, step
 
 

@@ -6,6 +6,7 @@
     pad(x, (0, 0, 0, 5))      the local tokens, then this rank's share of the five
     conv1d(x, w, padding=1)   conv1d(halo(x, 1, 1), w), and of what it gives, the rows of local tokens
     pad(x, (0, 0, 1, -1))     halo(x, 1, 0), without the last row of each run of tokens
+    conv1d(pad(x, (2, 0)), w) conv1d(halo(padded, 2, 0), w), and of what it gives for all of `padded`, the rows of x
 
 Contract: a conv1d and a shift move what stands around each run of local tokens, and no more; the others move nothing,
 for a token is on the same rank in all runs of its line (`pieces`).  What is whole, such as CLS, is cut to this rank's
@@ -46,14 +47,27 @@ class Runs(Emitter):
         name, dim = op_name(node), self.placement.sweep.runs[node]
         if name == "slice.Tensor":
             return self._write_slice(node, axis, dim)
+        if name == "conv1d.default":
+            return self._write_inner(node, axis, dim)
         return self._write_cat(node, axis, dim) if name == "cat.default" else self._write_pad(node, axis, dim)
 
     def _write_slice(self, node: Node, axis: Axis, dim: int) -> Node:
         around = self.placement.modes[first_of(node)]
         assert around is not None
-        x, start = self._local(first_of(node), around), self._before(around, axis.offset)
+        return self._run_of(self._local(first_of(node), around), around, node, axis, dim)
+
+    def _run_of(self, x: Node, around: Axis, node: Node, axis: Axis, dim: int) -> Node:
+        """Of the local tokens `x` of axis `around`, those of its run `axis`."""
+        start = self._before(around, axis.offset)
         stop = self._compute(operator.add, start, self._length(axis))
         return self._emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
+
+    def _write_inner(self, node: Node, axis: Axis, dim: int) -> Node:
+        """A conv1d of more tokens than it makes: as if it made as many, and of these the run that it makes."""
+        around = self.placement.modes[first_of(node)]
+        assert around is not None
+        every = self._write_halo(node, around, int(axis.offset - around.offset))
+        return self._run_of(every, around, node, axis, dim)
 
     def _write_cat(self, node: Node, axis: Axis, dim: int) -> Node:
         rows = []
@@ -80,14 +94,17 @@ class Runs(Emitter):
         amounts[at : at + 2] = low, self._compute(operator.sub, rest, low)
         return self._copy(node, (self._local(source, own), amounts, *args_of(node)[2:]), node.kwargs)
 
-    def _write_halo(self, node: Node, axis: Axis) -> Node:
-        """A conv1d or a shift, of the local tokens and those around them."""
-        source, (low, high, step) = first_of(node), halo_of(node)
+    def _write_halo(self, node: Node, axis: Axis, offset: int = 0) -> Node:
+        """A conv1d or a shift, of the local tokens and those around them; what it makes begins at `offset`."""
+        source, (low, high, step) = first_of(node), halo_of(node, offset)
         around = self._shard_args(source, axis)
-        dim, runs = around[0], len(axis.layout.ranges(self.rank.rank, axis.hint))
-        each = self._size(sympy.cancel(size_of(node.meta["val"].shape[dim]) / size_of(axis.tokens)))
+        dim, layout = around[0], axis.layout
+        runs = layout.ranges if isinstance(axis.tokens, int) else layout.spans  # as many as any length has
+        most = len(list(runs(self.rank.rank, axis.hint)))
+        size = size_of(source.meta["val"].shape[dim])
+        each = self._size(sympy.cancel(size / step / size_of(axis.tokens)))
         x = self._local(source, axis)
-        rows = self._emit(ops.halo, x, *around, runs, low, high, self.rank.group, name=f"{source.name}_around")
+        rows = self._emit(ops.halo, x, *around, most, low, high, self.rank.group, name=f"{source.name}_around")
         if op_name(node) == "conv1d.default":
             bound = {**bound_of(node), "padding": [0]}
             given = {k: self._operand(v, axis, "weights") if isinstance(v, Node) else v for k, v in bound.items()}

@@ -3,7 +3,10 @@
     _transformer_encoder_layer_fwd(x, ..)        the layer: norms, linears, scaled_dot_product_attention
     einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
     conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
+    narrow(x, 1, 0, 77)                          a slice
     split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
+    roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1), where it is not the last dim
+    conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
 """
@@ -35,8 +38,14 @@ def spell_out(gm: GraphModule) -> None:
             _replace(node, product, dict(zip("ab", args_of(node)[1], strict=True)))
         elif node.target in SPLITS:
             _sliced(node)
+        elif node.target is aten.narrow.default:
+            _narrowed(node)
         elif node.target in CONVOLUTIONS and _of_patches(node):
             _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
+        elif node.target in PADDED and (sides := _sides(node)) is not None:
+            _replace(node, padded, {**bound_of(node), "padding": sides})
+        elif node.target is aten.roll.default and _rolls_tokens(node):
+            _replace(node, rolled, {"x": node.args[0], "by": args_of(node)[1][0], "dim": args_of(node)[2][0]})
 
 
 def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
@@ -126,6 +135,13 @@ def _sliced(node: Node) -> None:
     node.graph.erase_node(node)
 
 
+def _narrowed(node: Node) -> None:
+    """A narrow as the slice that it is, where it starts at a known token."""
+    x, dim, start, length = args_of(node)
+    if all(isinstance(n, int) for n in (start, length)) and start >= 0:
+        node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
+
+
 # --- convolutions of patches ------------------------------------------------------------------------------------------
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -172,6 +188,48 @@ def _flattened(grid: Node) -> None:
             user.graph.erase_node(user)
     if not grid.users:
         grid.graph.erase_node(grid)
+
+
+# --- convolutions that pad, rolls -------------------------------------------------------------------------------------
+
+PADDED = (aten.conv1d.default, aten.conv1d.padding)
+
+
+def _sides(node: Node) -> tuple[int, int] | None:
+    """How much a conv1d of stride 1 pads on either side; None where it need not be written out."""
+    bound = bound_of(node)
+    (kernel,) = bound["weight"].meta["val"].shape[2:]
+    (stride,), (dilation,) = (_each(bound.get(name, 1), [kernel]) for name in ("stride", "dilation"))
+    more, given = dilation * (kernel - 1), bound.get("padding", 0 if node.target is PADDED[0] else "valid")
+    if stride != 1 and given != "valid":
+        return None
+    if isinstance(given, str):
+        return (more // 2, more - more // 2) if given == "same" else (0, 0)
+    (both,) = _each(given, [kernel])
+    return (both, both) if 2 * both > more else None
+
+
+def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor | None = None, **how: Any) -> Tensor:
+    """A conv1d whose padding is an op of its own, unless it is the same on both sides and keeps the length."""
+    low, high = padding
+    extent = _each(how.get("dilation", 1), [0])[0] * (weight.shape[-1] - 1)
+    if low == high and 2 * low <= extent:
+        return F.conv1d(input, weight, bias, padding=low, **how)
+    return F.conv1d(F.pad(input, padding), weight, bias, **how)
+
+
+def _rolls_tokens(node: Node) -> bool:
+    """Whether a roll is of one dim, which is not the last, where its channels are."""
+    _, shifts, *dims = args_of(node)
+    rank = node.meta["val"].ndim
+    return len(shifts) == 1 and len(dims) == 1 and len(dims[0]) == 1 and dims[0][0] % rank != rank - 1
+
+
+def rolled(x: Tensor, by: int, dim: int) -> Tensor:
+    """`torch.roll` of one dim."""
+    size = x.shape[dim]
+    by = by if abs(by) < size else by % size
+    return torch.cat([aten.slice(x, dim, -by, size), aten.slice(x, dim, 0, -by)], dim) if by else x.clone()
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------

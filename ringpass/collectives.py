@@ -146,23 +146,26 @@ def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
 
 
-def halo(x: Tensor, shard: Shard, left: int, right: int, group: str) -> Tensor:
+def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:
     """Each run of the local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
 
-    The sequence dim has S * each elements, which are counted one by one.
+    The sequence dim has S * each elements, which are counted one by one.  There is room for `most` runs; if there are
+    fewer, as some lengths have it, zeros follow.
     """
     around = Around(shard, x.shape[shard.dim] // shard.length, left, right)
     rows = move(shard.split(x, x.shape[shard.dim]), around.held, around.wanted, shard.rank, group)
     inside = around.inside(x)
-    out = rows.new_zeros((rows.shape[0], len(inside), rows.shape[2]))
-    out[:, inside] = rows
-    return out.reshape(*x.shape[: shard.dim], len(inside), *x.shape[shard.dim + 1 :])
+    size = x.shape[shard.dim] + most * (left + right)
+    out = rows.new_zeros((rows.shape[0], size, rows.shape[2]))
+    out[:, : len(inside)][:, inside] = rows
+    return out.reshape(*x.shape[: shard.dim], size, *x.shape[shard.dim + 1 :])
 
 
 def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
     """The transpose of `halo`."""
     around = Around(shard, each, left, right)
-    rows = shard.split(grad, grad.shape[shard.dim])[:, around.inside(grad)]
+    inside = around.inside(grad)
+    rows = shard.split(grad, grad.shape[shard.dim])[:, : len(inside)][:, inside]
     out = move_back(rows, around.held, around.wanted, shard.rank, group)
     return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
 

@@ -151,15 +151,15 @@ class Layout:
             found = [(self.residue.before(a), self.residue.before(b)) for a, b in whole]
             return tuple((a, b) for a, b in found if a < b)
         out: list[tuple[int, int]] = []
-        for start, stop in self._spans(rank, tokens):
+        for start, stop in self.spans(rank, tokens):
             if out and out[-1][1] == start:
                 out[-1] = (out[-1][0], stop)
             elif start < stop:
                 out.append((start, stop))
         return tuple(out)
 
-    def _spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
-        """The tokens of `rank`, chunk by chunk and piece by piece."""
+    def spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
+        """The tokens of `rank`, chunk by chunk and piece by piece: as many spans for every length, some maybe empty."""
         offset = 0
         for size, owner in self._pieces(tokens):
             if owner is None:

@@ -59,7 +59,7 @@ define(
     "-> Tensor"
 )
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
-define(f"halo(Tensor x, {SHARD}, int runs, int left, int right, str group) -> Tensor")
+define(f"halo(Tensor x, {SHARD}, int most, int left, int right, str group) -> Tensor")
 define(f"halo_backward(Tensor grad, {SHARD}, int each, int left, int right, str group) -> Tensor")
 define(f"core(Tensor like, {SHARD}, int each, int left, int right) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
@@ -166,16 +166,14 @@ differentiate("permute", _permute_backward, _save_arguments)
 
 
 def _halo(x: Tensor, *args: Any) -> Tensor:
-    *where, runs, left, right, group = args
-    shard = Shard(*where)
-    assert len(shard.placement.ranges(shard.rank, shard.tokens)) == runs, "compiled for another number of runs"
-    return collectives.halo(x, shard, left, right, group)
+    *where, most, left, right, group = args
+    return collectives.halo(x, Shard(*where), most, left, right, group)
 
 
 def _fake_halo(x: Tensor, *args: Any) -> Tensor:
-    *where, runs, left, right, _ = args
+    *where, most, left, right, _ = args
     dim = where[0]
-    return x.new_empty((*x.shape[:dim], x.shape[dim] + runs * (left + right), *x.shape[dim + 1 :]))
+    return x.new_empty((*x.shape[:dim], x.shape[dim] + most * (left + right), *x.shape[dim + 1 :]))
 
 
 def _halo_backward(grad: Tensor, *args: Any) -> Tensor:

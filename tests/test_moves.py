@@ -142,3 +142,12 @@ def on_gloo(group: dist.ProcessGroup) -> float:
 
 def test_on_gloo(workers: Workers) -> None:
     assert workers.run(on_gloo, 3) == [0.0] * 3
+
+
+@pytest.mark.parametrize("world", range(2, 6))
+@pytest.mark.parametrize("name", ("contiguous", "zigzag", "striped"))
+def test_a_shift_by_one_moves_one_token_of_each_run(name: str, world: int, tokens: int = 1000) -> None:
+    runs = [Layout(f"{name} cut {cut}", world) for cut in (-1, 1)]  # x[:, 1:] and x[:, :-1] of a line of 1,001
+    for rank in range(world):
+        move = moves.between(runs[1].name, runs[0].name, world, tokens, rank)
+        assert sum(move.received) <= len(runs[0].ranges(rank, tokens))

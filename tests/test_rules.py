@@ -217,7 +217,7 @@ WHOLE = [  # gathered, and said so
     *(Case(name, f, ((B, S, D),), True) for name, f in {
         "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
         "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
-        "roll.default": lambda x: x.roll(1, 1), "amax.default": lambda x: x.amax(1),
+"roll.default": lambda x: x.roll((1, 1), (0, 1)), "amax.default": lambda x: x.amax(1),
         "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
         "var.correction": lambda x: aten.var.correction(x, [1]),
         "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
@@ -268,6 +268,24 @@ RUNS = [  # runs of tokens: nothing moves
     Case("pad.default", lambda x: F.pad(x, (0, 0, -2, 2)) * x),
     Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, -100:-1] * 2, ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w).narrow(1, 2, S - 2) * 2, ((B, S, D), (D, D))),
+    # two runs of one sequence against each other: what is elsewhere moves
+    Case("sub.Tensor", lambda x, w: (y := F.linear(x, w))[:, 1:] - y[:, :-1], ((B, S, D), (D, D))),
+    Case("mul.Tensor", lambda x, w: (y := F.linear(x, w))[:, 2:] * y[:, 1:-1] + y[:, :-2].sin(), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1], y[:, :-1]], 1) * y, ((B, S, D), (D, D))),
+    Case("bmm.default", lambda x, w: torch.bmm((y := F.linear(x, w))[:, 1:].mT, y[:, :-1]), ((B, S, D), (D, D))),
+    Case("mse_loss.default", lambda x, w: F.mse_loss((y := F.linear(x, w))[:, :-3], y[:, 3:]), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(1, 1) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(-2, 0) * y, (FIRST, (D, D))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.pad(x.mT, (2, 0)), w).mT * x.sum(-1, True), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.pad(x.mT, (0, 4)), w, dilation=2), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=3, groups=D)[..., :S].sin(), ((B, S, D), (D, 1, 4))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=3).sin(), ((B, S, D), (5, D, 4))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=1).sin(), ((B, S, D), (5, D, 5))),
+    Case("conv1d.default", lambda x, w, b: F.conv1d(x.mT, w, b, padding="same").mT * x.sum(-1, True),
+         ((B, S, D), (5, D, 4), (5,))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
 ]  # fmt: skip
 CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
 
@@ -320,6 +338,7 @@ def own(x: Tensor, spec: LocalOutput | None, rank: int, world: int) -> Tensor:
     return mine.flatten(spec.dim, spec.dim + 2)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
 @pytest.mark.parametrize("layout", ("zigzag",))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 3) -> None:

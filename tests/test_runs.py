@@ -99,6 +99,28 @@ class Neighbours(nn.Module):
         return (x,)
 
 
+class Before(nn.Module):
+    """Causal convolutions of padded input, written in both ways; token shifts by cat and by roll; what a token adds to
+    the one before it; keys and values of different tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(4, WIDTH, 3)
+        self.blocks = nn.ModuleList(Block(causal=True) for _ in range(2))
+        self.near = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 4, padding=3, groups=WIDTH) for _ in range(2))
+        self.mix, self.same = nn.Parameter(torch.rand(WIDTH)), nn.Conv1d(WIDTH, WIDTH, 3, padding="same")
+
+    def forward(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(F.pad(sound, (2, 0))).transpose(1, 2)
+        for block, near in zip(self.blocks, self.near, strict=True):
+            x = block(x + near(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+            x = x + self.mix * (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x)
+        x = x + self.same(x.transpose(1, 2)).transpose(1, 2) + x.roll(1, 1).cos()
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (x, x[:, 1:], x[:, :-1]))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x, (x[:, 1:] - x[:, :-1]).pow(2).mean()
+
+
 def floats(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
 
@@ -112,6 +134,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "classes": (Classes, {"images": floats(ROWS, 3, 7, 15)}),
     "streams": (Streams, {"text": floats(ROWS, 10, 4), "image": floats(ROWS, 13, 4)}),
     "neighbours": (Neighbours, {"sound": floats(ROWS, 4, 2 * TOKENS)}),
+    "before": (Before, {"sound": floats(ROWS, 4, TOKENS)}),
 }
 
 
@@ -154,22 +177,30 @@ class Growing(nn.Module):
         return (self.block(F.pad(x, (0, 0, 0, -length % 8)))[:, :length] * 2,)
 
 
+GROWING: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]]]] = {
+    "shifted": (Shifted, lambda length: {"idx": ids(length)}),
+    "before": (Before, lambda length: {"sound": floats(ROWS, 4, length)}),
+    "growing": (Growing, lambda length: {"x": floats(ROWS, length, WIDTH)}),
+}
+
+
 def lengths(group: dist.ProcessGroup, name: str) -> tuple[float, int]:
     """The largest error at lengths that change, and how often the model was compiled for them."""
     from torch._dynamo.utils import counters
 
     torch.manual_seed(0)
-    model: nn.Module = {"shifted": Shifted, "growing": Growing}[name]().double()
+    make, batch_of = GROWING[name]
+    model = make().double()
     counters.clear()
-    run, worst = compiled(model, group, strict=name == "shifted"), 0.0
+    run, worst = compiled(model, group, strict=make is not Growing), 0.0
     for length in (TOKENS, 31, 41, 57):
-        batch = {"idx": ids(length)} if name == "shifted" else {"x": floats(ROWS, length, WIDTH)}
+        batch = batch_of(length)
         want, got = (step(model, how, batch) for how in (model, run))
         worst = max(worst, *(relative(got[key], want[key]) for key in want))
     return worst, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["shifted", slow("growing")])
+@pytest.mark.parametrize("name", ["shifted", "before", slow("growing")])
 def test_lengths_that_change(workers: Workers, name: str) -> None:
     for worst, graphs in workers.run(lengths, 2, name):
         assert worst < 1e-10 and graphs <= 2
