@@ -305,6 +305,11 @@ def operands_of(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if tensors_of(n)]
 
 
+def is_empty(node: Node) -> bool:
+    """Whether a tensor has no elements, whatever its symbolic sizes are."""
+    return any(isinstance(n, int) and n == 0 for n in node.meta["val"].shape)
+
+
 def op_name(node: Node) -> str:
     """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
     target = node.target

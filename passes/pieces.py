@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from ringpass.hilbert import Order
-from ringpass.layout import Layout, Ranges, cut, following
+from ringpass.layout import Layout, Ranges, cut, few, following
 from ringpass.passes.balance import CANDIDATES
 from ringpass.passes.factors import Factor, Sweep, hint_of, size_of
 
@@ -76,7 +76,7 @@ def _runs(line: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -
     for run, offset in sorted(sweep.lines.runs(line), key=lambda found: _rank(found[0], axes, sweep)):
         factors = sweep.resolve([run])
         tokens = _tokens(sweep, factors)
-        if tokens is None or tokens < 2 * world:
+        if tokens is None or tokens < few(world):
             continue
         if len(factors) > 1 and axes.keys().isdisjoint(factors):
             factors = (sweep.fuse(factors),)

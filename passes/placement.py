@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, args_of, first_of, op_name, operands_of, size_of, tensors_of
+from ringpass.passes.factors import Note, Sweep, args_of, first_of, is_empty, op_name, operands_of, size_of, tensors_of
 from ringpass.passes.pieces import Axis
 from ringpass.passes.plan import RingPlan, SitePlan
 from ringpass.passes.routing import SORT, closed
@@ -280,7 +280,7 @@ def _run(p: Placement, node: Node) -> Axis | None:
 def parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
     """The operands of a slice, cat or pad along `dim`, and where their tokens begin in what a cat makes."""
     given = args_of(node)[0]
-    parts = [n for n in given if n.meta["val"].shape != (0,)] if isinstance(given, list | tuple) else [given]
+    parts = [n for n in given if not is_empty(n)] if isinstance(given, list | tuple) else [given]
     sizes = [size_of(n.meta["val"].shape[dim]) for n in parts]
     return [(n, sum(sizes[:i], sympy.Integer(0))) for i, n in enumerate(parts)]
 

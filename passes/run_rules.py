@@ -24,6 +24,7 @@ from ringpass.passes.factors import (
     bound_of,
     first_of,
     hint_of,
+    is_empty,
     op_name,
     operands_of,
     product,
@@ -74,9 +75,11 @@ def sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Runs of tokens put together, if any of them is worked on."""
-    operands = [n for n in operands_of(node) if n.meta["val"].shape != (0,)]
+    operands = [n for n in operands_of(node) if not is_empty(n)]
     rank = node.meta["val"].ndim
     listed = [n for n in args_of(node)[0] if n in operands]
+    if len(listed) == 1:
+        return sweep.dims(listed[0])
     dim = bound_of(node).get("dim", 0) % rank
     parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
     if sweep.worked.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):

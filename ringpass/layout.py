@@ -16,8 +16,9 @@ rank some of them, in ascending order.
     replicated       every rank holds all tokens
 
 `zigzag cut 77,-1`: the first 77 tokens, the last, and those between are dealt out each by itself, as for a text and
-an image that stand in one sequence, so that a run of tokens from cut to cut is in a layout of the same kind.  A piece
-of fewer than 2P tokens (CLS) is not divided: the rank of the chunk before it holds it, or, at the start, of that after.
+an image that stand in one sequence, so that a run of tokens from cut to cut is in a layout of the same kind.  A
+piece of fewer than 8 tokens, or 2P (CLS, what a convolution pads), is not divided: the rank of the chunk before it
+holds it, or, at the start, of that after.
 
 `zigzag along hilbert 14x14 after 1`: the tokens are in the order of that curve (`ringpass.hilbert`) before they are cut
 into chunks.  Ranges, and all schedules made of them, then speak of places along the curve.
@@ -131,9 +132,9 @@ class Layout:
             return [(tokens, None)]
         starts = [0, *(c if c >= 0 else tokens + c for c in self.cuts), tokens]
         ends: list[Any] = [0, *self.cuts, None]
-        small = [_is_small(a, b, 2 * self.world) for a, b in pairwise(ends)]
+        small = [_is_small(a, b, few(self.world)) for a, b in pairwise(ends)]
         first, last = (_owner(self.map, self.world, chunk) for chunk in (0, self.chunks - 1))
-        owners = [None if not few else first if all(small[:i]) else last for i, few in enumerate(small)]
+        owners = [None if not alone else first if all(small[:i]) else last for i, alone in enumerate(small)]
         return [(b - a, owner) for (a, b), owner in zip(pairwise(starts), owners, strict=True)]
 
     def _share(self, rank: int, tokens: Any, owner: int | None) -> Any:
@@ -176,26 +177,31 @@ class Layout:
         return chunk * size + min(chunk, longer)
 
     def holder(self, tokens: int, start: int, stop: int) -> int | None:
-        """The rank that holds all of a piece in which these tokens are; None if the piece is dealt out."""
-        end = 0
+        """The rank that holds all of the pieces in which these tokens are; None if any of them is dealt out."""
+        owners, end = set(), 0
         for size, owner in self._pieces(tokens):
             begin, end = end, end + size
-            if begin <= start and stop <= end:
-                return owner
-        return None
+            if max(begin, start) < min(end, stop):
+                owners.add(owner)
+        return owners.pop() if len(owners) == 1 else None
 
     def dealt(self, name: str) -> Layout:
         """The same cuts, order and residue class, with another map."""
         return replace(self, name=name + self.name.removeprefix(self.map))
 
 
-def _is_small(start: int, stop: int | None, few: int) -> bool:
-    """Whether a piece from cut to cut has fewer than `few` tokens; one that ends on either side of the middle has not.
+def few(world: int) -> int:
+    """Fewer tokens from cut to cut are not divided."""
+    return max(8, 2 * world)
+
+
+def _is_small(start: int, stop: int | None, least: int) -> bool:
+    """Whether a piece from cut to cut has fewer than `least` tokens; one that has the middle has not.
 
     The answer must be that of each length of the sequence, which may be symbolic.
     """
     beginning, end = stop is not None and 0 <= start <= stop, start < 0
-    return (beginning or end) and (stop or 0) - start < few
+    return (beginning or end) and (stop or 0) - start < least
 
 
 def assigned(owners: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ringpass.layout import Layout
+from ringpass.layout import Layout, few
 from tests.models import HEADS, VOCAB, WIDTH, Block
 from tests.parity import compiled, relative
 from tests.workers import Workers, slow
@@ -245,7 +245,7 @@ def test_runs_from_cut_to_cut_are_on_the_same_ranks(name: str, cuts: str, world:
     for cut, end in zip(numbers, ends[1:], strict=False):
         assert [layout.before(rank, tokens, cut) for rank in range(world)] == [sum(t < end for t in h) for h in held]
     for start, stop in zip(ends, ends[1:], strict=False):
-        if stop - start >= 2 * world:
+        if stop - start >= few(world):
             alone = Layout(name, world).ranges
             want = [[start + t for a, b in alone(rank, stop - start) for t in range(a, b)] for rank in range(world)]
             assert [[t for t in h if start <= t < stop] for h in held] == want
