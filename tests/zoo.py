@@ -11,9 +11,13 @@ inside `wide()`, which makes them keep float64.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import transformers as hf
@@ -36,6 +40,10 @@ class wide(TorchFunctionMode):  # noqa: N801  a context, used as a function
         return func(*(torch.float64 if a is torch.float32 else a for a in args), **named)
 
 
+def nothing() -> None:
+    """What most entries need besides transformers."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """`factory(attention)` builds the model; `make_batch(length, labels, padding)` its keyword arguments.
@@ -48,16 +56,16 @@ class Entry:
     labels: bool = True
     padding: bool = False
     attentions: tuple[str, ...] = ("sdpa", "eager")
-    needs: str = ""  # a package that may be missing
+    needs: Callable[[], Any] = nothing  # imports a package that may be missing
     dtype: torch.dtype = torch.float64  # float32 where an op of the model knows nothing wider
 
     @property
     def missing(self) -> str:
         """The package that the entry needs and that cannot be imported, or nothing."""
         try:
-            importlib.import_module(self.needs or "torch")
-        except ImportError:
-            return self.needs
+            self.needs()
+        except ImportError as error:
+            return str(error.name)
         return ""
 
     def make(self, attention: str = "sdpa", train: bool = True) -> nn.Module:
@@ -237,11 +245,10 @@ LATENT = {"sample_size": 10, "patch_size": 2, "in_channels": 4, "out_channels": 
 
 
 def _dit(attention: str) -> nn.Module:
-    import diffusers
     from diffusers.models import attention_processor as how
 
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "num_embeds_ada_norm": 8}
-    model = diffusers.DiTTransformer2DModel(**LATENT, **sizes)
+    model = diffusers().DiTTransformer2DModel(**LATENT, **sizes)
     for module in model.modules():
         if hasattr(module, "dropout_prob"):  # classes that are left out at random
             module.dropout_prob = 0.0
@@ -251,18 +258,36 @@ def _dit(attention: str) -> nn.Module:
 
 
 def _sd3(attention: str) -> nn.Module:
-    import diffusers
-
     sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "joint_attention_dim": WIDTH}
     widths = {"caption_projection_dim": WIDTH, "pooled_projection_dim": WIDTH, "pos_embed_max_size": 8}
-    return Denoiser(diffusers.SD3Transformer2DModel(**LATENT, **sizes, **widths))
+    return Denoiser(diffusers().SD3Transformer2DModel(**LATENT, **sizes, **widths))
+
+
+def diffusers() -> Any:
+    """The package, imported where it is used."""
+    return importlib.import_module("diffusers")
+
+
+@cache
+def timm() -> Any:
+    """timm.  Only its data sets and their transforms need torchvision, whose builds each want one torch: where there is
+    none, a stand-in serves the import."""
+    missing = [] if importlib.util.find_spec("torchvision") else TORCHVISION
+    sys.modules.update({name: MagicMock() for name in missing})
+    try:
+        return importlib.import_module("timm")
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+TORCHVISION = [f"torchvision{part}" for part in ("", ".datasets", ".ops", ".ops.misc", ".transforms",
+               ".transforms.functional")]  # fmt: skip
 
 
 def _timm(attention: str) -> nn.Module:
-    import timm
-
     sizes = {"img_size": 20, "patch_size": 4, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
-    model: nn.Module = timm.models.VisionTransformer(**sizes, num_classes=7)
+    model: nn.Module = timm().models.VisionTransformer(**sizes, num_classes=7)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", attention == "sdpa")  # noqa: B010  a bool, which nn.Module's stub forbids
@@ -353,9 +378,9 @@ ZOO: dict[str, Entry] = {
         pictures,
     ),
     "clip": Entry(_clip, captioned, padding=True),
-    "dit": Entry(_dit, noised, needs="diffusers"),
-    "sd3": Entry(_sd3, prompted, attentions=("sdpa",), needs="diffusers"),
-    "timm_vit": Entry(_timm, labelled, needs="timm"),
+    "dit": Entry(_dit, noised, needs=diffusers),
+    "sd3": Entry(_sd3, prompted, attentions=("sdpa",), needs=diffusers),
+    "timm_vit": Entry(_timm, labelled, needs=timm),
     "nn_transformer": Entry(lambda _: Translator(), two_sequences, attentions=ONE),
     "nn_encoder": Entry(lambda _: Encoder(), vectors, padding=True, attentions=ONE),
     "nn_encoder_causal": Entry(lambda _: Encoder(causal=True, norm_first=True), vectors, attentions=ONE),
