@@ -80,12 +80,12 @@ def test_autocast(workers: Workers) -> None:
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def compilations(group: dist.ProcessGroup, lengths: list[int]) -> tuple[list[int], float]:
+def compilations(group: dist.ProcessGroup, lengths: list[int], dynamic: bool | None) -> tuple[list[int], float]:
     """Graphs compiled so far at each length, and the largest error of a loss."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, counts, errors = MODELS["llama"].make(), [], []
-    run = compiled(model, group)
+    run = compiled(model, group, dynamic=dynamic)
     for length in lengths:
         batch = batch_for("llama", length, True)
         loss = loss_of(run(**batch))
@@ -95,13 +95,15 @@ def compilations(group: dist.ProcessGroup, lengths: list[int]) -> tuple[list[int
     return counts, max(errors)
 
 
-@pytest.mark.parametrize("many", [5, slow(20)])
-def test_lengths_share_a_compilation(workers: Workers, many: int) -> None:
-    """The first is compiled for its own length, the second for any."""
+@pytest.mark.parametrize(("many", "dynamic"), [(5, None), (3, True), slow(20, None), slow(20, True)])
+def test_lengths_share_a_compilation(workers: Workers, many: int, dynamic: bool | None) -> None:
+    """The first is compiled for its own length, the second for any; with dynamic=True, the first for any already."""
     drawn = random.Random(0)
     lengths = [drawn.randint(6, 60) for _ in range(many)]
-    for counts, error in workers.run(compilations, 2, lengths):
-        assert counts == [1] + [2] * (many - 1) and error < 1e-6  # transformers computes the loss in float32
+    for counts, error in workers.run(compilations, 2, lengths, dynamic):
+        assert (
+            counts == [1] + [1 if dynamic else 2] * (many - 1) and error < 1e-6
+        )  # transformers computes the loss in float32
 
 
 def apart(group: dist.ProcessGroup) -> float:
