@@ -153,6 +153,14 @@ class Emitter:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return node
 
+    def _emit_bound(self, target: Any, bound: dict[str, Any], name: str | None = None) -> Node:
+        """A call of an ATen op with its arguments by name."""
+        listed = target._schema.arguments
+        args = [bound.get(a.name, a.default_value) for a in listed if not a.kwarg_only]
+        return self._emit(
+            target, *args, name=name, **{a.name: bound[a.name] for a in listed[len(args) :] if a.name in bound}
+        )
+
     def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
         node = self.graph.placeholder(name)
         node.meta.update(meta)

@@ -23,6 +23,7 @@ from ringpass.passes.factors import (
     Note,
     Sweep,
     args_of,
+    bound_of,
     first_of,
     op_name,
     operands_of,
@@ -80,28 +81,20 @@ FUNCTION = "autograd_function_apply"
 PATTERNED = ("type_as.default", "to.other")
 """Ops whose second operand only lends its dtype."""
 
-WHOLE_DIM = {  # op -> position of the dim argument (or of a list of dims), default
-    "softmax.int": (1, -1), "log_softmax.int": (1, -1), "_softmax.default": (1, -1), "_log_softmax.default": (1, -1),
-    "cumsum.default": (1, -1), "cumprod.default": (1, -1), "logcumsumexp.default": (1, -1), "flip.default": (1, -1),
-    "roll.default": (2, None), "tril.default": (None, (-2, -1)), "triu.default": (None, (-2, -1)),
-    "glu.default": (1, -1),
+WHOLE_DIM = {
+    "softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", "cumsum.default", "cumprod.default",
+    "logcumsumexp.default", "flip.default", "roll.default", "tril.default", "triu.default", "glu.default",
 }  # fmt: skip
-SUMS = {"sum.dim_IntList": 1, "sum.default": None, "mean.dim": 1, "mean.default": None}
-LOSSES = {  # element-wise losses -> position of the reduction argument (0 none, 1 mean, 2 sum)
-    "mse_loss.default": 2,
-    "l1_loss.default": 2,
-    "smooth_l1_loss.default": 2,
-    "huber_loss.default": 2,
-    "soft_margin_loss.default": 2,
-    "kl_div.default": 2,
-    "binary_cross_entropy.default": 3,
-    "binary_cross_entropy_with_logits.default": 4,
-}
+SUMS = {"sum.dim_IntList", "sum.default", "mean.dim", "mean.default"}
+LOSSES = {
+    "mse_loss.default", "l1_loss.default", "smooth_l1_loss.default", "huber_loss.default", "soft_margin_loss.default",
+    "kl_div.default", "binary_cross_entropy.default", "binary_cross_entropy_with_logits.default",
+}  # fmt: skip
+"""Element-wise losses; their `reduction` is 0 (none), 1 (mean) or 2 (sum)."""
 REDUCTIONS = {
-    "amax.default": 1, "amin.default": 1, "any.dim": 1, "all.dim": 1, "argmax.default": 1, "argmin.default": 1,
-    "max.dim": 1, "min.dim": 1, "var.correction": 1, "std.correction": 1, "logsumexp.default": 1, "prod.dim_int": 1,
-    "any.default": None, "all.default": None, "max.default": None, "min.default": None, "var.dim": 1,
-    "norm.ScalarOpt_dim": 2,
+    "amax.default", "amin.default", "any.dim", "all.dim", "argmax.default", "argmin.default", "max.dim", "min.dim",
+    "var.correction", "std.correction", "logsumexp.default", "prod.dim_int", "any.default", "all.default",
+    "max.default", "min.default", "var.dim", "norm.ScalarOpt_dim",
 }  # fmt: skip
 
 
@@ -160,29 +153,25 @@ def _view(sweep: Sweep, node: Node, note: Note) -> Dims:
     return sweep.reshape(sweep.dims(first_of(node)), node.meta["val"].shape, note)
 
 
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def dims_of(node: Node) -> list[int]:
+    """The dims along which an op acts, counted from the front; all where it names none."""
+    bound, rank = bound_of(node), first_of(node).meta["val"].ndim
+    default = {"tril.default": (-2, -1), "triu.default": (-2, -1), "glu.default": -1}.get(op_name(node))
+    given = bound.get("dim", bound.get("dims", default))
+    listed = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
+    return [d % rank for d in listed] if rank else []
 
 
 def _whole_dim(sweep: Sweep, node: Node, note: Note) -> Dims:
     routing.counts_too(sweep, node)
-    position, default = WHOLE_DIM[op_name(node)]
     dims = sweep.dims(first_of(node))
-    given = default if position is None else _argument(node, position, "dim", default)
-    chosen = range(len(dims)) if given in (None, []) else given if isinstance(given, list | tuple) else [given]
-    for d in chosen:
-        note.whole += dims[d]
+    note.whole += [f for d in dims_of(node) for f in dims[d]]
     return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
 
 
 def _reduction(sweep: Sweep, node: Node, note: Note) -> Any:
-    name = op_name(node)
-    position = SUMS.get(name, REDUCTIONS.get(name))
-    dims = sweep.dims(first_of(node))
-    given = None if position is None else _argument(node, position, "dim")
-    picked = list(range(len(dims))) if given in (None, []) else [given] if isinstance(given, int) else list(given)
-    picked = [d % len(dims) for d in picked] if dims else []
-    target = note.summed if name in SUMS else note.whole
+    dims, picked = sweep.dims(first_of(node)), dims_of(node)
+    target = note.summed if op_name(node) in SUMS else note.whole
     target += [f for d in picked for f in dims[d]]
     values = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
     keep = values[0].ndim == len(dims)
@@ -260,7 +249,7 @@ def _pieces(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """split, chunk, unbind: the dim is needed whole, the others pass."""
     dims = list(sweep.dims(first_of(node)))
     drop = op_name(node) == "unbind.int"
-    dim = _argument(node, 1 if drop else 2, "dim", 0) % len(dims)
+    dim = bound_of(node).get("dim", 0) % len(dims)
     values = node.meta["val"]
     if drop:
         note.whole += dims.pop(dim)
@@ -279,7 +268,7 @@ def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
 def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """Values and indices: the dim is needed whole, the others pass."""
     dims = list(sweep.dims(first_of(node)))
-    dim = _argument(node, 2, "dim", -1) % len(dims)
+    dim = bound_of(node).get("dim", -1) % len(dims)
     note.whole += dims[dim]
     dims[dim] = sweep.new(node.meta["val"][0].shape[dim])
     return (tuple(dims),) * 2
@@ -305,7 +294,7 @@ def _floor_divide(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims = list(sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note))
-    dim = _argument(node, 1, "dim", 0)
+    dim = bound_of(node).get("dim", 0)
     dims.insert(dim % (len(dims) + 1), sweep.new(node.meta["val"].shape[dim]))
     return tuple(dims)
 
@@ -318,7 +307,7 @@ def _squeeze(sweep: Sweep, node: Node, note: Note) -> Dims:
 def _loss(sweep: Sweep, node: Node, note: Note) -> Dims:
     """An element-wise loss: its mean or sum is over every dim."""
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
-    if _argument(node, LOSSES[op_name(node)], "reduction", 1) == 0:
+    if bound_of(node).get("reduction", 1) == 0:
         return dims
     note.summed += [f for d in dims for f in d]
     return ()
@@ -373,13 +362,14 @@ def _first_operand(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 def _embedding(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """Gradients scaled by the frequency of ids, and sparse ones, need all ids in one place."""
-    if _argument(node, 3, "scale_grad_by_freq", False) or _argument(node, 4, "sparse", False):
+    bound = bound_of(node)
+    if bound.get("scale_grad_by_freq") or bound.get("sparse"):
         return None
     return _einsum(sweep, node, note)
 
 
 def _repeat_heads(sweep: Sweep, node: Node, note: Note) -> Dims:
-    dims, dim = list(sweep.dims(first_of(node))), _argument(node, 2, "dim")
+    dims, dim = list(sweep.dims(first_of(node))), bound_of(node).get("dim")
     if dim is None:
         return sweep.unknown(node, note)  # type: ignore[no-any-return]
     note.whole += dims[dim]
@@ -394,7 +384,7 @@ def _cross_entropy(sweep: Sweep, node: Node, note: Note) -> Dims | None:
         return None
     note.whole += logits[1]
     rows = sweep.tie(logits[0], target[0], note) if logits[0] and target[0] else logits[0]
-    if _argument(node, 3, "reduction", 1) == 0:
+    if bound_of(node).get("reduction", 1) == 0:
         return (rows,)
     note.summed += rows
     return ()

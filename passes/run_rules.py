@@ -99,12 +99,11 @@ def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
     works = source in sweep.worked or any(op_name(user) == "conv1d.default" for user in node.users)
-    constant = bound_of(node).get("mode", "constant") == "constant" or op_name(node) != "pad.default"
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
     if shift_of(node):
         sweep.halos[node] = min(changed)
         return sweep.dims(source)
-    if dim is None or not (fixed and constant and works) or not sweep.dims(source)[dim]:
+    if dim is None or not (fixed and works) or _fill(node) is None or not sweep.dims(source)[dim]:
         return same_or_whole(sweep, node, note)
     dims = list(sweep.dims(source))
     size = size_of(source.meta["val"].shape[dim])
@@ -175,14 +174,13 @@ def shift_of(node: Node) -> int:
         return 0
     low, high = amounts[2 * (rank - 1 - min(changed)) :][:2]
     fixed = isinstance(low, int) and isinstance(high, int) and low == -high
-    return low if fixed and _zeros(node) else 0
+    return low if fixed and _fill(node) == 0 else 0
 
 
-def _zeros(node: Node) -> bool:
-    """Whether a pad puts zeros."""
-    if op_name(node) == "pad.default":
-        return bound_of(node).get("mode", "constant") == "constant" and not bound_of(node).get("value")
-    return not bound_of(node).get("value", 0)
+def _fill(node: Node) -> Any:
+    """The number that a pad puts; None where it puts what is there already."""
+    bound = bound_of(node)
+    return (bound.get("value") or 0) if bound.get("mode", "constant") == "constant" else None
 
 
 def _padded_dims(node: Node, rank: int) -> set[int]:

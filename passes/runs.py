@@ -108,7 +108,7 @@ class Runs(Emitter):
         if op_name(node) == "conv1d.default":
             bound = {**bound_of(node), "padding": [0]}
             given = {k: self._operand(v, axis, "weights") if isinstance(v, Node) else v for k, v in bound.items()}
-            rows, before, after = self._emit(aten.conv1d.default, **{**given, "input": rows}), 0, (low + high) // step
+            rows, before, after = self._emit_bound(node.target, {**given, "input": rows}), 0, (low + high) // step
         else:
             before, after = high, low
         at = self._emit(ops.core, rows, *around, each, before, after)

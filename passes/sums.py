@@ -9,8 +9,6 @@ Contract: the result is whole; sums are added in float32 (float64).
 
 from __future__ import annotations
 
-from typing import Any
-
 import sympy
 import torch
 from torch.fx import Node
@@ -18,11 +16,12 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.kernels import accumulator
 from ringpass.passes.emission import Emitter
-from ringpass.passes.factors import args_of, first_of, op_name, size_of
+from ringpass.passes.factors import bound_of, first_of, op_name, size_of
 from ringpass.passes.pieces import Axis
-from ringpass.passes.rules import LOSSES, SUMS
+from ringpass.passes.rules import LOSSES, SUMS, dims_of
 
 aten = torch.ops.aten
+SUMMED = 2  # the `reduction` of a loss that is a sum
 
 
 class Sums(Emitter):
@@ -33,16 +32,13 @@ class Sums(Emitter):
         name = op_name(node)
         if name == "cross_entropy_loss.default":
             return self._write_loss(node, axis)
-        args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name in LOSSES:
-            return self._write_elementwise_loss(node, args, kwargs)
+            return self._write_elementwise_loss(node, axis)
+        args, kwargs = self._operands(node, axis, f"operand of {name}")
         if name not in SUMS:
             return self._emit(ops.reduce, self._copy(node, args, kwargs), self.rank.group, name=f"{node.name}_reduced")
         value, result = first_of(node).meta["val"], node.meta["val"]
-        position = SUMS[name]
-        dims = args[position] if position is not None and len(args) > position else kwargs.get("dim")
-        keep = args[position + 1] if position is not None and len(args) > position + 1 else kwargs.get("keepdim", False)
-        dims = list(range(value.ndim)) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+        dims, keep = dims_of(node), bound_of(node).get("keepdim", False)
         part = self._emit(aten.sum.dim_IntList, args[0], dims, keep, dtype=accumulator(result.dtype), name=node.name)
         total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
         if name.startswith("mean"):
@@ -50,17 +46,12 @@ class Sums(Emitter):
             total = self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
         return total if total.meta["val"].dtype == result.dtype else self._emit(aten.to.dtype, total, result.dtype)
 
-    def _write_elementwise_loss(self, node: Node, args: Any, kwargs: Any) -> Node:
+    def _write_elementwise_loss(self, node: Node, axis: Axis) -> Node:
         """The local sum of an element-wise loss, reduced; a mean divides by the full number of elements."""
-        position = LOSSES[op_name(node)]
-        reduction = args[position] if len(args) > position else kwargs.get("reduction", 1)
-        named = {k: v for k, v in kwargs.items() if k != "reduction"}
-        schema: Any = node.target
-        missing = [named.pop(a.name, a.default_value) for a in schema._schema.arguments[len(args) : position]]
-        summed = (*args[:position], *missing, 2, *args[position + 1 :])
-        part = self._emit(node.target, *summed, name=node.name, **named)  # type: ignore[arg-type]
+        bound = {k: self._operand(x, axis, "loss") if isinstance(x, Node) else x for k, x in bound_of(node).items()}
+        part = self._emit_bound(node.target, {**bound, "reduction": SUMMED}, node.name)
         total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
-        if reduction == 2:
+        if bound.get("reduction", 1) == SUMMED:
             return total
         shapes = [a.meta["val"].shape for a in node.args[:2] if isinstance(a, Node)]
         count = self._size(sympy.prod([size_of(n) for n in torch.broadcast_shapes(*shapes)]))
@@ -68,21 +59,16 @@ class Sums(Emitter):
 
     def _write_loss(self, node: Node, axis: Axis) -> Node:
         """cross_entropy_loss: the local sum, reduced; a mean divides by the number (weight) of targets that count."""
-        defaults: tuple[Any, ...] = (None, None, None, 1, -100, 0.0)
-        given = args_of(node)
-        logits, target, weight, reduction, ignored, smoothing = (*given, *defaults[len(given) :])
-        kwargs = dict(node.kwargs)
-        weight, reduction = kwargs.get("weight", weight), kwargs.get("reduction", reduction)
-        ignored, smoothing = kwargs.get("ignore_index", ignored), kwargs.get("label_smoothing", smoothing)
-        operands = [self._operand(x, axis, "loss") if isinstance(x, Node) else x for x in (logits, target, weight)]
-        part = self._emit(aten.cross_entropy_loss.default, *operands, 2, ignored, smoothing, name=node.name)
+        bound = {k: self._operand(x, axis, "loss") if isinstance(x, Node) else x for k, x in bound_of(node).items()}
+        part = self._emit_bound(node.target, {**bound, "reduction": SUMMED}, node.name)
         total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
-        if reduction == 2:
+        if bound.get("reduction", 1) == SUMMED:
             return total
-        counted = self._emit(aten.ne.Scalar, operands[1], ignored)
+        target, weight, ignored = bound["target"], bound.get("weight"), bound.get("ignore_index", -100)
+        counted = self._emit(aten.ne.Scalar, target, ignored)
         if weight is not None:
-            safe = self._emit(aten.where.ScalarOther, counted, operands[1], 0)
-            weights = self._emit(aten.index.Tensor, operands[2], [safe])
+            safe = self._emit(aten.where.ScalarOther, counted, target, 0)
+            weights = self._emit(aten.index.Tensor, weight, [safe])
             counted = self._emit(aten.where.ScalarOther, counted, weights, 0.0)
         count = self._emit(
             ops.reduce, self._emit(aten.sum.default, counted), self.rank.group, name=f"{node.name}_targets"
