@@ -60,7 +60,8 @@ def on_lines(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[Fact
     found = dict(axes)
     lines = dict.fromkeys(sweep.lines.place(sweep.line_of(axis.factor))[0] for axis in axes.values())
     for line in lines:
-        runs = list(_runs(line, found, sweep, world))
+        alone = len(list(sweep.lines.runs(line))) == 1
+        runs = [] if alone else list(_runs(line, found, sweep, world))
         cuts = [_cuts(run, runs) for run in runs]
         if len(runs) > 1 and all(c is not None for c in cuts):
             laid = [_laid(run, c or (), world) for run, c in zip(runs, cuts, strict=True)]

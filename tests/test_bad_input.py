@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -156,30 +157,36 @@ def test_a_peer_dies() -> None:
         assert "A rank died" in outcomes[rank].result, outcomes[rank].result
 
 
-def stays_away(group: dist.ProcessGroup) -> str:
+def until_it_failed(group: dist.ProcessGroup, call: Callable[[], Any]) -> str:
+    """Rank 0 makes the call, which fails with a PeerError; the other rank lives on until then."""
+    store = dist.distributed_c10d._get_default_store()
     if group.rank() == 1:
-        time.sleep(25)
-        return "late"
-    return failure(PeerError, lambda: step(group, MODELS["nanogpt"].make(), batch_for("nanogpt", 23), timeout=3.0))
+        store.wait(["failed"])
+        return "idle"
+    said = failure(PeerError, call)
+    store.set("failed", "")
+    return said
+
+
+def stays_away(group: dist.ProcessGroup) -> str:
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    return until_it_failed(group, lambda: step(group, model, batch, timeout=3.0))
 
 
 def test_a_rank_does_not_come() -> None:
     first, second = spawn(stays_away, 2, timeout=BOUND)
-    assert second.result == "late"
+    assert second.result == "idle"
     assert "rank 1 did not arrive within 3 s" in first.result, first
 
 
 def uses_output_alone(group: dist.ProcessGroup) -> str:
-    outputs = step(group, MODELS["gpt2"].make(), batch_for("gpt2", 23), timeout=5.0)
-    if group.rank() == 1:
-        time.sleep(15)
-        return "untouched"
-    return failure(PeerError, lambda: outputs.logits.sum())
+    outputs = step(group, MODELS["nanogpt"].make(), batch_for("nanogpt", 23), timeout=5.0)
+    return until_it_failed(group, lambda: outputs[0].sum())
 
 
 def test_output_used_on_one_rank() -> None:
     first, second = spawn(uses_output_alone, 2, timeout=BOUND)
-    assert second.result == "untouched"
+    assert second.result == "idle"
     assert "was used on rank 0, but not within 5 s" in first.result and "on rank 1" in first.result, first
     assert "on every rank" in first.result
 
