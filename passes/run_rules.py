@@ -5,8 +5,8 @@
     pad(x, (1, -1)), conv1d(x, w)       each token reads those around it
     conv1d(pad(x, (2, 0)), w)           the run of what is padded that x is, or another one
 
-Contract: as for all rules (`rules`).  A run is made only of values that are worked on and by a slice that keeps most of
-them; tables, inputs, and the few tokens that a head reads are none.
+Contract: as for all rules (`rules`).  A run is made only of values that are worked on and by a slice that keeps half of
+them or more; tables, inputs, and the few tokens that a head reads are none.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
     if begin.is_negative:
         begin = old + begin if many + int(begin) >= 0 else size_of(0)
-    found = sweep.run_of(dims[dim], begin, size, new=2 * kept > many)
+    found = sweep.run_of(dims[dim], begin, size, new=2 * kept >= many)
     if found is None:
         return same_or_whole(sweep, node, note)
     sweep.runs[node] = dim

@@ -385,3 +385,18 @@ def test_every_rule_has_a_case() -> None:
         "rand.default", "randn.default", *routing.GROUPED, "histc.default",
     }  # fmt: skip
     assert (rules.RULES.keys() | rules.EINSUM.keys()) - shown - elsewhere == set()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: (y := x @ w)[:, 20:] - y[:, :20],
+        lambda x, w: torch.cat([(y := x @ w)[:, :20] * 2, y[:, 20:].sin()], 1),
+    ],
+    ids=("compared", "put together"),
+)
+def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
+    """As few tokens that a head reads they would be whole on every rank, and so would all that follows."""
+    case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
+    assert check(case, "zigzag", 3, 40) == []
+    assert not [n for n in programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
