@@ -85,16 +85,20 @@ class Routing:
 
 
 class Sweep:
-    """The state of the sweep, and the vocabulary in which rules are written."""
+    """The state of the sweep, and the vocabulary in which rules are written.
 
-    def __init__(self) -> None:
+    `worked`: values whose tokens the ranks have or make by work of their own: inputs in shares, what comes of a product
+    or a norm; not tables, nor other inputs.
+    """
+
+    def __init__(self, worked: Iterable[Node] = ()) -> None:
         self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
         self.notes: dict[Node, Note] = {}
         self.fused: dict[Factors, Factor] = {}
         self.routing = Routing()
         self.lines = Lines(self.root)
         self.merged: list[Factor] = []  # stand on lines for several factors in a row
-        self.worked: set[Node] = set()  # values that come of a product: no tables, no inputs
+        self.worked = set(worked)
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.runs: dict[Node, int] = {}  # nodes that take runs of tokens apart, or join them, and along which dim
 
@@ -272,7 +276,7 @@ class Sweep:
 PRODUCTS = {
     "linear.default", "mm.default", "bmm.default", "addmm.default", "baddbmm.default", "matmul.default",
     "einsum.default", "embedding.default", "conv1d.default", "conv2d.default", "conv3d.default",
-    "scaled_dot_product_attention.default",
+    "scaled_dot_product_attention.default", "layer_norm.default", "rms_norm.default",
 }  # fmt: skip
 
 

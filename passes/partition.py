@@ -361,13 +361,7 @@ class _Writer(Sums, Takes, Runs):
         if node not in self.wholes:
             axis = self.placement.modes[node]
             assert axis is not None and isinstance(node.meta["val"], torch.Tensor), node
-            gather = Gather(node.name, reason, bytes_of(node), _where(self.origin))
-            if self.strict and reason != "output":
-                raise UnsupportedError(
-                    f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "
-                    "token, or drop strict to gather (same numbers, more memory)."
-                )
-            self.gathers.append(gather)
+            self._report(node, reason)
             args = self._shard_args(node, axis)
             whole = self._emit(ops.gather, self.locals[node], *args, self.rank.group, name=f"{node.name}_gathered")
             whole = self._ordered(whole, args, inverse=True)
@@ -375,6 +369,16 @@ class _Writer(Sums, Takes, Runs):
                 return whole
             self.wholes[node] = whole
         return self.wholes[node]
+
+    def _report(self, node: Node, reason: str) -> None:
+        """Notes that `node` is to be whole on every rank; refuses it under `strict`, but for outputs."""
+        gather = Gather(node.name, reason, bytes_of(node), _where(self.origin))
+        if self.strict and reason != "output":
+            raise UnsupportedError(
+                f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "
+                "token, or drop strict to gather (same numbers, more memory)."
+            )
+        self.gathers.append(gather)
 
     def _local(self, node: Node, axis: Axis) -> Any:
         """This rank's tokens of `node` on `axis`; from another axis that it is on they are moved there."""

@@ -5,7 +5,7 @@
     conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
     narrow(x, 1, 0, 77)                          a slice
     split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
-    roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1), where it is not the last dim
+    roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
     conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
@@ -44,8 +44,9 @@ def spell_out(gm: GraphModule) -> None:
             _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
         elif node.target in PADDED and (sides := _sides(node)) is not None:
             _replace(node, padded, {**bound_of(node), "padding": sides})
-        elif node.target is aten.roll.default and _rolls_tokens(node):
-            _replace(node, rolled, {"x": node.args[0], "by": args_of(node)[1][0], "dim": args_of(node)[2][0]})
+        elif node.target is aten.roll.default and bound_of(node).get("dims"):
+            bound = bound_of(node)
+            _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
 
 
 def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
@@ -206,11 +207,14 @@ def _sides(node: Node) -> tuple[int, int] | None:
     if isinstance(given, str):
         return (more // 2, more - more // 2) if given == "same" else (0, 0)
     (both,) = _each(given, [kernel])
-    return (both, both) if 2 * both > more else None
+    unbatched = bound["input"].meta["val"].ndim == 2
+    return (both, both) if 2 * both > more or unbatched else None
 
 
 def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor | None = None, **how: Any) -> Tensor:
-    """A conv1d whose padding is an op of its own, unless it is the same on both sides and keeps the length."""
+    """A conv1d of a batch; its padding is an op of its own, unless it is the same on both sides and adds no tokens."""
+    if input.ndim == 2:
+        return padded(input.unsqueeze(0), weight, padding, bias, **how).squeeze(0)
     low, high = padding
     extent = _each(how.get("dilation", 1), [0])[0] * (weight.shape[-1] - 1)
     if low == high and 2 * low <= extent:
@@ -218,18 +222,13 @@ def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor
     return F.conv1d(F.pad(input, padding), weight, bias, **how)
 
 
-def _rolls_tokens(node: Node) -> bool:
-    """Whether a roll is of one dim, which is not the last, where its channels are."""
-    _, shifts, *dims = args_of(node)
-    rank = node.meta["val"].ndim
-    return len(shifts) == 1 and len(dims) == 1 and len(dims[0]) == 1 and dims[0][0] % rank != rank - 1
-
-
-def rolled(x: Tensor, by: int, dim: int) -> Tensor:
-    """`torch.roll` of one dim."""
-    size = x.shape[dim]
-    by = by if abs(by) < size else by % size
-    return torch.cat([aten.slice(x, dim, -by, size), aten.slice(x, dim, 0, -by)], dim) if by else x.clone()
+def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """`torch.roll` of some dims."""
+    for by, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        by = by if abs(by) < size else by % size
+        x = torch.cat([aten.slice(x, dim, -by, size), aten.slice(x, dim, 0, -by)], dim) if by else x.clone()
+    return x
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------

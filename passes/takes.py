@@ -4,7 +4,8 @@
     x[:, -3:]                  the sum over ranks is the tokens
     x[arange(B), last]         the same with positions that are data
 
-Contract: taken only where the result is at most half of the value; anything else is gathered and reported.
+Contract: taken only where the result is at most half of the value; anything else is gathered.  What is gathered, or
+taken but more than a rank's share, is reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Takes(Emitter):
     locals: dict[Node, Any]
     wholes: dict[Node, Any]
 
+    def _report(self, node: Node, reason: str) -> None:
+        raise NotImplementedError
+
     def _write_taken(self, node: Node) -> Node | None:
         """The tokens that `node` takes of a local value; None where it does not, or where they are many."""
         if op_name(node) not in TAKES:
@@ -41,6 +45,8 @@ class Takes(Emitter):
         if outer != 1 or source.meta["val"].shape[dim] != axis.tokens:
             return None
         x = self.locals[source]
+        if self.rank.world * bytes_of(node) > bytes_of(source):
+            self._report(node, f"{op_name(node)} takes more tokens than a rank holds")
         if op_name(node) == "index.Tensor":
             return self._indexed(node, x, dim, axis)
         positions = self._positions(node, dim)

@@ -71,14 +71,15 @@ def ring_dilated(
             return _calling_whole(codegen.plain(gm, example_inputs, inductor, config.compiler))
     dump = Dump(config.dump, around.rank)
     dump.graph("captured", captured.gm)
-    sweep = Sweep().run(captured.gm, rule_for)
+    shares = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
+    given = captured.gm.graph.find_nodes(op="placeholder")
+    sweep = Sweep(worked={given[i] for i in shares}).run(captured.gm, rule_for)
     planned = plan(sites, sweep, around.world, config)
     _refuse_unmasked(planned, config)
     _refuse_contradiction(planned, config)
     prove_all(planned, around.rank)
     dump.plan(planned, around.rank)
     who = Rank(around.rank, around.world, around.name)
-    shares = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
     gather_outputs = _gathers_outputs(gm, config, around)
     local = partition(captured, planned, sweep, who, config.strict, gather_outputs, shares)
     dump.graph("partitioned", local.gm)

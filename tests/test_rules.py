@@ -92,7 +92,7 @@ LOCAL = [  # op on shards = shards of op
     Case("cumprod.default", lambda x: x.cumprod(-1)),
     Case("logcumsumexp.default", lambda x: x.logcumsumexp(-1)),
     Case("flip.default", lambda x: x.flip(-1)),
-    Case("roll.default", lambda x: x.roll(1, -1)),
+    Case("cat.default", lambda x: x.roll(1, -1)),
     Case("tril.default", torch.tril, ((S, 3, D),)),
     Case("triu.default", torch.triu, ((S, 3, D),)),
     Case("glu.default", F.glu),
@@ -217,7 +217,7 @@ WHOLE = [  # gathered, and said so
     *(Case(name, f, ((B, S, D),), True) for name, f in {
         "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
         "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
-"roll.default": lambda x: x.roll((1, 1), (0, 1)), "amax.default": lambda x: x.amax(1),
+"roll.default": lambda x: x.roll(1), "amax.default": lambda x: x.amax(1),
         "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
         "var.correction": lambda x: aten.var.correction(x, [1]),
         "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
@@ -232,7 +232,6 @@ WHOLE = [  # gathered, and said so
         lambda rows, order, back, y: rows + torch.cat([y, y]),
     )),
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
-    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=1), ((S, D), (5, D, 3)), True),
     Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
 ]  # fmt: skip
 RUNS = [  # runs of tokens: nothing moves
@@ -274,6 +273,10 @@ RUNS = [  # runs of tokens: nothing moves
     Case("mul.Tensor", lambda x, w: (y := F.linear(x, w))[:, 2:] * y[:, 1:-1] + y[:, :-2].sin(), ((B, S, D), (D, D))),
     Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1], y[:, :-1]], 1) * y, ((B, S, D), (D, D))),
     Case("bmm.default", lambda x, w: torch.bmm((y := F.linear(x, w))[:, 1:].mT, y[:, :-1]), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := (x @ w).mT).roll(1, 2) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := x @ w).roll((1, 1), (0, 1)) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x: (y := F.layer_norm(x, (D,))).roll(1, 1) * y),
+    Case("conv1d.default", lambda x, w, c: F.conv1d((x @ w).mT, c, padding=1), ((S, D), (D, D), (D, D, 3))),
     Case("mse_loss.default", lambda x, w: F.mse_loss((y := F.linear(x, w))[:, :-3], y[:, 3:]), ((B, S, D), (D, D))),
     Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(1, 1) * y, ((B, S, D), (D, D))),
     Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(-2, 0) * y, (FIRST, (D, D))),
@@ -400,3 +403,13 @@ def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
     case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
     assert check(case, "zigzag", 3, 40) == []
     assert not [n for n in programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
+
+
+def test_tokens_that_go_to_every_rank_are_reported() -> None:
+    """Thirds that are put together again: each is more than a rank of four holds."""
+
+    def thirds(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        return torch.cat([y[:, :13] * 2, y[:, 13:26].sin(), y[:, 26:]], 1) @ w
+
+    assert check(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)

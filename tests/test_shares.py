@@ -48,6 +48,13 @@ class Scores(nn.Module):
         return scores.view(-1, 5) if self.merged else scores
 
 
+class Shifted(Scores):
+    """Each token of the input meets the one before it, before any layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) * 0.5)
+
+
 def batch(length: int = LENGTH) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     labels = torch.randint(0, 5, (2, length))
@@ -223,7 +230,8 @@ def own(layout: str, group: dist.ProcessGroup, length: int = LENGTH) -> Tensor:
 
 def shares(group: dist.ProcessGroup, layout: str, options: dict[str, Any], as_dtensor: bool = False) -> list[float]:
     """Errors of the own tokens, and of gradients of parameters and of the own tokens of the input."""
-    model, (x, labels), at = Scores(), batch(), own(layout, group)
+    along_curve = "hilbert" in options  # where the token before is no neighbour
+    model, (x, labels), at = Scores() if along_curve else Shifted(), batch(), own(layout, group)
     scores, _, (*grads, grad) = on_one_device(model)
     mine = x[:, at].clone().requires_grad_()
     given = mine
