@@ -53,6 +53,8 @@ POINTWISE = {
     "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", "float_power.Tensor_Scalar",
     "bitwise_not.default", "logical_not.default", "clamp.default", "clamp.Tensor", "isfinite.default",
     "isinf.default", "isnan.default", "nan_to_num.default", "min.other", "max.other", "empty_like.default",
+    "__and__.Tensor", "__and__.Scalar", "__or__.Tensor", "__or__.Scalar", "real.default", "imag.default",
+    "conj.default", "_conj.default", "resolve_conj.default", "resolve_neg.default", "polar.default", "complex.default",
 }  # fmt: skip
 CREATION = {
     "arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default",
@@ -94,7 +96,8 @@ LOSSES = {
 REDUCTIONS = {
     "amax.default", "amin.default", "any.dim", "all.dim", "argmax.default", "argmin.default", "max.dim", "min.dim",
     "var.correction", "std.correction", "logsumexp.default", "prod.dim_int", "any.default", "all.default",
-    "max.default", "min.default", "var.dim", "norm.ScalarOpt_dim",
+    "max.default", "min.default", "var.dim", "norm.ScalarOpt_dim", "linalg_vector_norm.default", "std.dim",
+    "var_mean.correction", "std_mean.correction",
 }  # fmt: skip
 
 
@@ -231,6 +234,17 @@ def _expand(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
     dims = ((),) * (len(shape) - len(dims)) + dims
     return tuple(d if d else sweep.new(n) for d, n in zip(dims, shape, strict=True))
+
+
+def _as_complex(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Pairs in the last dim are one number."""
+    *dims, pairs = sweep.dims(first_of(node))
+    note.whole += pairs
+    return tuple(dims)
+
+
+def _as_real(sweep: Sweep, node: Node, note: Note) -> Dims:
+    return (*sweep.dims(first_of(node)), sweep.new(2))
 
 
 def _unsqueeze(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -425,6 +439,8 @@ RULES: dict[str, Rule] = {
     "layer_norm.default": _norm(lambda node: len(args_of(node)[1])),
     "rms_norm.default": _norm(lambda node: len(args_of(node)[1])),
     "expand.default": _expand,
+    "view_as_complex.default": _as_complex,
+    "view_as_real.default": _as_real,
     "unsqueeze.default": _unsqueeze,
     "select.int": _select,
     "stack.default": _stack,

@@ -100,6 +100,8 @@ LOCAL = [  # op on shards = shards of op
     Case("add.Tensor", torch.add, ((B, S, D), (B, 1, D))),
     Case("where.self", lambda x, y: torch.where(seen(), x, y), ((B, S, D), (B, S, D))),
     Case("masked_fill.Scalar", lambda x: x.masked_fill(seen(), 0.5)),
+    Case("__and__.Tensor", lambda x: x * ((x > 0) & (x < 1))),
+    Case("__or__.Tensor", lambda x: x * ((x < 0) | (x > 1))),
     Case("type_as.default", lambda x, y: x.type_as(y), ((B, S, D), (D,))),
     Case("to.other", lambda x, y: aten.to.other(x, y), ((B, S, D), (D,))),
     Case("broadcast_tensors.default", lambda x, y: torch.broadcast_tensors(x, y)[1].exp(), ((B, S, D), (S, 1))),
@@ -144,6 +146,10 @@ LOCAL = [  # op on shards = shards of op
     Case("numpy_T.default", lambda x: x.T, ((S, D),)),
     Case("mT.default", lambda x: x.mT),
     Case("permute.default", lambda x: x.permute(2, 0, 3, 1), (HEADS,)),
+    Case("view_as_complex.default", lambda x: torch.view_as_complex(x.view(B, S, 2, 2).contiguous()).abs()),
+    Case("view_as_real.default", lambda x, y: torch.view_as_real(
+        torch.view_as_complex(x.view(B, S, 2, 2)) * torch.polar(y.abs(), y)[:, None]).flatten(2),
+         ((B, S, D), (B, 2))),
     # other dims than the sequence
     Case("slice.Tensor", lambda x: x[..., 1:3]),
     Case("slice.Tensor", lambda x: aten.slice(x, 1, 0, S) * 2),
@@ -178,6 +184,10 @@ LOCAL = [  # op on shards = shards of op
     Case("logsumexp.default", lambda x: x.logsumexp(-1)),
     Case("prod.dim_int", lambda x: x.prod(-1)),
     Case("norm.ScalarOpt_dim", lambda x: aten.norm.ScalarOpt_dim(x, 2, [-1])),
+    Case("linalg_vector_norm.default", lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)),
+    Case("std.dim", lambda x: aten.std.dim(x, [-1])),
+    *(Case(f"{name}.correction", lambda x, name=name: getattr(torch, name)(x, [-1], correction=1))
+      for name in ("var_mean", "std_mean")),
     *(Case(f"{name}.default", lambda x, f=f: f(x, x.detach() + 1, reduction="none"))
       for name, f in (("mse_loss", F.mse_loss), ("l1_loss", F.l1_loss), ("huber_loss", F.huber_loss))),
     Case("cross_entropy_loss.default", lambda x: F.cross_entropy(x.view(-1, D), ids(D).view(-1), reduction="none")),
