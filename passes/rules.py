@@ -112,7 +112,11 @@ def rule_for(node: Node) -> Rule:
     tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     if name in POINTWISE or (tagged and not target._schema.is_mutable):  # type: ignore[union-attr]
         return _pointwise
-    return lambda sweep, node, note: None
+    return no_rule
+
+
+def no_rule(sweep: Sweep, node: Node, note: Note) -> None:
+    """Every operand is needed whole."""
 
 
 # --- whole families ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     narrow(x, 1, 0, 77)                          a slice
     split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
     roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
+    swapaxes(x, 1, 2), concat([a, b], 1)         transpose(x, 1, 2), cat([a, b], 1): what torch itself writes them as
     conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass.passes.factors import args_of, bound_of
+from ringpass.passes.rules import no_rule, rule_for
 
 aten = torch.ops.aten
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
@@ -44,6 +46,8 @@ def spell_out(gm: GraphModule) -> None:
             _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
         elif node.target in PADDED and (sides := _sides(node)) is not None:
             _replace(node, padded, {**bound_of(node), "padding": sides})
+        elif _is_composite(node):
+            _decompose(node)
         elif node.target is aten.roll.default and bound_of(node).get("dims"):
             bound = bound_of(node)
             _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
@@ -57,18 +61,53 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
     def run(*tensors: Tensor) -> Tensor:
         return function(**dict(zip(nodes, tensors, strict=True)), **rest)
 
-    fakes = [n.meta["val"] for n in nodes.values()]
+    given = list(nodes.values())
+    return _put(node, _traced(run, given, pre_dispatch=True), given)
+
+
+def _traced(run: Callable[..., Tensor], given: Sequence[Node], pre_dispatch: bool) -> Graph:
+    fakes = [n.meta["val"] for n in given]
     with fakes[0].fake_mode, torch.no_grad():
-        traced = make_fx(run, pre_dispatch=True)(*fakes)
-    for inner in traced.graph.nodes:
+        return make_fx(run, pre_dispatch=pre_dispatch)(*fakes).graph
+
+
+def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
+    """`graph` of the values `given` in the place of `node`."""
+    for inner in graph.nodes:
         inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
-    places = traced.graph.find_nodes(op="placeholder")
+    places = graph.find_nodes(op="placeholder")
     with node.graph.inserting_before(node):
-        out = node.graph.graph_copy(traced.graph, dict(zip(places, nodes.values(), strict=True)))
+        out = node.graph.graph_copy(graph, dict(zip(places, given, strict=True)))
     assert isinstance(out, Node)
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
     return out
+
+
+def _is_composite(node: Node) -> bool:
+    """Whether torch itself writes a float tensor's op as others, and no rule is about it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return False
+    value, read = node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]
+    plain = isinstance(value, Tensor) and value.is_floating_point() and all(isinstance(x, Tensor) for x in read)
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    return plain and bool(read) and composite and rule_for(node) is no_rule
+
+
+def _decompose(node: Node) -> None:
+    """Below pre-dispatch, where torch does what it writes an op as; left alone if that has no rules either."""
+    target: Any = node.target
+    given = list(node.all_input_nodes)
+
+    def run(*tensors: Tensor) -> Tensor:
+        values = dict(zip(given, tensors, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        out: Tensor = target(*args, **kwargs)
+        return out
+
+    graph = _traced(run, given, pre_dispatch=False)
+    if all(rule_for(n) is not no_rule for n in graph.nodes if n.op == "call_function"):
+        _put(node, graph, given)
 
 
 # --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------

@@ -150,6 +150,13 @@ LOCAL = [  # op on shards = shards of op
     Case("view_as_real.default", lambda x, y: torch.view_as_real(
         torch.view_as_complex(x.view(B, S, 2, 2)) * torch.polar(y.abs(), y)[:, None]).flatten(2),
          ((B, S, D), (B, 2))),
+    # what torch writes as others
+    Case("transpose.int", lambda x: x.swapaxes(0, 1)),
+    Case("permute.default", lambda x: x.movedim(1, 0)),
+    Case("mul.Tensor", lambda x: torch.multiply(torch.subtract(x, 1), torch.divide(x, 3))),
+    Case("cat.default", lambda x, y: torch.concat([torch.hstack([x.mT, x.mT]).mT, y], -1), ((B, S, D), (B, S, D))),
+    Case("expand.default", lambda x: x.unsqueeze(1).expand_as(torch.zeros(B, H, S, D))),
+    Case("slice.Tensor", lambda x, w: (x @ w).diff(dim=1), ((B, S, D), (D, D))),
     # other dims than the sequence
     Case("slice.Tensor", lambda x: x[..., 1:3]),
     Case("slice.Tensor", lambda x: aten.slice(x, 1, 0, S) * 2),
@@ -233,7 +240,8 @@ WHOLE = [  # gathered, and said so
         "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
         "pad.default": lambda x: F.pad(x, (0, 0, 1, -1), value=2.0), "repeat.default": lambda x: x.repeat(1, 2, 1),
         "unbind.int": lambda x: x.unbind(1)[2], "sort.default": lambda x: x.sort(1).values,
-        "slice.Tensor": lambda x: x[:, 1:] * 2, "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
+        "group_norm.default": lambda x: F.group_norm(x, 1), "slice.Tensor": lambda x: x[:, 1:] * 2,
+        "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
     }.items()),
     *(Case("sort.default", lambda x, w, leak=leak: routed(x, w, leak), ((B, S, D), (3, D)), True) for leak in (
         lambda rows, order, back, y: rows, lambda rows, order, back, y: rows.cumsum(0),
