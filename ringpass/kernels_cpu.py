@@ -5,19 +5,20 @@ nothing.  GQA, a causal flag (top-left) and an additive mask with broadcast stri
 triangle is a mask to it.
 
 Under the causal flag it skips keys in blocks of 512, so a short triangle costs as much as its square.  It is therefore
-computed as two triangles of half the rows and the square between them, down to triangles of `SMALLEST` rows.
+computed as two triangles of half the rows, in one call of twice the batch, and the square between them.  One of fewer
+than 4 `SMALLEST` rows is a strip of the half of its keys that more rows see, and a triangle of the others: the op is
+slow where there are few rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ringpass.library import empty_rows_first
+from ringpass.library import join_rows, rows_first
 from ringpass.tile import Grads, TileArgs, accumulator, additive, merge, sees_nothing
 
 aten = torch.ops.aten
@@ -28,15 +29,7 @@ def flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, 
     """(out, lse) of one tile."""
     if not _divided(q, k, args):
         return _flash(q, k, v, args)
-    out = empty_rows_first(q, v.shape[3], accumulator(q.dtype))
-    lse = out.new_empty(q.shape[:3])
-    for rows, columns, piece in _pieces(q.shape[2], args):
-        more, more_lse = _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], piece)
-        if rows == columns:
-            out[:, :, rows], lse[:, :, rows] = more, more_lse
-        else:
-            merge(out[:, :, rows], lse[:, :, rows], more.to(out.dtype), more_lse, in_place=True)
-    return out, lse
+    return _triangle(_views(q, k, v), args)
 
 
 def flash_cpu_backward(
@@ -45,13 +38,8 @@ def flash_cpu_backward(
     """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`."""
     if not _divided(q, k, args):
         return *_flash_backward(grad, q, k, v, out, lse, args), None
-    dq, dk, dv = (empty_rows_first(x, x.shape[3], accumulator(x.dtype)) for x in (q, k, v))
-    for rows, columns, piece in _pieces(q.shape[2], args):
-        grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
-        more = _flash_backward(grad_, q_, k[:, :, columns], v[:, :, columns], out_, lse_, piece)
-        for total, place, part in zip((dq, dk, dv), (rows, columns, columns), more, strict=True):
-            total[:, :, place].copy_(part) if rows == columns else total[:, :, place].add_(part)
-    return dq, dk, dv, None
+    grad, q, k, v, out = _views(grad, q, k, v, out)
+    return *_triangle_backward((grad, q, out, lse), (k, v), args), None
 
 
 def _divided(q: Tensor, k: Tensor, args: TileArgs) -> bool:
@@ -61,22 +49,103 @@ def _divided(q: Tensor, k: Tensor, args: TileArgs) -> bool:
     return plain and short and q.shape[2] == k.shape[2] and q.shape[2] >= 2 * SMALLEST
 
 
-def _pieces(length: int, args: TileArgs) -> Iterator[tuple[slice, slice, TileArgs]]:
-    """(rows, columns, what acts there) of the parts of a triangle: the triangles, which meet all rows, first."""
-    edges = [0, length]
-    while edges[1] >= 2 * SMALLEST:
-        edges = sorted({*edges, *((a + b) // 2 for a, b in pairwise(edges))})
-    yield from ((slice(a, b), slice(a, b), args) for a, b in pairwise(edges))
-    square = replace(args, causal=False, mirrored=False)
-    while len(edges) > 2:
-        for a, b, c in zip(edges[::2], edges[1::2], edges[2::2], strict=False):
-            first, last = slice(a, b), slice(b, c)
-            yield (first, last, square) if args.mirrored else (last, first, square)
-        edges = edges[::2]
+# --- triangles --------------------------------------------------------------------------------------------------------
+
+
+def _triangle(tensors: Sequence[Tensor], args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) in the accumulator's dtype, from (q, k, v)."""
+    q, k, v = tensors
+    length = q.shape[2]
+    if length < 2 * SMALLEST:
+        return _flash(q, k, v, args)
+    if _in_strips(length):
+        strip, rows = _strip(length, args)
+        out, lse = _flash(q, k[:, :, strip], v[:, :, strip], args)
+        part, part_lse = _triangle(_cut(tensors, rows), args)
+    else:
+        out, lse = map(_together, _triangle([_apart(x) for x in tensors], args))
+        rows, columns = _square(length, args)
+        part, part_lse = _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], _full(args))
+    out = out.to(accumulator(q.dtype))
+    merge(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse, in_place=True)
+    return out, lse
+
+
+def _triangle_backward(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: TileArgs) -> list[Tensor]:
+    """[dq, dk, dv] in the accumulator's dtype, from (grad, q, out, lse) and (k, v)."""
+    length = mine[1].shape[2]
+    if length < 2 * SMALLEST:
+        return _gradients(mine, theirs, args)
+    if _in_strips(length):
+        strip, rows = _strip(length, args)
+        dq, *of_strip = _gradients(mine, _cut(theirs, strip), args)
+        more, *of_rest = _triangle_backward(_cut(mine, rows), _cut(theirs, rows), args)
+        dk, dv = (join_rows(x[::-1] if args.mirrored else x) for x in zip(of_strip, of_rest, strict=True))
+    else:
+        halves = _triangle_backward([_apart(x) for x in mine], [_apart(x) for x in theirs], args)
+        dq, dk, dv = map(_together, halves)
+        rows, columns = _square(length, args)
+        more, *of_square = _gradients(_cut(mine, rows), _cut(theirs, columns), _full(args))
+        for total, part in zip(_cut((dk, dv), columns), of_square, strict=True):
+            total.add_(part)
+    dq[:, :, rows].add_(more)
+    return [dq, dk, dv]
+
+
+def _in_strips(length: int) -> bool:
+    return length < 4 * SMALLEST or length % 2 == 1
+
+
+def _strip(length: int, args: TileArgs) -> tuple[slice, slice]:
+    """The keys of the strip, which is as long as the triangle; the rows, and keys, of the triangle that is left."""
+    keys = length // 2 if length < 4 * SMALLEST else length % (2 * SMALLEST)
+    if args.mirrored:
+        return slice(length - keys, length), slice(0, length - keys)
+    return slice(0, keys), slice(keys, length)
+
+
+def _square(length: int, args: TileArgs) -> tuple[slice, slice]:
+    """(rows, columns) of the square between the halves of a triangle."""
+    first, second = slice(0, length // 2), slice(length // 2, length)
+    return (first, second) if args.mirrored else (second, first)
+
+
+def _full(args: TileArgs) -> TileArgs:
+    return replace(args, causal=False, mirrored=False)
+
+
+def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    return [x[:, :, rows] for x in tensors]
+
+
+def _gradients(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: TileArgs) -> list[Tensor]:
+    """[dq, dk, dv] of a piece."""
+    (grad, q, out, lse), (k, v) = mine, theirs
+    return [x.to(accumulator(x.dtype)) for x in _flash_backward(grad, q, k, v, out, lse, args)]
+
+
+def _views(*tensors: Tensor) -> list[Tensor]:
+    """Such that `_apart` copies nothing."""
+    return [rows_first(x) if x.shape[0] > 1 else x for x in tensors]
+
+
+def _apart(x: Tensor) -> Tensor:
+    """(B, H, L, ..) as (2 B, H, L / 2, ..)."""
+    halves: Tensor = x.unflatten(2, (2, -1))
+    return halves.movedim(2, 1).flatten(0, 1)
+
+
+def _together(x: Tensor) -> Tensor:
+    """(2 B, H, L / 2, ..) as (B, H, L, ..)."""
+    halves: Tensor = x.unflatten(0, (-1, 2))
+    return halves.movedim(1, 2).flatten(2, 3)
+
+
+# --- torch's op -------------------------------------------------------------------------------------------------------
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
-    added = additive(q, args)
+    added = additive(q, k, args)
     q, k, v = _dense(q, k, v)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, args.causal, attn_mask=_expanded(added, q, k), scale=args.scale
@@ -90,7 +159,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Ten
 def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _expanded(additive(q, args), q, k)
+    mask = _expanded(additive(q, k, args), q, k)
     grad, q, k, v, out = _dense(grad, q, k, v, out)
     found: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse.contiguous(), 0.0, args.causal, attn_mask=mask, scale=args.scale

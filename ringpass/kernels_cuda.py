@@ -106,7 +106,7 @@ def cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile."""
-    added = additive(q, args)
+    added = additive(q, k, args)
     bias = None if added is None else _bias_rows(added, q, k)
     inputs = [_fit_to_unit(x) for x in (q, per_query_head(k, q), per_query_head(v, q))]
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, args.causal, scale=args.scale)
@@ -118,7 +118,7 @@ def efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs
 ) -> Grads:
     """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`."""
-    added = additive(q, args)
+    added = additive(q, k, args)
     bias = None if added is None else _bias_rows(added, q, k)
     inputs = [_fit_to_unit(x) for x in (grad, q, per_query_head(k, q), per_query_head(v, q))]
     lse = F.pad(lse, (0, -lse.shape[2] % LSE_ROWS), value=torch.inf)

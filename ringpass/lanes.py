@@ -7,6 +7,9 @@
 
 Rows are flat lists of (start, stop, step).  Of several parts, all heads and rows are one list each, and `sizes` says
 how many numbers belong to each part: heads, rows, heads, rows, ..
+
+`taken`, `added` and `merged` are what the loop calls: they write the operators where it is traced.  Where it runs, a
+first part that has all rows becomes the block itself.  All rows of all heads are not taken, but left as they are.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass import kernels
 from ringpass.bundle import count
-from ringpass.library import define, implement, rows_first
+from ringpass.library import define, empty_rows, implement
 
 Place = tuple[Sequence[int], Sequence[int]]  # heads, rows
 Index = slice | Tensor
@@ -32,8 +36,30 @@ define(
     "int length) -> Tensor[]"
 )
 _ops = torch.ops.ringpass
-take_rows, pack_rows = _ops.take_rows.default, _ops.pack_rows.default
-add_rows, merge_rows = _ops.add_rows.default, _ops.merge_rows.default
+pack_rows = _ops.pack_rows.default
+
+
+def taken(x: Tensor, heads: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """Some rows of some heads; `x` itself, where that is all of it."""
+    found: Tensor = x if _is_all((heads, rows), *x.shape[1:3]) else _ops.take_rows(x, heads, rows)
+    return found
+
+
+def added(parts: Sequence[Tensor], places: Sequence[Place], groups: int, length: int) -> Tensor:
+    """The sum of parts, which are given away, as a block of `groups` heads of `length` rows."""
+    args = list(parts), *flat(places), groups, length
+    total: Tensor = _sum(*args, given=True) if get_proxy_mode() is None else _ops.add_rows(*args)
+    return total
+
+
+def merged(
+    parts: Sequence[Sequence[Tensor]], places: Sequence[Place], disjoint: int, groups: int, length: int
+) -> list[Tensor]:
+    """The log-sum-exp merge of (out, lse) parts, which are given away; the first `disjoint` share no row."""
+    outs, lses = ([part[i] for part in parts] for i in range(2))
+    args = outs, lses, *flat(places), disjoint, groups, length
+    total: list[Tensor] = _merge(*args, given=True) if get_proxy_mode() is None else _ops.merge_rows(*args)
+    return total
 
 
 def flat(places: Sequence[Place]) -> tuple[list[int], list[int], list[int]]:
@@ -104,43 +130,67 @@ def _fake_pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
     return tensors[0].new_empty(numbers * sum(x.shape[0] * x.shape[3] for x in tensors))
 
 
-def _add_rows(
-    parts: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], groups: int, length: int
-) -> Tensor:
-    out = parts[0].new_zeros((parts[0].shape[0], groups, length, parts[0].shape[3]))
-    for place, part in zip(_places(heads, rows, sizes), parts, strict=True):
+def _is_all(place: Place, groups: int, length: int) -> bool:
+    heads, rows = place
+    return list(heads) == list(range(groups)) and list(rows) == [0, length, 1]
+
+
+def _sum(
+    parts: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], groups: int, length: int,
+    given: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rows first; `given`: in the first part's memory, where that has all rows."""
+    places = list(_places(heads, rows, sizes))
+    whole = _is_all(places[0], groups, length)
+    out = _first(parts[0], given) if whole else _block(parts[0], groups, length).zero_()
+    for place, part in zip(places[whole:], parts[whole:], strict=True):
         _put(out, place, part, add=True)
     return out
 
 
 def _fake_add_rows(parts: list[Tensor], *args: Any) -> Tensor:
-    return parts[0].new_empty((parts[0].shape[0], *args[-2:], parts[0].shape[3]))
+    return _block(parts[0], *args[-2:])
 
 
-def _merge_rows(
+def _merge(
     outs: list[Tensor], lses: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], disjoint: int,
-    groups: int, length: int,
+    groups: int, length: int, given: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """The first `disjoint` parts share no row."""
-    batch, width = outs[0].shape[0], outs[0].shape[3]
-    out = outs[0].new_zeros((batch, length, groups, width)).transpose(1, 2)
-    lse = lses[0].new_full((batch, groups, length), -torch.inf)
-    for i, place in enumerate(_places(heads, rows, sizes)):
-        more, more_lse = outs[i], lses[i]
-        if i >= disjoint:
-            more, more_lse = kernels.merge(_take(out, place), _take(lse, place), more, more_lse)
-        _put(out, place, more, add=False)
-        _put(lse, place, more_lse, add=False)
-    return [rows_first(out), lse]
+    """Rows first; `given`: in the first part's memory, where that has all rows."""
+    places = list(_places(heads, rows, sizes))
+    whole = _is_all(places[0], groups, length)
+    if whole:
+        out, lse = _first(outs[0], given), _first(lses[0], given)
+    else:
+        out = _block(outs[0], groups, length).zero_()
+        lse = lses[0].new_full((out.shape[0], groups, length), -torch.inf)
+    for i in range(int(whole), len(places)):
+        if i < disjoint:
+            _put(out, places[i], outs[i], add=False)
+            _put(lse, places[i], lses[i], add=False)
+            continue
+        old, old_lse = _take(out, places[i]), _take(lse, places[i])
+        kernels.merge(old, old_lse, outs[i], lses[i], in_place=True)
+        if not all(isinstance(index, slice) for index in _index(places[i], out.device)):
+            _put(out, places[i], old, add=False)
+            _put(lse, places[i], old_lse, add=False)
+    return [out, lse]
 
 
 def _fake_merge_rows(outs: list[Tensor], lses: list[Tensor], *args: Any) -> list[Tensor]:
     groups, length = args[-2:]
-    out = outs[0].new_empty((outs[0].shape[0], length, groups, outs[0].shape[3])).transpose(1, 2)
-    return [out, lses[0].new_empty((outs[0].shape[0], groups, length))]
+    return [_block(outs[0], groups, length), lses[0].new_empty((outs[0].shape[0], groups, length))]
+
+
+def _block(part: Tensor, groups: int, length: int) -> Tensor:
+    return part.new_empty((part.shape[0], length, groups, part.shape[3])).transpose(1, 2)
+
+
+def _first(part: Tensor, given: bool) -> Tensor:
+    return part if given else empty_rows(part, part.shape[2]).copy_(part)
 
 
 implement("take_rows", _take_rows, _fake_take_rows)
 implement("pack_rows", _pack_rows, _fake_pack_rows)
-implement("add_rows", _add_rows, _fake_add_rows)
-implement("merge_rows", _merge_rows, _fake_merge_rows)
+implement("add_rows", _sum, _fake_add_rows)
+implement("merge_rows", _merge, _fake_merge_rows)

@@ -40,6 +40,13 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 2)
 
 
+def empty_rows(x: Tensor, length: int) -> Tensor:
+    """Uninitialised blocks of `length` rows (dim 2), each like one of `x`; those of (B, H, L, D) rows first."""
+    if x.ndim == 4:
+        return x.new_empty((x.shape[0], length, x.shape[1], x.shape[3])).transpose(1, 2)
+    return x.new_empty((*x.shape[:2], length, *x.shape[3:]))
+
+
 def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, H, L, width) for B, H, L of `x`, rows first."""
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ringpass import primitives
 from ringpass.bundle import rows_of, tokens_of
 from ringpass.kernels import accumulator
-from ringpass.lanes import Place, add_rows, flat, merge_rows, take_rows
+from ringpass.lanes import Place, added, merged, taken
 from ringpass.layout import Ranges, tokens
 from ringpass.mask import PARTIAL
 from ringpass.rows import Rows, add, cut, label, merge
@@ -158,8 +158,7 @@ def _queries(lane: Site, x: Tensor) -> Tensor:
     if lane.lane is None:
         return x
     with label(f"take_lane{lane.number}"):
-        rows: Tensor = take_rows(x, *_place(lane))
-    return rows
+        return taken(x, *_place(lane))
 
 
 def _place(lane: Site) -> Place:
@@ -170,12 +169,10 @@ def _place(lane: Site) -> Place:
 
 def _merged(lanes: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of all queries from those of the lanes: one log-sum-exp merge over the patterns."""
-    places = flat([_place(lane) for lane in lanes])
-    outs, lses = zip(*parts, strict=True)
     patterns = [lane.lane.pattern for lane in lanes if lane.lane]
     first = patterns.count(patterns[0])
     with label("merge_lanes"):
-        out, lse = merge_rows(list(outs), list(lses), *places, first, q.shape[1], q.shape[2])
+        out, lse = merged(parts, [_place(lane) for lane in lanes], first, *q.shape[1:3])
     return out, lse
 
 
@@ -189,8 +186,7 @@ def _dq(site: Site, lanes: Sequence[Site], dqs: Sequence[Rows], q: Tensor) -> Te
         return dqs[0].join(partial(zeros, q.shape[1]))[0]
     places = [_place(lane) for lane in lanes]
     parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, places, strict=True)]
-    dq: Tensor = add_rows(parts, *flat(places), q.shape[1], q.shape[2])
-    return dq
+    return added(parts, places, *q.shape[1:3])
 
 
 def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +212,8 @@ def _tile_args(
     site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None, flying: list[Tensor]
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    spans = _spans(site, step, tile, q)
+    placed = tile.kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
+    spans: tuple[Any, ...] = _spans(site, step, tile, q) if placed else ()
     allowed = bias = keep = None
     with label(f"mask_{_name(site, step, tile)}"):
         if tile.kind == PARTIAL:

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass import kernels, primitives
 from ringpass.layout import Ranges
-from ringpass.library import join_rows
+from ringpass.library import empty_rows, join_rows
 
 LABEL = "ringpass_label"
 Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -35,14 +35,15 @@ def label(text: str) -> Iterator[None]:
 class Rows:
     """Running values of a block of rows, cut where tiles begin and end, so that each tile touches whole pieces.
 
-    A value is a tuple of tensors with the rows in dim 2, which are this block's own from then on: run, they are written
-    in place; traced, never.
+    A value is a tuple of tensors with the rows in dim 2.  Run, pieces are views of one tensor of all rows, written in
+    place; traced, they are tensors of their own and never written.
     """
 
     def __init__(self, length: int, spans: Sequence[tuple[int, int]]) -> None:
         cuts = sorted({0, length, *(edge for span in spans for edge in span)})
-        self.pieces = list(zip(cuts[:-1], cuts[1:], strict=True))
+        self.length, self.pieces = length, list(zip(cuts[:-1], cuts[1:], strict=True))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self.whole: tuple[Tensor, ...] = ()  # run: what the pieces are views of
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
         """Combines `new`, the values of rows `span`, with what these rows hold; `text` labels the nodes."""
@@ -50,13 +51,31 @@ class Rows:
         for piece in inside:
             with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
                 part = tuple(cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
-                self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
+                self.values[piece] = (
+                    combine(self.values[piece], part) if piece in self.values else self._kept(piece, part)
+                )
+
+    def _kept(self, piece: tuple[int, int], part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The first values of a piece, which may be written in place from then on."""
+        if piece == (0, self.length) or get_proxy_mode() is not None:
+            return part
+        if not self.whole:
+            self.whole = tuple(empty_rows(x, self.length) for x in part)
+        views = tuple(cut(x, piece) for x in self.whole)
+        for view, x in zip(views, part, strict=True):
+            view.copy_(x)
+        return views
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """All rows in order; `missing(n)` stands in for n rows that no tile touched."""
         if not self.pieces:
             return missing(0)
-        parts = [self.values[p] if p in self.values else missing(p[1] - p[0]) for p in self.pieces]
+        for p in self.pieces:
+            if p not in self.values:
+                self.values[p] = self._kept(p, missing(p[1] - p[0]))
+        if self.whole:
+            return self.whole
+        parts = [self.values[p] for p in self.pieces]
         return tuple(xs[0] if len(xs) == 1 else join_rows(xs) for xs in zip(*parts, strict=True))
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causa
 MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
 TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
+LONGEST = 4 * TILE  # edge of a full tile that is narrower than TILE
 TILE_KINDS = (*KINDS, *TRIANGLES)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
 TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
@@ -417,8 +419,20 @@ def _rows(spans: Spans, owned: Ranges) -> Spans:
 def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
     """Joins full tiles that share an edge: one kernel call instead of several."""
     rest = [t for t in tiles if t.kind != FULL]
-    full = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
+    full = [part for whole in _joined([(t.q, t.k) for t in tiles if t.kind == FULL]) for part in _lengths(*whole)]
     return tuple(sorted([*rest, *(Tile(q, k, FULL) for q, k in full)], key=lambda t: (t.q, t.k)))
+
+
+def _lengths(q: tuple[int, int], k: tuple[int, int]) -> list[Rectangle]:
+    """A rectangle narrower than a tile in parts of at most LONGEST: it computes little, and gives all of its length.
+
+    >>> _lengths((0, 5000), (0, 64))
+    [((0, 4096), (0, 64)), ((4096, 5000), (0, 64))]
+    """
+    if min(stop - start for start, stop in (q, k)) >= TILE:
+        return [(q, k)]
+    edges = [[start, *range(start // LONGEST * LONGEST + LONGEST, stop, LONGEST), stop] for start, stop in (q, k)]
+    return list(product(*map(pairwise, edges)))
 
 
 def _joined(rectangles: list[Rectangle]) -> list[Rectangle]:

@@ -27,7 +27,7 @@ class TileArgs:
     learned: bool = False  # the bias needs its gradient
     score: Callable[..., Tensor] | None = None
     parameters: tuple[Tensor, ...] = ()
-    mirrored: bool = False  # row i sees keys i and after, as many as rows: the causal triangle with all rows in reverse
+    mirrored: bool = False  # the causal tile with all rows in reverse: of as many keys as rows, row i sees i and after
 
 
 Grads = tuple[Any, ...]
@@ -52,12 +52,12 @@ def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
     return grouped.sum(2, dtype=accumulator(grad.dtype))
 
 
-def additive(q: Tensor, args: TileArgs) -> Tensor | None:
+def additive(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
     """Mask, bias and mirrored triangle as one additive mask in q's dtype, of their own broadcast shape."""
     mask = args.mask
     if args.mirrored:
-        above = above_diagonal(q, q).transpose(0, 1).logical_not()
-        mask = above if mask is None else mask & above
+        causal = above_diagonal(q, k).logical_not().flip(0, 1)
+        mask = causal if mask is None else mask & causal
     if mask is None:
         return None if args.bias is None else args.bias.to(q.dtype)
     bias = torch.zeros((), dtype=q.dtype, device=q.device) if args.bias is None else args.bias.to(q.dtype)

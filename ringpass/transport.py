@@ -12,7 +12,7 @@ from torch import Tensor
 from ringpass import primitives
 from ringpass.bundle import Joint, Message, joints, key_heads, rows_of, tokens_of
 from ringpass.kernels import accumulator
-from ringpass.lanes import Place, add_rows, flat, pack_rows, take_rows
+from ringpass.lanes import Place, added, flat, pack_rows, taken
 from ringpass.layout import Ranges, size
 from ringpass.rows import Rows, add, cut, fold_runs, label
 from ringpass.schedule import Step, Transfer, rows
@@ -211,10 +211,10 @@ class Parcels(Transport):
         with label(f"take_lane{number}_step{step.shift}"):
             if joint.receive is None or not len(tokens):
                 rows = rows_of(self.site, tokens)
-                return take_rows(self.k, heads, rows), take_rows(self.v, heads, rows)
+                return taken(self.k, heads, rows), taken(self.v, heads, rows)
             rows = joint.receive.find(heads, tokens)
             shapes = [(x.shape[0], len(heads), len(tokens), x.shape[3]) for x in (k, v)]
-            return take_rows(k, [0], rows).view(shapes[0]), take_rows(v, [0], rows).view(shapes[1])
+            return taken(k, [0], rows).view(shapes[0]), taken(v, [0], rows).view(shapes[1])
 
     def _start(self, joint: Joint) -> Tensor:
         with label(f"send_step{joint.shift}_{_peer('to', joint.send.dst if joint.send else None)}"):
@@ -241,7 +241,7 @@ class Parcels(Transport):
                         tokens = tokens_of(self.lanes[i], step.tokens)
                         places.append(([0], joint.receive.find(self.key_heads(i), tokens)))
                         parts.append([g.flatten(1, 2).unsqueeze(1) for g in grads])
-                sums = [add_rows(list(xs), *flat(places), 1, joint.receive.rows) for xs in zip(*parts, strict=True)]
+                sums = [added(xs, places, 1, joint.receive.rows) for xs in zip(*parts, strict=True)]
                 sent = primitives.pack(sums, [0, joint.receive.rows])
         dst, src = joint.receive.src if joint.receive else None, joint.send.dst if joint.send else None
         started = _exchange(self.site, 2 * joint.shift + 1, sent, dst, src, self._numel(joint.send))
@@ -268,15 +268,16 @@ class Parcels(Transport):
 
     def collect(self, own: list[Rows]) -> tuple[Tensor, ...]:
         dtype = accumulator(self.k.dtype)
-        found = list(self.returned)
+        found: list[tuple[Place, tuple[Tensor, ...]]] = []
         for i, lane in enumerate(self.lanes):
             heads = self.key_heads(i)
             k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))
             parts = own[i].join(partial(zero_block, k, v, dtype))
             found.append(((heads, rows_of(self.site, tokens_of(lane, lane.owned_keys))), parts))
-        places = flat([place for place, _ in found])
+        found += self.returned
+        places = [place for place, _ in found]
         sums = zip(*(parts for _, parts in found), strict=True)
-        return tuple(add_rows(list(xs), *places, self.k.shape[1], self.k.shape[2]) for xs in sums)
+        return tuple(added(xs, places, self.k.shape[1], self.k.shape[2]) for xs in sums)
 
 
 def _exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int | None, numel: int) -> Tensor:
