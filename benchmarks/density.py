@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(args: argparse.Namespace) -> Iterator[Any]:
     """On the one rank: a step of each attention in each round."""
-    asked = {str(x): x for x in (*_masks(args), *_dilations(args))}
+    asked = {str(x): x for x in (*_masks(args), *(doubling(args.length, first) for first in args.segments))}
     steps, tiles = {}, {}
     for label, x in {"dense": Sparse("dense", 1.0, "True", "", {}), **asked}.items():
         steps[label], tiles[label] = attention(x, args)
@@ -79,13 +79,13 @@ def _masks(args: argparse.Namespace) -> Iterator[Sparse]:
             yield Sparse(name, exact, expression(reach, globals_), "", {"reach": reach, "global tokens": globals_})
 
 
-def _dilations(args: argparse.Namespace) -> Iterator[Sparse]:
+def doubling(length: int, first: int) -> Sparse:
+    """Dilation whose segment lengths, from `first` on, and rates double up to `length`."""
     from ringpass.dilation import Dilation
 
-    for first in args.segments:
-        doubled = range((args.length // first).bit_length())
-        d = Dilation(tuple(first << i for i in doubled), tuple(1 << i for i in doubled))
-        yield Sparse("dilation", d.share(args.length), "True", str(d), {"dilation": str(d)})
+    doubled = range((length // first).bit_length())
+    d = Dilation(tuple(first << i for i in doubled), tuple(1 << i for i in doubled))
+    return Sparse("dilation", d.share(length), "True", str(d), {"dilation": str(d)})
 
 
 def expression(reach: int, globals_: int) -> str:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import hint_of, product, size_of, tensors_of
+from ringpass.passes.factors import bound_of, hint_of, product, size_of, tensors_of
 from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import Placement
 from ringpass.passes.spelled import KEPT_META
@@ -54,6 +54,9 @@ class Emitter:
 
     def _operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
         return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))
+
+    def _operands_by_name(self, node: Node, axis: Axis, reason: str) -> dict[str, Any]:
+        return {k: self._operand(x, axis, reason) if isinstance(x, Node) else x for k, x in bound_of(node).items()}
 
     # --- sizes ------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 
 from ringpass.passes.lines import Lines
 
+CONV1D = "conv1d.default"
 Factors = tuple["Factor", ...]
 Dims = tuple[Factors, ...]
 
@@ -275,7 +276,7 @@ class Sweep:
 
 PRODUCTS = {
     "linear.default", "mm.default", "bmm.default", "addmm.default", "baddbmm.default", "matmul.default",
-    "einsum.default", "embedding.default", "conv1d.default", "conv2d.default", "conv3d.default",
+    "einsum.default", "embedding.default", CONV1D, "conv2d.default", "conv3d.default",
     "scaled_dot_product_attention.default", "layer_norm.default", "rms_norm.default",
 }  # fmt: skip
 

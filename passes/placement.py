@@ -21,7 +21,18 @@ import torch
 from torch.fx import Node
 
 from ringpass.passes.capture import Captured
-from ringpass.passes.factors import Note, Sweep, args_of, first_of, is_empty, op_name, operands_of, size_of, tensors_of
+from ringpass.passes.factors import (
+    CONV1D,
+    Note,
+    Sweep,
+    args_of,
+    first_of,
+    is_empty,
+    op_name,
+    operands_of,
+    size_of,
+    tensors_of,
+)
 from ringpass.passes.pieces import Axis
 from ringpass.passes.plan import RingPlan, SitePlan
 from ringpass.passes.routing import SORT, closed
@@ -31,7 +42,6 @@ aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"
 ATTENTION = (SDPA, "flex_attention")
 COUNTER_BASED = ("dropout.default", SDPA)
-CONVOLUTION = "conv1d.default"
 CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default", "einsum.default")
 """Ops whose partial results on shards of a summed factor add up to the result."""
 
@@ -82,7 +92,7 @@ class Placement:
         if axis is None:
             return []
         if node in self.runs:
-            return operands_of(node)[1:] if op_name(node) == CONVOLUTION else []
+            return operands_of(node)[1:] if op_name(node) == CONV1D else []
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
             return [*keys, *(site.site.leaves[i] for i in self.learned(site))]
@@ -269,9 +279,9 @@ def _run(p: Placement, node: Node) -> Axis | None:
     own = [p.axis_along(part, dim) for part, _ in parts]
     if any(a is not None and a.line is not axis.line for a in own) or not any(own):
         return None
-    if op_name(node) == CONVOLUTION and not _in_order(p, node, axis):
+    if op_name(node) == CONV1D and not _in_order(p, node, axis):
         return None
-    if op_name(node) in ("slice.Tensor", CONVOLUTION):
+    if op_name(node) in ("slice.Tensor", CONV1D):
         return axis if p.modes[first_of(node)] is own[0] else None
     few = [p.holder(axis, offset, part, dim) for (part, offset), a in zip(parts, own, strict=True) if a is None]
     return None if None in few else axis

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from ringpass.passes import routing, run_rules
 from ringpass.passes.factors import (
+    CONV1D,
     Dims,
     Factors,
     Note,
@@ -428,7 +429,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys([*SUMS, *REDUCTIONS], _reduction),
     "slice.Tensor": run_rules.sliced,
     "cat.default": run_rules.concatenated,
-    **dict.fromkeys(["conv1d.default", "conv2d.default", "conv3d.default"], run_rules.convolved),
+    **dict.fromkeys([CONV1D, "conv2d.default", "conv3d.default"], run_rules.convolved),
     **dict.fromkeys(["pad.default", "constant_pad_nd.default"], run_rules.padded),
     "repeat.default": run_rules.same_or_whole,
     **dict.fromkeys(["squeeze.dim", "squeeze.dims", "squeeze.default"], _squeeze),

@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import Node
 
 from ringpass.passes.factors import (
+    CONV1D,
     Dims,
     Factors,
     Note,
@@ -98,7 +99,7 @@ def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
     amounts: Any = node.args[1]
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
-    works = source in sweep.worked or any(op_name(user) == "conv1d.default" for user in node.users)
+    works = source in sweep.worked or any(op_name(user) == CONV1D for user in node.users)
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
     if shift_of(node):
         sweep.halos[node] = min(changed)
@@ -119,7 +120,7 @@ def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
     if len(dims) != len(weights):  # no batch: the first dim is that of channels
         return sweep.unknown(node, note)  # type: ignore[no-any-return]
     note.whole += [f for d in (dims[1], *weights) for f in d]
-    step = halo_of(node)[2] if op_name(node) == "conv1d.default" else 0
+    step = halo_of(node)[2] if op_name(node) == CONV1D else 0
     old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
     if step and dims[2] and old == step * size:
         split = sweep.reshape((dims[2],), (shape[2], step), note)
@@ -149,7 +150,7 @@ def halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
 
     `offset`: the place, on what it reads, of the first of what a conv1d makes.
     """
-    if op_name(node) != "conv1d.default":
+    if op_name(node) != CONV1D:
         low = shift_of(node)
         return max(low, 0), max(-low, 0), 1
     bound = bound_of(node)

@@ -25,7 +25,7 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.layout import assigned
 from ringpass.passes.emission import Emitter
-from ringpass.passes.factors import args_of, bound_of, first_of, op_name, size_of
+from ringpass.passes.factors import CONV1D, args_of, first_of, op_name, size_of
 from ringpass.passes.lines import same
 from ringpass.passes.pieces import Axis
 from ringpass.passes.placement import parts_of
@@ -47,7 +47,7 @@ class Runs(Emitter):
         name, dim = op_name(node), self.placement.sweep.runs[node]
         if name == "slice.Tensor":
             return self._write_slice(node, axis, dim)
-        if name == "conv1d.default":
+        if name == CONV1D:
             return self._write_inner(node, axis, dim)
         return self._write_cat(node, axis, dim) if name == "cat.default" else self._write_pad(node, axis, dim)
 
@@ -105,10 +105,9 @@ class Runs(Emitter):
         each = self._size(sympy.cancel(size / step / size_of(axis.tokens)))
         x = self._local(source, axis)
         rows = self._emit(ops.halo, x, *around, most, low, high, self.rank.group, name=f"{source.name}_around")
-        if op_name(node) == "conv1d.default":
-            bound = {**bound_of(node), "padding": [0]}
-            given = {k: self._operand(v, axis, "weights") if isinstance(v, Node) else v for k, v in bound.items()}
-            rows, before, after = self._emit_bound(node.target, {**given, "input": rows}), 0, (low + high) // step
+        if op_name(node) == CONV1D:
+            given = {**self._operands_by_name(node, axis, "weights"), "input": rows, "padding": [0]}
+            rows, before, after = self._emit_bound(node.target, given), 0, (low + high) // step
         else:
             before, after = high, low
         at = self._emit(ops.core, rows, *around, each, before, after)

@@ -9,6 +9,8 @@ Contract: the result is whole; sums are added in float32 (float64).
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch.fx import Node
@@ -46,11 +48,15 @@ class Sums(Emitter):
             total = self._emit(aten.div.Tensor, total, count, name=f"{node.name}_mean")
         return total if total.meta["val"].dtype == result.dtype else self._emit(aten.to.dtype, total, result.dtype)
 
+    def _summed_loss(self, node: Node, axis: Axis) -> tuple[dict[str, Any], Node]:
+        """The arguments of a loss by name, and its sum."""
+        bound = self._operands_by_name(node, axis, "loss")
+        part = self._emit_bound(node.target, {**bound, "reduction": SUMMED}, node.name)
+        return bound, self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+
     def _write_elementwise_loss(self, node: Node, axis: Axis) -> Node:
         """The local sum of an element-wise loss, reduced; a mean divides by the full number of elements."""
-        bound = {k: self._operand(x, axis, "loss") if isinstance(x, Node) else x for k, x in bound_of(node).items()}
-        part = self._emit_bound(node.target, {**bound, "reduction": SUMMED}, node.name)
-        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+        bound, total = self._summed_loss(node, axis)
         if bound.get("reduction", 1) == SUMMED:
             return total
         shapes = [a.meta["val"].shape for a in node.args[:2] if isinstance(a, Node)]
@@ -59,9 +65,7 @@ class Sums(Emitter):
 
     def _write_loss(self, node: Node, axis: Axis) -> Node:
         """cross_entropy_loss: the local sum, reduced; a mean divides by the number (weight) of targets that count."""
-        bound = {k: self._operand(x, axis, "loss") if isinstance(x, Node) else x for k, x in bound_of(node).items()}
-        part = self._emit_bound(node.target, {**bound, "reduction": SUMMED}, node.name)
-        total = self._emit(ops.reduce, part, self.rank.group, name=f"{node.name}_reduced")
+        bound, total = self._summed_loss(node, axis)
         if bound.get("reduction", 1) == SUMMED:
             return total
         target, weight, ignored = bound["target"], bound.get("weight"), bound.get("ignore_index", -100)

@@ -45,10 +45,14 @@ class Takes(Emitter):
         if outer != 1 or source.meta["val"].shape[dim] != axis.tokens:
             return None
         x = self.locals[source]
-        if self.rank.world * bytes_of(node) > bytes_of(source):
+        indexed = op_name(node) == "index.Tensor"
+        taken = self._indexed(node, x, dim, axis) if indexed else self._selected(node, x, dim, axis)
+        if taken is not None and self.rank.world * bytes_of(node) > bytes_of(source):
             self._report(node, f"{op_name(node)} takes more tokens than a rank holds")
-        if op_name(node) == "index.Tensor":
-            return self._indexed(node, x, dim, axis)
+        return taken
+
+    def _selected(self, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+        """The tokens of a select, a slice or an index_select along the sequence."""
         positions = self._positions(node, dim)
         if positions is None:
             return None

@@ -38,7 +38,7 @@ CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causa
 MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
 TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
-LONGEST = 4 * TILE  # edge of a full tile that is narrower than TILE
+THIN = TILE // 4  # a full tile narrower than this is no longer than TILE
 TILE_KINDS = (*KINDS, *TRIANGLES)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
 TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
@@ -424,14 +424,14 @@ def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
 
 
 def _lengths(q: tuple[int, int], k: tuple[int, int]) -> list[Rectangle]:
-    """A rectangle narrower than a tile in parts of at most LONGEST: it computes little, and gives all of its length.
+    """A thin rectangle in parts of at most TILE: for the little that it computes, it gives all of its length.
 
-    >>> _lengths((0, 5000), (0, 64))
-    [((0, 4096), (0, 64)), ((4096, 5000), (0, 64))]
+    >>> _lengths((500, 2500), (0, 64))
+    [((500, 1024), (0, 64)), ((1024, 2048), (0, 64)), ((2048, 2500), (0, 64))]
     """
-    if min(stop - start for start, stop in (q, k)) >= TILE:
+    if min(stop - start for start, stop in (q, k)) >= THIN:
         return [(q, k)]
-    edges = [[start, *range(start // LONGEST * LONGEST + LONGEST, stop, LONGEST), stop] for start, stop in (q, k)]
+    edges = [[start, *range(start // TILE * TILE + TILE, stop, TILE), stop] for start, stop in (q, k)]
     return list(product(*map(pairwise, edges)))
 
 

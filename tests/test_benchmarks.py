@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bytes_received, density, memory, overlap, planning, step_time
+from benchmarks import bytes_received, density, dilation_length, memory, overlap, planning, step_time
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
@@ -19,7 +19,8 @@ from ringpass.reference import multiplicity
 from tests.test_patterns import dense
 
 NAMES = (
-    "alternatives", "bytes_received", "compile_time", "density", "memory", "overlap", "planning", "step_time",
+    "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap", "planning",
+    "step_time",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -84,6 +85,15 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert case["case"]["density"] == pytest.approx(share, abs=0.02)
         pattern = patterns.Pattern(parse(density.expression(case["reach"], case["global tokens"])))
         assert dense(pattern, 256).double().mean().item() == case["case"]["density"]
+
+
+def test_dilation_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dilation_length.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).startswith("a token's time over that at 128 tokens, at most")
+    first, second = json.loads((tmp_path / "found.json").read_text())["cases"]
+    (a,), (b,) = (case["seconds"]["this"]["samples"] for case in (first, second))
+    assert first["ratios"]["of a token"]["samples"] == [1]
+    assert second["ratios"]["of a token"]["samples"] == pytest.approx([b / 2 / a])
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ringpass.layout import NAMES, Layout, size, tokens
 from ringpass.mask import EMPTY, FULL, PARTIAL, classify
 from ringpass.passes import verify
 from ringpass.passes.verify import check, lower_bound, prove, prove_from
-from ringpass.schedule import CAUSAL_TILE, Problem, Program, Step, Tile, Transfer, program, rows
+from ringpass.schedule import CAUSAL_TILE, THIN, TILE, Problem, Program, Step, Tile, Transfer, program, rows
 
 CAUSAL = "k <= q"
 WINDOW = "k <= q & q - k < 5"
@@ -209,6 +209,17 @@ def test_full_tiles_are_cut_only_on_demand() -> None:
     assert tile == Tile((0, 64), (0, 64), FULL)
     tiles = program(problem("True", 1, 64, tile=8, cut_all=True), 0).steps[0].tiles
     assert len(tiles) == 64
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_thin_full_tiles_are_cut_to_length(world: int) -> None:
+    p = problem("k < 64 | q < 64", world, 10_000, "contiguous")
+    prove(p)
+    tiles = [tile for rank in range(world) for step in program(p, rank).steps for tile in step.tiles]
+    edges = [sorted((t.q[1] - t.q[0], t.k[1] - t.k[0])) for t in tiles]
+    assert {tile.kind for tile in tiles} == {FULL}
+    assert all(short >= THIN or long <= TILE for short, long in edges)
+    assert max(long for _, long in edges) == TILE
 
 
 # --- a wrong program is refused ---------------------------------------------------------------------------------------
