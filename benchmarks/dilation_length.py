@@ -40,9 +40,9 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
     first = args.lengths[0]
     for length, x in asked.items():
         found = Case(
-            {"length": length}, {"first": seconds[f"{first:,}"], "this": seconds[f"{length:,}"]}, facts=x.facts
+            {"length": length}, {"shortest": seconds[f"{first:,}"], "this": seconds[f"{length:,}"]}, facts=x.facts
         )
-        found.add_ratio("of a token", lambda first_, this, n=length: this / n / (first_ / first))
+        found.add_ratio("of a token", lambda shortest, this, n=length: this / n / (shortest / first))
         yield found
 
 
