@@ -6,8 +6,8 @@ triangle is a mask to it.
 
 Under the causal flag it skips keys in blocks of 512, so a short triangle costs as much as its square.  It is therefore
 computed as two triangles of half the rows, in one call of twice the batch, and the square between them.  One of fewer
-than 4 `SMALLEST` rows is a strip of the half of its keys that more rows see, and a triangle of the others: the op is
-slow where there are few rows.
+than 4 `SMALLEST` rows is a strip of all rows and the half of the keys that more of them see, and a triangle of the
+others, for the op is slow where there are few rows; one of an odd number of rows, too, becomes a strip and a triangle.
 """
 
 from __future__ import annotations
