@@ -61,7 +61,7 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
     asked = {str(x): x for x in (*_masks(args), *(doubling(args.length, first) for first in args.segments))}
     steps, tiles = {}, {}
     for label, x in {"dense": Sparse("dense", 1.0, "True", "", {}), **asked}.items():
-        steps[label], tiles[label] = attention(x, args)
+        steps[label], tiles[label] = attention(x, args.length, args)
     seconds = yield from interleaved(steps, args.rounds)
     for label, x in asked.items():
         facts = {"tile": tiles[label], **x.facts}
@@ -109,20 +109,20 @@ def reach_for(density: float, length: int, globals_: int) -> int:
     return bisect_left(range(length), density * length**2, key=lambda reach: allowed_pairs(length, reach, globals_))
 
 
-def attention(x: Sparse, args: argparse.Namespace) -> tuple[Step, int]:
-    """Forward and backward of `x`, and the tile."""
+def attention(x: Sparse, length: int, args: argparse.Namespace) -> tuple[Step, int]:
+    """Forward and backward of `x` on `length` tokens, and the tile."""
     from ringpass import ring
     from ringpass.passes.balance import refine
     from ringpass.schedule import TILE
     from ringpass.site import Site
 
     rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
-    lengths, layouts = (args.length, args.length), ("contiguous", "contiguous")
+    lengths, layouts = (length, length), ("contiguous", "contiguous")
     site = Site(x.mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, TILE, **rest)  # type: ignore[arg-type]
     tile = refine([lane.problem for lane in site.lanes(args.heads)], "cpu")
     site = replace(site, tile=tile)
     # rows first in memory, as models' projections are
-    q, k, v, grad = (torch.randn(1, args.length, args.heads, args.width).transpose(1, 2) for _ in range(4))
+    q, k, v, grad = (torch.randn(1, length, args.heads, args.width).transpose(1, 2) for _ in range(4))
 
     def step() -> object:
         with torch.no_grad():

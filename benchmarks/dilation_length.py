@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 def job(args: argparse.Namespace) -> Iterator[Any]:
     """On the one rank: a step of each length in each round."""
     asked = {length: doubling(length, args.first) for length in args.lengths}
-    steps = {f"{n:,}": attention(x, argparse.Namespace(**{**vars(args), "length": n}))[0] for n, x in asked.items()}
+    steps = {f"{n:,}": attention(x, n, args)[0] for n, x in asked.items()}
     seconds = yield from interleaved(steps, args.rounds)
     first = args.lengths[0]
     for length, x in asked.items():

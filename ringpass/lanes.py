@@ -142,14 +142,15 @@ def _sum(
     """Rows first; `given`: in the first part's memory, where that has all rows."""
     places = list(_places(heads, rows, sizes))
     whole = _is_all(places[0], groups, length)
-    out = _first(parts[0], given) if whole else _block(parts[0], groups, length).zero_()
+    out = _first(parts[0], given) if whole else empty_rows(parts[0], length, groups).zero_()
     for place, part in zip(places[whole:], parts[whole:], strict=True):
         _put(out, place, part, add=True)
     return out
 
 
 def _fake_add_rows(parts: list[Tensor], *args: Any) -> Tensor:
-    return _block(parts[0], *args[-2:])
+    groups, length = args[-2:]
+    return empty_rows(parts[0], length, groups)
 
 
 def _merge(
@@ -162,8 +163,8 @@ def _merge(
     if whole:
         out, lse = _first(outs[0], given), _first(lses[0], given)
     else:
-        out = _block(outs[0], groups, length).zero_()
-        lse = lses[0].new_full((out.shape[0], groups, length), -torch.inf)
+        out = empty_rows(outs[0], length, groups).zero_()
+        lse = empty_rows(lses[0], length, groups).fill_(-torch.inf)
     for i in range(int(whole), len(places)):
         if i < disjoint:
             _put(out, places[i], outs[i], add=False)
@@ -179,11 +180,7 @@ def _merge(
 
 def _fake_merge_rows(outs: list[Tensor], lses: list[Tensor], *args: Any) -> list[Tensor]:
     groups, length = args[-2:]
-    return [_block(outs[0], groups, length), lses[0].new_empty((outs[0].shape[0], groups, length))]
-
-
-def _block(part: Tensor, groups: int, length: int) -> Tensor:
-    return part.new_empty((part.shape[0], length, groups, part.shape[3])).transpose(1, 2)
+    return [empty_rows(x[0], length, groups) for x in (outs, lses)]
 
 
 def _first(part: Tensor, given: bool) -> Tensor:

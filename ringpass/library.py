@@ -40,11 +40,15 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 2)
 
 
-def empty_rows(x: Tensor, length: int) -> Tensor:
-    """Uninitialised blocks of `length` rows (dim 2), each like one of `x`; those of (B, H, L, D) rows first."""
+def empty_rows(x: Tensor, length: int, heads: int | None = None) -> Tensor:
+    """An uninitialised block of `length` rows (dim 2), each like one of `x`, of its heads or of so many.
+
+    (B, H, L) or (B, H, L, D), the latter rows first.
+    """
+    heads = x.shape[1] if heads is None else heads
     if x.ndim == 4:
-        return x.new_empty((x.shape[0], length, x.shape[1], x.shape[3])).transpose(1, 2)
-    return x.new_empty((*x.shape[:2], length, *x.shape[3:]))
+        return x.new_empty((x.shape[0], length, heads, x.shape[3])).transpose(1, 2)
+    return x.new_empty((x.shape[0], heads, length))
 
 
 def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:

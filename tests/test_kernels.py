@@ -190,21 +190,24 @@ def test_a_bias_of_minus_infinity_is_a_mask(causal: bool, kernel: str) -> None:
     torch.testing.assert_close(got[:3], tuple(want[:3]))
 
 
-def test_a_mirrored_tile_makes_no_mask_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    areas: list[int] = []
+@pytest.mark.parametrize(("length", "rows"), [(1500, 4 * kernels_cpu.SMALLEST), (1501, 1502)])
+def test_a_mirrored_tile_makes_no_mask_of_its_size(length: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[tuple[int, int]] = []
 
     def noted(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
-        areas.append(q.shape[2] * k.shape[2] if args.mirrored else 0)
+        masks.extend([(q.shape[2], k.shape[2])] if args.mirrored else [])
         return additive(q, k, args)
 
     monkeypatch.setattr(kernels_cpu, "additive", noted)
     args = TileArgs(SCALE, mirrored=True)
-    q, k, v = tensors(heads=(1, 1), lengths=(1501, 1501))
+    q, k, v = tensors(heads=(1, 1), lengths=(length, length))
     (want_out, want_lse), want = truth(q, k, v, args, torch.ones_like(q))
     out, lse = forward(q, k, v, args)
     torch.testing.assert_close((out, lse), (want_out, want_lse))
     torch.testing.assert_close(backward(torch.ones_like(q), q, k, v, out, lse, args)[:3], tuple(want[:3]))
-    assert 0 < max(areas) < 1501 * 2 * kernels_cpu.SMALLEST
+    most_rows, most_keys = (max(sizes) for sizes in zip(*masks, strict=True))
+    assert most_rows < rows
+    assert most_keys < 2 * kernels_cpu.SMALLEST
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
