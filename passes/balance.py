@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ringpass.layout import STRIPES, assigned
-from ringpass.mask import PARTIAL
-from ringpass.schedule import TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
+from ringpass.mask import FULL, PARTIAL
+from ringpass.schedule import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
-FINEST, SPARED = 128, 0.05
+SPARED = 0.05
+MOST_TILES = 1 << 15  # of a site: finer tiles are not tried where these follow the mask no better than larger ones
 GOOD = 1.02  # largest over mean FLOPs of a rank
 MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer tokens, are not tried
 
@@ -52,7 +53,20 @@ class Price:
         pair = np.where(partial, self.mask, 1.0)
         for rows, factor in self.few:
             pair = np.where(n < rows, np.maximum(pair, factor), pair)
-        return float((n * np.minimum(seen, m) * pair + self.row * n + self.call).sum())
+        return float((n * np.minimum(seen, m) * pair).sum() + ((self.row * n + self.call) * _begins_call(tiles)).sum())
+
+
+def _begins_call(tiles: Tiling) -> Array:
+    """Whether a tile is the first one of its kernel call: thin full ones of the same rows share calls of TILE keys."""
+    width = tiles.k[1] - tiles.k[0]
+    thin = np.flatnonzero((tiles.kind == TILE_KINDS.index(FULL)) & (width < THIN))
+    rows = np.stack([x[thin] for x in (tiles.dst, tiles.src, *tiles.q)])
+    other = np.concatenate([[True], (np.diff(rows) != 0).any(0)])[: len(thin)]
+    before = np.cumsum(width[thin]) - width[thin]
+    call = (before - np.maximum.accumulate(np.where(other, before, 0))) // TILE
+    out = np.ones(len(tiles), dtype=bool)
+    out[thin] = other | np.concatenate([[True], np.diff(call) != 0])[: len(thin)]
+    return out
 
 
 PRICES = {
@@ -126,8 +140,8 @@ def refine(problems: Sequence[Problem], device: str) -> int:
     """The edge of the tiles of a site, given as the problems of its lanes: the largest within SPARED of the best price.
 
     A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; but kernels
-    run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles multiply:
-    then the mask cuts through all of the plane, and smaller ones gain nothing.
+    run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles are many
+    and multiply: then the mask cuts through all of the plane, and smaller ones gain nothing.
     """
     flat = [placed(problem, "contiguous", problem.world) for problem in problems]
     edges, counts, paid = [TILE], list[int](), list[float]()
@@ -135,7 +149,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
         counts.append(sum(map(len, found)))
         paid.append(sum(map(PRICES[device].of, found)))
-        multiply = len(counts) > 1 and counts[-1] >= 3 * counts[-2]
+        multiply = len(counts) > 1 and counts[-1] >= max(3 * counts[-2], MOST_TILES / 4)
         if edges[-1] <= FINEST or multiply:
             return next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid))
         edges.append(edges[-1] // 2)

@@ -30,9 +30,10 @@ from ringpass.bundle import rows_of, tokens_of
 from ringpass.kernels import accumulator
 from ringpass.lanes import Place, added, merged, taken
 from ringpass.layout import Ranges, tokens
+from ringpass.library import join_rows
 from ringpass.mask import PARTIAL
-from ringpass.rows import Rows, add, cut, label, merge
-from ringpass.schedule import CAUSAL_TILE, MIRRORED, Step, Tile, divided
+from ringpass.rows import Rows, add, cut, fold_runs, label, merge
+from ringpass.schedule import CAUSAL_TILE, MIRRORED, TILE, Step, Tile, calls, divided
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
 
@@ -48,11 +49,12 @@ def forward(
     for served, flying in keys.blocks():
         for i, step, (k_block, v_block) in served:
             lane, own_q = keys.lanes[i], queries[i]
-            for tile in step.tiles:
-                args = _tile_args(lane, step, tile, own_q, leaves, seed, flying)
-                with label(f"attention_{_name(lane, step, tile)}"):
-                    out, lse = op(cut(own_q, tile.q), cut(k_block, tile.k), cut(v_block, tile.k), *args)
-                states[i].fold(tile.q, (out.to(dtype), lse), merge, f"merge_{_name(lane, step, tile)}")
+            for tiles in _calls(lane, step.tiles):
+                name, rows = _name(lane, step, tiles), tiles[0].q
+                args = _tile_args(lane, step, tiles, own_q, leaves, seed, flying)
+                with label(f"attention_{name}"):
+                    out, lse = op(cut(own_q, rows), *(_keys(x, tiles) for x in (k_block, v_block)), *args)
+                states[i].fold(rows, (out.to(dtype), lse), merge, f"merge_{name}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
         out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
@@ -134,16 +136,25 @@ class _Gradients:
         """Adds what `tiles` of a block give; its share of dK and dV to `dkv`."""
         i, step, blocks = block
         lane, ours = self.keys.lanes[i], self.ours[i]
-        for tile in tiles:
-            name = _name(lane, step, tile)
-            args = _tile_args(lane, step, tile, ours[1], self.leaves, self.seed, flying)
+        for together in _calls(lane, tiles):
+            name, rows = _name(lane, step, together), together[0].q
+            args = _tile_args(lane, step, together, ours[1], self.leaves, self.seed, flying)
             with label(f"attention_backward_{name}"):
-                mine, theirs = [cut(x, tile.q) for x in ours], [cut(x, tile.k) for x in blocks]
+                mine, theirs = [cut(x, rows) for x in ours], [_keys(x, together) for x in blocks]
                 dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
-            self.dqs[i].fold(tile.q, (dq,), add, f"add_gradients_{name}")
-            dkv.fold(tile.k, (dk, dv), add, f"add_gradients_{name}")
+            self.dqs[i].fold(rows, (dq,), add, f"add_gradients_{name}")
+            fold_runs(dkv, tuple(tile.k for tile in together), (dk, dv), f"add_gradients_{name}")
             if others:
-                self.dleaves = _add_leaf_grads(lane, step, tile, ours[1], self.leaves, others, self.dleaves)
+                self.dleaves = _add_leaf_grads(lane, step, together, ours[1], self.leaves, others, self.dleaves)
+
+
+def _calls(lane: Site, tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
+    return calls(tiles, lane.tile if lane.problem.cut_all else TILE)
+
+
+def _keys(block: Tensor, tiles: Sequence[Tile]) -> Tensor:
+    """The rows of the keys of a call."""
+    return cut(block, tiles[0].k) if len(tiles) == 1 else join_rows([cut(block, tile.k) for tile in tiles])
 
 
 def _spans_of(steps: Sequence[Step]) -> list[tuple[int, int]]:
@@ -199,38 +210,47 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _name(site: Site, step: Step, tile: Tile) -> str:
+def _name(site: Site, step: Step, tiles: Sequence[Tile]) -> str:
     """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
     lane = f"lane{site.number}_" if site.lane else ""
-    return f"{lane}step{step.shift}_q{tile.q[0]}to{tile.q[1]}_k{tile.k[0]}to{tile.k[1]}"
+    rows, keys = tiles[0].q, "_".join(f"k{tile.k[0]}to{tile.k[1]}" for tile in tiles)
+    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{keys}"
 
 
 # --- what a tile's scores go through ----------------------------------------------------------------------------------
 
 
 def _tile_args(
-    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], seed: Tensor | None, flying: list[Tensor]
+    site: Site,
+    step: Step,
+    tiles: Sequence[Tile],
+    q: Tensor,
+    leaves: Sequence[Tensor],
+    seed: Tensor | None,
+    flying: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    placed = tile.kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
-    spans: tuple[Any, ...] = _spans(site, step, tile, q) if placed else ()
+    kind = tiles[0].kind
+    placed = kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
+    spans: tuple[Any, ...] = _spans(site, step, tiles, q) if placed else ()
     allowed = bias = keep = None
-    with label(f"mask_{_name(site, step, tile)}"):
-        if tile.kind == PARTIAL:
+    with label(f"mask_{_name(site, step, tiles)}"):
+        if kind == PARTIAL:
             allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
         if site.bias:
             bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
     if site.dropout:
-        with label(f"keep_{_name(site, step, tile)}"):
+        with label(f"keep_{_name(site, step, tiles)}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
-    triangle = tile.kind == CAUSAL_TILE, tile.kind == MIRRORED
+    triangle = kind == CAUSAL_TILE, kind == MIRRORED
     return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
 
 
-def _spans(site: Site, step: Step, tile: Tile, q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    """(B, H, tokens of the query rows, tokens of the key rows) of a tile."""
-    return q.shape[0], q.shape[1], _tokens(site.owned_queries, tile.q), _tokens(step.tokens, tile.k)
+def _spans(site: Site, step: Step, tiles: Sequence[Tile], q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """(B, H, tokens of the query rows, tokens of the key rows) of the tiles of a call."""
+    keys = [edge for tile in tiles for edge in _tokens(step.tokens, tile.k)]
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, tiles[0].q), keys
 
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
@@ -239,11 +259,17 @@ def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
 
 
 def _add_leaf_grads(
-    site: Site, step: Step, tile: Tile, q: Tensor, leaves: Sequence[Tensor], others: list[Tensor], dleaves: list[Tensor]
+    site: Site,
+    step: Step,
+    tiles: Sequence[Tile],
+    q: Tensor,
+    leaves: Sequence[Tensor],
+    others: list[Tensor],
+    dleaves: list[Tensor],
 ) -> list[Tensor]:
     """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
-    spans = _spans(site, step, tile, q)
-    with label(f"mask_backward_{_name(site, step, tile)}"):
+    spans = _spans(site, step, tiles, q)
+    with label(f"mask_backward_{_name(site, step, tiles)}"):
         more = others
         if not site.score:
             more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)

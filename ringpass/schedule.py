@@ -20,7 +20,7 @@ receives only tokens that a tile of its own uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise, product
@@ -38,6 +38,7 @@ CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causa
 MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
 TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
+FINEST = 64  # edge of the smallest tiles that pay, and of the fewest rows for which another tile is cut
 THIN = TILE // 4  # a full tile narrower than this is no longer than TILE
 TILE_KINDS = (*KINDS, *TRIANGLES)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
@@ -419,20 +420,33 @@ def _rows(spans: Spans, owned: Ranges) -> Spans:
 def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
     """Joins full tiles that share an edge: one kernel call instead of several."""
     rest = [t for t in tiles if t.kind != FULL]
-    full = [part for whole in _joined([(t.q, t.k) for t in tiles if t.kind == FULL]) for part in _lengths(*whole)]
+    whole = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
+    edges = {edge for q, k in whole if FINEST <= q[1] - q[0] <= TILE and k[1] - k[0] <= TILE for edge in q}
+    full = [part for rectangle in whole for part in _lengths(*rectangle, sorted(edges))]
     return tuple(sorted([*rest, *(Tile(q, k, FULL) for q, k in full)], key=lambda t: (t.q, t.k)))
 
 
-def _lengths(q: tuple[int, int], k: tuple[int, int]) -> list[Rectangle]:
+def _lengths(q: tuple[int, int], k: tuple[int, int], edges: Sequence[int] = ()) -> list[Rectangle]:
     """A thin rectangle in parts of at most TILE: for the little that it computes, it gives all of its length.
 
-    >>> _lengths((500, 2500), (0, 64))
-    [((500, 1024), (0, 64)), ((1024, 2048), (0, 64)), ((2048, 2500), (0, 64))]
+    Its rows are cut at `edges`, those of other tiles that it may share a call with.
+
+    >>> _lengths((500, 2500), (0, 64), edges=[0, 1000, 2000])
+    [((500, 1000), (0, 64)), ((1000, 2000), (0, 64)), ((2000, 2500), (0, 64))]
     """
     if min(stop - start for start, stop in (q, k)) >= THIN:
         return [(q, k)]
-    edges = [[start, *range(start // TILE * TILE + TILE, stop, TILE), stop] for start, stop in (q, k)]
-    return list(product(*map(pairwise, edges)))
+    return list(product(pairwise(_cut_at(q, edges)), pairwise(_cut_at(k, ()))))
+
+
+def _cut_at(span: tuple[int, int], edges: Sequence[int]) -> list[int]:
+    """Where to cut a span: at `edges`, and what is still longer than TILE at its multiples."""
+    parts = pairwise([span[0], *(edge for edge in edges if span[0] < edge < span[1]), span[1]])
+    return [cut for part in parts for cut in (part[0], *_multiples(*part))] + [span[1]]
+
+
+def _multiples(start: int, stop: int) -> range:
+    return range(start // TILE * TILE + TILE, stop, TILE) if stop - start > TILE else range(0)
 
 
 def _joined(rectangles: list[Rectangle]) -> list[Rectangle]:
@@ -469,6 +483,28 @@ def divided(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]
         return (Tile((q0, q), (k0, k1), FULL),), (Tile((q, q1), (k0, k1), FULL),)
     k = k0 + q - q0  # a triangle: a smaller one above, a rectangle beside another below
     return (Tile((q0, q), (k0, k), kind),), (Tile((q, q1), (k0, k), FULL), Tile((q, q1), (k, k1), kind))
+
+
+def calls(tiles: Sequence[Tile], most: int = TILE) -> list[tuple[Tile, ...]]:
+    """The tiles of each kernel call: a thin full one joins others of the same rows, to `most` keys in all.
+
+    >>> tiles = Tile((0, 8), (0, 2), FULL), Tile((0, 8), (6, 14), CAUSAL_TILE), Tile((0, 8), (20, 25), FULL)
+    >>> for together in calls(tiles): print(*together, sep=", ")
+    full q0:8 k0:2, full q0:8 k20:25
+    causal q0:8 k6:14
+    """
+    out: list[tuple[Tile, ...]] = []
+    latest: dict[tuple[int, int], int] = {}  # of full tiles, by their rows
+    for tile in tiles:
+        at = latest.get(tile.q, -1) if tile.kind == FULL else -1
+        widths = [sum(t.k[1] - t.k[0] for t in some) for some in ((tile,), out[at] if at >= 0 else ())]
+        if at < 0 or min(widths) >= THIN or sum(widths) > most:
+            at = len(out)
+            out.append(())
+        if tile.kind == FULL:
+            latest[tile.q] = at
+        out[at] = (*out[at], tile)
+    return out
 
 
 def _area(tile: Tile) -> int:
