@@ -81,7 +81,11 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *masks, dilated = cases
     joined = multiplicity(parse_dilation(dilated["dilation"]), heads=8, tokens=256)
     assert joined.double().mean().item() == dilated["case"]["density"]
-    for case, share in zip(masks, (0.5, 0.5, 0.1, 0.1), strict=True):
+    drawn = [case for case in masks if "count" in case]
+    for case, share in zip(drawn, (0.5, 0.25), strict=True):  # 2 of 4 blocks, and no less than one
+        pattern = patterns.random_blocks(256, case["block"], case["count"])
+        assert case["case"]["density"] == share == dense(pattern, 256).double().mean().item()
+    for case, share in zip((case for case in masks if "reach" in case), (0.5, 0.5, 0.1, 0.1), strict=True):
         assert case["case"]["density"] == pytest.approx(share, abs=0.02)
         pattern = patterns.Pattern(parse(density.expression(case["reach"], case["global tokens"])))
         assert dense(pattern, 256).double().mean().item() == case["case"]["density"]
