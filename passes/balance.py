@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ringpass.layout import STRIPES, assigned
-from ringpass.mask import FULL, PARTIAL
+from ringpass.mask import FULL, PARTIAL, Expr, parts
 from ringpass.schedule import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
@@ -37,7 +37,7 @@ class Price:
 
     In a triangle, about half of `skip` keys that a row does not see are computed for it all the same; a pair whose mask
     is evaluated costs `mask`, one in a tile of fewer than so many query rows costs as `few` says; each query row costs
-    `row` (it is merged), each tile `call`.
+    `row` (it is merged), each call `call`, each operation of a mask `operation` in each tile for which it is evaluated.
     """
 
     skip: int
@@ -45,15 +45,22 @@ class Price:
     few: tuple[tuple[int, float], ...]
     row: float
     call: float
+    operation: float
 
-    def of(self, tiles: Tiling) -> float:
-        """The price of all `tiles`."""
+    def of(self, tiles: Tiling, mask: Expr) -> float:
+        """The price of all `tiles` of `mask`."""
         n, m, partial = tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0], tiles.kind == TILE_KINDS.index(PARTIAL)
         seen = np.where(np.isin(tiles.kind, [TILE_KINDS.index(kind) for kind in TRIANGLES]), (m + self.skip) / 2, m)
         pair = np.where(partial, self.mask, 1.0)
         for rows, factor in self.few:
             pair = np.where(n < rows, np.maximum(pair, factor), pair)
-        return float((n * np.minimum(seen, m) * pair).sum() + ((self.row * n + self.call) * _begins_call(tiles)).sum())
+        calls = (self.row * n + self.call) * _begins_call(tiles)
+        evaluated = self.operation * _operations(mask) * partial
+        return float((n * np.minimum(seen, m) * pair + calls + evaluated).sum())
+
+
+def _operations(expr: Expr) -> int:
+    return 1 + sum(map(_operations, parts(expr)))
 
 
 def _begins_call(tiles: Tiling) -> Array:
@@ -70,8 +77,8 @@ def _begins_call(tiles: Tiling) -> Array:
 
 
 PRICES = {
-    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, call=4e3),
-    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5),
+    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, call=4e3, operation=2e2),
+    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5, operation=2e5),
 }
 """CPU: read off torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess; nothing was measured."""
 
@@ -148,7 +155,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
     while True:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
         counts.append(sum(map(len, found)))
-        paid.append(sum(map(PRICES[device].of, found)))
+        paid.append(sum(PRICES[device].of(x, p.expr) for x, p in zip(found, flat, strict=True)))
         multiply = len(counts) > 1 and counts[-1] >= max(3 * counts[-2], MOST_TILES / 4)
         if edges[-1] <= FINEST or multiply:
             return next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid))
