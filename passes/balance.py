@@ -26,7 +26,7 @@ from ringpass.schedule import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
 SPARED = 0.05
-MOST_TILES = 1 << 15  # of a site: finer tiles are not tried where these follow the mask no better than larger ones
+MANY = 1 << 13  # tiles of a site: from so many on, no finer ones are tried where the mask cuts through all of them
 GOOD = 1.02  # largest over mean FLOPs of a rank
 MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer tokens, are not tried
 
@@ -156,7 +156,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
         counts.append(sum(map(len, found)))
         paid.append(sum(PRICES[device].of(x, p.expr) for x, p in zip(found, flat, strict=True)))
-        multiply = len(counts) > 1 and counts[-1] >= max(3 * counts[-2], MOST_TILES / 4)
+        multiply = len(counts) > 1 and counts[-1] >= max(3 * counts[-2], MANY)
         if edges[-1] <= FINEST or multiply:
             return next(e for e, p in zip(edges, paid, strict=True) if p <= (1 + SPARED) * min(paid))
         edges.append(edges[-1] // 2)

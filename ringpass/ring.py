@@ -37,6 +37,8 @@ from ringpass.schedule import CAUSAL_TILE, MIRRORED, TILE, Step, Tile, calls, di
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
 
+MOST_NAMED = 4  # ranges of keys in the name of a node
+
 
 def forward(
     site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
@@ -213,8 +215,10 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _name(site: Site, step: Step, tiles: Sequence[Tile]) -> str:
     """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
     lane = f"lane{site.number}_" if site.lane else ""
-    rows, keys = tiles[0].q, "_".join(f"k{tile.k[0]}to{tile.k[1]}" for tile in tiles)
-    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{keys}"
+    rows, keys = tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in tiles]
+    if len(keys) > MOST_NAMED:
+        keys = [*keys[:MOST_NAMED], f"and{len(keys) - MOST_NAMED}more"]
+    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}"
 
 
 # --- what a tile's scores go through ----------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -41,13 +43,13 @@ class Rows:
 
     def __init__(self, length: int, spans: Sequence[tuple[int, int]]) -> None:
         cuts = sorted({0, length, *(edge for span in spans for edge in span)})
-        self.length, self.pieces = length, list(zip(cuts[:-1], cuts[1:], strict=True))
+        self.length, self.starts, self.pieces = length, cuts[:-1], list(pairwise(cuts))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self.whole: tuple[Tensor, ...] = ()  # run: what the pieces are views of
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
         """Combines `new`, the values of rows `span`, with what these rows hold; `text` labels the nodes."""
-        inside = [piece for piece in self.pieces if span[0] <= piece[0] and piece[1] <= span[1]]
+        inside = self.pieces[bisect_left(self.starts, span[0]) : bisect_left(self.starts, span[1])]
         for piece in inside:
             with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
                 part = tuple(cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)

@@ -20,6 +20,7 @@ receives only tokens that a tile of its own uses.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -38,8 +39,8 @@ CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causa
 MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
 TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
-FINEST = 64  # edge of the smallest tiles that pay, and of the fewest rows for which another tile is cut
-THIN = TILE // 4  # a full tile narrower than this is no longer than TILE
+FINEST = 64  # edge of the smallest tiles that pay: for fewer rows no other tile is cut
+THIN = TILE // 4  # a full tile narrower than this is no longer than TILE, and shares a kernel call with others
 TILE_KINDS = (*KINDS, *TRIANGLES)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
 TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
@@ -421,8 +422,8 @@ def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
     """Joins full tiles that share an edge: one kernel call instead of several."""
     rest = [t for t in tiles if t.kind != FULL]
     whole = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
-    edges = {edge for q, k in whole if FINEST <= q[1] - q[0] <= TILE and k[1] - k[0] <= TILE for edge in q}
-    full = [part for rectangle in whole for part in _lengths(*rectangle, sorted(edges))]
+    edges = sorted({edge for q, k in whole if FINEST <= q[1] - q[0] <= TILE and k[1] - k[0] <= TILE for edge in q})
+    full = [part for rectangle in whole for part in _lengths(*rectangle, edges)]
     return tuple(sorted([*rest, *(Tile(q, k, FULL) for q, k in full)], key=lambda t: (t.q, t.k)))
 
 
@@ -440,8 +441,9 @@ def _lengths(q: tuple[int, int], k: tuple[int, int], edges: Sequence[int] = ()) 
 
 
 def _cut_at(span: tuple[int, int], edges: Sequence[int]) -> list[int]:
-    """Where to cut a span: at `edges`, and what is still longer than TILE at its multiples."""
-    parts = pairwise([span[0], *(edge for edge in edges if span[0] < edge < span[1]), span[1]])
+    """Where to cut a span: at `edges`, which ascend, and what is still longer than TILE at its multiples."""
+    inside = edges[bisect_right(edges, span[0]) : bisect_left(edges, span[1])]
+    parts = pairwise([span[0], *inside, span[1]])
     return [cut for part in parts for cut in (part[0], *_multiples(*part))] + [span[1]]
 
 
