@@ -151,6 +151,7 @@ class _Gradients:
 
 
 def _calls(lane: Site, tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
+    """The tiles of each kernel call; where the kernel holds the scores in memory, no call is larger than a tile."""
     return calls(tiles, lane.tile if lane.problem.cut_all else TILE)
 
 
@@ -234,17 +235,17 @@ def _tile_args(
     flying: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    kind = tiles[0].kind
+    kind, name = tiles[0].kind, _name(site, step, tiles)
     placed = kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
     spans: tuple[Any, ...] = _spans(site, step, tiles, q) if placed else ()
     allowed = bias = keep = None
-    with label(f"mask_{_name(site, step, tiles)}"):
+    with label(f"mask_{name}"):
         if kind == PARTIAL:
             allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
         if site.bias:
             bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
     if site.dropout:
-        with label(f"keep_{_name(site, step, tiles)}"):
+        with label(f"keep_{name}"):
             keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = kind == CAUSAL_TILE, kind == MIRRORED

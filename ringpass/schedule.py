@@ -432,6 +432,8 @@ def _lengths(q: tuple[int, int], k: tuple[int, int], edges: Sequence[int] = ()) 
 
     Its rows are cut at `edges`, those of other tiles that it may share a call with.
 
+    >>> _lengths((500, 2500), (0, 64))
+    [((500, 1024), (0, 64)), ((1024, 2048), (0, 64)), ((2048, 2500), (0, 64))]
     >>> _lengths((500, 2500), (0, 64), edges=[0, 1000, 2000])
     [((500, 1000), (0, 64)), ((1000, 2000), (0, 64)), ((2000, 2500), (0, 64))]
     """

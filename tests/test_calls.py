@@ -13,7 +13,7 @@ from ringpass.layout import Layout
 from ringpass.mask import parse
 from ringpass.passes.balance import _begins_call, refine
 from ringpass.passes.verify import prove
-from ringpass.schedule import THIN, TILE, Problem, Tile, calls, program, tiling
+from ringpass.schedule import THIN, TILE, Problem, calls, program, tiling
 from ringpass.site import Site
 from tests import thread_ranks
 from tests.dense_ring import SCALE, check_ranks, of_rank, one_thread
@@ -71,15 +71,11 @@ def test_they_give_the_same_numbers(kind: str, world: int) -> None:
 
     with one_thread():
         found, wanted = thread_ranks.run(world, job), dense(kind, q, k, v, grad, table)
-    assert max(len(some) for rank in range(world) for some in made(site(kind, rank, world, "", "zigzag"))) > 1
+    sites = [site(kind, rank, world, "", "zigzag") for rank in range(world)]
+    assert max(len(some) for here in sites for step in here.program.steps for some in ring._calls(here, step.tiles)) > 1
     check_ranks([x[:4] for x in found], wanted[:4], "zigzag", 1e-11, kind)
     if "learned" in kind:
         torch.testing.assert_close(sum(x[4] for x in found), wanted[4])
-
-
-def made(here: Site) -> list[tuple[Tile, ...]]:
-    most = here.tile if here.problem.cut_all else TILE
-    return [some for step in here.program.steps for some in calls(step.tiles, most)]
 
 
 def problem(mask: patterns.Pattern | str, tokens: int, tile: int, world: int = 1) -> Problem:
