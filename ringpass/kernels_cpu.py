@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ringpass.library import join_rows, rows_first
+from ringpass.library import join_rows, rows_first, stacked, unstacked
 from ringpass.tile import Grads, TileArgs, accumulator, additive, merge, sees_nothing
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def _triangle(tensors: Sequence[Tensor], args: TileArgs) -> tuple[Tensor, Tensor
         out, lse = _flash(q, k[:, :, strip], v[:, :, strip], args)
         part, part_lse = _triangle(_cut(tensors, rows), args)
     else:
-        out, lse = map(_together, _triangle([_apart(x) for x in tensors], args))
+        out, lse = map(_joined, _triangle([_halved(x) for x in tensors], args))
         rows, columns = _square(length, args)
         part, part_lse = _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], _full(args))
     out = out.to(accumulator(q.dtype))
@@ -82,8 +82,8 @@ def _triangle_backward(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: T
         more, *of_rest = _triangle_backward(_cut(mine, rows), _cut(theirs, rows), args)
         dk, dv = (join_rows(x[::-1] if args.mirrored else x) for x in zip(of_strip, of_rest, strict=True))
     else:
-        halves = _triangle_backward([_apart(x) for x in mine], [_apart(x) for x in theirs], args)
-        dq, dk, dv = map(_together, halves)
+        halves = _triangle_backward([_halved(x) for x in mine], [_halved(x) for x in theirs], args)
+        dq, dk, dv = map(_joined, halves)
         rows, columns = _square(length, args)
         more, *of_square = _gradients(_cut(mine, rows), _cut(theirs, columns), _full(args))
         for total, part in zip(_cut((dk, dv), columns), of_square, strict=True):
@@ -125,20 +125,19 @@ def _gradients(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: TileArgs)
 
 
 def _views(*tensors: Tensor) -> list[Tensor]:
-    """Such that `_apart` copies nothing."""
+    """Such that `_halved` copies nothing."""
     return [rows_first(x) if x.shape[0] > 1 else x for x in tensors]
 
 
-def _apart(x: Tensor) -> Tensor:
+def _halved(x: Tensor) -> Tensor:
     """(B, H, L, ..) as (2 B, H, L / 2, ..)."""
-    halves: Tensor = x.unflatten(2, (2, -1))
-    return halves.movedim(2, 1).flatten(0, 1)
+    half = x.shape[2] // 2
+    return stacked(x, (0, half), half, 2)
 
 
-def _together(x: Tensor) -> Tensor:
+def _joined(x: Tensor) -> Tensor:
     """(2 B, H, L / 2, ..) as (B, H, L, ..)."""
-    halves: Tensor = x.unflatten(0, (-1, 2))
-    return halves.movedim(1, 2).flatten(2, 3)
+    return unstacked(x, 2)
 
 
 # --- torch's op -------------------------------------------------------------------------------------------------------

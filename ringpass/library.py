@@ -54,3 +54,24 @@ def empty_rows(x: Tensor, length: int, heads: int | None = None) -> Tensor:
 def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, H, L, width) for B, H, L of `x`, rows first."""
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)
+
+
+def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
+    """Rows `span` (dim 2) of (B, H, L, ..), and those `shift`, 2 `shift`, .. rows further, as (B count, H, n, ..).
+
+    A view where B is 1.
+    """
+    start, stop = span
+    if count == 1:
+        return x if span == (0, x.shape[2]) else x.narrow(2, start, stop - start)
+    if shift == 0:
+        every = x.narrow(2, start, stop - start).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
+    else:
+        every = x.narrow(2, start, stop - start + (count - 1) * shift).unfold(2, stop - start, shift).transpose(1, 2)
+        every = every.transpose(3, 4) if x.ndim == 4 else every
+    return every.flatten(0, 1)
+
+
+def unstacked(x: Tensor, count: int) -> Tensor:
+    """(B count, H, n, ..) as (B, H, count n, ..): the rows one after the other."""
+    return x if count == 1 else x.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)

@@ -6,7 +6,7 @@ key/value heads, D head width, Lq and Lk local query and key tokens.
     for each step of the program (own keys first):
         take the step's key block: the own one, or what the exchange brought
         start the exchange of the next step                  <- before the tiles of this one
-        for each tile: attend, merge into the rows' running (out, lse)
+        for each call of its tiles: attend, merge into the rows' running (out, lse)
 
 The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind; the tiles of
 the own keys are divided, so that the first exchange and the last one both have some to hide behind.  K and V (dK and
@@ -18,7 +18,7 @@ rows, all served by the same exchanges; their results are merged once, at the en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,13 +27,14 @@ from torch import Tensor
 
 from ringpass import primitives
 from ringpass.bundle import rows_of, tokens_of
+from ringpass.calls import STACK, Call, calls
 from ringpass.kernels import accumulator
 from ringpass.lanes import Place, added, merged, taken
 from ringpass.layout import Ranges, tokens
-from ringpass.library import join_rows
+from ringpass.library import join_rows, stacked, unstacked
 from ringpass.mask import PARTIAL
-from ringpass.rows import Rows, add, cut, fold_runs, label, merge
-from ringpass.schedule import CAUSAL_TILE, MIRRORED, TILE, Step, Tile, calls, divided
+from ringpass.rows import Rows, add, label, merge, running
+from ringpass.schedule import CAUSAL_TILE, MIRRORED, Step, Tile, divided
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
 
@@ -46,17 +47,18 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
     queries = [_queries(lane, q) for lane in keys.lanes]
-    states = [Rows(x.shape[2], _spans_of(keys.steps(i))) for i, x in enumerate(queries)]
+    states = [running(x.shape[2], _query_spans(keys.lanes[i], keys.steps(i), x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
     for served, flying in keys.blocks():
         for i, step, (k_block, v_block) in served:
             lane, own_q = keys.lanes[i], queries[i]
-            for tiles in _calls(lane, step.tiles):
-                name, rows = _name(lane, step, tiles), tiles[0].q
-                args = _tile_args(lane, step, tiles, own_q, leaves, seed, flying)
+            for call in _calls(lane, step.tiles, own_q):
+                name = _name(lane, step, call)
+                args = _tile_args(lane, step, call, own_q, leaves, seed, flying)
                 with label(f"attention_{name}"):
-                    out, lse = op(cut(own_q, rows), *(_keys(x, tiles) for x in (k_block, v_block)), *args)
-                states[i].fold(rows, (out.to(dtype), lse), merge, f"merge_{name}")
+                    out, lse = op(_rows(own_q, call), *(_keys(x, call) for x in (k_block, v_block)), *args)
+                    found = tuple(unstacked(x, call.count) for x in (out.to(dtype), lse))
+                states[i].fold(call.q, found, merge, f"merge_{name}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
         out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
@@ -86,7 +88,7 @@ def backward(
         if local:
             keys.give_back(served, [sums.of(block, beside) for block in served], own)
             continue
-        local, own = served, [Rows(k.shape[2], sums.local_spans(i)) for i, _, (k, _) in served]
+        local, own = served, [running(k.shape[2], sums.local_spans(i)) for i, _, (k, _) in served]
         for block, dkv in zip(local, own, strict=True):
             sums.add(block, sums.halves[block[0]][0], beside, dkv)
     for block, dkv in zip(local, own, strict=True):
@@ -112,56 +114,97 @@ class _Gradients:
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
         self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
         self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
-        self.dqs = [Rows(x[1].shape[2], self._query_spans(i)) for i, x in enumerate(self.ours)]
+        self.dqs = [running(x[1].shape[2], self._spans(i)) for i, x in enumerate(self.ours)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
-    def _halves(self, number: int) -> tuple[Sequence[Tile], Sequence[Tile]]:
-        tiles = self.keys.steps(number)[0].tiles
-        return divided(tiles) if self.keys.remote else (tiles, ())
+    def _halves(self, number: int) -> tuple[list[Call], list[Call]]:
+        lane, tiles = self.keys.lanes[number], self.keys.steps(number)[0].tiles
+        first, last = divided(tiles) if self.keys.remote else (tiles, ())
+        return _calls(lane, first, self.ours[number][1]), _calls(lane, last, self.ours[number][1])
 
-    def _query_spans(self, number: int) -> list[tuple[int, int]]:
-        own = (tile.q for half in self.halves[number] for tile in half)
-        return [*_spans_of(self.keys.steps(number)), *own]
+    def _spans(self, number: int) -> list[tuple[int, int]]:
+        """Where sums of gradients of a lane's queries begin and end."""
+        lane, remote = self.keys.lanes[number], self.keys.steps(number)[1:]
+        own = [call.q for half in self.halves[number] for call in half]
+        return [*own, *_query_spans(lane, remote, self.ours[number][1])]
 
     def local_spans(self, number: int) -> list[tuple[int, int]]:
         """Where sums of gradients of the own keys begin and end."""
-        return [*(tile.k for half in self.halves[number] for tile in half), *self.keys.returned_rows]
+        return [*_key_spans(call for half in self.halves[number] for call in half), *self.keys.returned_rows]
 
     def of(self, block: Block, flying: list[Tensor]) -> tuple[Tensor, ...]:
         """dK and dV of a block that came."""
-        _, step, (k, v) = block
-        dkv = Rows(k.shape[2], [tile.k for tile in step.tiles])
-        self.add(block, step.tiles, flying, dkv)
+        i, step, (k, v) = block
+        found = _calls(self.keys.lanes[i], step.tiles, self.ours[i][1])
+        dkv = running(k.shape[2], _key_spans(found))
+        self.add(block, found, flying, dkv)
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
-    def add(self, block: Block, tiles: Sequence[Tile], flying: list[Tensor], dkv: Rows) -> None:
-        """Adds what `tiles` of a block give; its share of dK and dV to `dkv`."""
+    def add(self, block: Block, some: Sequence[Call], flying: list[Tensor], dkv: Rows) -> None:
+        """Adds what `some` calls of a block give; its share of dK and dV to `dkv`."""
         i, step, blocks = block
         lane, ours = self.keys.lanes[i], self.ours[i]
-        for together in _calls(lane, tiles):
-            name, rows = _name(lane, step, together), together[0].q
-            args = _tile_args(lane, step, together, ours[1], self.leaves, self.seed, flying)
+        for call in some:
+            name = _name(lane, step, call)
+            args = _tile_args(lane, step, call, ours[1], self.leaves, self.seed, flying)
             with label(f"attention_backward_{name}"):
-                mine, theirs = [cut(x, rows) for x in ours], [_keys(x, together) for x in blocks]
+                mine, theirs = [_rows(x, call) for x in ours], [_keys(x, call) for x in blocks]
                 dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
-            self.dqs[i].fold(rows, (dq,), add, f"add_gradients_{name}")
-            fold_runs(dkv, tuple(tile.k for tile in together), (dk, dv), f"add_gradients_{name}")
+                dq = unstacked(dq, call.count)
+            self.dqs[i].fold(call.q, (dq,), add, f"add_gradients_{name}")
+            _fold_keys(dkv, call, (dk, dv), f"add_gradients_{name}")
             if others:
-                self.dleaves = _add_leaf_grads(lane, step, together, ours[1], self.leaves, others, self.dleaves)
+                self.dleaves = _add_leaf_grads(lane, step, call, ours[1], self.leaves, others, self.dleaves)
 
 
-def _calls(lane: Site, tiles: Sequence[Tile]) -> list[tuple[Tile, ...]]:
-    """The tiles of each kernel call; where the kernel holds the scores in memory, no call is larger than a tile."""
-    return calls(tiles, lane.tile if lane.problem.cut_all else TILE)
+# --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _keys(block: Tensor, tiles: Sequence[Tile]) -> Tensor:
-    """The rows of the keys of a call."""
-    return cut(block, tiles[0].k) if len(tiles) == 1 else join_rows([cut(block, tile.k) for tile in tiles])
+def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
+    """The kernel calls for `tiles`; where the kernel holds the scores in memory, none is larger than a tile."""
+    if lane.problem.cut_all:
+        return calls(tiles, lane.tile, stack=0)
+    placed = lane.bias or lane.dropout or lane.score
+    return calls(tiles, stack=0 if placed else STACK // max(1, q.shape[0]))
 
 
-def _spans_of(steps: Sequence[Step]) -> list[tuple[int, int]]:
-    return [tile.q for step in steps for tile in step.tiles]
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """The query rows of a call."""
+    return stacked(x, call.tiles[0].q, call.rows, call.count)
+
+
+def _keys(block: Tensor, call: Call) -> Tensor:
+    """The key rows of a call."""
+    parts = [stacked(block, tile.k, by, call.count) for tile, by in zip(call.tiles, call.shifts, strict=True)]
+    return parts[0] if len(parts) == 1 else join_rows(parts)
+
+
+def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads` of the key rows of a call to those of the block."""
+    widths = [tile.k[1] - tile.k[0] for tile in call.tiles]
+    parts = zip(*(x.split(widths, 2) for x in grads), strict=True)
+    for part, by, spans in zip(parts, call.shifts, call.k, strict=True):
+        if len(spans) > 1:  # some rows more than once
+            for span, *values in zip(spans, *(_times(x, call).unbind(1) for x in part), strict=True):
+                into.fold(span, tuple(values), add, text)
+        elif by or call.count == 1:
+            into.fold(spans[0], tuple(unstacked(x, call.count) for x in part), add, text)
+        else:
+            into.fold(spans[0], tuple(_times(x, call).sum(1) for x in part), add, text)
+
+
+def _times(x: Tensor, call: Call) -> Tensor:
+    """(B count, H, n, D) as (B, count, H, n, D)."""
+    apart: Tensor = x.unflatten(0, (-1, call.count))
+    return apart
+
+
+def _query_spans(lane: Site, steps: Sequence[Step], q: Tensor) -> list[tuple[int, int]]:
+    return [call.q for step in steps for call in _calls(lane, step.tiles, q)]
+
+
+def _key_spans(some: Iterable[Call]) -> list[tuple[int, int]]:
+    return [span for call in some for spans in call.k for span in spans]
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
@@ -213,13 +256,14 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _name(site: Site, step: Step, tiles: Sequence[Tile]) -> str:
+def _name(site: Site, step: Step, call: Call) -> str:
     """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
     lane = f"lane{site.number}_" if site.lane else ""
-    rows, keys = tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in tiles]
+    rows, keys = call.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in call.tiles]
     if len(keys) > MOST_NAMED:
         keys = [*keys[:MOST_NAMED], f"and{len(keys) - MOST_NAMED}more"]
-    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}"
+    stack = f"_stack{call.count}" if call.count > 1 else ""
+    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
 
 
 # --- what a tile's scores go through ----------------------------------------------------------------------------------
@@ -228,16 +272,16 @@ def _name(site: Site, step: Step, tiles: Sequence[Tile]) -> str:
 def _tile_args(
     site: Site,
     step: Step,
-    tiles: Sequence[Tile],
+    call: Call,
     q: Tensor,
     leaves: Sequence[Tensor],
     seed: Tensor | None,
     flying: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    kind, name = tiles[0].kind, _name(site, step, tiles)
+    kind, name = call.kind, _name(site, step, call)
     placed = kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
-    spans: tuple[Any, ...] = _spans(site, step, tiles, q) if placed else ()
+    spans: tuple[Any, ...] = _spans(site, step, call, q) if placed else ()
     allowed = bias = keep = None
     with label(f"mask_{name}"):
         if kind == PARTIAL:
@@ -252,10 +296,11 @@ def _tile_args(
     return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
 
 
-def _spans(site: Site, step: Step, tiles: Sequence[Tile], q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    """(B, H, tokens of the query rows, tokens of the key rows) of the tiles of a call."""
-    keys = [edge for tile in tiles for edge in _tokens(step.tokens, tile.k)]
-    return q.shape[0], q.shape[1], _tokens(site.owned_queries, tiles[0].q), keys
+def _spans(site: Site, step: Step, call: Call, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """(B, H, tokens of the query rows, tokens of the key rows) of a call that is no stack."""
+    assert call.count == 1, call
+    keys = [edge for tile in call.tiles for edge in _tokens(step.tokens, tile.k)]
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, call.q), keys
 
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
@@ -266,15 +311,15 @@ def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
 def _add_leaf_grads(
     site: Site,
     step: Step,
-    tiles: Sequence[Tile],
+    call: Call,
     q: Tensor,
     leaves: Sequence[Tensor],
     others: list[Tensor],
     dleaves: list[Tensor],
 ) -> list[Tensor]:
     """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
-    spans = _spans(site, step, tiles, q)
-    with label(f"mask_backward_{_name(site, step, tiles)}"):
+    spans = _spans(site, step, call, q)
+    with label(f"mask_backward_{_name(site, step, call)}"):
         more = others
         if not site.score:
             more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)

@@ -489,28 +489,6 @@ def divided(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]
     return (Tile((q0, q), (k0, k), kind),), (Tile((q, q1), (k0, k), FULL), Tile((q, q1), (k, k1), kind))
 
 
-def calls(tiles: Sequence[Tile], most: int = TILE) -> list[tuple[Tile, ...]]:
-    """The tiles of each kernel call: a thin full one joins others of the same rows, to `most` keys in all.
-
-    >>> tiles = Tile((0, 8), (0, 2), FULL), Tile((0, 8), (6, 14), CAUSAL_TILE), Tile((0, 8), (20, 25), FULL)
-    >>> for together in calls(tiles): print(*together, sep=", ")
-    full q0:8 k0:2, full q0:8 k20:25
-    causal q0:8 k6:14
-    """
-    out: list[tuple[Tile, ...]] = []
-    latest: dict[tuple[int, int], int] = {}  # of full tiles, by their rows
-    for tile in tiles:
-        at = latest.get(tile.q, -1) if tile.kind == FULL else -1
-        widths = [sum(t.k[1] - t.k[0] for t in some) for some in ((tile,), out[at] if at >= 0 else ())]
-        if at < 0 or min(widths) >= THIN or sum(widths) > most:
-            at = len(out)
-            out.append(())
-        if tile.kind == FULL:
-            latest[tile.q] = at
-        out[at] = (*out[at], tile)
-    return out
-
-
 def _area(tile: Tile) -> int:
     rows_q, rows_k = tile.q[1] - tile.q[0], tile.k[1] - tile.k[0]
     return rows_q * (rows_q + 1) // 2 if tile.kind in TRIANGLES else rows_q * rows_k

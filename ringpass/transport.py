@@ -14,7 +14,7 @@ from ringpass.bundle import Joint, Message, joints, key_heads, rows_of, tokens_o
 from ringpass.kernels import accumulator
 from ringpass.lanes import Place, added, flat, pack_rows, taken
 from ringpass.layout import Ranges, size
-from ringpass.rows import Rows, add, cut, fold_runs, label
+from ringpass.rows import Rows, add, cut, fold_runs, label, running
 from ringpass.schedule import Step, Transfer, rows
 from ringpass.site import Site
 
@@ -161,7 +161,7 @@ class AllGather(Transport):
     def finish(self, own: list[Rows]) -> None:
         if not self.gathers:
             return
-        whole = Rows(self.site.keys, [span for runs, _ in self.given for span in runs])
+        whole = running(self.site.keys, [span for runs, _ in self.given for span in runs])
         for runs, grads in self.given:
             fold_runs(whole, runs, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)

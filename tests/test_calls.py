@@ -1,19 +1,27 @@
-"""Thin full tiles of the same rows share a kernel call: their keys are taken together, their gradients given apart."""
+"""Tiles that share a kernel call: thin ones of the same query rows, and stacks of one shape, row after row."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import patterns, primitives, ring
+from ringpass.calls import STACK, Call, calls
 from ringpass.layout import Layout
-from ringpass.mask import parse
+from ringpass.mask import FULL, PARTIAL, parse
 from ringpass.passes.balance import _begins_call, refine
 from ringpass.passes.verify import prove
-from ringpass.schedule import THIN, TILE, Problem, calls, program, tiling
+from ringpass.rows import LABEL
+from ringpass.schedule import CAUSAL_TILE, THIN, TILE, Problem, Tile, program, tiling
 from ringpass.site import Site
 from tests import thread_ranks
 from tests.dense_ring import SCALE, check_ranks, of_rank, one_thread
@@ -72,7 +80,9 @@ def test_they_give_the_same_numbers(kind: str, world: int) -> None:
     with one_thread():
         found, wanted = thread_ranks.run(world, job), dense(kind, q, k, v, grad, table)
     sites = [site(kind, rank, world, "", "zigzag") for rank in range(world)]
-    assert max(len(some) for here in sites for step in here.program.steps for some in ring._calls(here, step.tiles)) > 1
+    assert (
+        max(len(x.tiles) for here in sites for step in here.program.steps for x in ring._calls(here, step.tiles, q)) > 1
+    )
     check_ranks([x[:4] for x in found], wanted[:4], "zigzag", 1e-11, kind)
     if "learned" in kind:
         torch.testing.assert_close(sum(x[4] for x in found), wanted[4])
@@ -86,7 +96,7 @@ def problem(mask: patterns.Pattern | str, tokens: int, tile: int, world: int = 1
 def test_global_keys_join_the_window() -> None:
     p = problem(patterns.window(351, 351) | patterns.global_tokens(64), 8192, 512)
     prove(p)
-    together = calls(program(p, 0).steps[0].tiles)
+    together = [call.tiles for call in calls(program(p, 0).steps[0].tiles, stack=0)]
     thin = [some for some in together if len(some) == 1 and some[0].k[1] - some[0].k[0] == 64 and some[0].q[1] > 64]
     assert sum(len(some) == 2 for some in together) > 10 and not [t for (t,) in thin if t.q[1] - t.q[0] == 512]
 
@@ -95,7 +105,7 @@ def test_global_keys_join_the_window() -> None:
 def test_no_call_is_larger_than_it_may_be(most: int) -> None:
     p = problem(patterns.random_blocks(4096, 64, 24), 4096, 64)
     tiles = program(p, 0).steps[0].tiles
-    together = calls(tiles, most)
+    together = [call.tiles for call in calls(tiles, most, stack=0)]
     assert sorted(str(t) for some in together for t in some) == sorted(map(str, tiles))
     widths = [[t.k[1] - t.k[0] for t in some] for some in together]
     assert max(map(len, widths)) > 1 and all(len(some) == 1 or sum(some) <= most for some in widths)
@@ -108,7 +118,7 @@ def test_tiles_are_as_fine_as_blocks() -> None:
     p = problem(patterns.random_blocks(8192, 64, 8), 8192, TILE)
     assert refine([p], "cpu") == 64
     fine = replace(p, tile=64)
-    assert _begins_call(tiling(fine)).sum() == len(calls(program(fine, 0).steps[0].tiles)) == 8192 // 64
+    assert _begins_call(tiling(fine)).sum() == len(calls(program(fine, 0).steps[0].tiles, stack=0)) == 8192 // 64
 
 
 def test_the_price_counts_calls() -> None:
@@ -117,3 +127,118 @@ def test_the_price_counts_calls() -> None:
     assert _begins_call(tiling(problem("False", 4096, 64))).tolist() == []
     columns = "k < 200 | " + " | ".join(f"k >= {i} & k < {i + 200}" for i in range(300, 2700, 300))
     assert _begins_call(tiling(problem(columns, 4096, 64))).sum() == 2  # 1,800 keys, in calls of 1,024
+
+
+# --- stacks -----------------------------------------------------------------------------------------------------------
+
+STACKED = {
+    "window": "k <= q & q - k < 25",
+    "window on both sides": "abs(q - k) <= 13",
+    "local + global": "abs(q - k) <= 13 | k < 4 | q < 4",
+    "blocks": "q // 16 == k // 16",
+    "blocks and those before": "q // 16 - k // 16 <= 1 & q // 16 >= k // 16",
+}
+
+
+def step(mask: str, rank: int, world: int, group: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    here = windowed(mask, rank, world, group)
+    out, lse = ring.forward(here, q, k, v, [], None)
+    dq, dk, dv, _ = ring.backward(here, grad, q, k, v, out, lse, [], None)
+    return [out, dq, dk, dv]
+
+
+def windowed(mask: str, rank: int, world: int, group: str) -> Site:
+    layouts = "contiguous", "contiguous"
+    return Site(mask, "", SCALE, 0.0, 0, 8 * TOKENS, 8 * TOKENS, *layouts, 16, rank, world, group)
+
+
+def made(batch: int) -> list[Tensor]:
+    """q, k, v and the gradient of out, of more query heads than key heads."""
+    return [random(batch, heads, 8 * TOKENS, WIDTH, seed=i) for i, heads in enumerate((4, 2, 2, 4))]
+
+
+def by_sdpa(mask: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    """[out, dq, dk, dv] of torch's attention under the boolean mask."""
+    allowed = primitives.mask_tile([], q, mask, 1, 1, [0, q.shape[2]], [0, k.shape[2]])
+    a, b, c = inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(a, b, c, attn_mask=allowed, scale=SCALE, enable_gqa=True)
+    seen = allowed.any(-1, keepdim=True)
+    return [out.detach() * seen, *torch.autograd.grad(out, inputs, grad * seen)]
+
+
+@pytest.mark.parametrize("world", (1, 2, 3))
+@pytest.mark.parametrize("mask", STACKED.values(), ids=STACKED)
+@pytest.mark.parametrize("batch", (1, 2))
+def test_stacks_give_the_same_numbers(batch: int, mask: str, world: int) -> None:
+    whole = made(batch)
+    parse(mask)  # once for all threads
+
+    def job(rank: int, group: str) -> list[Tensor]:
+        with torch.no_grad():
+            return step(mask, rank, world, group, *(of_rank(x, "contiguous", rank, world) for x in whole))
+
+    with one_thread():
+        found, wanted = thread_ranks.run(world, job), by_sdpa(mask, *whole)
+    sites = [windowed(mask, rank, world, "") for rank in range(world)]
+    stacks = [x.count for here in sites for some in here.program.steps for x in ring._calls(here, some.tiles, whole[0])]
+    assert max(stacks) > 3
+    check_ranks(found, wanted, "contiguous", 1e-11, mask)
+
+
+@pytest.mark.parametrize("mask", STACKED.values(), ids=STACKED)
+def test_a_traced_graph_has_the_same_stacks(mask: str) -> None:
+    whole = made(1)
+    with torch.no_grad():
+        graph = make_fx(partial(step, mask, 0, 1, ""))(*whole)
+        found = graph(*whole)
+    tiles = [n for n in graph.graph.nodes if n.target == primitives.attention_tile]
+    here = windowed(mask, 0, 1, "")
+    stacks = ring._calls(here, here.program.steps[0].tiles, whole[0])
+    assert [n.args[0].meta["val"].shape[0] for n in tiles] == [call.count for call in stacks]
+    assert {n.meta[LABEL] for n in tiles} >= {f"attention_{ring._name(here, here.program.steps[0], x)}" for x in stacks}
+    assert any("_stack" in n.meta[LABEL] for n in tiles)
+    check_ranks([found], by_sdpa(mask, *whole), "contiguous", 1e-11, mask)
+
+
+TILES = st.builds(
+    lambda q, n, k, m, kind: Tile((q, q + n), (k, k + (n if kind == CAUSAL_TILE else m)), kind),
+    *(st.integers(0, 40), st.integers(1, 4), st.integers(0, 40), st.integers(1, 4)),
+    st.sampled_from((FULL, PARTIAL, CAUSAL_TILE)),
+)
+
+
+@given(st.lists(TILES, max_size=8), st.integers(1, 4), st.integers(0, 6), st.integers(0, 64))
+def test_each_tile_is_in_one_call(some: list[Tile], times: int, by: int, stack: int) -> None:
+    """Any tiles, and the same again on the rows that follow."""
+    tiles = [moved(tile, i * (tile.q[1] - tile.q[0]), i * by) for tile in some for i in range(times)]
+    found = calls(tiles, stack=stack)
+    assert sorted(map(str, tiles)) == sorted(str(tile) for call in found for tile in one_by_one(call))
+    for call in found:
+        assert call.count == 1 or (call.kind != PARTIAL and call.q[1] - call.q[0] <= stack)
+        assert {row for tile in one_by_one(call) for row in range(*tile.q)} == {*range(*call.q)}
+        keys = [{row for spans in call.k for span in spans for row in range(*span)}]
+        assert keys == [{row for tile in one_by_one(call) for row in range(*tile.k)}]
+
+
+def one_by_one(call: Call) -> list[Tile]:
+    along = list(zip(call.tiles, call.shifts, strict=True))
+    return [moved(tile, i * call.rows, i * shift) for i in range(call.count) for tile, shift in along]
+
+
+def moved(tile: Tile, rows: int, keys: int) -> Tile:
+    return Tile((tile.q[0] + rows, tile.q[1] + rows), (tile.k[0] + keys, tile.k[1] + keys), tile.kind)
+
+
+def test_no_stack_where_scores_depend_on_tokens() -> None:
+    plain = Site("q // 8 == k // 8", "", SCALE, 0.0, 0, 64, 64, "contiguous", "contiguous", 8, 0, 1, "")
+    q = random(1, 2, 64, 4, seed=0)
+    batch = q.expand(STACK // 16, -1, -1, -1)  # is a stack itself
+    cases: tuple[tuple[dict[str, Any], Tensor, int], ...] = (
+        ({}, q, 8),
+        ({}, batch, 2),
+        ({"bias": "-0.1 * k"}, q, 1),
+        ({"dropout": 0.5}, q, 1),
+    )
+    for other, queries, count in cases:
+        here = replace(plain, **other)
+        assert max(call.count for call in ring._calls(here, here.program.steps[0].tiles, queries)) == count
