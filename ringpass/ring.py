@@ -33,7 +33,7 @@ from ringpass.lanes import Place, added, merged, taken
 from ringpass.layout import Ranges, tokens
 from ringpass.library import join_rows, stacked, unstacked
 from ringpass.mask import PARTIAL
-from ringpass.rows import Rows, add, label, merge, running
+from ringpass.rows import Rows, add, cut, label, merge, running
 from ringpass.schedule import CAUSAL_TILE, MIRRORED, Step, Tile, divided
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
@@ -181,9 +181,11 @@ def _keys(block: Tensor, call: Call) -> Tensor:
 
 def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> None:
     """Adds `grads` of the key rows of a call to those of the block."""
-    widths = [tile.k[1] - tile.k[0] for tile in call.tiles]
-    parts = zip(*(x.split(widths, 2) for x in grads), strict=True)
-    for part, by, spans in zip(parts, call.shifts, call.k, strict=True):
+    offset = 0
+    for tile, by, spans in zip(call.tiles, call.shifts, call.k, strict=True):
+        length = tile.k[1] - tile.k[0]
+        part = tuple(cut(x, (offset, offset + length)) for x in grads)
+        offset += length
         if len(spans) > 1:  # some rows more than once
             for span, *values in zip(spans, *(_times(x, call).unbind(1) for x in part), strict=True):
                 into.fold(span, tuple(values), add, text)
