@@ -28,7 +28,7 @@ from ringpass.schedule import (
     Tile,
 )
 
-STACK = 2 * TILE  # query rows of a stack: as many as keep what it gives in a CPU's cache
+STACK = 2 * TILE  # query rows of a stack, at most: what it gives should stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Call:
 
 
 def calls(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Call]:
-    """The kernel calls for `tiles`, of at most `most` keys where tiles are joined, `stack` query rows where stacked."""
+    """The kernel calls for `tiles`: joined to at most `most` keys, stacked to at most `stack` query rows (0: not)."""
     out: list[Call] = []
     latest: dict[tuple[str, int, tuple[int, ...]], int] = {}
     for some in _of_same_rows(tiles, most):

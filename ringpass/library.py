@@ -59,7 +59,7 @@ def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) ->
 def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
     """Rows `span` (dim 2) of (B, H, L, ..), and those `shift`, 2 `shift`, .. rows further, as (B count, H, n, ..).
 
-    A view where B is 1.
+    A view where B or `count` is 1.
     """
     start, stop = span
     if count == 1:

@@ -47,7 +47,7 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
     queries = [_queries(lane, q) for lane in keys.lanes]
-    states = [running(x.shape[2], _query_spans(keys.lanes[i], keys.steps(i), x)) for i, x in enumerate(queries)]
+    states = [running(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
     for served, flying in keys.blocks():
         for i, step, (k_block, v_block) in served:
@@ -88,7 +88,7 @@ def backward(
         if local:
             keys.give_back(served, [sums.of(block, beside) for block in served], own)
             continue
-        local, own = served, [running(k.shape[2], sums.local_spans(i)) for i, _, (k, _) in served]
+        local, own = served, [running(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
         for block, dkv in zip(local, own, strict=True):
             sums.add(block, sums.halves[block[0]][0], beside, dkv)
     for block, dkv in zip(local, own, strict=True):
@@ -114,7 +114,7 @@ class _Gradients:
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
         self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
         self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
-        self.dqs = [running(x[1].shape[2], self._spans(i)) for i, x in enumerate(self.ours)]
+        self.dqs = [running(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
     def _halves(self, number: int) -> tuple[list[Call], list[Call]]:
@@ -124,9 +124,8 @@ class _Gradients:
 
     def _spans(self, number: int) -> list[tuple[int, int]]:
         """Where sums of gradients of a lane's queries begin and end."""
-        lane, remote = self.keys.lanes[number], self.keys.steps(number)[1:]
         own = [call.q for half in self.halves[number] for call in half]
-        return [*own, *_query_spans(lane, remote, self.ours[number][1])]
+        return [*own, *_query_spans(self.keys, number, self.ours[number][1], first=1)]
 
     def local_spans(self, number: int) -> list[tuple[int, int]]:
         """Where sums of gradients of the own keys begin and end."""
@@ -136,7 +135,7 @@ class _Gradients:
         """dK and dV of a block that came."""
         i, step, (k, v) = block
         found = _calls(self.keys.lanes[i], step.tiles, self.ours[i][1])
-        dkv = running(k.shape[2], _key_spans(found))
+        dkv = running(k.shape[2], partial(_key_spans, found))
         self.add(block, found, flying, dkv)
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
@@ -161,7 +160,7 @@ class _Gradients:
 
 
 def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
-    """The kernel calls for `tiles`; where the kernel holds the scores in memory, none is larger than a tile."""
+    """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
     if lane.problem.cut_all:
         return calls(tiles, lane.tile, stack=0)
     placed = lane.bias or lane.dropout or lane.score
@@ -187,22 +186,22 @@ def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> 
         part = tuple(cut(x, (offset, offset + length)) for x in grads)
         offset += length
         if len(spans) > 1:  # some rows more than once
-            for span, *values in zip(spans, *(_times(x, call).unbind(1) for x in part), strict=True):
+            for span, *values in zip(spans, *(_each(x, call).unbind(1) for x in part), strict=True):
                 into.fold(span, tuple(values), add, text)
         elif by or call.count == 1:
             into.fold(spans[0], tuple(unstacked(x, call.count) for x in part), add, text)
         else:
-            into.fold(spans[0], tuple(_times(x, call).sum(1) for x in part), add, text)
+            into.fold(spans[0], tuple(_each(x, call).sum(1) for x in part), add, text)
 
 
-def _times(x: Tensor, call: Call) -> Tensor:
+def _each(x: Tensor, call: Call) -> Tensor:
     """(B count, H, n, D) as (B, count, H, n, D)."""
     apart: Tensor = x.unflatten(0, (-1, call.count))
     return apart
 
 
-def _query_spans(lane: Site, steps: Sequence[Step], q: Tensor) -> list[tuple[int, int]]:
-    return [call.q for step in steps for call in _calls(lane, step.tiles, q)]
+def _query_spans(keys: Transport, number: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    return [call.q for step in keys.steps(number)[first:] for call in _calls(keys.lanes[number], step.tiles, q)]
 
 
 def _key_spans(some: Iterable[Call]) -> list[tuple[int, int]]:

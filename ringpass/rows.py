@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -46,9 +46,9 @@ class Rows:
         raise NotImplementedError
 
 
-def running(length: int, spans: Sequence[tuple[int, int]]) -> Rows:
-    """Rows to fold values of `spans` into."""
-    return _Written(length) if get_proxy_mode() is None else _Traced(length, spans)
+def running(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> Rows:
+    """Rows to fold values of `spans()` into, which are asked for where the loop is traced."""
+    return _Written(length) if get_proxy_mode() is None else _Traced(length, spans())
 
 
 class _Written(Rows):
@@ -93,7 +93,7 @@ def _copy(into: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
 class _Traced(Rows):
     """Where the loop is traced: a tensor of its own for each piece between edges of spans; none is written."""
 
-    def __init__(self, length: int, spans: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, length: int, spans: Iterable[tuple[int, int]]) -> None:
         cuts = sorted({0, length, *(edge for span in spans for edge in span)})
         self.starts, self.pieces = cuts[:-1], list(pairwise(cuts))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}

@@ -161,7 +161,7 @@ class AllGather(Transport):
     def finish(self, own: list[Rows]) -> None:
         if not self.gathers:
             return
-        whole = running(self.site.keys, [span for runs, _ in self.given for span in runs])
+        whole = running(self.site.keys, lambda: [span for runs, _ in self.given for span in runs])
         for runs, grads in self.given:
             fold_runs(whole, runs, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)

@@ -200,7 +200,7 @@ def lengths(group: dist.ProcessGroup, name: str) -> tuple[float, int]:
     return worst, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["shifted", "before", slow("growing")])
+@pytest.mark.parametrize("name", [slow("shifted"), "before", slow("growing")])
 def test_lengths_that_change(workers: Workers, name: str) -> None:
     for worst, graphs in workers.run(lengths, 2, name):
         assert worst < 1e-10 and graphs <= 2

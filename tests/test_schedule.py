@@ -16,6 +16,7 @@ from ringpass.mask import EMPTY, FULL, PARTIAL, classify
 from ringpass.passes import verify
 from ringpass.passes.verify import check, lower_bound, prove, prove_from
 from ringpass.schedule import CAUSAL_TILE, THIN, TILE, Problem, Program, Step, Tile, Transfer, program, rows
+from tests.workers import slow
 
 CAUSAL = "k <= q"
 WINDOW = "k <= q & q - k < 5"
@@ -114,7 +115,7 @@ def test_fewer_tokens_than_chunks(length: int) -> None:
             prove(problem(mask, 5, length, layout))
 
 
-@pytest.mark.parametrize("world", [2, 8, 64])
+@pytest.mark.parametrize("world", [2, 8, slow(64)])
 def test_long_sequences(world: int) -> None:
     for layout in ("contiguous", "zigzag"):
         proof = prove(problem(CAUSAL, world, 65536, layout))
@@ -460,7 +461,7 @@ def test_any_problem_is_proved(p: Problem) -> None:
     assert again == [program(p, rank) for rank in range(p.world)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(), st.data())
 def test_any_dropped_or_doubled_tile_is_refused(p: Problem, data: st.DataObject) -> None:
     programs = [program(p, rank) for rank in range(p.world)]
