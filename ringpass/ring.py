@@ -185,7 +185,7 @@ def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> 
         length = tile.k[1] - tile.k[0]
         part = tuple(cut(x, (offset, offset + length)) for x in grads)
         offset += length
-        if len(spans) > 1:  # some rows more than once
+        if len(spans) > 1:  # apart, or overlapping
             for span, *values in zip(spans, *(_each(x, call).unbind(1) for x in part), strict=True):
                 into.fold(span, tuple(values), add, text)
         elif by or call.count == 1:
