@@ -56,6 +56,11 @@ def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) ->
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)
 
 
+def cut(x: Tensor, span: tuple[int, int]) -> Tensor:
+    """Rows `span` (dim 2) of `x`."""
+    return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])
+
+
 def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
     """Rows `span` (dim 2) of (B, H, L, ..), and those `shift`, 2 `shift`, .. rows further, as (B count, H, n, ..).
 
@@ -63,11 +68,11 @@ def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
     """
     start, stop = span
     if count == 1:
-        return x if span == (0, x.shape[2]) else x.narrow(2, start, stop - start)
+        return cut(x, span)
     if shift == 0:
-        every = x.narrow(2, start, stop - start).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
+        every = cut(x, span).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
     else:
-        every = x.narrow(2, start, stop - start + (count - 1) * shift).unfold(2, stop - start, shift).transpose(1, 2)
+        every = cut(x, (start, stop + (count - 1) * shift)).unfold(2, stop - start, shift).transpose(1, 2)
         every = every.transpose(3, 4) if x.ndim == 4 else every
     return every.flatten(0, 1)
 

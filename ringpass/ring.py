@@ -31,9 +31,9 @@ from ringpass.calls import STACK, Call, calls
 from ringpass.kernels import accumulator
 from ringpass.lanes import Place, added, merged, taken
 from ringpass.layout import Ranges, tokens
-from ringpass.library import join_rows, stacked, unstacked
+from ringpass.library import cut, join_rows, stacked, unstacked
 from ringpass.mask import PARTIAL
-from ringpass.rows import Rows, add, cut, label, merge, running
+from ringpass.rows import Rows, add, label, merge, running
 from ringpass.schedule import CAUSAL_TILE, MIRRORED, Step, Tile, divided
 from ringpass.site import Site
 from ringpass.transport import Block, Served, Transport, transport, zero_block
@@ -163,8 +163,7 @@ def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
     """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
     if lane.problem.cut_all:
         return calls(tiles, lane.tile, stack=0)
-    placed = lane.bias or lane.dropout or lane.score
-    return calls(tiles, stack=0 if placed else STACK // max(1, q.shape[0]))
+    return calls(tiles, stack=0 if _depends_on_tokens(lane) else STACK // max(1, q.shape[0]))
 
 
 def _rows(x: Tensor, call: Call) -> Tensor:
@@ -281,8 +280,7 @@ def _tile_args(
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
     kind, name = call.kind, _name(site, step, call)
-    placed = kind == PARTIAL or site.bias or site.dropout or site.score  # what acts depends on the tokens
-    spans: tuple[Any, ...] = _spans(site, step, call, q) if placed else ()
+    spans: tuple[Any, ...] = _spans(site, step, call, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
     allowed = bias = keep = None
     with label(f"mask_{name}"):
         if kind == PARTIAL:
@@ -295,6 +293,11 @@ def _tile_args(
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = kind == CAUSAL_TILE, kind == MIRRORED
     return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
+
+
+def _depends_on_tokens(site: Site) -> bool:
+    """Whether what acts on the scores of a tile, beside its mask, depends on the tokens."""
+    return bool(site.bias or site.dropout or site.score)
 
 
 def _spans(site: Site, step: Step, call: Call, q: Tensor) -> tuple[int, int, list[int], list[int]]:

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass import kernels, primitives
 from ringpass.layout import Ranges
-from ringpass.library import empty_rows, join_rows
+from ringpass.library import cut, empty_rows, join_rows
 
 LABEL = "ringpass_label"
 Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -131,8 +131,3 @@ def fold_runs(into: Rows, runs: Ranges, grads: tuple[Tensor, ...], text: str) ->
     for start, stop in runs:
         into.fold((start, stop), tuple(cut(x, (offset, offset + stop - start)) for x in grads), add, text)
         offset += stop - start
-
-
-def cut(x: Tensor, span: tuple[int, int]) -> Tensor:
-    """Rows `span` (dim 2) of `x`."""
-    return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])

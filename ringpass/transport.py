@@ -14,7 +14,8 @@ from ringpass.bundle import Joint, Message, joints, key_heads, rows_of, tokens_o
 from ringpass.kernels import accumulator
 from ringpass.lanes import Place, added, flat, pack_rows, taken
 from ringpass.layout import Ranges, size
-from ringpass.rows import Rows, add, cut, fold_runs, label, running
+from ringpass.library import cut
+from ringpass.rows import Rows, add, fold_runs, label, running
 from ringpass.schedule import Step, Transfer, rows
 from ringpass.site import Site
 
