@@ -23,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import register_lowering
 from torch.fx import Graph, GraphModule
 
+import ringpass
 from ringpass import ops, primitives
 from ringpass.config import RingConfig
 from ringpass.passes.lower import lower, lower_module, spell_out
@@ -113,12 +114,20 @@ class _Lower(CustomGraphPass):
         self.__init__(key, lambda stage, graph: None)  # type: ignore[misc]
 
 
+def source_files() -> list[Path]:
+    """Every source file of the package, sorted: what a compiled graph may depend on.
+
+    `ringpass/passes` is a symlink in a checkout and a folder in a wheel; `rglob` does not follow symlinks, so both
+    folders are walked by name.
+    """
+    package = Path(ringpass.__file__).resolve().parent
+    return sorted({*package.rglob("*.py"), *(package / "passes").resolve().rglob("*.py")})
+
+
 @cache
 def _sources() -> str:
-    """Digest of the sources that decide what a graph means."""
-    here = Path(__file__).resolve().parent
-    files = sorted([*here.glob("*.py"), *(here / "passes").glob("*.py")])
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    """Digest of all sources, which enters the key of Inductor's cache."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()
 
 
 COMPLETE = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.codecache import PyCodeCache
 
+import ringpass
 from ringpass import codegen
-from ringpass.passes.lower import lower
 from tests.parity import compiled, relative
 from tests.workers import Workers
 
@@ -66,19 +68,29 @@ def test_warm_caches_serve_the_right_graph(workers: Workers, tmp_path: Path) -> 
                 assert (hits > 0 and misses == 0) if warm else (hits == 0 and misses > 0), (ranks, options, counts)
 
 
-def test_what_a_lowered_graph_depends_on_is_in_its_key() -> None:
-    def uuid(*key: Any) -> Any:
-        return codegen._Lower(key, lambda stage, graph: None).uuid()
+def uuid(*key: Any) -> Any:
+    return codegen._Lower(key, lambda stage, graph: None).uuid()
 
+
+def test_what_a_lowered_graph_depends_on_is_in_its_key() -> None:
     here = (0, 2, "group", 128, 0)
     others = [(1, 2, "group", 128, 0), (0, 3, "group", 128, 0), (0, 2, "other", 128, 0), (0, 2, "group", 0, 0)]
     assert len({uuid(*key) for key in (here, *others)}) == 5
     assert uuid(*here) == uuid(*here)
-    before = uuid(*here)
+
+
+def test_every_module_is_in_the_key() -> None:
+    """An edit of any module of the package makes cached graphs stale."""
+    modules = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
+    files = {Path(ringpass.__file__).resolve()}
+    files |= {Path(importlib.import_module(m.name).__file__ or "").resolve() for m in modules}
+    assert len(files) > 60
+    assert files == set(codegen.source_files())
+    here = (0, 2, "group", 128, 0)
     codegen._sources.cache_clear()
-    changed = Path(lower.__code__.co_filename).name
-    with patch.object(
-        Path, "read_bytes", lambda self: b"changed" if self.name == changed else self.read_text().encode()
-    ):
-        assert uuid(*here) != before
+    before, read = uuid(*here), Path.read_bytes
+    for changed in files:
+        codegen._sources.cache_clear()
+        with patch.object(Path, "read_bytes", lambda self, changed=changed: b"" if self == changed else read(self)):
+            assert uuid(*here) != before or not read(changed), changed
     codegen._sources.cache_clear()
