@@ -123,7 +123,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 def candidates(length: int, causal: bool, training: bool, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
     """How to make each alternative's step, which returns [loss] or [loss, gradients]; one rank first."""
-    from ringpass.layout import Layout
+    from ringpass.layouts.layout import Layout
 
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(length)

@@ -24,11 +24,11 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.paired import Case, against, arguments, collect, conclude, screen
-from ringpass.layout import Layout
-from ringpass.passes.balance import Load, choose, placed, refine
-from ringpass.passes.verify import lower_bound
+from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, prefix, window
-from ringpass.schedule import Problem, tiling
+from ringpass.schedule.cost import Load, choose, placed, refine
+from ringpass.schedule.program import Problem, tiling
+from ringpass.schedule.proof import lower_bound
 
 BOUND = 1.05
 HEADS, GROUPS, WIDTH = 32, 8, 128  # of the attention whose layout is chosen: FLOPs against bytes

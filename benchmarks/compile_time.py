@@ -58,10 +58,11 @@ def job(ranks: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from ringpass import codegen, primitives
-    from ringpass.agreement import Agreement
     from ringpass.backend import skip_logging_calls
-    from ringpass.passes import lower as passes_lower
+    from ringpass.comm.agreement import Agreement
+    from ringpass.ops import primitives
+    from ringpass.passes.lower import codegen
+    from ringpass.passes.lower import lower as passes_lower
 
     skip_logging_calls()  # one graph for plain Inductor too
     sizes = {"vocab_size": 256, "n_positions": args.length, "n_embd": args.width, "n_layer": args.layers}

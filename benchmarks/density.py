@@ -91,7 +91,7 @@ def drawn(length: int, count: int) -> Sparse:
 
 def doubling(length: int, first: int) -> Sparse:
     """Dilation whose segment lengths, from `first` on, and rates double up to `length`."""
-    from ringpass.dilation import Dilation
+    from ringpass.schedule.dilation import Dilation
 
     doubled = range((length // first).bit_length())
     d = Dilation(tuple(first << i for i in doubled), tuple(1 << i for i in doubled))
@@ -121,10 +121,10 @@ def reach_for(density: float, length: int, globals_: int) -> int:
 
 def attention(x: Sparse, length: int, args: argparse.Namespace) -> tuple[Step, int]:
     """Forward and backward of `x` on `length` tokens, and the tile."""
-    from ringpass import ring
-    from ringpass.passes.balance import refine
-    from ringpass.schedule import TILE
-    from ringpass.site import Site
+    from ringpass.ops import ring
+    from ringpass.schedule.cost import refine
+    from ringpass.schedule.program import TILE
+    from ringpass.schedule.site import Site
 
     rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
     lengths, layouts = (length, length), ("contiguous", "contiguous")

@@ -3,8 +3,9 @@
     python -m benchmarks.kernels [--repeats 20]
 
 Per tile (full, causal, partial), size and dtype: median times of forward and backward with CUDA events, and TFLOP/s
-of the scores that the tile really needs.  A star marks the kernel that `ringpass.kernels.choose` takes.  Prints tables
-and writes benchmarks/results/kernels_<device>.json.  What runs out of memory or refuses has no time, but a reason.
+of the scores that the tile really needs.  A star marks the kernel that `ringpass.kernels.table.choose` takes.  Prints
+tables and writes benchmarks/results/kernels_<device>.json.  What runs out of memory or refuses has no time, but a
+reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ringpass.kernels import HALF, KERNELS, TileArgs, choose
+from ringpass.kernels.table import HALF, KERNELS, TileArgs, choose
 
 RESULTS = Path(__file__).parent / "results"
 ALL = (torch.bfloat16, torch.float16, torch.float32)

@@ -78,8 +78,8 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
 
 def ring_steps(heads: int, tokens: int) -> tuple[Step, Step]:
     """Forward and backward of ring attention over `tokens` tokens per rank."""
-    from ringpass import ring
-    from ringpass.site import Site
+    from ringpass.ops import ring
+    from ringpass.schedule.site import Site
 
     rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None
@@ -102,10 +102,10 @@ def ring_steps(heads: int, tokens: int) -> tuple[Step, Step]:
 
 
 def with_start(run: Step, start: Callable[..., Any]) -> Step:
-    """`run` with `start` in the place of `ringpass.p2p.start`."""
+    """`run` with `start` in the place of `ringpass.comm.p2p.start`."""
     from unittest.mock import patch
 
-    from ringpass import p2p
+    from ringpass.comm import p2p
 
     def step() -> None:
         with patch.object(p2p, "start", start):
@@ -116,7 +116,7 @@ def with_start(run: Step, start: Callable[..., Any]) -> Step:
 
 def without_exchanges(run: Step) -> Step:
     """Only what is computed: what arrives is a buffer per tag, made once, that holds what was sent then."""
-    from ringpass import p2p
+    from ringpass.comm import p2p
 
     buffers: dict[int, Tensor] = {}
 
@@ -130,7 +130,7 @@ def without_exchanges(run: Step) -> Step:
 
 def waiting_at_once(run: Step) -> Step:
     """The ring as it is, without overlap."""
-    from ringpass import p2p
+    from ringpass.comm import p2p
 
     real = p2p.start
 
@@ -147,7 +147,7 @@ def only_exchanges(run: Step) -> Step:
     """Only the exchanges and waits of `run`, in its order; runs it once, to see them."""
     from unittest.mock import patch
 
-    from ringpass import p2p
+    from ringpass.comm import p2p
 
     log: list[tuple[str, Any]] = []  # ("start", arguments) or ("wait", number of the start)
     started: list[p2p.Exchange] = []

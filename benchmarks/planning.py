@@ -24,11 +24,11 @@ from rich.table import Table
 from benchmarks.bytes_received import chosen
 from benchmarks.paired import Case, against, arguments, collect, conclude, screen
 from benchmarks.paired import spread as text
-from ringpass import schedule
-from ringpass.layout import Layout
-from ringpass.passes.verify import prove_from
+from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, window
-from ringpass.schedule import Problem, tiling
+from ringpass.schedule import program as schedule
+from ringpass.schedule.program import Problem, tiling
+from ringpass.schedule.proof import prove_from
 
 CLASSIFY, PLAN = 10.0, 30.0  # seconds
 QUICK = {"tokens": 16384, "ranks": 4, "rounds": 1}

@@ -69,8 +69,8 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
 def attention_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
     """Attention alone: (all tokens on this rank, this rank's tokens in the ring)."""
     from ringpass import ops
-    from ringpass.layout import Layout
-    from ringpass.site import Site
+    from ringpass.layouts.layout import Layout
+    from ringpass.schedule.site import Site
 
     rank, world = dist.get_rank(), dist.get_world_size()
     names = {"query_layout": "zigzag", "key_layout": "zigzag", "group": dist.group.WORLD.group_name}  # type: ignore[union-attr]

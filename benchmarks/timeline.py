@@ -49,7 +49,8 @@ class Recording:
         self._stack = ExitStack()
 
     def __enter__(self) -> Recording:
-        from ringpass import kernels, p2p
+        from ringpass.comm import p2p
+        from ringpass.kernels import table as kernels
 
         lanes = [(kernels, "forward", "tile"), (kernels, "backward", "tile"), (p2p.Exchange, "wait", "wait")]
         for owner, name, lane in lanes:

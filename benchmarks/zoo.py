@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.workers import Workers
-from tests.zoo import ZOO
-from tests.zoo_parity import LENGTH, Report, local_share, zoo_parity
+from tests.support.workers import Workers
+from tests.support.zoo import ZOO
+from tests.support.zoo_parity import LENGTH, Report, local_share, zoo_parity
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "zoo.md"
 HEAD = """# The zoo
 
 Tiny, randomly started models of public classes ({length} tokens, 2 layers, 2 rows, with labels, in training),
 partitioned over {ranks} gloo ranks, against eager on one device. Made by `python -m benchmarks.zoo`;
-`pytest tests/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks;
+`pytest tests/models/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks;
 `-k inductor`, with `-m slow`, each model once with code generation.
 
 *error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32

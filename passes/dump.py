@@ -13,8 +13,8 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from ringpass.config import DUMP_VARIABLE
-from ringpass.passes.plan import RingPlan
-from ringpass.schedule import Rectangle
+from ringpass.passes.plan.plan import RingPlan
+from ringpass.schedule.program import Rectangle
 
 SHOWN = 64  # empty rectangles of a schedule that are listed one by one
 _numbers = count()

@@ -8,10 +8,10 @@ needs no import of this package.  What it offers beside the backend: `RingConfig
 """
 
 from ringpass.config import RingConfig
-from ringpass.dilation import Dilation
 from ringpass.errors import InputError, MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
-from ringpass.selection import top_blocks
-from ringpass.shares import local, sharded, tokens_of
+from ringpass.schedule.block_selection import top_blocks
+from ringpass.schedule.dilation import Dilation
+from ringpass.shards import local, sharded, tokens_of
 
 __all__ = [
     "Dilation", "InputError", "MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError",

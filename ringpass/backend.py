@@ -18,28 +18,28 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ringpass import codegen
-from ringpass.agreement import Agreement, Ring, ring
-from ringpass.collectives import Shard
+from ringpass.comm.agreement import Agreement, Ring, ring
+from ringpass.comm.collectives import Shard
+from ringpass.comm.data_parallel import concerns
 from ringpass.config import RingConfig
-from ringpass.dilation import Dilation
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput, Origin, show
-from ringpass.passes.capture import Captured, capture
-from ringpass.passes.detect import AttentionSite, detect
+from ringpass.passes.capture.capture import Captured, capture
+from ringpass.passes.detect.detect import AttentionSite, detect
 from ringpass.passes.dump import Dump
-from ringpass.passes.emission import Rank
-from ringpass.passes.factors import Sweep
-from ringpass.passes.lower import attentions
-from ringpass.passes.partition import LocalInput, LocalOutput, Partitioned, partition
-from ringpass.passes.placement import draws_elsewhere, is_dropout
-from ringpass.passes.plan import RingPlan, plan
-from ringpass.passes.rules import rule_for
-from ringpass.passes.verify import prove_all
+from ringpass.passes.lower import codegen
+from ringpass.passes.lower.lower import attentions
+from ringpass.passes.op_rules.table import rule_for
+from ringpass.passes.partition.emitter import Rank
+from ringpass.passes.partition.placement import draws_elsewhere, is_dropout
+from ringpass.passes.partition.writer import LocalInput, LocalOutput, Partitioned, partition
+from ringpass.passes.plan.plan import RingPlan, plan
+from ringpass.passes.propagate.factors import Sweep
 from ringpass.patterns import everything
-from ringpass.schedule import tiling
-from ringpass.shares import as_dtensor, as_local, on_all_ranks
-from ringpass.wrappers import concerns
+from ringpass.schedule.dilation import Dilation
+from ringpass.schedule.program import tiling
+from ringpass.schedule.proof import prove_all
+from ringpass.shards import as_dtensor, as_local, on_all_ranks
 
 log = logging.getLogger("ringpass")
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringpass.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.errors import OptionError
 from ringpass.patterns import Pattern, everything
-from ringpass.selection import TopBlocks
+from ringpass.schedule.block_selection import TopBlocks
+from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
 
@@ -40,14 +40,14 @@ class RingConfig:
     along_curve: True: `mask`, dilation and the blocks of `approximate` count places along the curve instead of tokens;
         the model's own mask does not.  It changes what is attended to.
     segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
-        the rate r, of which every r-th token attends to every r-th one (`ringpass.dilation`).  It changes what is
-        attended to, in attentions whose queries and keys are one sequence; others stay exact.
+        the rate r, of which every r-th token attends to every r-th one (`ringpass.schedule.dilation`).  It changes what
+        is attended to, in attentions whose queries and keys are one sequence; others stay exact.
     dilation: a name for both: "longnet", "longvit" or "gigapath", the published lists for the length of the sequence;
         "auto", lists that double; or a `ringpass.Dilation`.
     dilation_budget: the share of all pairs that "auto" may compute at most, above 0 and at most 1.
     head_offset: where a head begins in each segment: "mod", head mod r; or "block", r groups of heads.
     dilate: which attentions are dilated, None: all.  Or a list of indices in graph order, of module paths such as
-        "layers.*.attn", or of functions of a `ringpass.passes.detect.AttentionSite`; or a dict from these to a
+        "layers.*.attn", or of functions of a `ringpass.passes.detect.detect.AttentionSite`; or a dict from these to a
         `ringpass.Dilation`, a name, or None.
     runtime_pruning: True: padding masks and document ids of each call, where all ranks hold them, prune tiles and
         transfers of that call; such attentions stay one node, and their masks are copied to the host.

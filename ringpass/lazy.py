@@ -18,11 +18,11 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from ringpass import ops
-from ringpass.agreement import Ring
-from ringpass.collectives import Shard
+from ringpass.comm.agreement import Ring
+from ringpass.comm.collectives import Shard
 from ringpass.errors import PeerError
-from ringpass.known import Array
-from ringpass.moves import held_by
+from ringpass.layouts.redistribution import held_by
+from ringpass.masks.constants import Array
 
 
 @dataclass(frozen=True)

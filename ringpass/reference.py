@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ringpass.dilation import Dilation
+from ringpass.schedule.dilation import Dilation
 
 
 def multiplicity(dilation: Dilation, heads: int, tokens: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.workers import Workers
+from tests.support.workers import Workers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,10 +13,10 @@ from benchmarks import bytes_received, density, dilation_length, memory, overlap
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
-from ringpass.dilation import parse as parse_dilation
-from ringpass.mask import parse
+from ringpass.masks.expr import parse
 from ringpass.reference import multiplicity
-from tests.test_patterns import dense
+from ringpass.schedule.dilation import parse as parse_dilation
+from tests.masks.test_patterns import dense
 
 NAMES = (
     "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap", "planning",

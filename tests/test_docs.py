@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import io
 import json
+import pkgutil
 import re
 from dataclasses import fields
 from inspect import isfunction
@@ -16,23 +18,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import ringpass
 from benchmarks import bytes_received
 from benchmarks.paired import RESULTS, Case
 from examples import simulate
 from ringpass import RingConfig, patterns
-from ringpass.dilation import AUTO, PRESETS
-from tests.torchrun import ROOT, torchrun
+from ringpass.schedule.dilation import AUTO, PRESETS
+from tests.support.torchrun import ROOT, torchrun
 
 README = (ROOT / "README.md").read_text()
-MODULES = (
-    "layout", "hilbert", "places", "mask", "closed_form", "patterns", "schedule", "dropout", "kernels", "config",
-    "dilation", "residue", "moves", "bundle", "reference", "passes.cover", "passes.verify",
-)  # fmt: skip
+PACKAGES = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
+MODULES = [m.name for m in PACKAGES if ">>>" in (inspect.getsource(importlib.import_module(m.name)))]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
-    module = importlib.import_module(f"ringpass.{name}")
+    module = importlib.import_module(name)
     found = doctest.testmod(
         module, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL, extraglobs=vars(module)
     )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from examples import simulate
-from ringpass.dilation import Dilation
 from ringpass.reference import multiplicity
-from tests.torchrun import torchrun
+from ringpass.schedule.dilation import Dilation
+from tests.support.torchrun import torchrun
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Stage 1: Dynamo's graph -> functional pre-dispatch ATen."""

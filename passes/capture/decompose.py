@@ -1,0 +1,298 @@
+"""spelled: ops that fuse an attention with what is around it, written out as the ops that the other passes know.
+
+    _transformer_encoder_layer_fwd(x, ..)        the layer: norms, linears, scaled_dot_product_attention
+    einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
+    conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
+    narrow(x, 1, 0, 77)                          a slice
+    split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
+    roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
+    swapaxes(x, 1, 2), concat([a, b], 1)         transpose(x, 1, 2), cat([a, b], 1): what torch itself writes them as
+    conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
+
+Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringpass.passes.op_rules.table import no_rule, rule_for
+from ringpass.passes.propagate.factors import args_of, bound_of
+
+aten = torch.ops.aten
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+
+
+def spell_out(gm: GraphModule) -> None:
+    """Rewrites `gm` in place."""
+    for node in list(gm.graph.nodes):
+        if node.target is aten._transformer_encoder_layer_fwd.default:
+            _replace(node, encoder_layer, bound_of(node))
+        elif node.target is aten.einsum.default and (product := _product(*args_of(node)[:2])) is not None:
+            _replace(node, product, dict(zip("ab", args_of(node)[1], strict=True)))
+        elif node.target in SPLITS:
+            _sliced(node)
+        elif node.target is aten.narrow.default:
+            _narrowed(node)
+        elif node.target in CONVOLUTIONS and _of_patches(node):
+            _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
+        elif node.target in PADDED and (sides := _sides(node)) is not None:
+            _replace(node, padded, {**bound_of(node), "padding": sides})
+        elif _is_composite(node):
+            _decompose(node)
+        elif node.target is aten.roll.default and bound_of(node).get("dims"):
+            bound = bound_of(node)
+            _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
+
+
+def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
+    """`function` of `args` in the place of `node`."""
+    nodes = {name: value for name, value in args.items() if isinstance(value, Node)}
+    rest = {name: value for name, value in args.items() if name not in nodes}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return function(**dict(zip(nodes, tensors, strict=True)), **rest)
+
+    given = list(nodes.values())
+    return _put(node, _traced(run, given, pre_dispatch=True), given)
+
+
+def _traced(run: Callable[..., Tensor], given: Sequence[Node], pre_dispatch: bool) -> Graph:
+    fakes = [n.meta["val"] for n in given]
+    with fakes[0].fake_mode, torch.no_grad():
+        return make_fx(run, pre_dispatch=pre_dispatch)(*fakes).graph
+
+
+def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
+    """`graph` of the values `given` in the place of `node`."""
+    for inner in graph.nodes:
+        inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
+    places = graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        out = node.graph.graph_copy(graph, dict(zip(places, given, strict=True)))
+    assert isinstance(out, Node)
+    node.replace_all_uses_with(out)
+    node.graph.erase_node(node)
+    return out
+
+
+def _is_composite(node: Node) -> bool:
+    """Whether torch itself writes a float tensor's op as others, and no rule is about it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return False
+    value, read = node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]
+    plain = isinstance(value, Tensor) and value.is_floating_point() and all(isinstance(x, Tensor) for x in read)
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    return plain and bool(read) and composite and rule_for(node) is no_rule
+
+
+def _decompose(node: Node) -> None:
+    """Below pre-dispatch, where torch does what it writes an op as; left alone if that has no rules either."""
+    target: Any = node.target
+    given = list(node.all_input_nodes)
+
+    def run(*tensors: Tensor) -> Tensor:
+        values = dict(zip(given, tensors, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        out: Tensor = target(*args, **kwargs)
+        return out
+
+    graph = _traced(run, given, pre_dispatch=False)
+    if all(rule_for(n) is not no_rule for n in graph.nodes if n.op == "call_function"):
+        _put(node, graph, given)
+
+
+# --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------
+
+
+def encoder_layer(
+    src: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor,
+    proj_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor,
+    norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor:  # fmt: skip
+    """One layer of nn.TransformerEncoder."""
+
+    def first(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def second(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    def attend(x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = F.linear(x, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, embed_dim // num_heads)
+        q, k, v = (qkv.select(2, i).transpose(1, 2) for i in range(3))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(mask, mask_type))
+        return F.linear(y.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias)
+
+    def feed(x: Tensor) -> Tensor:
+        inner = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else F.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    if norm_first:
+        x = src + attend(first(src))
+        return x + feed(second(x))
+    x = first(src + attend(src))
+    return second(x + feed(x))
+
+
+def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
+    """The op's mask, in which what is not 0 is left out: (Sq, Sk), (B, Sk) or (B, H, Sq, Sk) for the kinds 0, 1, 2."""
+    if mask is None:
+        return None
+    seen = mask.to(torch.bool).logical_not()
+    return seen[:, None, None, :] if kind == 1 else seen
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+
+
+def _sliced(node: Node) -> None:
+    """The parts of a split as slices, which have a run of tokens each; channels, in the last dim, stay as they are."""
+    parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
+    sizes = [part.shape[dim] for part in parts]
+    if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
+        return
+    for user in list(node.users):
+        start = sum(sizes[: args_of(user)[1]])
+        with node.graph.inserting_before(user):
+            bounds = dim, start, start + user.meta["val"].shape[dim]
+            part = node.graph.call_function(aten.slice.Tensor, (node.args[0], *bounds))
+        part.meta.update(user.meta)
+        user.replace_all_uses_with(part)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _narrowed(node: Node) -> None:
+    """A narrow as the slice that it is, where it starts at a known token."""
+    x, dim, start, length = args_of(node)
+    if all(isinstance(n, int) for n in (start, length)) and start >= 0:
+        node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
+
+
+# --- convolutions of patches ------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+FLATTENING = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+
+
+def _of_patches(node: Node) -> bool:
+    """Whether a convolution takes patches side by side, of a batch of known sizes."""
+    bound = bound_of(node)
+    shape, kernel = bound["input"].meta["val"].shape, list(bound["weight"].meta["val"].shape[2:])
+    stride, padding, dilation = (
+        _each(bound.get(name, default), kernel) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    plain = stride == kernel and not any(padding) and set(dilation) <= {1} and bound.get("groups", 1) == 1
+    return plain and len(shape) == len(kernel) + 2 and all(isinstance(n, int) for n in (*shape[1:], *kernel))
+
+
+def _each(value: Any, kernel: list[int]) -> list[int]:
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    return listed * len(kernel) if len(listed) == 1 else listed
+
+
+def patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..), by a linear layer of each patch."""
+    kernel, dims = weight.shape[2:], range(weight.ndim - 2)
+    counts = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
+    for d in dims:
+        if x.shape[2 + d] % kernel[d]:
+            x = x.narrow(2 + d, 0, counts[d] * kernel[d])
+    split = [n for pair in zip(counts, kernel, strict=True) for n in pair]
+    x = x.reshape(-1, x.shape[1], *split).permute(0, *(2 + 2 * d for d in dims), 1, *(3 + 2 * d for d in dims))
+    y = F.linear(x.reshape(-1, math.prod(counts), weight[0].numel()), weight.reshape(weight.shape[0], -1), bias)
+    return y.transpose(1, 2).reshape(-1, weight.shape[0], *counts)
+
+
+def _flattened(grid: Node) -> None:
+    """A view of a grid of patches is one of their row."""
+    for user in list(grid.users):
+        if user.target in FLATTENING:
+            with user.graph.inserting_before(user):
+                row = user.graph.call_function(aten.reshape.default, (grid.args[0], list(user.meta["val"].shape)))
+            row.meta.update(user.meta)
+            user.replace_all_uses_with(row)
+            user.graph.erase_node(user)
+    if not grid.users:
+        grid.graph.erase_node(grid)
+
+
+# --- convolutions that pad, rolls -------------------------------------------------------------------------------------
+
+PADDED = (aten.conv1d.default, aten.conv1d.padding)
+
+
+def _sides(node: Node) -> tuple[int, int] | None:
+    """How much a conv1d of stride 1 pads on either side; None where it need not be written out."""
+    bound = bound_of(node)
+    (kernel,) = bound["weight"].meta["val"].shape[2:]
+    (stride,), (dilation,) = (_each(bound.get(name, 1), [kernel]) for name in ("stride", "dilation"))
+    more, given = dilation * (kernel - 1), bound.get("padding", 0 if node.target is PADDED[0] else "valid")
+    if stride != 1 and given != "valid":
+        return None
+    if isinstance(given, str):
+        return (more // 2, more - more // 2) if given == "same" else (0, 0)
+    (both,) = _each(given, [kernel])
+    unbatched = bound["input"].meta["val"].ndim == 2
+    return (both, both) if 2 * both > more or unbatched else None
+
+
+def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor | None = None, **how: Any) -> Tensor:
+    """A conv1d of a batch; its padding is an op of its own, unless it is the same on both sides and adds no tokens."""
+    if input.ndim == 2:
+        return padded(input.unsqueeze(0), weight, padding, bias, **how).squeeze(0)
+    low, high = padding
+    extent = _each(how.get("dilation", 1), [0])[0] * (weight.shape[-1] - 1)
+    if low == high and 2 * low <= extent:
+        return F.conv1d(input, weight, bias, padding=low, **how)
+    return F.conv1d(F.pad(input, padding), weight, bias, **how)
+
+
+def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """`torch.roll` of some dims."""
+    for by, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        by = by if abs(by) < size else by % size
+        x = torch.cat([aten.slice(x, dim, -by, size), aten.slice(x, dim, 0, -by)], dim) if by else x.clone()
+    return x
+
+
+# --- einsum -----------------------------------------------------------------------------------------------------------
+
+
+def _product(equation: str, operands: Sequence[Node]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The einsum as a batched product of two tensors: one index of each left, one summed; None where it is not one."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    if len(operands) != 2 or "." in equation or "," in right or any(len(set(t)) != len(t) for t in (left, right)):
+        return None
+    batch = [c for c in result if c in left and c in right]
+    rows, columns = ([c for c in result if c in t and c not in batch] for t in (left, right))
+    summed = [c for c in left if c in right and c not in result]
+    if [len(rows), len(columns), len(summed)] != [1, 1, 1] or {*left, *right} != {*result, *summed}:
+        return None
+    order = [*batch, *rows, *columns]
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        a = _permuted(a, [left.index(c) for c in (*batch, *rows, *summed)])
+        b = _permuted(b, [right.index(c) for c in (*batch, *summed, *columns)])
+        return _permuted(torch.matmul(a, b), [order.index(c) for c in result])
+
+    return product
+
+
+def _permuted(x: Tensor, order: list[int]) -> Tensor:
+    return x if order == sorted(order) else x.permute(order)

@@ -1,0 +1,155 @@
+"""flex: a call of FlexAttention -> what it does to the scaled scores, as expressions of `ringpass.masks.expr`.
+
+In the captured graph a call is one node of the higher-order operator `flex_attention`, whose `score_mod` and `mask_mod`
+are bodies: graphs over the scalars (score,) b, h, q, k and the tensors that the functions capture.  Its block mask is
+two lists of key blocks per row of query blocks, those where mask_mod decides and those that are wholly visible:
+
+    mask  = partial[b, h, q // BQ, k // BK] & mask_mod(b, h, q, k) | full[b, h, q // BQ, k // BK]
+    score = score_mod(q @ k * scale, b, h, q, k)
+
+`partial` and `full` are boolean tables of blocks, written into the graph before the call from its lists.  One
+block over both lengths, which a call without a block mask has too, says nothing that mask_mod does not.  Of score_mod,
+`where(c, .., -inf)` goes to the mask, `score + f(b, h, q, k)` is a bias, and the rest stays a function of the score.
+
+Contract: exact, or the reason why the call is not read, in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
+
+from ringpass.kernels.tile import accumulator
+from ringpass.masks import expr as m
+from ringpass.masks.expr import FALSE, SCORE, Const, Expr, call
+from ringpass.masks.from_graph import Puller, numbered
+from ringpass.masks.scores import separated
+from ringpass.masks.simplify import simplify
+from ringpass.passes.propagate.factors import args_of
+
+FLEX = torch.ops.higher_order.flex_attention
+OTHERS = {1: "log-sum-exp", 2: "maximum"}  # results beside the attention's output
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a call does to its scaled scores: a mask, and at most one of a bias and a score function."""
+
+    mask: Expr
+    bias: Expr | None
+    score: Expr | None
+    leaves: tuple[Node, ...]
+    listed: bool  # whether the mask reads lists of blocks
+
+
+def read(node: Node) -> Scores | str:
+    """What the call `node` does to its scores, or why that cannot be said.  Writes block tables before the call."""
+    q, _, _, score_mod, block_mask, scale, _, score_buffers, mask_buffers = args_of(node)
+    if isinstance(scale, Node):
+        return f"its scale is computed in the graph ({scale.name})"
+    if also := [name for n in node.users if n.users for i, name in OTHERS.items() if args_of(n)[1] == i]:
+        return f"its {' and its '.join(also)} is read"
+    puller, dtype = Puller(), accumulator(q.meta["val"].dtype)
+    at = m.B, m.H, m.Q, m.K
+    score = _body(puller, node, score_mod, {SCORE: dtype} | dict.fromkeys(at, torch.int64), score_buffers)
+    allowed = _body(puller, node, block_mask[-1], dict.fromkeys(at, torch.int64), mask_buffers)
+    if inside := [leaf for leaf in puller.leaves if leaf.graph is not node.graph]:
+        return f"its score_mod or mask_mod is not elementwise, or uses ops that are not known: {_named(inside)}"
+    blocks = _blocks(puller, node, allowed)
+    if blocks is None:
+        return "its block mask has a symbolic length"
+    seen, bias, function = separated(score, exact=dtype == q.meta["val"].dtype)
+    (mask, bias, function), leaves = numbered(puller, simplify(call("and", blocks, seen)), bias, function)
+    assert mask is not None
+    return Scores(mask, bias, function, leaves, listed=blocks != allowed)
+
+
+def _named(nodes: Sequence[Node]) -> str:
+    return ", ".join(dict.fromkeys(str(n.target) for n in nodes))
+
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+def _body(puller: Puller, node: Node, holder: Node, indices: dict[Any, torch.dtype], buffers: Sequence[Any]) -> Expr:
+    """The expression of a body of the call `node`, over `indices` and the captured `buffers`."""
+    gm: Any = node.graph.owning_module
+    traced = _traced(getattr(gm, str(holder.target)), node.args[0].meta["val"], [*indices.values()], buffers)  # type: ignore[union-attr]
+    places = traced.graph.find_nodes(op="placeholder")
+    for place, index in zip(places, indices, strict=False):
+        puller.known[place, ()] = index
+    puller.bound.update(zip(places[len(indices) :], buffers, strict=True))
+    return puller.element(traced.graph.output_node().args[0], ())
+
+
+def _traced(body: GraphModule, q: Any, dtypes: Sequence[torch.dtype], buffers: Sequence[Any]) -> GraphModule:
+    """A body as plain ATen on scalars; indexing by scalars loads elements, as FlexAttention defines it."""
+    values = [b.meta["val"] if isinstance(b, Node) else b for b in buffers]
+    values = [int(v) if isinstance(v, torch.SymInt) else v for v in values]
+    with q.fake_mode, torch.no_grad(), TransformGetItemToIndex():
+        scalars = [torch.zeros((), dtype=dtype, device=q.device) for dtype in dtypes]
+        return make_fx(body)(*scalars, *values)
+
+
+# --- block masks ------------------------------------------------------------------------------------------------------
+
+
+def _blocks(puller: Puller, node: Node, allowed: Expr) -> Expr | None:
+    """The mask of a call whose mask_mod is `allowed`; None where a length is symbolic."""
+    block_mask: Any = node.args[4]
+    partial, full, sizes = block_mask[2:4], block_mask[4:6], block_mask[-3:-1]
+    lengths = [x.meta["val"].shape[-2] for x in args_of(node)[:2]]
+    if all(size == _LARGE_SPARSE_BLOCK_SIZE for size in sizes):
+        return allowed
+    if not all(type(n) is int for n in (*lengths, *sizes)):
+        return None
+    if all(size >= length for size, length in zip(sizes, lengths, strict=True)):
+        return allowed
+    parts = [_listed(puller, node, lists, sizes) if lists[0] is not None else FALSE for lists in (partial, full)]
+    return call("or", call("and", parts[0], allowed), parts[1])
+
+
+def _listed(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[int]) -> Expr:
+    """Whether the block of (q, k) is in one of the call's lists."""
+    q, k = (x.meta["val"].shape for x in args_of(node)[:2])
+    width = -(-k[-2] // sizes[1])
+    table = _written_before(node, lambda counts, columns: block_table(counts, columns, width), lists)
+    lead = [
+        index if n in (1, full) else call("mod", index, Const(n))
+        for index, n, full in zip((m.B, m.H), table.meta["val"].shape, q, strict=False)
+    ]
+    row, column = (call("floordiv", at, Const(size)) for at, size in zip((m.Q, m.K), sizes, strict=True))
+    return puller.leaf(table, puller.clip(table, (*lead, row, column)))
+
+
+def block_table(counts: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(B, H, rows, width), True where a row lists a column: among the first counts[row] of columns[row].
+
+    >>> block_table(torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 0], [0, 1]]]]), 3)
+    tensor([[[[False, False,  True],
+              [ True,  True, False]]]])
+    """
+    listed = torch.arange(columns.shape[-1], device=columns.device) < counts.unsqueeze(-1)
+    at = torch.where(listed, columns, width).long()
+    table = torch.zeros((*counts.shape, width + 1), dtype=torch.bool, device=counts.device)
+    return table.scatter(-1, at, True)[..., :width]
+
+
+def _written_before(node: Node, function: Any, args: Sequence[Node]) -> Node:
+    """`function` of `args` as nodes before `node`."""
+    values = [a.meta["val"] for a in args]
+    with values[0].fake_mode, torch.no_grad():
+        traced = make_fx(function)(*values)
+    places = traced.graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        out = node.graph.graph_copy(traced.graph, dict(zip(places, args, strict=True)))
+    assert isinstance(out, Node)
+    return out

@@ -1,0 +1,1 @@
+"""Stage 6: the graphs that AOTAutograd derived -> the graphs that are compiled."""

@@ -1,0 +1,164 @@
+"""Handing a partitioned graph to a compiler: Inductor, or AOTAutograd alone.
+
+Everything here that leans on private names of torch: the hook after AOTAutograd, and the lowering of communicating ops
+as Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a
+scheduler that sorts by size would let two ranks enter two different collectives.  A test compiles and fails when torch
+changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import ir
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import register_lowering
+from torch.fx import Graph, GraphModule
+
+import ringpass
+from ringpass import ops
+from ringpass.config import RingConfig
+from ringpass.ops import primitives
+from ringpass.passes.lower.lower import lower, lower_module, spell_out
+
+Show = Callable[[str, GraphModule], None]
+
+
+def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Callable[..., Any]:
+    """Compiles `gm` as torch would without ringpass."""
+    if compiler == "aot_eager":
+        return aot_eager(gm, inputs, 0, sys.maxsize, lambda stage, graph: None)
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
+
+
+def compile_local(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    config: RingConfig,
+    inductor: dict[str, Any],
+    key: tuple[Any, ...],
+    whole: int,
+    show: Show,
+    shown: bool,
+) -> Callable[..., Any]:
+    """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward.
+
+    `whole`: how many attentions stay as the model wrote them.
+
+    `shown`: someone looks at the stages, so the caches, which would skip them, are left out.
+    """
+    if config.compiler == "aot_eager":
+        return aot_eager(gm, inputs, config.unroll_limit, whole, show)
+    from torch._inductor.compile_fx import compile_fx
+
+    _register_collectives()
+    patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit, whole), show)}
+    if not shown:
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+    patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, whole: int, show: Show) -> Callable[..., Any]:
+    """Runs the lowered forward and backward graphs as they are, without code generation."""
+
+    def compiler(stage: str) -> Callable[..., Any]:
+        def compile_graph(graph: GraphModule, _: Any) -> Any:
+            show(stage, lower_module(graph, unroll_limit, whole))
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    return backend(gm, list(inputs))
+
+
+class _Lower(CustomGraphPass):
+    """`lower` as Inductor's hook before its own post-grad passes: runs for forward and backward.
+
+    `key` is what a lowered graph depends on beside the graph before it; its last two entries are `lower`'s.
+    """
+
+    def __init__(self, key: tuple[Any, ...], show: Show) -> None:
+        self.key, self.show, self.seen = key, show, 0
+
+    def __call__(self, graph: Graph) -> None:
+        lower(graph, *self.key[-2:])
+        module = graph.owning_module
+        if isinstance(module, GraphModule):
+            self.show("forward" if self.seen == 0 else "backward", module)
+        spell_out(graph)
+        self.seen += 1
+
+    def uuid(self) -> Any:
+        return (_sources(), *self.key)
+
+    def __getstate__(self) -> Any:
+        return self.key
+
+    def __setstate__(self, key: Any) -> None:
+        self.__init__(key, lambda stage, graph: None)  # type: ignore[misc]
+
+
+def source_files() -> list[Path]:
+    """Every source file of the package, sorted: what a compiled graph may depend on.
+
+    `ringpass/passes` is a symlink in a checkout and a folder in a wheel; `rglob` does not follow symlinks, so both
+    folders are walked by name.
+    """
+    package = Path(ringpass.__file__).resolve().parent
+    return sorted({*package.rglob("*.py"), *(package / "passes").resolve().rglob("*.py")})
+
+
+@cache
+def _sources() -> str:
+    """Digest of all sources, which enters the key of Inductor's cache."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()
+
+
+COMPLETE = (
+    ops.gather, ops.redeal, ops.reduce, ops.reduce_list, ops.reduce_scatter, ops.block_means, ops.ring_attention,
+    ops.ring_attention_backward,
+)  # fmt: skip
+"""Ops that talk to other ranks and are complete when they return."""
+
+
+@cache
+def _register_collectives() -> None:
+    """Lowers each op that talks to other ranks as an Inductor collective.
+
+    `exchange` is still under way when it returns: Inductor keeps the buffers that it reads alive, and unwritten, until
+    the `wait` on what it returns, output i standing for input i.
+    """
+    for op in (*COMPLETE, primitives.exchange):
+
+        def lowering(first: Any, *args: Any, op: Any = op) -> Any:
+            if isinstance(first, list):
+                first = [ir.ExternKernel.require_contiguous(x) for x in first]
+            out = ir._CollectiveKernel.create_out_of_place(op, first, *args)
+            return torch.utils._pytree.tree_map(ir.TensorBox.create, out)
+
+        register_lowering(op, type_promotion_kind=None)(lowering)
+
+    def wait(received: Any) -> Any:
+        ir._WaitKernel.create_wait(primitives.wait, received)
+        return received
+
+    register_lowering(primitives.wait, type_promotion_kind=None)(wait)
+    for impure in (primitives.exchange, primitives.wait):
+        torch.fx.node.has_side_effect(impure)

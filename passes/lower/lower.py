@@ -1,0 +1,205 @@
+"""lower: the forward and backward graphs that AOTAutograd derived -> the graphs that are compiled.
+
+    replicate                 an identity once autograd has run: leaves the graph
+    ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes,
+    ring_attention_backward     named after the step and tile that they belong to
+    neither, above the unroll limit (over all sites, the larger of P and the number of tiles), where a length is
+                              symbolic, or where data of each call prunes the schedule: the op stays rolled, one node
+                              whose body runs the same code
+    pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
+    shard, gather             stay one node, named permute_<layout>, restore_<layout>
+    permute                   stays, named permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
+
+Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No attention that
+the plan partitioned may be left; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringpass import ops
+from ringpass.errors import UnsupportedError
+from ringpass.ops import primitives
+from ringpass.ops.accumulate import LABEL
+from ringpass.schedule.site import Site
+
+ROLLED: dict[Any, Callable[..., Any]] = {
+    ops.ring_attention: ops.ring_attention_body,
+    ops.ring_attention_backward: ops.ring_attention_backward_body,
+}
+SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
+"""Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
+SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
+REORDERING = {ops.shard: "permute", ops.gather: "restore"}
+ATTENTION = re.compile(r"(scaled_dot_product|flex_attention)(?!.*backward)")
+LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
+
+
+def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
+    """Rewrites `graph` in place.  `whole`: how many attentions the plan lets run replicated, as the model wrote them.
+
+    Raises UnsupportedError where more are left: an attention that was not partitioned would see local tokens only.
+    """
+    _refuse_leftovers(graph, whole)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is ops.replicate:
+            _drop_replicate(graph, node)
+        elif node.op == "call_function" and node.target in REORDERING:
+            node._rename(f"{REORDERING[node.target]}_{str(node.args[LAYOUT]).split()[0]}")
+        elif node.op == "call_function" and node.target is ops.permute:
+            curve = str(node.args[LAYOUT]).replace(" after ", "_prefix").replace(" ", "_")
+            node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
+    sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
+    fixed = [n for n in sites if not _site(n).pruning]
+    if not any(_symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:
+        traced: dict[str, GraphModule] = {}
+        for node in fixed:
+            _unroll(graph, node, traced)
+    graph.lint()
+
+
+def spell_out(graph: Graph) -> None:
+    """Replaces each `pack` and `merge` by the ATen ops of its body.  In place; the last step before code generation."""
+    traced: dict[str, GraphModule] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in SPELLED:
+            _unroll(graph, node, traced)
+    graph.lint()
+
+
+def lower_module(gm: GraphModule, unroll_limit: int, whole: int) -> GraphModule:
+    """Lowers a graph module and every graph module inside it."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            lower(module.graph, unroll_limit, whole)
+            module.recompile()
+    return gm
+
+
+def attentions(graph: Graph) -> list[Node]:
+    """The attention ops of a graph and of the graphs inside it, forward ones only."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and ATTENTION.search(str(node.target)):
+            found.append(node)
+        elif node.op == "get_attr" and isinstance(graph.owning_module, GraphModule):
+            inner = getattr(graph.owning_module, str(node.target).split(".")[0], None)
+            found += attentions(inner.graph) if isinstance(inner, GraphModule) else []
+    return found
+
+
+def _refuse_leftovers(graph: Graph, whole: int) -> None:
+    left = attentions(graph)
+    if len(left) > whole:
+        names = ", ".join(f"{n.name} ({n.target})" for n in left)
+        raise UnsupportedError(
+            f"{len(left)} attention ops are left after partitioning where the plan has {whole}: {names}. "
+            "They would attend to this rank's tokens only. This is a fault of ringpass: please report it with the dump."
+        )
+
+
+def _drop_replicate(graph: Graph, node: Node) -> None:
+    values: Any = node.args[0]
+    for user in list(node.users):
+        assert user.target is operator.getitem, user
+        user.replace_all_uses_with(values[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _site(node: Node) -> Site:
+    return ops.site_of(node.args[SITE[node.target] :])[1]  # type: ignore[index]
+
+
+def _size(node: Node) -> int:
+    """What unrolling a ring operator costs: the larger of P and its number of tiles."""
+    query: Any = node.args[1 if node.target is ops.ring_attention_backward else 0]
+    site = _site(node)
+    lanes = site.lanes(int(query.meta["val"].shape[1]))
+    return max(site.world, sum(len(step.tiles) for lane in lanes for step in lane.program.steps))
+
+
+def _symbolic(node: Node) -> bool:
+    found: list[bool] = []
+
+    def look(n: Node) -> Node:
+        value = n.meta["val"]
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        found.append(any(isinstance(s, torch.SymInt) for s in sizes))
+        return n
+
+    map_arg((node.args, node.kwargs), look)
+    return any(found)
+
+
+def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
+    """Replaces an operator by the nodes of its body."""
+    operands = list(dict.fromkeys(node.all_input_nodes))
+    key = _key(node, operands)
+    if key not in traced:
+        traced[key] = _trace(node, operands)
+    body, copies = traced[key], dict[Node, Any]()
+    places = iter(operands)
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(places)
+            elif inner.op == "output":
+                results: Any = map_arg(inner.args[0], copies.__getitem__)
+            else:
+                copies[inner] = _copy(graph, inner, copies, node)
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(results[0])
+    for user in list(node.users):
+        assert user.target is operator.getitem, user
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> Node:
+    assert inner.op == "call_function", f"{inner.format_node()} is no call: the ring's body must not capture tensors"
+    new = graph.node_copy(inner, copies.__getitem__)
+    new.meta = {**inner.meta, **{k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}}
+    text = inner.meta.get(LABEL)
+    if text:
+        new._rename(_readable(text, inner))
+    return new
+
+
+def _readable(text: str, inner: Node) -> str:
+    """`attention_step1_q0to4_k0to2` for the op that a label is about, `.._op` for the arithmetic around it."""
+    custom = isinstance(inner.target, torch._ops.OpOverload) and inner.target.namespace == "ringpass"
+    return text if custom else f"{text}_{re.sub(r'_[0-9]+$', '', inner.name)}"
+
+
+def _key(node: Node, operands: list[Node]) -> str:
+    """Text that is equal for calls whose traces are equal."""
+    number = {n: i for i, n in enumerate(operands)}
+    fakes = [(v.shape, v.stride(), v.dtype, v.device) for v in (n.meta["val"] for n in operands)]
+    return repr((node.target, map_arg(node.args, lambda n: f"%{number[n]}"), fakes))
+
+
+def _trace(node: Node, operands: list[Node]) -> GraphModule:
+    """The graph of an operator's body on the node's own shapes."""
+    body: Any = {**ROLLED, **SPELLED}[node.target]
+    fakes = [n.meta["val"] for n in operands]
+    mode = fakes[0].fake_mode
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(operands, tensors, strict=True))
+        out = body(*map_arg(node.args, given.__getitem__))
+        return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+    with mode, torch.no_grad():
+        fresh = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=f.device) for f in fakes]
+        return make_fx(run, decomposition_table=select_decomp_table())(*fresh)

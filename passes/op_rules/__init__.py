@@ -1,0 +1,1 @@
+"""What stages 3 and 5 know of each op."""

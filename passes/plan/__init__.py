@@ -1,0 +1,1 @@
+"""Stage 4: a layout for each sequence axis, a schedule for each attention site."""

@@ -1,0 +1,70 @@
+"""dilate: which attentions of a graph are dilated, and how.  An analysis.
+
+    {"dilation": "longnet"}                           every attention
+    {"dilation": "longnet", "dilate": [0, "layers.1*.attn"]}      those alone
+    {"dilate": {0: "auto", "layers.1*.attn": Dilation((64, 128), (1, 2)), big: None}}     each its own; others are exact
+
+A selector is an index in graph order, a path of the module that calls attention (`fnmatch` patterns), or a function of
+the site.  The first that matches counts.  An attention whose queries and keys are not one sequence stays exact.
+
+Contract: depends on the graph, the options and the functions given alone.  A selector that matches nothing is refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+from ringpass.config import RingConfig
+from ringpass.errors import OptionError
+from ringpass.passes.detect.detect import AttentionSite
+from ringpass.passes.propagate.factors import hint_of
+from ringpass.schedule.dilation import Dilation
+
+
+def dilations(sites: Sequence[AttentionSite], config: RingConfig, remarks: list[str]) -> tuple[Dilation | None, ...]:
+    """That of each site; None: exact."""
+    if not config.dilated:
+        return (None,) * len(sites)
+    _refuse_idle(sites, config.dilate or ())
+    found = tuple(_dilation(site, config, remarks) for site in sites)
+    for dilation in dict.fromkeys(found):
+        if dilation and 1 not in dilation.dilation_rates:
+            remarks.append(
+                f"{dilation}: no rate is 1, and a query that no pattern covers attends to nothing: it gives 0"
+            )
+            warnings.warn(remarks[-1], stacklevel=2)
+    return found
+
+
+def _dilation(site: AttentionSite, config: RingConfig, remarks: list[str]) -> Dilation | None:
+    chosen = [selector for selector in config.dilate or () if _selects(selector, site)]
+    if config.dilate is not None and not chosen:
+        return None
+    lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
+    if lengths[0] != lengths[1]:
+        remarks.append(f"{site.node.name}: {lengths[0]} queries, {lengths[1]} keys: not one sequence, not dilated")
+        return None
+    wanted = config.dilate[chosen[0]] if isinstance(config.dilate, dict) else config.dilation
+    if wanted is None and isinstance(config.dilate, dict):
+        return None
+    if isinstance(wanted, str):  # its patterns are those of one length: `int` lets another one compile anew
+        return config.dilation_of(wanted, int(site.q.meta["val"].shape[-2]))
+    return config.dilation_of(wanted, lengths[0])
+
+
+def _selects(selector: Any, site: AttentionSite) -> bool:
+    if isinstance(selector, int):
+        return selector == site.index
+    return fnmatch(site.path, selector) if isinstance(selector, str) else bool(selector(site))
+
+
+def _refuse_idle(sites: Sequence[AttentionSite], selectors: Any) -> None:
+    for selector in selectors:
+        if not isinstance(selector, int | str) and not callable(selector):
+            raise OptionError(f"option 'dilate' takes indices, module paths and functions, got {selector!r}")
+        if sites and not any(_selects(selector, site) for site in sites):
+            known = ", ".join(f"{site.index} ({site.path or site.node.name})" for site in sites)
+            raise OptionError(f"option 'dilate': {selector!r} matches none of the attentions {known}")

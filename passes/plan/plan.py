@@ -1,0 +1,268 @@
+"""plan: sites + sequence axes -> one layout per axis and one schedule problem per site.  No tensors.
+
+    axes: the factor classes of the query and key dims of the sites, and, of `pieces`, other runs of the same tokens
+    one rank: no axis, each site whole
+    an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
+    layout of the axes: `balance`, along the curve that `curves` finds
+
+Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ringpass.config import RingConfig
+from ringpass.layouts.hilbert import Order
+from ringpass.layouts.layout import Layout, following
+from ringpass.masks.expr import loads
+from ringpass.passes.detect.detect import AttentionSite
+from ringpass.passes.plan.axes import Axis, on_lines
+from ringpass.passes.plan.curve_order import along, find, of_length
+from ringpass.passes.plan.dilated_sites import dilations
+from ringpass.passes.propagate.factors import Factor, Sweep, hint_of
+from ringpass.schedule.block_selection import TopBlocks
+from ringpass.schedule.cost import PRICES, Load, choose, refine
+from ringpass.schedule.dilation import Dilation, Lane
+from ringpass.schedule.messages import received
+from ringpass.schedule.program import TILE, Problem, Program, program
+from ringpass.schedule.site import Site, of_lane
+
+SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
+LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Where a site's queries and keys live.  None: replicated on every rank.
+
+    `problem` None: the site runs replicated, as the model wrote it.  A replicated site with a problem, which is then of
+    one rank, is the ring of a single rank: there is one only, or an option changes what the model wrote.
+    """
+
+    site: AttentionSite
+    query_axis: Axis | None
+    key_axis: Axis | None
+    problem: Problem | None
+    placed: AttentionSite  # the site as it runs: its expressions over places, where an order is not the tokens' own
+    pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
+    dilation: Dilation | None = None
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Those of a dilated site."""
+        return self.dilation.lanes(self.site.heads[0], self.problem.queries) if self.dilation and self.problem else ()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is scheduled: the problem, or, if the site is dilated, those of its lanes."""
+        return _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
+
+    def programs(self, rank: int) -> tuple[Program, ...]:
+        """The schedules on `rank`, at the lengths of this compilation."""
+        return tuple(program(problem, rank if self.query_axis else 0) for problem in self.problems)
+
+    def about_dilation(self) -> list[str]:
+        """What a dilated site attends to and receives, for the plan's text."""
+        if self.dilation is None or self.problem is None:
+            return []
+        share = self.dilation.share(self.problem.queries)
+        lines = [f"  dilation {self.dilation}: {self.dilation.describe()}; {share:.4g} of all pairs"]
+        if self.query_axis and self.problem.world <= SHOWN_RANKS:
+            most = max(map(self.received, range(self.problem.world)))
+            k, v = (x.meta["val"] for x in (self.site.k, self.site.v))
+            each = hint_of(k.shape[0]) * hint_of(k.shape[-1] + v.shape[-1]) * k.element_size()
+            lines.append(f"  receives at most {most} rows of K and V per rank, {most * each} bytes in a forward")
+        return lines
+
+    def received(self, rank: int) -> int:
+        """(key token, K/V head) pairs that `rank` receives: of what lanes share, each once."""
+        if self.dilation is None or self.problem is None:
+            return self.site.heads[1] * sum(one.received for one in self.programs(rank))
+        return received(self.on(rank), *self.site.heads)
+
+    def on(self, rank: int) -> Site:
+        """What is scheduled, as `rank` runs it: for `schedule.messages`, which reads neither biases nor groups."""
+        p = self.problem
+        assert p is not None, "runs as the model wrote it"
+        layouts, rank = (p.query_layout.name, p.key_layout.name), rank if self.query_axis else 0
+        lengths, how = (p.queries, p.keys), str(self.dilation or "")
+        return Site(p.mask, "", 1.0, 0.0, 0, *lengths, *layouts, p.tile, rank, p.world, "", dilation=how)
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """The plan of one graph, the same on every rank."""
+
+    world: int
+    axes: tuple[Axis, ...]
+    sites: tuple[SitePlan, ...]
+    comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
+    approximate: TopBlocks | None = None
+    along_curve: bool = False  # whether the blocks of `approximate` are runs of places
+    weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
+    remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
+        lines += [f"approximate: {self.approximate}"] if self.approximate else []
+        for site in self.sites:
+            where = ", ".join(
+                f"{n} {f'axis {a.index}' if a else 'replicated'}"
+                for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
+            )
+            pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
+            order = site.problem and not site.query_axis and site.problem.query_layout.order
+            alone = "" if site.query_axis else f"; runs replicated{f', along {order}' if order else ''}"
+            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_dilation()]
+        return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
+
+
+def _problems(problem: Problem, dilation: Dilation | None, heads: int) -> tuple[Problem, ...]:
+    if dilation is None:
+        return (problem,)
+    return tuple(of_lane(problem, lane) for lane in dilation.lanes(heads, problem.queries))
+
+
+def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
+    """Chooses the layouts and states each site's schedule problem."""
+    axes: dict[Factor, Axis] = {}
+    remarks: list[str] = []
+    order, dilated = find(sites, config), dilations(sites, config, remarks)
+    planned = []
+    for site in sites:
+        plain = world > 1 and _plain(site, remarks)
+        pair = [_axis(axes, sweep, x, world, order, remarks) if plain else None for x in (site.q, site.k)]
+        if pair[0] is None:
+            pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
+        orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
+        planned.append((site, along(site, orders, config), orders, pair))
+    laid = on_lines(axes, sweep, world)
+    planned = [
+        (site, placed, orders, [laid[a.factor] if a else None for a in pair]) for site, placed, orders, pair in planned
+    ]
+    placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
+    chosen, weighed = _choose(placed_pairs, tuple(laid.values()), world, config)
+    final = {a.index: replace(a, layout=a.layout.dealt(chosen)) for a in laid.values()}
+    plans = []
+    for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
+        query, key = (final[a.index] if a else None for a in pair)
+        make = partial(_problem, placed, query, key, world) if query else partial(_alone, placed, orders, world)
+        pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
+        plans.append(SitePlan(site, query, key, make(config, dilation), placed, pruning, dilation))
+    how = config.comm, config.approximate, config.along_curve
+    return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> Order | None:
+    """The order of a site's queries or keys; of a replicated site, they are brought into it around the site."""
+    return axis.layout.order if axis else of_length(order, x) if replicated else None
+
+
+def _alone(
+    site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig, dilation: Dilation | None
+) -> Problem | None:
+    """The problem of a site that every rank computes whole, as if it were the only one; None: as the model wrote it."""
+    if not (world == 1 or config.altering or any(orders)) or not _plain(site, []):
+        return None
+    problem = _problem(site, None, None, 1, config, dilation)
+    query, key = (Layout(following("contiguous", order), 1) for order in orders)
+    return replace(problem, query_layout=query, key_layout=key)
+
+
+def _pruning(site: AttentionSite) -> tuple[int, ...]:
+    """The leaves of the mask that hold truth values or integers, few enough to be looked at in each call."""
+    values = [leaf.meta["val"] for leaf in site.leaves]
+    fit = {i for i, x in enumerate(values) if not x.is_floating_point() and x.ndim and hint_of(x.numel()) <= LOOKED_AT}
+    return tuple(sorted(fit & loads(site.mask)))
+
+
+def _plain(site: AttentionSite, remarks: list[str]) -> bool:
+    """Whether the site is read, and q, k, v have the shapes that the ring takes.
+
+    That is 2 to 4 dims, K/V heads that divide the query heads.
+    """
+    if site.unread:
+        remarks.append(f"{site.node.name}: {site.unread}, and it stays replicated")
+        return False
+    q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
+    fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4
+    if fits and len(q) == 4:
+        fits = k[1] == v[1] and q[1] % k[1] == 0
+    if fits and len(q) > 2:
+        fits = all(x[0] == q[0] or x[0] == 1 for x in (k, v))
+    if not fits:
+        remarks.append(f"{site.node.name}: queries {q}, keys {k} and values {v} broadcast, and stay replicated")
+    return bool(fits)
+
+
+def _axis(
+    axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, order: Order | None, remarks: list[str]
+) -> Axis | None:
+    """The axis of a site's queries or keys; None where it stays replicated."""
+    factors, n = sweep.dims(x)[-2], x.meta["val"].shape[-2]
+    if len(factors) > 1 and axes.keys().isdisjoint(factors):  # rows and columns of patches
+        factors = (sweep.fuse(factors),)
+    if len(factors) != 1:
+        remarks.append(f"{x.name}: its sequence dim of {n} is {len(factors)} merged dims, and stays replicated")
+        return None
+    if factors[0] in axes:
+        return axes[factors[0]]
+    if n < 2 * world:
+        remarks.append(f"{x.name}: {n} tokens are fewer than 2 per rank, and stay replicated")
+        return None
+    layout = Layout(following("contiguous", of_length(order, x)), world)
+    return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, layout))
+
+
+def _problem(
+    site: AttentionSite,
+    query: Axis | None,
+    key: Axis | None,
+    world: int,
+    config: RingConfig,
+    dilation: Dilation | None,
+) -> Problem:
+    replicated = Layout("replicated" if query else "contiguous", world)
+    lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
+    layouts = [axis.layout if axis else replicated for axis in (query, key)]
+    cut_all = site.dropout > 0 or site.score is not None
+    problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
+    if config.tile:
+        return problem
+    device = site.q.meta["val"].device.type
+    edge = refine(_problems(problem, dilation, site.heads[0]), device if device in PRICES else "cuda")
+    return replace(problem, tile=min(config.approximate.block, edge) if config.approximate else edge)
+
+
+def _choose(placed: list[Any], axes: Sequence[Axis], world: int, config: RingConfig) -> tuple[str, list[str]]:
+    """The layout's name, and a line on each layout that was weighed, the chosen one first."""
+    if config.layout != "auto" or world == 1:
+        return ("contiguous" if config.layout == "auto" else config.layout), []
+    sharded = [(site, query, key, how) for site, how, (query, key) in placed if query is not None]
+    loads = [
+        x
+        for site, query, key, how in sharded
+        for x in _loads(site, _problem(site, query, key, world, config, how), how)
+    ]
+    fixed = all(isinstance(axis.tokens, int) for _, *pair, _ in sharded for axis in pair if axis)
+    tried = [t for t in choose(loads, world, fixed) if all(axis.reaches_all(t.layout) for axis in axes)]
+    return tried[0].layout, list(map(str, tried))
+
+
+def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:
+    """FLOPs and bytes of a forward, lane by lane; those of a backward are in the same proportion."""
+    k, v = (x.meta["val"] for x in (site.k, site.v))
+    heads, groups = site.heads
+    widths = hint_of(k.shape[-1]) + hint_of(v.shape[-1])
+    token = float(widths * k.element_size())
+    if dilation is None:
+        return [Load(problem, flops=2.0 * heads * widths, bytes=groups * token)]
+    out = []
+    for lane in dilation.lanes(heads, problem.queries):
+        read = len({head // (heads // groups) for head in lane.members})
+        out.append(Load(of_lane(problem, lane), flops=2.0 * len(lane.members) * widths, bytes=read * token))
+    return out

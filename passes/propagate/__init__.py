@@ -1,0 +1,1 @@
+"""Stage 3: which dims of which tensors are the same index."""

@@ -1,0 +1,343 @@
+"""Factors: which dims of which tensors are the same index, found by one sweep of rules over the captured graph.
+
+A *factor* is one index variable of the program: batch, sequence, head, channel.  Each dim of each tensor is a list of
+factors, most often one; after `view(B * S, V)` the first dim is the list [B, S], and a later view splits it again along
+its factors, never by guessing from sizes.  Rules tie factors together (`add` ties the dims of its operands, `linear`
+the leading dims of input and output); a union-find keeps the classes.  The *sequence axes* are the classes of the query
+and key dims of the attention sites: by then every other tensor's sequence dim is known, forward and backward alike.
+
+For each node the sweep also notes which factors the op needs *whole* (softmax over them, a slice of them) and over
+which it *sums*; for every other factor, op on shards equals shards of op.
+
+    for node in graph:
+        node.dims = rule(node)             # unifies, marks whole / summed
+    axis of a site = class of the one factor in its query (key) dim
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+
+from ringpass.passes.propagate.alignment import Lines
+
+CONV1D = "conv1d.default"
+Factors = tuple["Factor", ...]
+Dims = tuple[Factors, ...]
+
+
+class Factor:
+    """An index variable.
+
+    `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into; `number` counts.
+    """
+
+    __slots__ = ("number", "parent", "parts", "size")
+    numbers = itertools.count()
+
+    def __init__(self, size: Any) -> None:
+        self.size, self.number = size, next(Factor.numbers)
+        self.parent: Factor | None = None
+        self.parts: Factors | None = None
+
+    def __repr__(self) -> str:
+        return f"f{id(self) % 9973}:{self.size}"
+
+
+def size_of(n: Any) -> Any:
+    """A dim's size as a sympy expression."""
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
+
+
+def hint_of(n: Any) -> int:
+    """The value of a length in this compilation."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+@dataclass
+class Note:
+    """What the sweep found out about one node: factors that it needs whole, factors over which it sums.
+
+    `moved`: pairs of factors that it takes for one, though they are different runs of a line (`x[:, 1:] - x[:, :-1]`):
+    the tokens of the first go to where those of the second are.
+    """
+
+    whole: list[Factor] = field(default_factory=list)
+    summed: list[Factor] = field(default_factory=list)
+    moved: list[tuple[Factor, Factor]] = field(default_factory=list)
+    known: bool = True  # False: the op has no rule
+
+
+@dataclass
+class Routing:
+    """Rows of (token, expert) pairs, sorted by expert; see `routing`."""
+
+    pairs: dict[Factor, Factors] = field(default_factory=dict)  # rows -> what they are an order of
+    order: dict[Node, tuple[Factor, int]] = field(default_factory=dict)  # the pair of each row, divided by k
+    back: dict[Node, Factor] = field(default_factory=dict)  # the row of each pair
+    counts: dict[Node, Factor] = field(default_factory=dict)  # rows of each expert
+
+
+class Sweep:
+    """The state of the sweep, and the vocabulary in which rules are written.
+
+    `worked`: values whose tokens the ranks have or make by work of their own: inputs in shares, what comes of a product
+    or a norm; not tables, nor other inputs.
+    """
+
+    def __init__(self, worked: Iterable[Node] = ()) -> None:
+        self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
+        self.notes: dict[Node, Note] = {}
+        self.fused: dict[Factors, Factor] = {}
+        self.routing = Routing()
+        self.lines = Lines(self.root)
+        self.merged: list[Factor] = []  # stand on lines for several factors in a row
+        self.worked = set(worked)
+        self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
+        self.runs: dict[Node, int] = {}  # nodes that take runs of tokens apart, or join them, and along which dim
+
+    def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
+        """Applies the rule of every node, in order."""
+        for node in gm.graph.nodes:
+            note = self.notes[node] = Note()
+            if op_name(node) in PRODUCTS or not self.worked.isdisjoint(node.all_input_nodes):
+                self.worked.add(node)
+            if node.op == "output" or not tensors_of(node):
+                continue
+            if node.op in ("placeholder", "get_attr"):
+                self.values[node] = self.fresh(node.meta["val"].shape)
+                continue
+            dims = rule_for(node)(self, node, note)
+            self.values[node] = self.unknown(node, note) if dims is None else dims
+        return self
+
+    # vocabulary of rules
+
+    def new(self, n: Any) -> Factors:
+        """A factor of its own for a dim of size n; none for size 1."""
+        size = size_of(n)
+        return () if size == 1 else (Factor(size),)
+
+    def fresh(self, shape: Sequence[Any]) -> Dims:
+        return tuple(self.new(n) for n in shape)
+
+    def dims(self, node: Node) -> Dims:
+        """Dims of a one-tensor node, split factors expanded."""
+        return tuple(self.resolve(d) for d in self.values[node])
+
+    def resolve(self, factors: Iterable[Factor]) -> Factors:
+        out: list[Factor] = []
+        for factor in factors:
+            root = self.root(factor)
+            out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
+        for parts, whole in self.fused.items():
+            for at in range(len(out) - len(parts), -1, -1):
+                if tuple(out[at : at + len(parts)]) == parts:
+                    out[at : at + len(parts)] = [whole]
+        return tuple(out)
+
+    def fuse(self, factors: Factors) -> Factor:
+        """From now on, `factors` in a row are one index, such as the rows and columns of patches."""
+        return self.fused.setdefault(factors, Factor(product(factors)))
+
+    def root(self, factor: Factor) -> Factor:
+        while factor.parent is not None:
+            factor = factor.parent
+        return factor
+
+    def tie(self, a: Factors, b: Factors, note: Note) -> Factors:
+        """Declares two dims to be one index; returns it.  What cannot be matched is marked whole, or moved."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a != b and any(f in self.routing.pairs for f in (*a, *b)):  # rows are in an order of their own
+            note.whole += [*a, *b]
+            return a
+        if len(a) == 1 and len(b) > 1:
+            a, b = b, a
+        if len(b) == 1 and len(a) > 1 and product(a) == b[0].size:
+            b[0].parts = a
+            self.merged.insert(0, b[0])
+            return a
+        if [f.size for f in a] != [f.size for f in b]:
+            note.whole += [*a, *b]
+            return a
+        kept = []
+        for x, y in zip(map(self.root, a), map(self.root, b), strict=True):
+            if x is not y and self.lines.tie(x, y):
+                y.parent = x
+            elif x is not y:
+                x, y = sorted((x, y), key=lambda factor: factor.number)  # what is there first stays where it is
+                note.moved.append((y, x))
+            kept.append(x)
+        return self.resolve(kept)
+
+    def index(self, factors: Factors) -> Factor:
+        """One factor for a dim of these, which may be several in a row, such as the rows and columns of patches."""
+        if len(factors) == 1:
+            return factors[0]
+        found = next((whole for whole in self.merged if self.resolve([whole]) == self.resolve(factors)), None)
+        if found is None:
+            found = Factor(product(factors))
+            found.parts = factors
+            self.merged.append(found)
+        return found
+
+    def line_of(self, factor: Factor) -> Factor:
+        """What stands on a line for `factor`, which several may have been fused into."""
+        parts = next((parts for parts, whole in self.fused.items() if whole is factor), (factor,))
+        return self.index(parts)
+
+    def run_of(self, source: Factors, offset: Any, size: Any, new: bool) -> Factors | None:
+        """The run of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
+        whole = self.index(source)
+        found = self.lines.run(whole, offset, size)
+        if found is None and new:
+            found = Factor(size)
+            self.lines.join(whole, found, offset)
+        return None if found is None else self.resolve([found])
+
+    def joined(self, parts: Sequence[tuple[Factors, Any]], note: Note) -> Factors:
+        """The dim that these, with their sizes, make one after the other.
+
+        Factors that stand elsewhere already are needed whole; a part without any is new.
+        """
+        offsets = [sum((n for _, n in parts[:i]), sympy.Integer(0)) for i in range(len(parts))]
+        total = sum((n for _, n in parts), sympy.Integer(0))
+        placed = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
+        first, before = placed[0]
+        whole = self.lines.run(first, -before, total) or Factor(total)
+        for part, at in placed:
+            if not self.lines.join(whole, part, at):
+                note.whole.append(part)
+        return self.resolve([whole])
+
+    def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
+        """Dims of a pointwise op: right-aligned dims are tied, size-1 dims follow the others."""
+        out: list[Factors] = [()] * max((len(d) for d in operands), default=0)
+        for dims in operands:
+            for position, factors in enumerate(dims, start=len(out) - len(dims)):
+                if factors:
+                    out[position] = self.tie(out[position], factors, note) if out[position] else factors
+        return tuple(out)
+
+    def reshape(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
+        """Dims after a view: factors are dealt out in order, split where a new dim ends inside one."""
+        atoms = [f for d in dims for f in self.resolve(d)]
+        out: list[Factors] = []
+        for n in shape:
+            got, wanted = [], size_of(n)
+            while wanted != 1:
+                if not atoms:
+                    return self._give_up(dims, shape, note)
+                first = atoms.pop(0)
+                rest = sympy.cancel(wanted / first.size)
+                if _integral(rest):
+                    got.append(first)
+                    wanted = rest
+                    continue
+                inner = sympy.cancel(first.size / wanted)
+                if not _integral(inner):
+                    return self._give_up(dims, shape, note)
+                first.parts = (Factor(wanted), Factor(inner))
+                got.append(first.parts[0])
+                atoms.insert(0, first.parts[1])
+                wanted = sympy.Integer(1)
+            out.append(tuple(got))
+        return tuple(out)
+
+    def _give_up(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
+        note.whole += [f for d in dims for f in self.resolve(d)]
+        return self.fresh(shape)
+
+    def unknown(self, node: Node, note: Note) -> Any:
+        """No rule: every factor of every operand is needed whole."""
+        note.known = False
+        return self.all_whole(node, note)
+
+    def all_whole(self, node: Node, note: Note) -> Any:
+        note.whole += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return self.fresh(value.shape)
+        return tuple(self.fresh(v.shape) if isinstance(v, torch.Tensor) else () for v in value)
+
+    def operand_dims(self, node: Node) -> Dims:
+        """All dims of all tensors that `node` stands for."""
+        value = self.values.get(node, ())
+        parts = value if isinstance(node.meta.get("val"), torch.Tensor) else [d for v in value for d in v]
+        return tuple(self.resolve(d) for d in parts)
+
+
+PRODUCTS = {
+    "linear.default", "mm.default", "bmm.default", "addmm.default", "baddbmm.default", "matmul.default",
+    "einsum.default", "embedding.default", CONV1D, "conv2d.default", "conv3d.default",
+    "scaled_dot_product_attention.default", "layer_norm.default", "rms_norm.default",
+}  # fmt: skip
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that `node` produces."""
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
+    return node.args
+
+
+def bound_of(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by name, but for those that have their default."""
+    schema: Any = node.target
+    names = [a.name for a in schema._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def first_of(node: Node) -> Node:
+    """The first argument of a node that takes a tensor there."""
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def operands_of(node: Node) -> list[Node]:
+    """The operands of `node` that are tensors or tuples of tensors."""
+    return [n for n in node.all_input_nodes if tensors_of(n)]
+
+
+def is_empty(node: Node) -> bool:
+    """Whether a tensor has no elements, whatever its symbolic sizes are."""
+    return any(isinstance(n, int) and n == 0 for n in node.meta["val"].shape)
+
+
+def op_name(node: Node) -> str:
+    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
+        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+def slice_of(node: Node) -> tuple[Any, ...]:
+    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    given = args_of(node)[1:]
+    dim, *bounds = (*given, *defaults[len(given) :])
+    return dim % node.meta["val"].ndim, *bounds
+
+
+def product(factors: Iterable[Factor]) -> Any:
+    """The size of a dim of these factors, a sympy expression."""
+    return sympy.prod([f.size for f in factors])
+
+
+def _integral(expr: Any) -> bool:
+    """Whether a quotient of sizes is a whole number for every value of its symbols."""
+    denominator = sympy.fraction(sympy.together(expr))[1]
+    return bool(denominator == 1 and (not expr.is_number or expr.is_integer))

@@ -1,0 +1,246 @@
+"""Moving one tensor between replicated and sharded form: the eager bodies of the boundary operators.
+
+`dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The
+sharded tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no
+padded tensor leaves this file.
+
+`move` brings each rank the tokens that it wants, whoever holds them, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringpass.comm.p2p import lost, process_group
+from ringpass.kernels.table import accumulator
+from ringpass.layouts.layout import Layout, Ranges
+from ringpass.layouts.redistribution import Moves, among, between
+from ringpass.masks.constants import Array
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the sequence is in a tensor, and which tokens of it this rank holds.  `tokens` is S, maybe symbolic."""
+
+    dim: int
+    outer: Any
+    tokens: Any
+    layout: str
+    world: int
+    rank: int
+
+    @property
+    def placement(self) -> Layout:
+        return Layout(self.layout, self.world)
+
+    @property
+    def length(self) -> Any:
+        """L, the number of local tokens."""
+        return self.placement.length(self.rank, self.tokens)
+
+    def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
+        """`shape` with `old` tokens in the sequence dim replaced by `new`; where a rank has none, the dim is theirs."""
+        rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
+        return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
+
+    def split(self, x: Tensor, tokens: Any) -> Tensor:
+        """`x` as (before, tokens, after): `before` holds the leading dims and outer, `after` inner and the rest."""
+        before = self.outer
+        for n in x.shape[: self.dim]:
+            before = before * n
+        after = x.shape[self.dim] // (self.outer * tokens) if type(tokens) is not int or tokens else 1
+        for n in x.shape[self.dim + 1 :]:
+            after = after * n
+        return x.reshape(before, tokens, after)
+
+
+def take(x: Tensor, shard: Shard) -> Tensor:
+    """The local tokens of the full-length `x`."""
+    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    parts = parts or [shard.split(x, shard.tokens)[:, :0]]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
+
+
+def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """All tokens in original order, from every rank's local `x`."""
+    if x.is_complex():
+        return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
+    ranks = range(shard.world)
+    lengths = [shard.placement.length(rank, shard.tokens) for rank in ranks]
+    local = shard.split(x, shard.length)
+    padded = local.new_zeros((local.shape[0], max(lengths), local.shape[2]))
+    padded[:, : shard.length] = local
+    everyone = padded.new_empty((shard.world, *padded.shape))
+    run_collective(dist.all_gather, list(everyone.unbind(0)), padded, group=group)
+    out = x.new_empty(shard.resized(x.shape, shard.length, shard.tokens))
+    flat = out.view(local.shape[0], shard.tokens, local.shape[2])
+    for rank in ranks:
+        offset = 0
+        for start, stop in shard.placement.ranges(rank, shard.tokens):
+            flat[:, start:stop] = everyone[rank, :, offset : offset + stop - start]
+            offset += stop - start
+    return out
+
+
+def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
+    """The local tokens of the sum over ranks of the full-length `x`."""
+    longest = max(shard.placement.length(rank, shard.tokens) for rank in range(shard.world))
+    whole = shard.split(x, shard.tokens)
+    padded = whole.new_zeros((shard.world, whole.shape[0], longest, whole.shape[2]))
+    for rank in range(shard.world):
+        offset = 0
+        for start, stop in shard.placement.ranges(rank, shard.tokens):
+            padded[rank, :, offset : offset + stop - start] = whole[:, start:stop]
+            offset += stop - start
+    mine = torch.empty_like(padded[0])
+    sum_and_scatter = getattr(
+        dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+    )  # the former is torch 2.13's name
+    run_collective(sum_and_scatter, mine.view(-1), padded.view(-1), group=group)
+    return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
+
+
+def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
+    """Sums over ranks, added in float32 (float64) and returned in each tensor's dtype: one all-reduce per dtype."""
+    if any(x.is_complex() for x in xs):
+        parts = reduce([torch.view_as_real(x.contiguous()) if x.is_complex() else x for x in xs], group)
+        return [torch.view_as_complex(p) if x.is_complex() else p for x, p in zip(xs, parts, strict=True)]
+    out: dict[int, Tensor] = {}
+    for dtype in sorted({_sum_dtype(x) for x in xs}, key=str):
+        mine = [i for i, x in enumerate(xs) if _sum_dtype(x) == dtype]
+        flat = torch.cat([xs[i].reshape(-1).to(dtype) for i in mine])
+        run_collective(dist.all_reduce, flat, group=group)
+        for i, part in zip(mine, flat.split([xs[i].numel() for i in mine]), strict=True):
+            out[i] = part.view(xs[i].shape).to(xs[i].dtype)
+    return [out[i] if len(xs) == 1 else out[i].clone() for i in range(len(xs))]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return accumulator(x.dtype) if x.is_floating_point() else torch.int64
+
+
+def move(x: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
+    """(before, tokens, after) with the tokens `wanted[rank]`, from those of `held[rank]` on each rank, in that order.
+
+    What is wanted may overlap, on one rank and between ranks; only what a rank wants and does not hold travels.
+    """
+    return carry(x, among(tuple(held), tuple(wanted), rank), group)
+
+
+def move_back(grad: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
+    """The transpose of `move`: what all ranks have of each token, added up where it is held."""
+    return carry_back(grad, among(tuple(held), tuple(wanted), rank), group)
+
+
+def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
+    """The local tokens in layout `other` of what `x` holds in that of `shard`."""
+    moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
+    rows = carry(shard.split(x, shard.length), moves, group)
+    return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
+
+
+def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:
+    """Each run of the local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
+
+    The sequence dim has S * each elements, which are counted one by one.  There is room for `most` runs; if there are
+    fewer, as some lengths have it, zeros follow.
+    """
+    around = Around(shard, x.shape[shard.dim] // shard.length, left, right)
+    rows = move(shard.split(x, x.shape[shard.dim]), around.held, around.wanted, shard.rank, group)
+    inside = around.inside(x)
+    size = x.shape[shard.dim] + most * (left + right)
+    out = rows.new_zeros((rows.shape[0], size, rows.shape[2]))
+    out[:, : len(inside)][:, inside] = rows
+    return out.reshape(*x.shape[: shard.dim], size, *x.shape[shard.dim + 1 :])
+
+
+def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
+    """The transpose of `halo`."""
+    around = Around(shard, each, left, right)
+    inside = around.inside(grad)
+    rows = shard.split(grad, grad.shape[shard.dim])[:, : len(inside)][:, inside]
+    out = move_back(rows, around.held, around.wanted, shard.rank, group)
+    return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Around:
+    """The elements that each rank holds and those that it wants: its runs of tokens, and what is around them."""
+
+    shard: Shard
+    each: int  # elements of a token
+    left: int
+    right: int
+
+    @property
+    def held(self) -> list[Ranges]:
+        return [tuple((a * self.each, b * self.each) for a, b in self._runs(r)) for r in range(self.shard.world)]
+
+    @property
+    def wanted(self) -> list[Ranges]:
+        most = self.shard.tokens * self.each
+        return [
+            tuple((max(a, 0), min(b, most)) for a, b in self._wider(rank) if min(b, most) > max(a, 0))
+            for rank in range(self.shard.world)
+        ]
+
+    def inside(self, like: Tensor) -> Tensor:
+        """Which of this rank's elements and those around them are in the sequence."""
+        wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
+        at = torch.cat(wider)
+        found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
+        return found
+
+    def _wider(self, rank: int) -> list[tuple[int, int]]:
+        return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._runs(rank)]
+
+    def _runs(self, rank: int) -> Ranges:
+        return self.shard.placement.ranges(rank, self.shard.tokens)
+
+
+def carry(x: Tensor, moves: Moves, group: str) -> Tensor:
+    """(before, rows, after) with the rows that this rank wants."""
+    rows = x.transpose(0, 1)
+    received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
+    found: Tensor = torch.cat([rows, received]).index_select(0, _index(moves.found, x)).transpose(0, 1)
+    return found.contiguous()
+
+
+def carry_back(grad: Tensor, moves: Moves, group: str) -> Tensor:
+    """The transpose of `carry`, added in float32 (float64)."""
+    summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
+    shape = moves.held + sum(moves.received), grad.shape[0], grad.shape[2]
+    rows: Tensor = grad.new_zeros(shape, dtype=summed)
+    rows.index_add_(0, _index(moves.found, grad), grad.transpose(0, 1).to(summed))
+    mine, theirs = rows[: moves.held], rows[moves.held :]
+    mine.index_add_(0, _index(moves.rows, grad), _exchanged(theirs, moves, True, group))
+    return mine.to(grad.dtype).transpose(0, 1).contiguous()
+
+
+def _exchanged(rows: Tensor, moves: Moves, back: bool, group: str) -> Tensor:
+    """What the other ranks send for `rows`: all in one message per pair, none where no two ranks exchange any."""
+    sent, received = (moves.received, moves.sent) if back else (moves.sent, moves.received)
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    if not moves.idle:
+        parts = [torch.view_as_real(x) if x.is_complex() else x for x in (out, rows.contiguous())]
+        run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
+    return out
+
+
+def _index(rows: Array, like: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(like.device)
+
+
+def run_collective(collective: Any, *tensors: Any, group: str) -> None:
+    """Runs a torch.distributed collective; a broken group becomes a PeerError."""
+    try:
+        collective(*tensors, group=process_group(group))
+    except RuntimeError as error:
+        raise lost((), error) from error

@@ -1,0 +1,1 @@
+"""Attention of one tile on one device."""

@@ -1,0 +1,245 @@
+"""CUDA's tile kernels: torch's own fused ops, fed and read by this package's conventions.
+
+    flash        aten._scaled_dot_product_flash_attention: float16, bfloat16; no mask; GQA; causal bottom-right
+    cudnn        aten._scaled_dot_product_cudnn_attention: the same, causal top-left; its lse is (B, H, Lq, 1)
+    efficient    aten._scaled_dot_product_efficient_attention: also float32, an additive mask, V of any width; causal
+                 top-left; no GQA (K, V are repeated); its lse is padded with +inf to a multiple of 32 rows
+    flex         torch's FlexAttention with the tile's mask as a BlockMask: blocks that see nothing are skipped, blocks
+                 that see all skip the mask; GQA
+
+In all of them lse is float32 and a natural logarithm (FlexAttention's public one; inside it is base 2), and the
+backward takes any out and lse for a row: efficient, flash and cudnn compute exp(score - lse), which is 0 at lse = +inf.
+A row that sees nothing in a masked tile leaves efficient with lse 0 and flex with -inf; both are overwritten here, from
+the mask.  No dropout anywhere, so the backwards' random states are never read.
+
+The ops want 16-byte alignment of pointers and strides: widths are padded with zeros, which changes no score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ringpass.kernels.tile import Grads, TileArgs, above_diagonal, additive, per_key_head, per_query_head, sees_nothing
+
+aten = torch.ops.aten
+BLOCK = 128  # edge of the squares in which flex looks for empty and full ones
+LSE_ROWS = 32  # efficient's lse has a multiple of this many rows
+BIAS_COLUMNS = 16  # efficient's additive mask has rows that start at multiples of this many elements
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, read once per device; (0, 0) where there is none, on ROCm too.
+
+    The ranks of a ring are taken to have equal devices.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+# --- flash ------------------------------------------------------------------------------------------------------------
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile."""
+    assert not args.causal or q.shape[2] == k.shape[2], "flash aligns its triangle bottom-right"
+    width = _flash_width(q)
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        _fit(q, width), _fit(k, width), _fit(v, width), 0.0, args.causal, scale=args.scale
+    )
+    return _first(out, 3, v.shape[3]), lse
+
+
+def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
+    """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`."""
+    width, lengths = _flash_width(q), (q.shape[2], k.shape[2])
+    inputs = [_fit(x, width) for x in (grad, q, k, v, out)]
+    seed, offset = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        *inputs, _packed(lse), None, None, *lengths, 0.0, args.causal, seed, offset, scale=args.scale
+    )
+    dq, dk, dv = (_first(g, 3, x.shape[3]) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, None
+
+
+def _flash_width(q: Tensor) -> int:
+    """A multiple of 8; above 192 it is 256, for some devices have no backward of the widths between."""
+    return 256 if q.shape[3] > 192 else _padded(q.shape[3], 8)
+
+
+# --- cudnn ------------------------------------------------------------------------------------------------------------
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile."""
+    width = _padded(q.shape[3], 8)
+    inputs = [_packed(_fit(x, width)) for x in (q, k, v)]
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*inputs, None, True, 0.0, args.causal, scale=args.scale)
+    return _first(out, 3, v.shape[3]), lse.reshape(q.shape[:3])
+
+
+def cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
+    """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`.
+
+    Contiguous inputs: for others the op may expect lse in another memory order.
+    """
+    width, lengths = _padded(q.shape[3], 8), (q.shape[2], k.shape[2])
+    inputs = [_packed(_fit(x, width)) for x in (grad, q, k, v, out)]
+    seed = offset = q.new_empty((), dtype=torch.int64)
+    rest = (None, None, None, *lengths, 0.0, args.causal)  # no bias, no packed sequences
+    grads = aten._scaled_dot_product_cudnn_attention_backward(
+        *inputs, _packed(lse).unsqueeze(-1), seed, offset, *rest, scale=args.scale
+    )
+    dq, dk, dv = (_first(g, 3, x.shape[3]) for g, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, None
+
+
+# --- efficient --------------------------------------------------------------------------------------------------------
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile."""
+    added = additive(q, k, args)
+    bias = None if added is None else _bias_rows(added, q, k)
+    inputs = [_fit_to_unit(x) for x in (q, per_query_head(k, q), per_query_head(v, q))]
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, args.causal, scale=args.scale)
+    out, lse = _first(out, 3, v.shape[3]), _first(lse, 2, q.shape[2])
+    return (out, lse) if added is None else _without_blind_rows(out, lse, sees_nothing(added, args.causal, q, k))
+
+
+def efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs
+) -> Grads:
+    """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`."""
+    added = additive(q, k, args)
+    bias = None if added is None else _bias_rows(added, q, k)
+    inputs = [_fit_to_unit(x) for x in (grad, q, per_query_head(k, q), per_query_head(v, q))]
+    lse = F.pad(lse, (0, -lse.shape[2] % LSE_ROWS), value=torch.inf)
+    seed = offset = q.new_empty((), dtype=torch.int64)
+    rest = (0.0, (True, True, True, False), args.causal)  # the gradients wanted: of q, k, v, not of the bias
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        *inputs, bias, _fit_to_unit(out), _packed(lse), seed, offset, *rest, scale=args.scale
+    )
+    dk, dv = per_key_head(dk, k), per_key_head(dv, v)
+    return _first(dq, 3, q.shape[3]), _first(dk, 3, k.shape[3]), _first(dv, 3, v.shape[3]), None
+
+
+def _bias_rows(added: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The additive mask as (B, H, Lq, Lk) with aligned rows; broadcast dims cost no memory, save the keys'."""
+    keys = k.shape[2]
+    rows = F.pad(added.expand(*added.shape[:3], keys), (0, -keys % BIAS_COLUMNS))
+    return _first(_packed(rows), 3, keys).expand(*q.shape[:3], keys)
+
+
+# --- flex -------------------------------------------------------------------------------------------------------------
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one masked tile."""
+    mask = _open(q, k, args)
+    out, lse = _attend(q, k, v, mask, args.scale)
+    return _without_blind_rows(out, lse, ~mask.any(-1))
+
+
+def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
+    """(dq, dk, dv, None) of one masked tile from the rows' global `out` and `lse`.
+
+    FlexAttention's gradient knows only its own out and lse, so the tile is run again.  With c = exp(own lse - lse), the
+    tile's share of each row, the weights of the whole row are c times the tile's own: c grad as the gradient of the
+    tile's out, and (own out - out) . c grad as that of its lse, give the exact gradient.
+    """
+    mask = _open(q, k, args)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        own_out, own_lse = _attend(leaves[0], leaves[1], leaves[2], mask, args.scale)
+    blind = ~mask.any(-1)
+    found, found_lse = _without_blind_rows(own_out.detach(), own_lse.detach(), blind)
+    share = torch.exp(found_lse - lse).unsqueeze(-1)
+    part = (grad * share).to(q.dtype)
+    towards_lse = ((found.to(lse.dtype) - out) * part).sum(-1)
+    dq, dk, dv = torch.autograd.grad([own_out, own_lse], leaves, [part, towards_lse.to(own_lse.dtype)])
+    return dq, dk, dv, None
+
+
+def _open(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
+    """The tile's mask, of its own broadcast shape but for rows and columns; the triangle is in it."""
+    assert args.mask is not None and args.bias is None
+    mask = args.mask.expand(*args.mask.shape[:2], q.shape[2], k.shape[2])
+    return mask & ~above_diagonal(q, k) if args.causal else mask
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    whole = mask.expand(*q.shape[:3], k.shape[2])
+    blocks = block_mask(mask, lambda b, h, i, j: whole[b, h, i, j])
+    grouped, aux = q.shape[1] != k.shape[1], AuxRequest(lse=True)
+    out, stats = flex_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped, return_aux=aux)
+    return out, stats.lse
+
+
+@cache
+def flex_attention() -> Callable[..., Any]:
+    """FlexAttention as a fused kernel: compiled once for all tiles, specialised by torch to their shapes."""
+    from torch.nn.attention.flex_attention import flex_attention as attention
+
+    return torch.compile(attention, fullgraph=True)
+
+
+def block_mask(mask: Tensor, mask_mod: Callable[..., Tensor]) -> Any:
+    """The BlockMask of an evaluated mask (B or 1, H or 1, Lq, Lk): which squares are empty, mixed, full."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, columns = mask.shape[2:]
+    whole = F.pad(mask, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    squares = whole.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
+    some, all_ = squares.flatten(4).any(-1), squares.flatten(4).all(-1)
+    mixed, full = _ordered(some & ~all_), _ordered(all_)
+    return BlockMask.from_kv_blocks(*mixed, *full, BLOCK, mask_mod, seq_lengths=(rows, columns))
+
+
+def _ordered(present: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many, which first) of the key blocks present for each query block."""
+    ones = present.to(torch.int32)
+    order = torch.argsort(ones, dim=-1, descending=True, stable=True)
+    return ones.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _without_blind_rows(out: Tensor, lse: Tensor, blind: Tensor) -> tuple[Tensor, Tensor]:
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+
+
+def _padded(n: int, unit: int) -> int:
+    return n + -n % unit
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
+def _first(x: Tensor, dim: int, n: int) -> Tensor:
+    return x if x.shape[dim] == n else x.narrow(dim, 0, n)
+
+
+def _fit_to_unit(x: Tensor) -> Tensor:
+    return _fit(x, _padded(x.shape[3], 16 // x.element_size()))
+
+
+def _fit(x: Tensor, width: int) -> Tensor:
+    """`x` padded with zeros to `width`, its last stride 1, each row at a multiple of 16 bytes."""
+    if width > x.shape[3]:
+        return _packed(F.pad(x, (0, width - x.shape[3])))
+    unit = 16 // x.element_size()
+    starts = [x.storage_offset(), *(stride for n, stride in zip(x.shape[:3], x.stride(), strict=False) if n > 1)]
+    aligned = x.stride(3) == 1 and all(start % unit == 0 for start in starts)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

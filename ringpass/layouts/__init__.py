@@ -1,0 +1,1 @@
+"""Which rank holds which tokens, and how tokens travel from one layout to another."""

@@ -1,0 +1,72 @@
+"""Masks over tokens as masks over places along a curve.
+
+    >>> from ringpass.masks.expr import parse
+    >>> column = of_places(parse("q % 3"), {"q": Order((2, 3))})      # of each place, on a grid of two rows of three
+    >>> column.known.values.tolist() == (Order((2, 3)).known.values % 3).tolist()
+    True
+
+What depends on q alone, or on k alone, without data, becomes a table of its values at all places: the largest such
+part, so that interval arithmetic knows its exact range over a run of the curve.  Reads of data get the token that is at
+the place.
+
+Contract: `of_places(expr, orders)` at places i and j is `expr` at the tokens that stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ringpass.layouts.hilbert import Order
+from ringpass.masks.constants import Array
+from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, call, evaluate, gathered, kind_of, table
+
+Orders = Mapping[str, Order]  # of the tokens of q, of those of k; absent: their own order
+
+
+def of_places(expr: Expr, orders: Orders) -> Expr:
+    """`expr`, a function of tokens, as one of places along `orders`."""
+    alone = _alone(expr)
+    if alone in orders and kind_of(expr) != "float":
+        return _tabled(expr, alone, orders[alone])
+    if isinstance(expr, Load):
+        return Load(expr.leaf, tuple(of_places(i, orders) for i in expr.indices))
+    if isinstance(expr, Table):
+        found = gathered(expr.known, tuple(of_places(i, orders) for i in expr.indices))
+        return table(found.known.values, *found.indices)
+    if isinstance(expr, Call) and expr.op == "cast":
+        return Call("cast", (of_places(expr.args[0], orders), expr.args[1]))
+    return call(expr.op, *(of_places(a, orders) for a in expr.args)) if isinstance(expr, Call) else expr
+
+
+def _alone(expr: Expr) -> str:
+    """The one index that `expr` depends on; "" where there are others, or data, or none."""
+    names = _names(expr)
+    return names.pop() if len(names) == 1 else ""
+
+
+def _names(expr: Expr) -> set[str]:
+    if isinstance(expr, Index):
+        return {expr.name}
+    if isinstance(expr, Load):
+        return {"data", "more data"}
+    parts = expr.indices if isinstance(expr, Table) else expr.args if isinstance(expr, Call) else ()
+    cast = isinstance(expr, Call) and expr.op == "cast"
+    return set().union(*map(_names, parts[:1] if cast else parts))
+
+
+def _tabled(expr: Expr, name: str, order: Order) -> Expr:
+    """The table of `expr` at all places; `expr` itself where that is the same: `q < 1` of a prefix has an edge."""
+    values = _values(expr, order.known.values)
+    if values.dtype == np.bool_ and (values == values[0]).all():
+        return Const(bool(values[0]))
+    same = np.array_equal(values, _values(expr, np.arange(order.tokens)))
+    return expr if same else table(values, Index(name))
+
+
+def _values(expr: Expr, tokens: Array) -> Array:
+    at, nought = torch.from_numpy(tokens), torch.zeros((), dtype=torch.int64)
+    found = evaluate(expr, {"b": nought, "h": nought, "q": at, "k": at}, [])
+    return found.reshape(-1).expand(len(tokens)).numpy()

@@ -1,0 +1,1 @@
+"""Attention masks as expressions over batch, head, query and key.  Knows nothing of ranks."""

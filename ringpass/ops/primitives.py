@@ -1,0 +1,225 @@
+"""The steps of ring attention as operators: each is one node of an unrolled graph, and one call of the rolled loop.
+
+    pack                rows of K and V (dK and dV) as one message
+    exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
+    wait                that buffer, complete
+    attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
+    scored_tile         the same with a score function;  scored_tile_backward: (dq, dk, dv, gradients of its leaves)
+    merge               the log-sum-exp merge of two (out, lse) of the same rows
+    mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
+    keep_tile           the coins of attention dropout on one tile
+
+`pack` and `merge` are arithmetic: what a compiler gets is their bodies, to fuse.  `after` lists buffers that are in
+flight while a tile is computed: unused by the op, they make code generation start those exchanges before the tile.
+Spans are flat lists of token ranges, [start, stop, start, stop, ..]; of places, where tokens are along a curve.  The
+coins of dropout are those of the tokens, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.comm import p2p
+from ringpass.kernels import table as kernels
+from ringpass.kernels.blocks import empty_rows_first, rows_first
+from ringpass.kernels.table import TileArgs, accumulator
+from ringpass.masks import expr as mask
+from ringpass.ops import counter_random as dropout
+from ringpass.ops.library import define, implement
+
+TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool mirrored, float dropout, bool learned"
+SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
+SPANS = "int batch, int heads, int[] queries, int[] keys"
+define("pack(Tensor[] tensors, int[] rows) -> Tensor")
+define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
+define("wait(Tensor(a) received) -> Tensor(a)")
+for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
+    define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after) -> Tensor[]")
+    define(
+        f"{_kind}_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_about}, "
+        "Tensor[] after) -> Tensor[]"
+    )
+define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
+define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
+define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
+define(f"keep_tile(Tensor seed, int stream, float p, str coins, {SPANS}) -> Tensor")
+
+_ops = torch.ops.ringpass
+exchange, wait = _ops.exchange.default, _ops.wait.default
+attention_tile, attention_tile_backward = _ops.attention_tile.default, _ops.attention_tile_backward.default
+scored_tile, scored_tile_backward = _ops.scored_tile.default, _ops.scored_tile_backward.default
+mask_tile, mask_tile_backward, keep_tile = (
+    _ops.mask_tile.default,
+    _ops.mask_tile_backward.default,
+    _ops.keep_tile.default,
+)
+
+pack, merge = _ops.pack.default, _ops.merge.default
+
+NOBODY = -1
+
+# --- exchanges --------------------------------------------------------------------------------------------------------
+
+
+def pack_body(tensors: list[Tensor], rows: list[int]) -> Tensor:
+    """The given rows (dim 2; start, stop, start, stop, ..) of each tensor, flat, one tensor after the other."""
+    spans = list(zip(rows[::2], rows[1::2], strict=True))
+    return torch.cat([torch.cat([x[:, :, a:b] for a, b in spans], dim=2).reshape(-1) for x in tensors])
+
+
+def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
+    count = sum(rows[1::2]) - sum(rows[::2])
+    return tensors[0].new_empty(sum(x.shape[0] * x.shape[1] * x.shape[3] for x in tensors) * count)
+
+
+implement("pack", pack_body, _fake_pack)
+
+_under_way: dict[int, p2p.Exchange] = {}
+
+
+def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
+    (message,) = sent
+    started = p2p.start(message, dst if dst != NOBODY else None, numel, src if src != NOBODY else None, tag, group)
+    _under_way[_key(started.received)] = started
+    return [started.received]
+
+
+def _wait(received: Tensor) -> Tensor:
+    _under_way.pop(_key(received)).wait()
+    return received
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+implement("exchange", _exchange, lambda sent, numel, *args: [sent[0].new_empty(numel)])
+implement("wait", _wait, lambda received: received)
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+def _args(q: Tensor, args: Sequence[Any]) -> TileArgs:
+    allowed, bias, keep, scale, causal, mirrored, drop, learned, *scoring, _ = args
+    plain = TileArgs(scale, causal, allowed, bias, keep, drop, learned, mirrored=mirrored)
+    if not scoring:
+        return plain
+    score, leaves, parameters, queries, keys = scoring
+    where = indices(q.device, q.shape[0], q.shape[1], queries, keys)
+
+    def scored(scores: Tensor, *changed: Tensor) -> Tensor:
+        return mask.evaluate(mask.parse(score), {**where, "score": scores}, _swapped(leaves, parameters, changed))
+
+    dtype = accumulator(q.dtype)
+    return replace(plain, score=scored, parameters=tuple(leaves[i].to(dtype) for i in parameters))
+
+
+def _swapped(leaves: Sequence[Tensor], numbers: Sequence[int], changed: Sequence[Tensor]) -> list[Tensor]:
+    """`leaves` with those of the given numbers replaced."""
+    given = dict(zip(numbers, changed, strict=True))
+    return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+    out, lse = kernels.forward(q, k, v, _args(q, args))
+    return [rows_first(out.to(q.dtype)), lse.contiguous()]
+
+
+def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+    return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
+
+
+def _attention_tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    dq, dk, dv, *others = kernels.backward(grad, q, k, v, out, lse, _args(q, args))
+    dtype = accumulator(q.dtype)
+    return [*(rows_first(g.to(dtype)) for g in (dq, dk, dv)), *(g.contiguous() for g in others if g is not None)]
+
+
+def _fake_attention_tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> list[Tensor]:
+    dtype, tile = accumulator(q.dtype), _args(q, args)
+    learned = [tile.bias] if tile.learned and tile.bias is not None else []
+    others = [x.new_empty(x.shape, dtype=dtype) for x in (*learned, *tile.parameters)]
+    return [*(empty_rows_first(x, x.shape[3], dtype) for x in (q, k, v)), *others]
+
+
+for _kind in ("attention", "scored"):
+    implement(f"{_kind}_tile", _attention_tile, _fake_attention_tile)
+    implement(f"{_kind}_tile_backward", _attention_tile_backward, _fake_attention_tile_backward)
+
+
+def merge_body(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
+    """`kernels.merge` in the accumulator's dtype; the merged out is rows first."""
+    merged, total = kernels.merge(out, lse, more.to(out.dtype), more_lse)
+    return [rows_first(merged), total]
+
+
+def _fake_merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
+    return [empty_rows_first(out, out.shape[3]), lse.new_empty(lse.shape)]
+
+
+implement("merge", merge_body, _fake_merge)
+
+
+def _mask_tile(leaves: list[Tensor], like: Tensor, expr: str, *spans: Any) -> Tensor:
+    return mask.evaluate(mask.parse(expr), indices(like.device, *spans), leaves).contiguous()
+
+
+def _mask_tile_backward(
+    grad: Tensor, leaves: list[Tensor], learned: list[int], like: Tensor, expr: str, *spans: Any
+) -> list[Tensor]:
+    where = indices(like.device, *spans)
+
+    def value(*changed: Tensor) -> Tensor:
+        return mask.evaluate(mask.parse(expr), where, _swapped(leaves, learned, changed)).to(grad.dtype)
+
+    pull: Any = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))[1]
+    return [g.contiguous() for g in pull(grad)]
+
+
+def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[int], *args: Any) -> list[Tensor]:
+    return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
+
+
+def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
+    """`coins`: expressions of the head, the query and the key whose coin is tossed."""
+    where = indices(seed.device, *spans)
+    at = [mask.evaluate(mask.parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
+
+
+def _fake_keep_tile(
+    seed: Tensor, stream: int, p: float, coins: str, batch: int, heads: int, queries: list[int], keys: list[int]
+) -> Tensor:
+    lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
+    return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)
+
+
+implement("mask_tile", _mask_tile, _mask_tile)
+implement("mask_tile_backward", _mask_tile_backward, _fake_mask_tile_backward)
+implement("keep_tile", _keep_tile, _fake_keep_tile)
+
+
+def indices(
+    device: torch.device, batch: int, heads: int, queries: Sequence[int], keys: Sequence[int]
+) -> dict[str, Tensor]:
+    """Global b, h, q, k indices of a tile, as `mask.evaluate` takes them."""
+    return {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+        "q": _tokens(queries, device).view(1, 1, -1, 1),
+        "k": _tokens(keys, device).view(1, 1, 1, -1),
+    }
+
+
+def _tokens(span: Sequence[int], device: torch.device) -> Tensor:
+    parts = [torch.arange(a, b, device=device) for a, b in zip(span[::2], span[1::2], strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,360 @@
+"""Ring attention, written once: the loop over steps and tiles, forward and backward, over the ops of `primitives`.
+
+Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G
+key/value heads, D head width, Lq and Lk local query and key tokens.
+
+    for each step of the program (own keys first):
+        take the step's key block: the own one, or what the exchange brought
+        start the exchange of the next step                  <- before the tiles of this one
+        for each call of its tiles: attend, merge into the rows' running (out, lse)
+
+The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind; the tiles of
+the own keys are divided, so that the first exchange and the last one both have some to hide behind.  K and V (dK and
+dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
+
+How keys come and their gradients go is a `Transport`.  A dilated site is a bundle of lanes, each with tiles of its own
+rows, all served by the same exchanges; their results are merged once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.kernels.blocks import cut, join_rows, stacked, unstacked
+from ringpass.kernels.table import accumulator
+from ringpass.layouts.layout import Ranges, tokens
+from ringpass.masks.expr import PARTIAL
+from ringpass.ops import primitives
+from ringpass.ops.accumulate import Rows, add, label, merge, running
+from ringpass.ops.row_ops import Place, added, merged, taken
+from ringpass.ops.transports import Block, Served, Transport, transport, zero_block
+from ringpass.schedule.launches import STACK, Call, calls
+from ringpass.schedule.messages import rows_of, tokens_of
+from ringpass.schedule.program import CAUSAL_TILE, MIRRORED, Step, Tile, divided
+from ringpass.schedule.site import Site
+
+MOST_NAMED = 4  # ranges of keys in the name of a node
+
+
+def forward(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
+    keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
+    queries = [_queries(lane, q) for lane in keys.lanes]
+    states = [running(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
+    op = primitives.scored_tile if site.score else primitives.attention_tile
+    for served, flying in keys.blocks():
+        for i, step, (k_block, v_block) in served:
+            lane, own_q = keys.lanes[i], queries[i]
+            for call in _calls(lane, step.tiles, own_q):
+                name = _name(lane, step, call)
+                args = _tile_args(lane, step, call, own_q, leaves, seed, flying)
+                with label(f"attention_{name}"):
+                    out, lse = op(_rows(own_q, call), *(_keys(x, call) for x in (k_block, v_block)), *args)
+                    found = tuple(unstacked(x, call.count) for x in (out.to(dtype), lse))
+                states[i].fold(call.q, found, merge, f"merge_{name}")
+    with label("join_rows"):
+        joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
+        out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
+    if site.sink:
+        out, lse = _with_sink(site, out, lse, leaves)
+    return out.to(q.dtype), lse
+
+
+def backward(
+    site: Site,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    leaves: Sequence[Tensor],
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
+    keys = transport(site, q, k, v)
+    sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
+    own: list[Rows] = []
+    local: Served = []
+    for served, flying in keys.blocks():
+        beside = [*flying, *keys.returning]
+        if local:
+            keys.give_back(served, [sums.of(block, beside) for block in served], own)
+            continue
+        local, own = served, [running(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
+        for block, dkv in zip(local, own, strict=True):
+            sums.add(block, sums.halves[block[0]][0], beside, dkv)
+    for block, dkv in zip(local, own, strict=True):
+        sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
+    keys.finish(own)
+    if site.sink and site.learned:
+        sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
+    with label("join_gradients"):
+        dk, dv = keys.collect(own)
+        dq = _dq(site, keys.lanes, sums.dqs, q)
+        learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
+
+
+class _Gradients:
+    """What the tiles of one backward add up: `dqs`, of each lane's queries, and `dleaves`, of the learned leaves."""
+
+    def __init__(
+        self, site: Site, keys: Transport, mine: Sequence[Tensor], leaves: Sequence[Tensor], seed: Tensor | None
+    ) -> None:
+        self.keys, self.leaves, self.seed = keys, leaves, seed
+        self.dtype = accumulator(mine[1].dtype)
+        self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
+        self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
+        self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
+        self.dqs = [running(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
+        self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
+
+    def _halves(self, number: int) -> tuple[list[Call], list[Call]]:
+        lane, tiles = self.keys.lanes[number], self.keys.steps(number)[0].tiles
+        first, last = divided(tiles) if self.keys.remote else (tiles, ())
+        return _calls(lane, first, self.ours[number][1]), _calls(lane, last, self.ours[number][1])
+
+    def _spans(self, number: int) -> list[tuple[int, int]]:
+        """Where sums of gradients of a lane's queries begin and end."""
+        own = [call.q for half in self.halves[number] for call in half]
+        return [*own, *_query_spans(self.keys, number, self.ours[number][1], first=1)]
+
+    def local_spans(self, number: int) -> list[tuple[int, int]]:
+        """Where sums of gradients of the own keys begin and end."""
+        return [*_key_spans(call for half in self.halves[number] for call in half), *self.keys.returned_rows]
+
+    def of(self, block: Block, flying: list[Tensor]) -> tuple[Tensor, ...]:
+        """dK and dV of a block that came."""
+        i, step, (k, v) = block
+        found = _calls(self.keys.lanes[i], step.tiles, self.ours[i][1])
+        dkv = running(k.shape[2], partial(_key_spans, found))
+        self.add(block, found, flying, dkv)
+        return dkv.join(partial(zero_block, k, v, self.dtype))
+
+    def add(self, block: Block, some: Sequence[Call], flying: list[Tensor], dkv: Rows) -> None:
+        """Adds what `some` calls of a block give; its share of dK and dV to `dkv`."""
+        i, step, blocks = block
+        lane, ours = self.keys.lanes[i], self.ours[i]
+        for call in some:
+            name = _name(lane, step, call)
+            args = _tile_args(lane, step, call, ours[1], self.leaves, self.seed, flying)
+            with label(f"attention_backward_{name}"):
+                mine, theirs = [_rows(x, call) for x in ours], [_keys(x, call) for x in blocks]
+                dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
+                dq = unstacked(dq, call.count)
+            self.dqs[i].fold(call.q, (dq,), add, f"add_gradients_{name}")
+            _fold_keys(dkv, call, (dk, dv), f"add_gradients_{name}")
+            if others:
+                self.dleaves = _add_leaf_grads(lane, step, call, ours[1], self.leaves, others, self.dleaves)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
+    """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
+    if lane.problem.cut_all:
+        return calls(tiles, lane.tile, stack=0)
+    return calls(tiles, stack=0 if _depends_on_tokens(lane) else STACK // max(1, q.shape[0]))
+
+
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """The query rows of a call."""
+    return stacked(x, call.tiles[0].q, call.rows, call.count)
+
+
+def _keys(block: Tensor, call: Call) -> Tensor:
+    """The key rows of a call."""
+    parts = [stacked(block, tile.k, by, call.count) for tile, by in zip(call.tiles, call.shifts, strict=True)]
+    return parts[0] if len(parts) == 1 else join_rows(parts)
+
+
+def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads` of the key rows of a call to those of the block."""
+    offset = 0
+    for tile, by, spans in zip(call.tiles, call.shifts, call.k, strict=True):
+        length = tile.k[1] - tile.k[0]
+        part = tuple(cut(x, (offset, offset + length)) for x in grads)
+        offset += length
+        if len(spans) > 1:  # apart, or overlapping
+            for span, *values in zip(spans, *(_each(x, call).unbind(1) for x in part), strict=True):
+                into.fold(span, tuple(values), add, text)
+        elif by or call.count == 1:
+            into.fold(spans[0], tuple(unstacked(x, call.count) for x in part), add, text)
+        else:
+            into.fold(spans[0], tuple(_each(x, call).sum(1) for x in part), add, text)
+
+
+def _each(x: Tensor, call: Call) -> Tensor:
+    """(B count, H, n, D) as (B, count, H, n, D)."""
+    apart: Tensor = x.unflatten(0, (-1, call.count))
+    return apart
+
+
+def _query_spans(keys: Transport, number: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    return [call.q for step in keys.steps(number)[first:] for call in _calls(keys.lanes[number], step.tiles, q)]
+
+
+def _key_spans(some: Iterable[Call]) -> list[tuple[int, int]]:
+    return [span for call in some for spans in call.k for span in spans]
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+def _queries(lane: Site, x: Tensor) -> Tensor:
+    """The rows of a lane's queries: of q, of the gradient, of out, of lse."""
+    if lane.lane is None:
+        return x
+    with label(f"take_lane{lane.number}"):
+        return taken(x, *_place(lane))
+
+
+def _place(lane: Site) -> Place:
+    """A lane's query heads, and where its queries stand in the rank's block."""
+    assert lane.lane is not None
+    return list(lane.lane.members), rows_of(lane, tokens_of(lane, lane.owned_queries))
+
+
+def _merged(lanes: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all queries from those of the lanes: one log-sum-exp merge over the patterns."""
+    patterns = [lane.lane.pattern for lane in lanes if lane.lane]
+    first = patterns.count(patterns[0])
+    with label("merge_lanes"):
+        out, lse = merged(parts, [_place(lane) for lane in lanes], first, *q.shape[1:3])
+    return out, lse
+
+
+def _dq(site: Site, lanes: Sequence[Site], dqs: Sequence[Rows], q: Tensor) -> Tensor:
+    """The gradient of all queries from those of the lanes'."""
+
+    def zeros(heads: int, n: int) -> tuple[Tensor, ...]:
+        return (q.new_zeros((q.shape[0], heads, n, q.shape[3]), dtype=accumulator(q.dtype)),)
+
+    if not site.dilation:
+        return dqs[0].join(partial(zeros, q.shape[1]))[0]
+    places = [_place(lane) for lane in lanes]
+    parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, places, strict=True)]
+    return added(parts, places, *q.shape[1:3])
+
+
+def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) of n rows of `q` that no tile touched."""
+    dtype = accumulator(q.dtype)
+    lse = torch.full((*q.shape[:2], n), -torch.inf, dtype=dtype, device=q.device)
+    return q.new_zeros((*q.shape[:2], n, v.shape[3]), dtype=dtype), lse
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _name(site: Site, step: Step, call: Call) -> str:
+    """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
+    lane = f"lane{site.number}_" if site.lane else ""
+    rows, keys = call.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in call.tiles]
+    if len(keys) > MOST_NAMED:
+        keys = [*keys[:MOST_NAMED], f"and{len(keys) - MOST_NAMED}more"]
+    stack = f"_stack{call.count}" if call.count > 1 else ""
+    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
+
+
+# --- what a tile's scores go through ----------------------------------------------------------------------------------
+
+
+def _tile_args(
+    site: Site,
+    step: Step,
+    call: Call,
+    q: Tensor,
+    leaves: Sequence[Tensor],
+    seed: Tensor | None,
+    flying: list[Tensor],
+) -> tuple[Any, ...]:
+    """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
+    kind, name = call.kind, _name(site, step, call)
+    spans: tuple[Any, ...] = _spans(site, step, call, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
+    allowed = bias = keep = None
+    with label(f"mask_{name}"):
+        if kind == PARTIAL:
+            allowed = primitives.mask_tile(list(leaves), q, site.mask, *spans)
+        if site.bias:
+            bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
+    if site.dropout:
+        with label(f"keep_{name}"):
+            keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
+    score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
+    triangle = kind == CAUSAL_TILE, kind == MIRRORED
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
+
+
+def _depends_on_tokens(site: Site) -> bool:
+    """Whether what acts on the scores of a tile, beside its mask, depends on the tokens."""
+    return bool(site.bias or site.dropout or site.score)
+
+
+def _spans(site: Site, step: Step, call: Call, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """(B, H, tokens of the query rows, tokens of the key rows) of a call that is no stack."""
+    assert call.count == 1, call
+    keys = [edge for tile in call.tiles for edge in _tokens(step.tokens, tile.k)]
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, call.q), keys
+
+
+def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
+    """The tokens in rows `span` of a block that holds the tokens `ranges`, as a flat list of ranges."""
+    return [edge for run in tokens(ranges, span) for edge in run]
+
+
+def _add_leaf_grads(
+    site: Site,
+    step: Step,
+    call: Call,
+    q: Tensor,
+    leaves: Sequence[Tensor],
+    others: list[Tensor],
+    dleaves: list[Tensor],
+) -> list[Tensor]:
+    """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
+    spans = _spans(site, step, call, q)
+    with label(f"mask_backward_{_name(site, step, call)}"):
+        more = others
+        if not site.score:
+            more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)
+    return [a + b for a, b in zip(dleaves, more, strict=True)]
+
+
+# --- sinks ------------------------------------------------------------------------------------------------------------
+
+
+def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) with one key more for each row, whose score is the sink and whose value is 0."""
+    with label("sink"):
+        sink = primitives.mask_tile(list(leaves), out, site.sink, *_sink_spans(site, out)).to(lse.dtype)[..., 0]
+        share = torch.sigmoid(lse - sink).masked_fill(lse == -torch.inf, 0.0)
+        return out * share.unsqueeze(-1), torch.logaddexp(lse, sink)
+
+
+def _add_sink_grads(
+    site: Site, grad: Tensor, out: Tensor, lse: Tensor, leaves: Sequence[Tensor], dleaves: list[Tensor]
+) -> list[Tensor]:
+    """`dleaves` plus what comes through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
+    spans = _sink_spans(site, out)
+    with label("sink_backward"):
+        sink = primitives.mask_tile(list(leaves), out, site.sink, *spans).to(lse.dtype)
+        weight = torch.exp(sink - lse.unsqueeze(-1)).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+        through = -weight * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
+        more = primitives.mask_tile_backward(
+            through.sum_to_size(sink.shape), list(leaves), list(site.learned), out, site.sink, *spans
+        )
+        return [a + b for a, b in zip(dleaves, more, strict=True)]
+
+
+def _sink_spans(site: Site, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    return q.shape[0], q.shape[1], [edge for run in site.owned_queries for edge in run], [0, 1]

@@ -1,0 +1,194 @@
+"""Rows of lanes as operators: taking some heads and tokens out of a block, sending them, and putting results back.
+
+    take_rows    some rows of some heads, as a tensor of their own
+    pack_rows    parcels of K and V as one message
+    add_rows     the sum of parts, each with its own rows, as a block
+    merge_rows   the log-sum-exp merge of (out, lse) parts, each with its own rows, as a block
+
+Rows are flat lists of (start, stop, step).  Of several parts, all heads and rows are one list each, and `sizes` says
+how many numbers belong to each part: heads, rows, heads, rows, ..
+
+`taken`, `added` and `merged` are what the loop calls: they write the operators where it is traced.  Where it runs, a
+first part that has all rows becomes the block itself.  All rows of all heads are not taken, but left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ringpass.kernels import table as kernels
+from ringpass.kernels.blocks import empty_rows
+from ringpass.ops.library import define, implement
+from ringpass.schedule.messages import count
+
+Place = tuple[Sequence[int], Sequence[int]]  # heads, rows
+Index = slice | Tensor
+
+define("take_rows(Tensor x, int[] heads, int[] rows) -> Tensor")
+define("pack_rows(Tensor[] tensors, int[] heads, int[] rows, int[] sizes) -> Tensor")
+define("add_rows(Tensor[] parts, int[] heads, int[] rows, int[] sizes, int groups, int length) -> Tensor")
+define(
+    "merge_rows(Tensor[] outs, Tensor[] lses, int[] heads, int[] rows, int[] sizes, int disjoint, int groups, "
+    "int length) -> Tensor[]"
+)
+_ops = torch.ops.ringpass
+pack_rows = _ops.pack_rows.default
+
+
+def taken(x: Tensor, heads: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """Some rows of some heads; `x` itself, where that is all of it."""
+    found: Tensor = x if _is_all((heads, rows), *x.shape[1:3]) else _ops.take_rows(x, heads, rows)
+    return found
+
+
+def added(parts: Sequence[Tensor], places: Sequence[Place], groups: int, length: int) -> Tensor:
+    """The sum of parts, which are given away, as a block of `groups` heads of `length` rows."""
+    args = list(parts), *flat(places), groups, length
+    total: Tensor = _sum(*args, given=True) if get_proxy_mode() is None else _ops.add_rows(*args)
+    return total
+
+
+def merged(
+    parts: Sequence[Sequence[Tensor]], places: Sequence[Place], disjoint: int, groups: int, length: int
+) -> list[Tensor]:
+    """The log-sum-exp merge of (out, lse) parts, which are given away; the first `disjoint` share no row."""
+    outs, lses = ([part[i] for part in parts] for i in range(2))
+    args = outs, lses, *flat(places), disjoint, groups, length
+    total: list[Tensor] = _merge(*args, given=True) if get_proxy_mode() is None else _ops.merge_rows(*args)
+    return total
+
+
+def flat(places: Sequence[Place]) -> tuple[list[int], list[int], list[int]]:
+    """(heads, rows, sizes) of several parts, as the operators take them."""
+    heads = [head for part, _ in places for head in part]
+    rows = [number for _, part in places for number in part]
+    return heads, rows, [len(x) for place in places for x in place]
+
+
+def _places(heads: Sequence[int], rows: Sequence[int], sizes: Sequence[int]) -> Iterator[Place]:
+    i = j = 0
+    for n, m in zip(sizes[::2], sizes[1::2], strict=True):
+        yield heads[i : i + n], rows[j : j + m]
+        i, j = i + n, j + m
+
+
+def _index(place: Place, device: torch.device) -> tuple[Index, Index]:
+    """Slices where heads and rows are evenly spaced, else tensors."""
+    heads, rows = place
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    even = step > 0 and list(heads) == list(range(heads[0], heads[0] + step * len(heads), step))
+    found: list[Index] = [slice(heads[0], heads[-1] + 1, step) if even else torch.tensor(heads, device=device)]
+    if len(rows) == 3:
+        return found[0], slice(*rows)
+    spans = zip(rows[::3], rows[1::3], rows[2::3], strict=True)
+    return found[0], torch.cat([torch.arange(0, device=device), *(torch.arange(*s, device=device) for s in spans)])
+
+
+def _take(x: Tensor, place: Place) -> Tensor:
+    heads, rows = _index(place, x.device)
+    return x[:, heads][:, :, rows]
+
+
+def _put(x: Tensor, place: Place, part: Tensor, add: bool) -> None:
+    """Writes `part` to its rows of `x`, or adds it; only what is added may name a head twice."""
+    heads, rows = _index(place, x.device)
+    if isinstance(heads, slice):
+        there = x[:, heads]
+        if isinstance(rows, slice):
+            there[:, :, rows].add_(part) if add else there[:, :, rows].copy_(part)
+        elif add:
+            there.index_add_(2, rows, part)
+        else:
+            there.index_copy_(2, rows, part)
+        return
+    at = torch.arange(x.shape[2], device=x.device)[rows] if isinstance(rows, slice) else rows
+    x.movedim(0, 2).index_put_((heads[:, None], at[None, :]), part.movedim(0, 2), accumulate=add)
+
+
+def _take_rows(x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
+    return _take(x, (heads, rows)).clone(memory_format=torch.contiguous_format)
+
+
+def _fake_take_rows(x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], len(heads), count(rows), *x.shape[3:]))
+
+
+def _pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
+    return torch.cat([_message(x, list(_places(*where))) for x in tensors])
+
+
+def _message(x: Tensor, places: Sequence[Place]) -> Tensor:
+    return torch.cat([_take(x, place).flatten(1, 2) for place in places], dim=1).reshape(-1)
+
+
+def _fake_pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
+    numbers = sum(len(heads) * count(rows) for heads, rows in _places(*where))
+    return tensors[0].new_empty(numbers * sum(x.shape[0] * x.shape[3] for x in tensors))
+
+
+def _is_all(place: Place, groups: int, length: int) -> bool:
+    heads, rows = place
+    return list(heads) == list(range(groups)) and list(rows) == [0, length, 1]
+
+
+def _sum(
+    parts: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], groups: int, length: int,
+    given: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rows first; `given`: in the first part's memory, where that has all rows."""
+    places = list(_places(heads, rows, sizes))
+    whole = _is_all(places[0], groups, length)
+    out = _first(parts[0], given) if whole else empty_rows(parts[0], length, groups).zero_()
+    for place, part in zip(places[whole:], parts[whole:], strict=True):
+        _put(out, place, part, add=True)
+    return out
+
+
+def _fake_add_rows(parts: list[Tensor], *args: Any) -> Tensor:
+    groups, length = args[-2:]
+    return empty_rows(parts[0], length, groups)
+
+
+def _merge(
+    outs: list[Tensor], lses: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], disjoint: int,
+    groups: int, length: int, given: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Rows first; `given`: in the first part's memory, where that has all rows."""
+    places = list(_places(heads, rows, sizes))
+    whole = _is_all(places[0], groups, length)
+    if whole:
+        out, lse = _first(outs[0], given), _first(lses[0], given)
+    else:
+        out = empty_rows(outs[0], length, groups).zero_()
+        lse = empty_rows(lses[0], length, groups).fill_(-torch.inf)
+    for i in range(int(whole), len(places)):
+        if i < disjoint:
+            _put(out, places[i], outs[i], add=False)
+            _put(lse, places[i], lses[i], add=False)
+            continue
+        old, old_lse = _take(out, places[i]), _take(lse, places[i])
+        kernels.merge(old, old_lse, outs[i], lses[i], in_place=True)
+        if not all(isinstance(index, slice) for index in _index(places[i], out.device)):
+            _put(out, places[i], old, add=False)
+            _put(lse, places[i], old_lse, add=False)
+    return [out, lse]
+
+
+def _fake_merge_rows(outs: list[Tensor], lses: list[Tensor], *args: Any) -> list[Tensor]:
+    groups, length = args[-2:]
+    return [empty_rows(x[0], length, groups) for x in (outs, lses)]
+
+
+def _first(part: Tensor, given: bool) -> Tensor:
+    return part if given else empty_rows(part, part.shape[2]).copy_(part)
+
+
+implement("take_rows", _take_rows, _fake_take_rows)
+implement("pack_rows", _pack_rows, _fake_pack_rows)
+implement("add_rows", _sum, _fake_add_rows)
+implement("merge_rows", _merge, _fake_merge_rows)

@@ -1,0 +1,119 @@
+"""Content-dependent block selection: an approximation of attention that reads only the blocks that promise most.
+
+    run = torch.compile(model, backend="ring_dilated", options={"approximate": top_blocks(128, density=0.25)})
+
+Queries and keys are averaged over blocks of tokens; the scaled product of two means, softmax over key blocks, mean over
+heads, stands for the weight of a pair of blocks.  Each block of queries keeps
+
+    density    that share of the key blocks that the mask leaves it, those of largest weight; 1.0 is exact attention
+    mass       as few as hold that share of the weight, as far as it is more than rounding
+
+and its own block in any case.  Under the option `along_curve`, blocks are runs of the curve.  The mask counts as far as
+it is known without the data of the call: padding that comes with the batch is masked, but it may be chosen.  One
+selection serves all heads of a batch element.  It is made anew in each call, from means that are summed over all ranks,
+so all ranks choose alike; the backward uses the forward's.  No gradient flows through the choice.  What is not selected
+is neither computed nor sent.
+
+Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (2503.16428).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringpass.errors import OptionError
+from ringpass.kernels.tile import accumulator, per_query_head
+from ringpass.layouts.hilbert import Order
+from ringpass.layouts.layout import Ranges
+from ringpass.masks.expr import EMPTY, KINDS, B, Const, Expr, K, Load, Q, call, classify_all, parse
+
+
+@dataclass(frozen=True)
+class TopBlocks:
+    """Blocks of `block` tokens; exactly one of `density` and `mass` is set."""
+
+    block: int
+    density: float | None
+    mass: float | None
+
+    def __str__(self) -> str:
+        target = f"density={self.density:g}" if self.density is not None else f"mass={self.mass:g}"
+        return f"top_blocks({self.block}, {target})"
+
+
+def top_blocks(block: int = 128, *, density: float | None = None, mass: float | None = None) -> TopBlocks:
+    """The option `approximate`: block selection by pooled products.
+
+    >>> print(top_blocks(64, mass=0.9))
+    top_blocks(64, mass=0.9)
+
+    block: edge of a block, in tokens, at least 1.
+    density: share of the blocks to keep, above 0 and at most 1.
+    mass: share of the estimated attention weight to keep, above 0 and at most 1.
+    """
+    if type(block) is not int or block < 1:
+        raise OptionError(f"top_blocks: block must be an int of at least 1, got {block!r}")
+    given = {name: value for name, value in (("density", density), ("mass", mass)) if value is not None}
+    if len(given) != 1:
+        raise OptionError(f"top_blocks takes one of density and mass, got {len(given)} of them")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise OptionError(f"top_blocks: {name} must be a number above 0 and at most 1, got {value!r}")
+    return TopBlocks(block, density, mass)
+
+
+def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order | None = None) -> Tensor:
+    """(B, H, N, D): the sums over the tokens of each block that are in `x` (B, H, L, D), those `owned`.
+
+    With an `order`, `owned` are places along it, and blocks are of tokens.
+    """
+    spans = [torch.arange(start, stop, device=x.device) for start, stop in owned]
+    at = torch.cat([torch.arange(0, device=x.device), *spans])
+    at = (order.known.tensor(at)[at] if order else at) // block
+    sums = x.new_zeros((*x.shape[:2], -(-tokens // block), x.shape[3]), dtype=accumulator(x.dtype))
+    return sums.index_add_(2, at, x.to(sums.dtype))
+
+
+def means(sums: Tensor, block: int, tokens: int) -> Tensor:
+    """The means of blocks, of which the last may be short, from their sums."""
+    starts = torch.arange(0, tokens, block, device=sums.device)
+    return sums / (starts + block).clamp(max=tokens).sub(starts).unsqueeze(-1)
+
+
+def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int], selection: TopBlocks) -> Tensor:
+    """(B, Nq, Nk), True where a pair of blocks is kept, from means q (B, H, Nq, D) and k (B, G, Nk, D)."""
+    allowed = torch.from_numpy(open_blocks(parse(mask), tokens, selection.block)).to(q.device)
+    scores = (q @ per_query_head(k, q).mT * scale).masked_fill(~allowed, -torch.inf)
+    weight = scores.softmax(-1).nan_to_num(0.0).mean(1)
+    rank = weight + allowed  # what is closed comes last
+    if tokens[0] == tokens[1]:
+        rank = rank + allowed * torch.eye(len(allowed), device=q.device)  # the own block first
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    if selection.density is not None:
+        count = (allowed.sum(-1, keepdim=True).double() * selection.density - 1e-9).ceil()  # 0.07 * 100 is 7
+        keep = torch.arange(order.shape[-1], device=q.device) < count
+    else:
+        ranked = weight.gather(-1, order)
+        keep = ranked.cumsum(-1) - ranked < float(selection.mass or 0)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, keep.expand_as(order))
+    return kept & allowed
+
+
+def chosen_blocks(mask: Expr, leaf: int, selection: TopBlocks) -> Expr:
+    """`mask`, and only the pairs of blocks that leaf number `leaf` (B, Nq, Nk) keeps."""
+    at = [call("floordiv", x, Const(selection.block)) for x in (Q, K)]
+    return call("and", mask, Load(leaf, (B, *at)))
+
+
+def open_blocks(expr: Expr, tokens: tuple[int, int], block: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """(Nq, Nk), False where the mask is empty in a whole pair of blocks."""
+    edges = [(np.arange(0, n, block), np.minimum(np.arange(0, n, block) + block, n)) for n in tokens]
+    (q, k), shape = edges, (len(edges[0][0]), len(edges[1][0]))
+    pairs = [np.repeat(x, shape[1]) for x in q], [np.tile(x, shape[0]) for x in k]
+    kinds = classify_all(expr, (pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1]))
+    found: np.ndarray[tuple[int, int], np.dtype[np.bool_]] = (kinds != KINDS.index(EMPTY)).reshape(shape)
+    return found

@@ -1,0 +1,357 @@
+"""verify: proves the schedules of all ranks of one attention site together, before anything is sent.
+
+    >>> from ringpass.layouts.layout import Layout
+    >>> print(prove(Problem("k <= q", 8, 8, Layout("zigzag", 2), Layout("zigzag", 2))))
+    2 ranks: 2 exchanges, 6 of 6 tokens moved, area 18 at most, 18 on average
+
+Terms: tokens *moved* cross between ranks; their *lower bound* counts the (rank, remote key) pairs such that a query of
+the rank may attend to the key.  A pair *may* attend where the mask holds for some value of what depends on data
+(leaves, batch, head); it *must* where the mask holds for every such value.
+
+Contract: `prove` returns only if all of this holds, and raises ScheduleError for the first thing that does not.
+
+    wellformed   each step says what its rank does: own queries, own rows sent, tiles inside the block
+    exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
+    waits        no circle, forward and backward: an exchange ends only after both its ends have started it
+    coverage     tiles are disjoint; pairs outside may not attend; in full tiles and triangles all must
+    thrift       each received token serves a tile, and no tile is provably empty or larger than it has to be
+
+Coverage is checked for each element of a mask that has at most BRUTE of them, else by arithmetic (`cover`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringpass.errors import ScheduleError
+from ringpass.layouts.layout import Ranges, size, tokens
+from ringpass.masks.expr import EMPTY, FULL, PARTIAL, Expr, classify, evaluate, extents, without_data
+from ringpass.passes.plan.plan import RingPlan
+from ringpass.schedule.coverage import cover
+from ringpass.schedule.program import (
+    CAUSAL_TILE,
+    MIRRORED,
+    TILE_KINDS,
+    TRIANGLES,
+    Problem,
+    Program,
+    Step,
+    Tile,
+    Tiling,
+    Transfer,
+    program,
+    tiling,
+)
+
+PROVED = 16_384  # tiles of a schedule whose programs on all ranks are written down and proved one by one
+BRUTE = 4_000_000  # elements of a mask that is checked one by one
+ROWS, COLUMNS = 32, 512  # parts of a mask that are evaluated at once for the lower bound
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the proof counted on its way.  Areas are (query, key) pairs of one rank, as `Program.area` counts them."""
+
+    world: int
+    exchanges: int
+    moved: int
+    lower_bound: int
+    largest_area: int
+    mean_area: float
+
+    def __str__(self) -> str:
+        moved = f"{self.moved} of {self.lower_bound} tokens moved"
+        area = f"area {self.largest_area} at most, {self.mean_area:g} on average"
+        return f"{self.world} ranks: {self.exchanges} exchanges, {moved}, {area}"
+
+
+def prove(problem: Problem) -> Proof:
+    """Proves the programs of all ranks of `problem`; raises ScheduleError where one of them is wrong."""
+    return check([program(problem, rank) for rank in range(problem.world)])
+
+
+def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
+    """Proves the schedule of each site of a plan, equal ones once, before anything is sent."""
+    problems = dict.fromkeys(problem for site in plan.sites for problem in site.problems)
+    return tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
+
+
+def prove_from(problem: Problem, rank: int) -> Proof:
+    """Proves the tiles of all ranks as arrays, and that the program of `rank` is what they say.
+
+    For schedules of many tiles, whose programs on all ranks would take minutes to write down.  That every send has its
+    receive follows, since both ends read one table; that nothing waits in a circle, since every rank's shifts ascend:
+    a wait for shift t only waits for what its peer does after the peer's own waits for shifts below t.
+    """
+    whole, one = tiling(problem), program(problem, rank)
+    for index, step in enumerate(one.steps):
+        _wellformed(one, index, step)
+    shifts = [step.shift for step in one.steps]
+    _demand(shifts == sorted(set(shifts)), rank, None, "its shifts {} do not ascend", shifts)
+    runs, sent = whole.of(rank).used(), whole.serving(rank).used()
+    for side, peers, table in (("receive", runs.src, runs), ("send", sent.dst, sent)):
+        found = [(x.src, x.dst, span) for s in one.steps if (x := getattr(s, side)) for span in x.tokens]
+        ends = zip(
+            table.src.tolist(), table.dst.tolist(), zip(*(x.tolist() for x in table.k), strict=True), strict=True
+        )
+        wanted = [end for end, remote in zip(ends, (peers != rank).tolist(), strict=True) if remote]
+        _demand(sorted(found) == sorted(wanted), rank, None, "does not {} what the tiles use", side)
+    _cover_rectangles(one)
+    for other in range(problem.world):
+        if other != rank:
+            cover(problem, other, whole.of(other))
+    remote = whole.take(whole.dst != whole.src)
+    certain = remote.take(remote.kind == TILE_KINDS.index(FULL))
+    areas = whole.areas(problem.world)
+    return Proof(
+        world=problem.world,
+        exchanges=len({*zip(remote.dst.tolist(), remote.src.tolist(), strict=True)}),
+        moved=int(whole.received(problem.world).sum()),
+        lower_bound=int(certain.received(problem.world).sum()),  # what partial tiles need is not counted
+        largest_area=int(areas.max()),
+        mean_area=float(areas.mean()),
+    )
+
+
+def check(programs: Sequence[Program]) -> Proof:
+    """Proves `programs`, those of ranks 0, 1, ... of one problem."""
+    problem = programs[0].problem
+    for rank, one in enumerate(programs):
+        _demand((one.problem, one.rank) == (problem, rank), rank, None, "the program is another rank's or problem's")
+        for index, step in enumerate(one.steps):
+            _wellformed(one, index, step)
+    _exchanges(programs)
+    _waits(programs)
+    for one in programs:
+        _coverage(one)
+        _thrift(one)
+    areas = [one.area for one in programs]
+    return Proof(
+        world=problem.world,
+        exchanges=sum(1 for one in programs for step in one.steps if step.receive),
+        moved=sum(one.received for one in programs),
+        lower_bound=sum(lower_bound(problem, rank) for rank in range(problem.world)),
+        largest_area=max(areas),
+        mean_area=sum(areas) / len(areas),
+    )
+
+
+def lower_bound(problem: Problem, rank: int) -> int:
+    """Number of distinct remote key tokens to which some query of `rank` may attend."""
+    own = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
+    remote = [(stop, start) for (_, stop), (start, _) in zip(own, own[1:], strict=False)]
+    pieces = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
+    return sum(_needed(problem, rank, piece) for piece in pieces)
+
+
+def _needed(problem: Problem, rank: int, keys: Span) -> int:
+    may, found = without_data(problem.expr, True), torch.zeros(keys[1] - keys[0], dtype=torch.bool)
+    for start, stop in problem.query_layout.ranges(rank, problem.queries):
+        whole = classify(may, (start, stop), keys)
+        for low in range(start, stop if whole != EMPTY else 0, ROWS):
+            q = low, min(low + ROWS, stop)
+            if whole == FULL or found.all() or (kind := classify(may, q, keys)) == FULL:
+                return keys[1] - keys[0]
+            found |= _values(may, [q], [keys], True).any(0) if kind == PARTIAL else False
+    return int(found.sum())
+
+
+def _demand(fact: bool, rank: int, step: Step | None, complaint: str, *about: object) -> None:
+    if not fact:
+        raise ScheduleError(f"rank {rank}{f', step {step.shift}' if step else ''}: {complaint.format(*about)}")
+
+
+def _wellformed(one: Program, index: int, step: Step) -> None:
+    problem, rank = one.problem, one.rank
+    _demand((index == 0) == (step.shift == 0), rank, step, "stands at place {}", index)
+    if index == 0:
+        own = problem.key_layout.ranges(rank, problem.keys)
+        _demand(step.tokens == own, rank, step, "holds tokens {}, not the rank's own {}", step.tokens, own)
+        _demand(step.send is None and step.receive is None, rank, step, "moves tokens, but its keys are local")
+    else:
+        _wellformed_transfers(one, step)
+    rows_q, rows_k = size(problem.query_layout.ranges(rank, problem.queries)), size(step.tokens)
+    for tile in step.tiles:
+        _demand(0 <= tile.q[0] < tile.q[1] <= rows_q, rank, step, "tile {} is not in the {} query rows", tile, rows_q)
+        _demand(0 <= tile.k[0] < tile.k[1] <= rows_k, rank, step, "tile {} is not in the {} key rows", tile, rows_k)
+        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of no known kind", tile)
+        square = tile.kind not in TRIANGLES or tile.q[1] - tile.q[0] == tile.k[1] - tile.k[0]
+        _demand(square, rank, step, "tile {} is a triangle, but no square", tile)
+
+
+def _wellformed_transfers(one: Program, step: Step) -> None:
+    rank, world, layout = one.rank, one.problem.world, one.problem.key_layout
+    received = step.receive.tokens if step.receive else ()
+    _demand(step.tokens == received, rank, step, "has tokens {}, but receives {}", step.tokens, received)
+    _demand(bool(step.receive or step.send), rank, step, "moves nothing")
+    before, after = (rank - step.shift) % world, (rank + step.shift) % world
+    for transfer, ends in ((step.receive, (before, rank)), (step.send, (rank, after))):
+        if transfer is not None:
+            _demand((transfer.src, transfer.dst) == ends, rank, step, "{} does not go from {} to {}", transfer, *ends)
+            owned, flat = layout.ranges(transfer.src, one.problem.keys), [e for span in transfer.tokens for e in span]
+            _demand(bool(flat) and flat == sorted(set(flat)), rank, step, "{}: its tokens do not ascend", transfer)
+            _demand(_within(transfer.tokens, owned), rank, step, "{}: its sender lacks some of the tokens", transfer)
+
+
+def _within(inner: Ranges, outer: Ranges) -> bool:
+    return sum(max(0, min(stop, b) - max(start, a)) for start, stop in inner for a, b in outer) == size(inner)
+
+
+def _exchanges(programs: Sequence[Program]) -> None:
+    sent: dict[Span, list[tuple[int, Transfer]]] = defaultdict(list)
+    received: dict[Span, list[tuple[int, Transfer]]] = defaultdict(list)
+    for one in programs:
+        seen: set[int] = set()
+        for step in one.steps:
+            _demand(step.shift not in seen, one.rank, step, "happens twice, so it is not a matching")
+            seen.add(step.shift)
+            for moves, transfer in ((sent, step.send), (received, step.receive)):
+                if transfer is not None:
+                    moves[transfer.src, transfer.dst].append((step.shift, transfer))
+    for pair in sorted({*sent, *received}):
+        for i in range(max(len(sent[pair]), len(received[pair]))):
+            out, back = (moves[pair][i] if i < len(moves[pair]) else None for moves in (sent, received))
+            shift = (out or back or (0,))[0]
+            _demand(out == back, pair[0], None, "step {}: sends {}, rank {} receives {}", shift, out, pair[1], back)
+
+
+Event = tuple[int, str, int]  # (rank, what it does, index of the exchange)
+
+
+def _waits(programs: Sequence[Program]) -> None:
+    """Edges lead from what happens first.  Backward alone: it holds the forward's events, in the same order."""
+    graph: nx.DiGraph[Event] = nx.DiGraph()
+    for one in programs:
+        nx.add_path(graph, _events(one))
+        for step in one.steps[1:]:
+            peers = {step.receive.src if step.receive else one.rank, step.send.dst if step.send else one.rank}
+            for peer in peers - {one.rank}:
+                graph.add_edge((peer, "start", step.shift), (one.rank, "wait", step.shift))
+                graph.add_edge((peer, "start return", step.shift), (one.rank, "wait return", step.shift))
+    if not nx.is_directed_acyclic_graph(graph):
+        circle = [edge[0] for edge in nx.find_cycle(graph)]
+        text = " -> ".join(f"rank {rank}: {what} {shift}" for rank, what, shift in [*circle, circle[0]])
+        _demand(False, circle[0][0], None, "step {}: waits in a circle: {}", circle[0][2], text)
+
+
+def _events(one: Program) -> Iterator[Event]:
+    """What `ringpass.ops.ring` does, in order: an exchange starts once the last one is in, a return is a step late."""
+    late = None
+    for index, step in enumerate(one.steps):
+        if index:
+            yield (one.rank, "wait", step.shift)
+        for following in one.steps[index + 1 : index + 2]:
+            yield (one.rank, "start", following.shift)
+        if index:
+            yield (one.rank, "start return", step.shift)
+        if late is not None:
+            yield (one.rank, "wait return", late)
+        late = step.shift if index else None
+    if late is not None:
+        yield (one.rank, "wait return", late)
+
+
+def _coverage(one: Program) -> None:
+    expr = one.problem.expr
+    if one.problem.queries * one.problem.keys > BRUTE:
+        return _cover_rectangles(one)
+    try:
+        _cover_elements(one)
+    except ScheduleError:
+        if without_data(expr, True) == expr:
+            raise
+        _cover_rectangles(one)  # knows more where data and positions mix: k <= max(q, x0[b])
+
+
+def _tiles(one: Program) -> Iterator[tuple[Step, Tile, Ranges, Ranges]]:
+    """(step, tile, its query tokens, its key tokens)."""
+    queries = one.problem.query_layout.ranges(one.rank, one.problem.queries)
+    for step in one.steps:
+        for tile in step.tiles:
+            q, k = tokens(queries, tile.q), tokens(step.tokens, tile.k)
+            plain = tile.kind not in TRIANGLES or len(q) == len(k) == 1 or (tile.kind == CAUSAL_TILE and q == k)
+            _demand(plain, one.rank, step, "tile {} is a triangle of {} and {}", tile, q, k)
+            yield step, tile, q, k
+
+
+def _cover_elements(one: Program) -> None:
+    problem, rank = one.problem, one.rank
+    queries = problem.query_layout.ranges(rank, problem.queries)
+    may, must = (_values(problem.expr, queries, [(0, problem.keys)], unknown) for unknown in (True, False))
+    covered = torch.zeros_like(may)
+    for step, tile, _, k in _tiles(one):
+        part = slice(*tile.q), torch.cat([torch.arange(*span) for span in k])
+        inside = _shape(tile)
+        _demand(not bool((covered[part] & inside).any()), rank, step, "tile {} covers pairs of another one", tile)
+        covered[part] = covered[part] | inside
+        whole = tile.kind == PARTIAL or bool((must[part] | ~inside).all())
+        _demand(whole, rank, step, "the mask is not as the kind of tile {} says", tile)
+    for row, key in (may & ~covered).nonzero()[:1].tolist():
+        ((query, _),) = tokens(queries, (row, row + 1))
+        _demand(False, rank, None, "no tile covers query {}, key {}, which the mask may allow", query, key)
+
+
+def _shape(tile: Tile) -> Tensor:
+    """The pairs that a tile computes."""
+    square = torch.ones(tile.q[1] - tile.q[0], tile.k[1] - tile.k[0], dtype=torch.bool)
+    return {CAUSAL_TILE: square.tril, MIRRORED: square.triu}.get(tile.kind, square.clone)()
+
+
+def _cover_rectangles(one: Program) -> None:
+    parts = [part for _, tile, q, k in _tiles(one) for part in _parts(tile, q, k)]
+    owner = [_owner(one, k) for _, k, _ in parts]
+    columns = np.array([(*q, *k, kind) for q, k, kind in parts], dtype=np.int64).reshape(-1, 5).T
+    dst, src = np.full(len(parts), one.rank), np.array(owner, dtype=np.int64)
+    cover(one.problem, one.rank, Tiling(dst, src, (columns[0], columns[1]), (columns[2], columns[3]), columns[4]))
+
+
+def _parts(tile: Tile, q: Ranges, k: Ranges) -> Iterator[tuple[Span, Span, int]]:
+    """A tile in rows as tiles in tokens: each run of queries by each run of keys."""
+    for i, queries in enumerate(q):
+        for j, keys in enumerate(k):
+            if tile.kind != CAUSAL_TILE or len(q) == len(k) == 1:
+                yield queries, keys, TILE_KINDS.index(tile.kind)
+            elif i >= j:
+                yield queries, keys, TILE_KINDS.index(CAUSAL_TILE if i == j else FULL)
+
+
+def _owner(one: Program, keys: Span) -> int:
+    """The rank that the program takes `keys` from: its own, or the sender of the step that brings them."""
+    for step in one.steps[1:]:
+        if step.receive and any(a <= keys[0] < b for a, b in step.receive.tokens):
+            return step.receive.src
+    return one.rank
+
+
+def _thrift(one: Program) -> None:
+    """With this, what a rank receives is the lower bound, at the granularity of tiles."""
+    expr, edge = one.problem.expr, one.problem.tile
+    for step, tile, q, k in _tiles(one):
+        whole = tile.kind != PARTIAL and not one.problem.cut_all
+        small = max(tile.q[1] - tile.q[0], tile.k[1] - tile.k[0]) <= edge
+        _demand(whole or small, one.rank, step, "tile {} is larger than {}", tile, edge)
+        empty = all(classify(expr, a, b) == EMPTY for a in q for b in k)
+        _demand(not empty, one.rank, step, "the mask is empty in tile {}", tile)
+    for step in one.steps[1:]:
+        reached, end = 0, size(step.tokens)
+        for start, stop in [*sorted(tile.k for tile in step.tiles), (end, end)]:
+            _demand(start <= reached, one.rank, step, "key rows {} are received and not used", (reached, start))
+            reached = max(reached, stop)
+
+
+def _values(expr: Expr, queries: Sequence[Span], keys: Sequence[Span], unknown: bool) -> Tensor:
+    """Where `queries` x `keys` may attend (`unknown` True) in some batch element and head, or must (False) in all."""
+    q, k = (torch.cat([torch.arange(0), *(torch.arange(*span) for span in spans)]) for spans in (queries, keys))
+    sizes = extents(expr)
+    b, h = (torch.arange(sizes.get(name, 1)) for name in "bh")
+    where = {"b": b.view(-1, 1, 1, 1), "h": h.view(1, -1, 1, 1), "q": q.view(1, 1, -1, 1), "k": k.view(1, 1, 1, -1)}
+    values = evaluate(without_data(expr, unknown), where, []).to(torch.bool).expand(len(b), len(h), len(q), len(k))
+    return values.any(1).any(0) if unknown else values.all(1).all(0)

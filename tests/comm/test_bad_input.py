@@ -1,0 +1,276 @@
+"""Bad input ends in a clear error on every rank within a bounded time, and nothing hangs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ringpass import RingConfig
+from ringpass.comm import p2p
+from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
+from tests.support.models import MODELS, batch_for, loss_of
+from tests.support.parity import compiled
+from tests.support.workers import Workers, spawn
+
+BOUND = 120.0  # seconds for a whole run of a few processes, start included
+
+
+def step(group: dist.ProcessGroup, model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Any:
+    run = compiled(model, group, **{"timeout": 10.0, **options})
+    outputs = run(**batch)
+    loss_of(outputs).backward()
+    return outputs
+
+
+def failure(kind: type[Exception], run: Any) -> str:
+    """The message of the error of `kind` that `run` ends in; what went otherwise, else."""
+    try:
+        run()
+    except kind as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__} instead of {kind.__name__}: {error}"
+    return "no error"
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layot": "zigzag"}, "did you mean 'layout'"),
+        ({"layout": "zigzak"}, "did you mean 'zigzag'"),
+        ({"compiler": "gcc"}, "'inductor', 'aot_eager'"),
+        ({"outputs": "locl"}, "did you mean 'local'"),
+        ({"tile": 0}, "at least 1"),
+        ({"tile": True}, "at least 1"),
+        ({"timeout": -1}, "seconds above 0"),
+        ({"strict": "yes"}, "True or False"),
+        ({"group": "ring"}, "ProcessGroup"),
+        ({"compiler": "aot_eager", "inductor": {"max_autotune": True}}, "drop one"),
+    ],
+)
+def test_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        RingConfig.from_options(options)
+
+
+def test_bad_option_reaches_the_user() -> None:
+    model = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", options={"layot": "zigzag"})
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'layout'"):
+        model(**batch_for("nanogpt", 8))
+
+
+def test_mode_without_inductor() -> None:
+    from ringpass.backend import ring_dilated
+
+    with pytest.raises(OptionError, match="drop one"):
+        ring_dilated(torch.fx.symbolic_trace(nn.Identity()), [], options={"compiler": "aot_eager"}, mode="max-autotune")
+
+
+# --- ranks that disagree ----------------------------------------------------------------------------------------------
+
+
+def other_length(group: dist.ProcessGroup) -> str:
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23 + group.rank())
+    return failure(MismatchError, lambda: step(group, model, batch))
+
+
+def other_values(group: dist.ProcessGroup) -> str:
+    """The first step agrees; then rank 1 passes another batch of the same shape."""
+    model = MODELS["nanogpt"].make()
+    run = compiled(model, group, timeout=10.0)
+    loss_of(run(**batch_for("nanogpt", 23))).backward()
+    return failure(MismatchError, lambda: run(**batch_for("nanogpt", 23, seed=int(group.rank() == 1))))
+
+
+def other_weights(group: dist.ProcessGroup) -> str:
+    model = MODELS["nanogpt"].make(seed=group.rank())
+    return failure(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
+
+
+def other_model(group: dist.ProcessGroup) -> str:
+    name = "llama" if group.rank() == 1 else "gpt2"
+    return failure(MismatchError, lambda: step(group, MODELS[name].make(), batch_for(name, 23)))
+
+
+def other_options(group: dist.ProcessGroup) -> str:
+    layout = "contiguous" if group.rank() == 1 else "zigzag"
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    return failure(MismatchError, lambda: step(group, model, batch, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (other_length, ("differ in inputs", "[2, 23]", "[2, 24]", "the whole sequence")),
+        (other_values, ("differ in values of input l_idx_", "DistributedSampler")),
+        (other_weights, ("differ in weights", "same weights", "torch.manual_seed")),
+        (other_model, ("differ in inputs",)),
+        (other_options, ("differ in options", "'zigzag'", "'contiguous'")),
+    ],
+)
+def test_ranks_disagree(workers: Workers, job: Any, said: tuple[str, ...]) -> None:
+    messages = workers.run(job, 3)
+    for rank, message in enumerate(messages):
+        assert all(text in message for text in said), (rank, message)
+    assert len(set(messages)) == 1  # the same verdict on every rank
+
+
+# --- ranks that are gone ----------------------------------------------------------------------------------------------
+
+
+def dies_in_the_middle(group: dist.ProcessGroup) -> str:
+    """Rank 1 dies when it starts its third exchange, inside the second attention."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    calls = []
+    start = p2p.start
+
+    def dying(*args: Any) -> Any:
+        calls.append(args)
+        if group.rank() == 1 and len(calls) == 3:
+            os._exit(7)
+        return start(*args)
+
+    with patch.object(p2p, "start", dying):
+        return failure(PeerError, lambda: step(group, model, batch))
+
+
+def test_a_peer_dies() -> None:
+    begun = time.monotonic()
+    outcomes = spawn(dies_in_the_middle, 3, timeout=BOUND)
+    assert time.monotonic() - begun < BOUND
+    assert outcomes[1].exitcode == 7
+    for rank in (0, 2):
+        assert outcomes[rank].exitcode == 0 and not outcomes[rank].timed_out, outcomes[rank]
+        assert "A rank died" in outcomes[rank].result, outcomes[rank].result
+
+
+def until_it_failed(group: dist.ProcessGroup, call: Callable[[], Any]) -> str:
+    """Rank 0 makes the call, which fails with a PeerError; the other rank lives on until then."""
+    store = dist.distributed_c10d._get_default_store()
+    if group.rank() == 1:
+        store.wait(["failed"])
+        return "idle"
+    said = failure(PeerError, call)
+    store.set("failed", "")
+    return said
+
+
+def stays_away(group: dist.ProcessGroup) -> str:
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    return until_it_failed(group, lambda: step(group, model, batch, timeout=3.0))
+
+
+def test_a_rank_does_not_come() -> None:
+    first, second = spawn(stays_away, 2, timeout=BOUND)
+    assert second.result == "idle"
+    assert "rank 1 did not arrive within 3 s" in first.result, first
+
+
+def uses_output_alone(group: dist.ProcessGroup) -> str:
+    outputs = step(group, MODELS["nanogpt"].make(), batch_for("nanogpt", 23), timeout=5.0)
+    return until_it_failed(group, lambda: outputs[0].sum())
+
+
+def test_output_used_on_one_rank() -> None:
+    first, second = spawn(uses_output_alone, 2, timeout=BOUND)
+    assert second.result == "idle"
+    assert "was used on rank 0, but not within 5 s" in first.result and "on rank 1" in first.result, first
+    assert "on every rank" in first.result
+
+
+# --- what cannot be partitioned ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("ringpass_tests::odd", mutates_args=())
+def odd(x: Tensor) -> Tensor:
+    """An op that no rule knows: each token minus the mean of all tokens."""
+    return x - x.mean(1, keepdim=True)
+
+
+odd.register_fake(torch.empty_like)
+odd.register_autograd(lambda ctx, grad: grad - grad.mean(1, keepdim=True))
+
+
+class Odd(nn.Module):
+    """The unknown op between two attention blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table: Any = MODELS["position_table"].make(length=23)
+        self.blocks = table.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = odd(x)
+        y: Tensor = self.blocks[1](x)
+        return y
+
+
+def gathers(group: dist.ProcessGroup, strict: bool, directory: str | None = None) -> Any:
+    torch.manual_seed(0)
+    model, batch = Odd(), batch_for("position_table", 23, labels=False)
+    run = compiled(model, group, strict=strict, dump=directory)
+    if strict:
+        return failure(BackendCompilerFailed, lambda: run(**batch))
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringpass").addHandler(handler)
+    found = []
+    for call in (run, model):
+        model.zero_grad()
+        out = call(**batch)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    logging.getLogger("ringpass").removeHandler(handler)
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)), records
+
+
+def test_unknown_op_is_gathered_and_named(workers: Any, tmp_path: Path) -> None:
+    results = workers.run(gathers, 2, False, str(tmp_path))
+    assert all(error < 1e-11 for error, _ in results)
+    (report,) = results[0][1]
+    (dumped,) = tmp_path.glob("rank0/*/gathers.txt")
+    assert dumped.read_text().strip() == report
+    assert "no rule for ringpass_tests.odd.default" in report and "11776 bytes" in report and "x = odd(x)" in report
+
+
+def test_strict_refuses_an_unknown_op(workers: Any) -> None:
+    for message in workers.run(gathers, 2, True):
+        assert "UnsupportedError" in message and "no rule for ringpass_tests.odd.default" in message
+        assert "x = odd(x)" in message and "drop strict" in message
+    assert issubclass(UnsupportedError, ValueError)
+
+
+def plain_model(group: dist.ProcessGroup) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(3, 4)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ringpass").addHandler(handler)
+    options: dict[str, Any] = {"compiler": "aot_eager", "group": group}
+    run: Any = torch.compile(model, backend="ring_dilated", options=options)
+    equal = torch.equal(run(x), model(x))
+    logging.getLogger("ringpass").removeHandler(handler)
+    return equal, records
+
+
+def test_no_attention(workers: Any) -> None:
+    (equal, records), _ = workers.run(plain_model, 2)
+    assert equal and len(records) == 1 and "no attention in this graph" in records[0]

@@ -1,0 +1,73 @@
+"""Public models on gloo ranks give the numbers of one device, and nothing is gathered between embedding and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.workers import Workers, slow
+from tests.support.zoo import ZOO
+from tests.support.zoo_parity import local_share, zoo_parity
+
+EXACT, SINGLE = 1e-9, 1e-4
+KINDS = [  # labels, padding, training
+    (True, False, True), (False, False, True), (True, True, True), (False, True, False),
+]  # fmt: skip
+LOCAL = 0.99  # the least share of the FLOPs on local tokens
+GATHERED = {  # why an entry gathers something
+    "dit": "patches, at the end, become a picture",
+    "sd3": "patches, at the end, become a picture",
+    "nn_attention_maps": "attention maps are returned",
+}
+BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
+    "gemma2": ("eager", True, False, True),
+    "mixtral": ("sdpa", True, True, True),
+    "bloom": ("eager", True, True, True),
+    "dit": ("eager", True, False, True),
+    "nn_encoder": ("sdpa", False, True, False),
+    "nn_attention_weights": ("sdpa", True, True, True),
+    "nanogpt_manual": ("sdpa", True, False, True),
+}
+CASES = [
+    slow(name, attention, *kind, ranks)
+    for name, entry in ZOO.items()
+    for attention in entry.attentions
+    for kind in KINDS
+    for ranks in (2, 3)
+    if entry.padding or not kind[1]
+]
+
+
+def check(
+    workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int, **options: Any
+) -> None:
+    entry = ZOO[name]
+    if entry.missing:
+        pytest.skip(f"{entry.missing} is not installed")
+    reports = workers.run(zoo_parity, ranks, name, attention, labels, padding, train, **options)
+    worst = max(reports, key=lambda report: report.error)
+    assert worst.error < (EXACT if entry.dtype == torch.float64 else SINGLE), worst.where
+    assert worst.sites or name in GATHERED
+    assert bool(worst.gathers) <= (name in GATHERED), [str(g) for g in worst.gathers]
+    last_token = name.startswith("nanogpt") and not labels  # the head of nanoGPT then reads one token, on every rank
+    assert local_share(reports) >= LOCAL or name in GATHERED or last_token
+
+
+@pytest.mark.parametrize(("name", "kind"), BY_DEFAULT.items())
+def test_one_of_each_kind(workers: Workers, name: str, kind: tuple[str, bool, bool, bool]) -> None:
+    check(workers, name, *kind, 2)
+
+
+@pytest.mark.parametrize(("name", "attention", "labels", "padding", "train", "ranks"), CASES)
+def test_every_model(
+    workers: Workers, name: str, attention: str, labels: bool, padding: bool, train: bool, ranks: int
+) -> None:
+    check(workers, name, attention, labels, padding, train, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_with_inductor(workers: Workers, name: str) -> None:
+    check(workers, name, ZOO[name].attentions[0], True, False, True, 2, compiler="inductor", timeout=900.0)

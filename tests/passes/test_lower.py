@@ -1,0 +1,186 @@
+"""The lowered graphs: every step is a named node; transfers start before the tiles that hide them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringpass import ops
+from ringpass.errors import UnsupportedError
+from ringpass.ops import primitives
+from ringpass.passes.lower.lower import lower
+from tests.passes.test_graphs import compile_step, fake_ring
+from tests.support.models import MODELS, WIDTH, Block, batch_for, loss_of
+from tests.support.parity import parity, worst
+from tests.support.workers import Workers, slow
+
+TILES = (primitives.attention_tile, primitives.attention_tile_backward)
+
+
+@pytest.fixture(scope="module")
+def lowered() -> dict[str, GraphModule]:
+    """Forward and backward of a padded GPT-2 on rank 1 of 4."""
+    with fake_ring(1, 4):
+        seen = compile_step("gpt2", 23, True)
+    return {stage: graphs[0] for stage, graphs in seen.items()}
+
+
+def named(gm: GraphModule) -> str:
+    return "\n".join(n.name for n in gm.graph.nodes)
+
+
+def test_every_step_is_a_named_node(lowered: dict[str, GraphModule]) -> None:
+    forward, backward = named(lowered["forward"]), named(lowered["backward"])
+    for name in (
+        "permute_zigzag",
+        "send_step1_to_rank2",
+        "receive_step1_from_rank0",
+        "wait_step1",
+        "mask_step0",
+        "merge_step1",
+    ):
+        assert name in forward, name
+    for step in range(4):
+        assert f"attention_step{step}_q" in forward and f"attention_backward_step{step}_q" in backward
+    for step in (1, 2, 3):
+        for name in (
+            f"send_gradients_step{step}_to",
+            f"receive_gradients_step{step}_from",
+            f"wait_gradients_step{step}",
+        ):
+            assert name in backward, name
+    assert "mask_step0" in backward and "receive_step2_from_rank3" in backward
+
+
+@pytest.mark.parametrize("stage", ("forward", "backward"))
+def test_nothing_is_left_rolled(lowered: dict[str, GraphModule], stage: str) -> None:
+    targets = {n.target for n in lowered[stage].graph.nodes}
+    assert not targets & {ops.ring_attention, ops.ring_attention_backward, ops.replicate}
+    assert torch.ops.aten.scaled_dot_product_attention.default not in targets
+
+
+@pytest.mark.parametrize("stage", ("forward", "backward"))
+def test_transfers_start_before_the_tiles_that_hide_them(lowered: dict[str, GraphModule], stage: str) -> None:
+    nodes = list(lowered[stage].graph.nodes)
+    at = {n: i for i, n in enumerate(nodes)}
+    exchanges = [n for n in nodes if n.target is primitives.exchange]
+    assert exchanges
+    hidden = 0
+    for exchange in exchanges:
+        (received,) = exchange.users
+        waits = [u for u in received.users if u.target is primitives.wait]
+        tiles = [u for u in received.users if u.target in TILES]
+        assert len(waits) == 1 and set(received.users) == {*waits, *tiles}
+        assert all(at[exchange] < at[tile] < at[waits[0]] for tile in tiles)
+        hidden += bool(tiles)
+    assert hidden >= len(exchanges) - sum(n.name.startswith("receive_gradients_step3") for n in exchanges)
+
+
+def calls(code: str) -> list[str]:
+    """The ring's calls in generated code, in order."""
+    names = ("exchange", "wait", "attention_tile_backward", "attention_tile")
+    found = []
+    for line in code.splitlines():
+        for name in names:
+            if f"torch.ops.ringpass.{name}.default(" in line:
+                found.append(name)
+                break
+    return found
+
+
+def test_generated_code_keeps_the_order() -> None:
+    with fake_ring(1, 3):
+        model = MODELS["nanogpt"].make()
+        run: Any = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
+        batch = batch_for("nanogpt", 23)
+
+        def step() -> None:
+            loss_of(run(**batch)).backward()
+
+        _, (forward, backward) = run_and_get_code(step)
+    assert (
+        calls(forward)
+        == ["exchange", "attention_tile", "wait", "exchange", "attention_tile", "wait", "attention_tile"] * 2
+    )
+    order = calls(backward)
+    assert order.count("attention_tile_backward") == 10 and order.count("exchange") == order.count("wait") == 8
+    for site in (order[: len(order) // 2], order[len(order) // 2 :]):
+        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the own tiles
+        assert site[-3:] == ["attention_tile_backward", "attention_tile_backward", "wait"]  # the rest of them
+
+
+def step(run: Any, x: torch.Tensor) -> None:
+    run(x).sum().backward()
+
+
+def test_one_rank_with_nothing_asked_is_plain_inductor() -> None:
+    codes = []
+    for backend in ("inductor", "ring_dilated"):
+        torch._dynamo.reset()
+        model, x = Block(causal=True), torch.randn(2, 23, WIDTH)
+        run: Any = torch.compile(model, backend=backend)
+        with fresh_cache():
+            _, code = run_and_get_code(step, run, x)
+        codes.append(["\n".join(line for line in c.splitlines() if not line.startswith("#")) for c in code])
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize("limit", (0, slow(10_000)))
+@pytest.mark.parametrize(("name", "padding"), [("gpt2", True), slow("cross", False)])
+def test_rolled_and_unrolled_numbers(workers: Workers, name: str, padding: bool, limit: int) -> None:
+    error, where = worst(workers.run(parity, 4, name, 23, True, padding, unroll_limit=limit, tile=4))
+    assert error < 1e-10, where
+
+
+def test_leftover_wait_is_refused() -> None:
+    """An exchange that is never waited for would hold its buffer for ever: the ops pair up in every lowered graph."""
+    with fake_ring(2, 5):
+        seen = compile_step("nanogpt", 23, False)
+    for stage in ("forward", "backward"):
+        nodes: list[Node] = list(seen[stage][0].graph.nodes)
+        assert (
+            sum(n.target is primitives.exchange for n in nodes) == sum(n.target is primitives.wait for n in nodes) > 0
+        )
+
+
+def test_an_attention_that_was_not_partitioned_is_refused(lowered: dict[str, GraphModule]) -> None:
+    x = torch.empty(1, 2, 5, 4)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    inner = make_fx(attend, pre_dispatch=True)(x)
+    graph = Graph()
+    graph.output(graph.create_node("get_attr", "body"))
+    nested = GraphModule({"body": inner}, graph)
+    for left in (inner.graph, nested.graph):
+        with pytest.raises(UnsupportedError, match="1 attention ops are left after partitioning where the plan has 0"):
+            lower(left, 128, 0)
+        lower(left, 128, 1)
+
+
+class NoAttention(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def test_graphs_without_attention_are_left_alone() -> None:
+    with fake_ring(0, 2):
+        x = torch.ones(3)
+        assert torch.equal(
+            torch.compile(NoAttention(), backend="ring_dilated", options={"compiler": "aot_eager"})(x), x * 2
+        )
+
+
+@pytest.mark.parametrize("ranks", (slow(1), slow(2), 3, slow(5)))
+def test_gathered_keys_give_the_same_numbers(workers: Workers, ranks: int) -> None:
+    for name, padding, limit in (("gpt2", True, 10_000), ("cross", False, 0)):
+        results = workers.run(parity, ranks, name, 23, True, padding, comm="allgather", unroll_limit=limit, tile=4)
+        error, where = worst(results)
+        assert error < 1e-10, where

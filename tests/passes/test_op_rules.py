@@ -1,0 +1,434 @@
+"""Each rule by itself: the op on shards of its operands gives shards of the op, in forward and backward.
+
+A case is a function of tensors, whose op of that name is partitioned over simulated ranks along the dim of its first
+tensor that has TOKENS elements.  Before it stands a product, so that its operand is local; `moved` says whether the op
+may then gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringpass.layouts.layout import Layout
+from ringpass.passes.capture.capture import Captured, capture
+from ringpass.passes.op_rules import routing
+from ringpass.passes.op_rules import table as rules
+from ringpass.passes.partition.emitter import Rank
+from ringpass.passes.partition.writer import LocalOutput, Partitioned, partition
+from ringpass.passes.plan.axes import Axis, on_lines
+from ringpass.passes.plan.plan import RingPlan
+from ringpass.passes.propagate.factors import Sweep, op_name
+from tests.support import thread_ranks
+
+B, TOKENS, H, D = 2, 11, 3, 4
+S = TOKENS
+aten = torch.ops.aten
+
+
+def ids(n: int = 7) -> Tensor:
+    """Numbers below n, one for each token."""
+    return torch.arange(B * S).view(B, S) % n
+
+
+def seen() -> Tensor:
+    return (ids(3) > 0)[..., None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op's name, what calls it, the shapes of its operands, whether it gathers."""
+
+    op: str
+    call: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...] = ((B, S, D),)
+    gathers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shapes[0]))}"
+
+
+def routed(x: Tensor, w: Tensor, leak: Callable[..., Any] | None = None) -> Any:
+    """Two experts for each token: pairs sorted by expert, each row times its expert's vector, the pairs put back."""
+    x = x.view(-1, D)
+    sizes = (x[:, :3] * 1.5).topk(2, -1)
+    experts, order = sizes.indices.reshape(-1).sort()
+    rows = x[order // 2] * w[experts] * sizes.values.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel())
+    y = rows[back].view(x.shape[0], 2, -1).sum(1)
+    return y if leak is None else (y, leak(rows, order, back, y))
+
+
+HEADS = (B, H, S, D)
+FIRST = (S, B, D)  # sequence first
+FLAT = (B * S, D)
+LOCAL = [  # op on shards = shards of op
+    Case("linear.default", F.linear, ((B, S, D), (5, D), (5,))),
+    Case("linear.default", F.linear, (FIRST, (5, D))),
+    Case("mm.default", torch.mm, ((S, D), (D, 5))),
+    Case("addmm.default", torch.addmm, ((5,), (S, D), (D, 5))),
+    Case("bmm.default", torch.bmm, ((B, S, D), (B, D, 5))),
+    Case("baddbmm.default", torch.baddbmm, ((B, S, 5), (B, S, D), (B, D, 5))),
+    Case("mv.default", torch.mv, ((S, D), (D,))),
+    Case("outer.default", torch.outer, ((S,), (D,))),
+    Case("matmul.default", torch.matmul, (HEADS, (B, H, D, 5))),
+    Case("einsum.default", lambda x, w: torch.einsum("bsd,de->bse", x, w), ((B, S, D), (D, 5))),
+    Case("einsum.default", lambda x: torch.einsum("bsd,bd->bs", x, x[:, 0].detach() * 0 + 1)),
+    Case("embedding.default", lambda x, w: x + F.embedding(ids(), w), ((B, S, D), (7, D))),
+    Case("layer_norm.default", lambda x, w, b: F.layer_norm(x, (D,), w, b), ((B, S, D), (D,), (D,))),
+    Case("rms_norm.default", lambda x, w: F.rms_norm(x, (D,), w), ((B, S, D), (D,))),
+    Case("softmax.int", lambda x: x.softmax(-1)),
+    Case("log_softmax.int", lambda x: x.log_softmax(-1)),
+    Case("_softmax.default", lambda x: aten._softmax(x, -1, False)),
+    Case("_log_softmax.default", lambda x: aten._log_softmax(x, -1, False)),
+    Case("cumsum.default", lambda x: x.cumsum(-1)),
+    Case("cumprod.default", lambda x: x.cumprod(-1)),
+    Case("logcumsumexp.default", lambda x: x.logcumsumexp(-1)),
+    Case("flip.default", lambda x: x.flip(-1)),
+    Case("cat.default", lambda x: x.roll(1, -1)),
+    Case("tril.default", torch.tril, ((S, 3, D),)),
+    Case("triu.default", torch.triu, ((S, 3, D),)),
+    Case("glu.default", F.glu),
+    Case("add.Tensor", torch.add, ((B, S, D), (S, D))),
+    Case("add.Tensor", torch.add, ((B, S, D), (B, 1, D))),
+    Case("where.self", lambda x, y: torch.where(seen(), x, y), ((B, S, D), (B, S, D))),
+    Case("masked_fill.Scalar", lambda x: x.masked_fill(seen(), 0.5)),
+    Case("__and__.Tensor", lambda x: x * ((x > 0) & (x < 1))),
+    Case("__or__.Tensor", lambda x: x * ((x < 0) | (x > 1))),
+    Case("type_as.default", lambda x, y: x.type_as(y), ((B, S, D), (D,))),
+    Case("to.other", lambda x, y: aten.to.other(x, y), ((B, S, D), (D,))),
+    Case("broadcast_tensors.default", lambda x, y: torch.broadcast_tensors(x, y)[1].exp(), ((B, S, D), (S, 1))),
+    Case("new_zeros.default", lambda x: x + x.new_zeros(x.shape)),
+    Case("new_ones.default", lambda x: x + x.new_ones(S, 1)),
+    Case("new_full.default", lambda x: x + x.new_full((B, S, D), 2.0)),
+    Case("zeros.default", lambda x: x + torch.zeros(S, D, dtype=x.dtype)),
+    Case("ones.default", lambda x: x + torch.ones(S, D, dtype=x.dtype)),
+    Case("full.default", lambda x: x + torch.full((S, D), 2.0, dtype=x.dtype)),
+    Case("arange.default", lambda x: x * torch.arange(S)[:, None]),
+    Case("arange.start", lambda x: x * torch.arange(1, S + 1)[:, None]),
+    Case("arange.start_step", lambda x: x * torch.arange(1, 2 * S + 1, 2)[:, None]),
+    Case("linspace.default", lambda x: x * torch.linspace(0, 1, S, dtype=x.dtype)[:, None]),
+    Case("eye.m", lambda x: x @ torch.eye(D, 5, dtype=x.dtype)),
+    Case("eye.default", lambda x: x @ torch.eye(D, dtype=x.dtype)),
+    Case("scalar_tensor.default", lambda x: x * aten.scalar_tensor(3.0, dtype=x.dtype)),
+    Case("new_empty.default", lambda x: x + x.new_empty(D).fill_(1)),
+    Case("empty.memory_format", lambda x: x + torch.empty(D, dtype=x.dtype).fill_(1)),
+    # views
+    Case("view.default", lambda x: x.view(B, S, 2, 2)),
+    Case("view.default", lambda x: x.view(B * S, D).exp().view(B, S, D)),
+    Case("view.default", lambda x: x.view(-1, D)),
+    Case("view.default", lambda x: x.view(S, B * D), (FIRST,)),
+    Case("view.default", lambda x: x.view(B, S, D), (FLAT,)),
+    Case("view.default", lambda x: x.view(B * H, S, D).exp().view(B, H, S, D), (HEADS,)),
+    Case("view.default", lambda x: x.view(S, B * H, D).transpose(0, 1), ((S, B, H * D),)),
+    Case("reshape.default", lambda x: x.transpose(1, 2).reshape(B, S, H * D), (HEADS,)),
+    Case("_unsafe_view.default", lambda x: aten._unsafe_view(x, [B * S, D])),
+    Case("view_as.default", lambda x, y: x.view_as(y), ((B, S, D), (B, S, 2, 2))),
+    Case("reshape_as.default", lambda x, y: x.reshape_as(y), ((B, S, D), (B, S, 2, 2))),
+    Case("flatten.using_ints", lambda x: x.flatten(2), ((B, S, H, D),)),
+    Case("flatten.using_ints", lambda x: x.flatten(0, 1)),
+    Case("unflatten.int", lambda x: x.unflatten(-1, (2, 2))),
+    Case("squeeze.dim", lambda x: x.squeeze(1), ((B, 1, S, D),)),
+    Case("squeeze.dims", lambda x: x.squeeze((0, 2)), ((1, S, 1, D),)),
+    Case("squeeze.default", torch.squeeze, ((1, S, 1, D),)),
+    Case("unsqueeze.default", lambda x: x.unsqueeze(1)),
+    Case("expand.default", lambda x: x.unsqueeze(1).expand(B, H, S, D)),
+    Case("expand.default", lambda x: x.expand(B, S, D), ((S, D),)),
+    Case("transpose.int", lambda x: x.transpose(0, 1)),
+    Case("t.default", torch.t, ((S, D),)),
+    Case("numpy_T.default", lambda x: x.T, ((S, D),)),
+    Case("mT.default", lambda x: x.mT),
+    Case("permute.default", lambda x: x.permute(2, 0, 3, 1), (HEADS,)),
+    Case("view_as_complex.default", lambda x: torch.view_as_complex(x.view(B, S, 2, 2).contiguous()).abs()),
+    Case("view_as_real.default", lambda x, y: torch.view_as_real(
+        torch.view_as_complex(x.view(B, S, 2, 2)) * torch.polar(y.abs(), y)[:, None]).flatten(2),
+         ((B, S, D), (B, 2))),
+    # what torch writes as others
+    Case("transpose.int", lambda x: x.swapaxes(0, 1)),
+    Case("permute.default", lambda x: x.movedim(1, 0)),
+    Case("mul.Tensor", lambda x: torch.multiply(torch.subtract(x, 1), torch.divide(x, 3))),
+    Case("cat.default", lambda x, y: torch.concat([torch.hstack([x.mT, x.mT]).mT, y], -1), ((B, S, D), (B, S, D))),
+    Case("expand.default", lambda x: x.unsqueeze(1).expand_as(torch.zeros(B, H, S, D))),
+    Case("slice.Tensor", lambda x, w: (x @ w).diff(dim=1), ((B, S, D), (D, D))),
+    # other dims than the sequence
+    Case("slice.Tensor", lambda x: x[..., 1:3]),
+    Case("slice.Tensor", lambda x: aten.slice(x, 1, 0, S) * 2),
+    Case("select.int", lambda x: x[..., 1]),
+    Case("pad.default", lambda x: F.pad(x, (1, 2))),
+    Case("constant_pad_nd.default", lambda x: aten.constant_pad_nd(x, [1, 0])),
+    Case("cat.default", lambda x, y: torch.cat([-y, x], -1), ((B, S, D), (B, S, D))),
+    Case("stack.default", lambda x, y: torch.stack([x, y], -1), ((B, S, D), (B, S, D))),
+    Case("repeat.default", lambda x: x.repeat(1, 1, 2)),
+    Case("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1), (HEADS,)),
+    Case("split.Tensor", lambda x: x.split(2, -1)),
+    Case("split_with_sizes.default", lambda x: x.split([1, 3], -1)),
+    Case("chunk.default", lambda x: x.chunk(2, -1)),
+    Case("unbind.int", lambda x: x.unbind(-1)),
+    Case("index.Tensor", lambda x, table: x * table[ids()], ((B, S, D), (7, D))),
+    Case("topk.default", lambda x: x.topk(2, -1)),
+    Case("gather.default", lambda x: x.gather(-1, ids(D)[..., None])),
+    Case("sort.default", lambda x: x.sort(-1).values),
+    Case("sort.default", routed, ((B, S, D), (3, D))),
+    Case("floor_divide.default", lambda x: x.detach().floor_divide(2) * x),
+    Case("index_put.default", routed, ((B, S, D), (3, D))),
+    # reductions over other dims
+    Case("sum.dim_IntList", lambda x: x.sum(-1)),
+    Case("mean.dim", lambda x: x.mean(-1, keepdim=True)),
+    *(Case(f"{name}.default", lambda x, name=name: getattr(x, name)(-1)) for name in ("amax", "amin")),
+    *(Case(f"{name}.dim", lambda x, name=name: getattr(x, name)(-1).values) for name in ("max", "min")),
+    *(Case(f"{name}.default", lambda x, name=name: x * getattr(x, name)(-1, True)) for name in ("argmax", "argmin")),
+    *(Case(f"{name}.dim", lambda x, name=name: x * getattr(x > 0, name)(-1, True)) for name in ("any", "all")),
+    Case("var.correction", lambda x: aten.var.correction(x, [-1], correction=1)),
+    Case("var.dim", lambda x: aten.var.dim(x, [-1])),
+    Case("std.correction", lambda x: aten.std.correction(x, [-1], correction=1)),
+    Case("logsumexp.default", lambda x: x.logsumexp(-1)),
+    Case("prod.dim_int", lambda x: x.prod(-1)),
+    Case("norm.ScalarOpt_dim", lambda x: aten.norm.ScalarOpt_dim(x, 2, [-1])),
+    Case("linalg_vector_norm.default", lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)),
+    Case("std.dim", lambda x: aten.std.dim(x, [-1])),
+    *(Case(f"{name}.correction", lambda x, name=name: getattr(torch, name)(x, [-1], correction=1))
+      for name in ("var_mean", "std_mean")),
+    *(Case(f"{name}.default", lambda x, f=f: f(x, x.detach() + 1, reduction="none"))
+      for name, f in (("mse_loss", F.mse_loss), ("l1_loss", F.l1_loss), ("huber_loss", F.huber_loss))),
+    Case("cross_entropy_loss.default", lambda x: F.cross_entropy(x.view(-1, D), ids(D).view(-1), reduction="none")),
+]  # fmt: skip
+SUMMED = [  # parts of a sum, added over ranks
+    Case("sum.dim_IntList", lambda x: x.sum(1)),
+    Case("sum.dim_IntList", lambda x: x.sum(0), (FIRST,)),
+    Case("sum.default", lambda x: x.sum()),
+    Case("mean.dim", lambda x: x.mean(1)),
+    Case("mean.dim", lambda x: x.mean((0, 1), keepdim=True)),
+    Case("mean.default", lambda x: x.mean()),
+    Case("matmul.default", lambda x, y: torch.matmul(x.mT, y), ((B, S, D), (B, S, 5))),
+    Case("bmm.default", lambda x, y: torch.bmm(x.mT, y), ((B, S, D), (B, S, 5))),
+    Case("mm.default", lambda x, y: torch.mm(x.t(), y), ((S, D), (S, 5))),
+    Case("einsum.default", lambda x, y: torch.einsum("bsd,bse,bs->bde", x, y, x[..., 0]), ((B, S, D), (B, S, 5))),
+    Case("cross_entropy_loss.default", lambda x: F.cross_entropy(x.view(-1, D), ids(D).view(-1), ignore_index=2)),
+    Case("mse_loss.default", F.mse_loss, ((B, S, D), (B, S, D))),
+    Case("l1_loss.default", F.l1_loss, ((B, S, D), (B, S, D))),
+    Case("smooth_l1_loss.default", F.smooth_l1_loss, ((B, S, D), (B, S, D))),
+    Case("huber_loss.default", F.huber_loss, ((B, S, D), (B, S, D))),
+    Case("soft_margin_loss.default", lambda x: F.soft_margin_loss(x, x.detach().sign())),
+    Case("kl_div.default", lambda x: F.kl_div(x, x.detach().softmax(-1), reduction="sum")),
+    Case("binary_cross_entropy.default", lambda x: F.binary_cross_entropy(x.sigmoid(), x.detach().sigmoid())),
+    Case("binary_cross_entropy_with_logits.default",
+         lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid(), reduction="sum")),
+]  # fmt: skip
+TAKEN = [  # a few tokens, and no more, move
+    Case("select.int", lambda x: x[:, 0]),
+    Case("select.int", lambda x: x[:, -1]),
+    Case("slice.Tensor", lambda x: x[:, -3:] * 2),
+    Case("slice.Tensor", lambda x: x[:, 1:9:3]),
+    Case("index.Tensor", lambda x: x[torch.arange(B), 3 - 4 * torch.arange(B)]),
+    Case("index.Tensor", lambda x: x[:, [-1]]),
+    Case("index_select.default", lambda x: x.index_select(1, torch.tensor([3, 0]))),
+]
+WHOLE = [  # gathered, and said so
+    *(Case(name, f, ((B, S, D),), True) for name, f in {
+        "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
+        "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
+"roll.default": lambda x: x.roll(1), "amax.default": lambda x: x.amax(1),
+        "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
+        "var.correction": lambda x: aten.var.correction(x, [1]),
+        "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
+        "pad.default": lambda x: F.pad(x, (0, 0, 1, -1), value=2.0), "repeat.default": lambda x: x.repeat(1, 2, 1),
+        "unbind.int": lambda x: x.unbind(1)[2], "sort.default": lambda x: x.sort(1).values,
+        "group_norm.default": lambda x: F.group_norm(x, 1), "slice.Tensor": lambda x: x[:, 1:] * 2,
+        "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
+    }.items()),
+    *(Case("sort.default", lambda x, w, leak=leak: routed(x, w, leak), ((B, S, D), (3, D)), True) for leak in (
+        lambda rows, order, back, y: rows, lambda rows, order, back, y: rows.cumsum(0),
+        lambda rows, order, back, y: order * rows[:, 0], lambda rows, order, back, y: y * (order + 1)[back[::2], None],
+        lambda rows, order, back, y: y * (back[::2, None] > 5),
+        lambda rows, order, back, y: rows + torch.cat([y, y]),
+    )),
+    Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
+    Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
+]  # fmt: skip
+RUNS = [  # runs of tokens: nothing moves
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, :-1].reshape(-1, D).sin(), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[1:-2] * 2, (FIRST, (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:].mean(1), ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.cross_entropy(F.linear(x, w)[:, :-1].reshape(-1, D), ids(D)[:, 1:].reshape(-1)),
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y.expand(B, 1, D), F.linear(x, w)], 1).sin()[:, 1:] * 2,
+         ((B, S, D), (D, D), (1, 1, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([y, F.linear(x, w), y[:, :1]], 1) * 2,
+         ((B, S, D), (D, D), (B, 2, D))),
+    Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1] * 3, y[:, 1:] * 2], 1) + x,
+         ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w, y: torch.cat([F.linear(y, w), F.linear(x, w)], 1)[:, 7:] + x,
+         ((B, S, D), (D, D), (B, 7, D))),
+    Case("pad.default", lambda x, w: F.pad(F.linear(x, w), (0, 0, 0, 3)) * 2, ((B, S, D), (D, D))),
+    Case("constant_pad_nd.default",
+         lambda x, w: aten.constant_pad_nd(F.linear(x, w), [0, 0, 1, 2], 5.0).sin()[:, 1:-2] * 2, ((B, S, D), (D, D))),
+    Case("conv1d.default", lambda x, w, b: F.conv1d(x.mT, w, b, padding=1), ((B, S, D), (5, D, 3), (5,))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=4, dilation=2, groups=D), ((B, S, D), (D, 1, 5))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.reshape(B, S * 2, 2).mT, w, stride=2, padding=1),
+         ((B, S, D), (5, 2, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.reshape(B, S * 2, 2).mT, w, stride=2, padding=3),
+         ((B, S, D), (5, 2, 8))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.conv1d(x.reshape(B, S * 2, 2).mT, w, padding=1).sin(), w.mT.mT,
+         stride=2, padding=1).mT + x[..., :2], ((B, S, D), (2, 2, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x, w, padding=1), ((S, B, D), (5, B, 3))),
+    Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 2, 3, 3), (5, 2, 3, 3))),
+    Case("conv3d.default", lambda x, w: F.conv3d(x, w, padding=1), ((S, 2, 3, 3, 2), (5, 2, 3, 3, 3))),
+    Case("pad.default", lambda x: F.pad(x, (0, 0, 1, -1)) * x),
+    Case("pad.default", lambda x: F.pad(x, (0, 0, -2, 2)) * x),
+    Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, -100:-1] * 2, ((B, S, D), (D, D))),
+    Case("slice.Tensor", lambda x, w: F.linear(x, w).narrow(1, 2, S - 2) * 2, ((B, S, D), (D, D))),
+    # two runs of one sequence against each other: what is elsewhere moves
+    Case("sub.Tensor", lambda x, w: (y := F.linear(x, w))[:, 1:] - y[:, :-1], ((B, S, D), (D, D))),
+    Case("mul.Tensor", lambda x, w: (y := F.linear(x, w))[:, 2:] * y[:, 1:-1] + y[:, :-2].sin(), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1], y[:, :-1]], 1) * y, ((B, S, D), (D, D))),
+    Case("bmm.default", lambda x, w: torch.bmm((y := F.linear(x, w))[:, 1:].mT, y[:, :-1]), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := (x @ w).mT).roll(1, 2) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := x @ w).roll((1, 1), (0, 1)) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x: (y := F.layer_norm(x, (D,))).roll(1, 1) * y),
+    Case("conv1d.default", lambda x, w, c: F.conv1d((x @ w).mT, c, padding=1), ((S, D), (D, D), (D, D, 3))),
+    Case("mse_loss.default", lambda x, w: F.mse_loss((y := F.linear(x, w))[:, :-3], y[:, 3:]), ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(1, 1) * y, ((B, S, D), (D, D))),
+    Case("cat.default", lambda x, w: (y := F.linear(x, w)).roll(-2, 0) * y, (FIRST, (D, D))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.pad(x.mT, (2, 0)), w).mT * x.sum(-1, True), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(F.pad(x.mT, (0, 4)), w, dilation=2), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=3, groups=D)[..., :S].sin(), ((B, S, D), (D, 1, 4))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=3).sin(), ((B, S, D), (5, D, 4))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding=1).sin(), ((B, S, D), (5, D, 5))),
+    Case("conv1d.default", lambda x, w, b: F.conv1d(x.mT, w, b, padding="same").mT * x.sum(-1, True),
+         ((B, S, D), (5, D, 4), (5,))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
+    Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
+]  # fmt: skip
+CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
+
+
+def inputs(case: Case) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def outputs_of(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [x for x in value if x.is_floating_point()]
+
+
+def after_a_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *xs: tuple(outputs_of(case.call(*(x * 1.5 for x in xs))))
+
+
+def captured_of(case: Case) -> Captured:
+    """The case's graph, without Dynamo, for speed."""
+    given = inputs(case)
+    return capture(make_fx(after_a_product(case), pre_dispatch=True)(*given), given)
+
+
+def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Partitioned]:
+    """Each rank's program, as if an attention had the sequence of the first operand that has one."""
+    captured = captured_of(case)
+    assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
+    sweep = Sweep().run(captured.gm, rules.rule_for)
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
+    axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
+    axes = [replace(a, layout=a.layout.dealt(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()]
+    plan = RingPlan(world, tuple(axes), (), "ring")
+    return [
+        partition(captured, plan, sweep, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
+        for rank in range(world)
+    ]
+
+
+def own(x: Tensor, spec: LocalOutput | None, rank: int, world: int) -> Tensor:
+    """The part of a whole output that a rank holds."""
+    if spec is None:
+        return x
+    if spec.part is not None:  # taken when it is used
+        return x.new_zeros(0)
+    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
+    ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
+    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
+    return mine.flatten(spec.dim, spec.dim + 2)
+
+
+def assert_close(got: Tensor, want: Tensor, whole: Tensor) -> None:
+    """To 1e-12 of the largest element of the whole tensor, or of 1."""
+    most = float(whole.detach().abs().max()) if whole.numel() else 0.0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(most, 1.0))
+
+
+def check(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
+    """That each rank has its part of the outputs and whole gradients; why values were gathered, but for outputs."""
+    given = inputs(case)
+    want = after_a_product(case)(*given)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
+    want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
+    made = programs(case, layout, world, tokens)
+
+    def job(rank: int, group: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        xs, local = inputs(case), made[rank]
+        got = local.gm(*xs)[: len(want)]
+        weights = [own(c, spec, rank, world) for c, spec in zip(cotangents, local.outputs, strict=True)]
+        return list(got), torch.autograd.grad(got, xs, weights, allow_unused=True)
+
+    for rank, (got, grads) in enumerate(thread_ranks.run(world, job)):
+        for y, whole, spec in zip(got, want, made[rank].outputs, strict=True):
+            assert_close(y, own(whole, spec, rank, world), whole)
+        for g, whole in zip(grads, want_grads, strict=True):
+            assert (g is None) == (whole is None)
+            if g is not None:
+                assert_close(g, whole, whole)
+    return [g.reason for g in made[0].gathers if g.reason != "output"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
+@pytest.mark.parametrize("layout", ("zigzag",))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 3) -> None:
+    reasons = check(case, layout, world)
+    assert bool(reasons) == case.gathers, reasons
+    assert not reasons or any(case.op in reason for reason in reasons)
+
+
+def test_every_rule_has_a_case() -> None:
+    shown = {case.op for case in CASES}
+    elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike
+        "scaled_dot_product_attention.default", "flex_attention", "autograd_function_apply", "getitem",
+        "rand.default", "randn.default", *routing.GROUPED, "histc.default",
+    }  # fmt: skip
+    assert (rules.RULES.keys() | rules.EINSUM.keys()) - shown - elsewhere == set()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: (y := x @ w)[:, 20:] - y[:, :20],
+        lambda x, w: torch.cat([(y := x @ w)[:, :20] * 2, y[:, 20:].sin()], 1),
+    ],
+    ids=("compared", "put together"),
+)
+def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
+    """As few tokens that a head reads they would be whole on every rank, and so would all that follows."""
+    case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
+    assert check(case, "zigzag", 3, 40) == []
+    assert not [n for n in programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
+
+
+def test_tokens_that_go_to_every_rank_are_reported() -> None:
+    """Thirds that are put together again: each is more than a rank of four holds."""
+
+    def thirds(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w
+        return torch.cat([y[:, :13] * 2, y[:, 13:26].sin(), y[:, 26:]], 1) @ w
+
+    assert check(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)

@@ -1,0 +1,61 @@
+"""Outputs that are a slice of the sequence, such as a sliding layer's cache, are gathered when they are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ringpass.lazy import LazyOutput
+from tests.support.parity import compiled, relative
+from tests.support.workers import Workers
+
+PARTS = (slice(-5, None), slice(2, 9), slice(0, -1), slice(20, 40))
+
+
+class Cached(nn.Module):
+    """Attention that also returns some of its keys."""
+
+    def __init__(self, part: slice) -> None:
+        super().__init__()
+        self.project, self.part = nn.Linear(8, 24), part
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), k[:, :, self.part]
+
+
+def job(group: dist.ProcessGroup, part: slice, outputs: str) -> tuple[bool, list[float]]:
+    """Whether the part was returned unused, and errors of both outputs and of the gradient through them."""
+    model, x = Cached(part).double(), torch.randn(2, 23, 8, dtype=torch.float64)
+    found = []
+    run = compiled(model, group, outputs=outputs)(x), model(x)
+    lazy = isinstance(run[0][1], LazyOutput) and run[0][1].gathered is None
+    for out, keys in run:
+        assert keys.shape == run[1][1].shape
+        loss = out.square().sum() + keys.pow(3).sum()
+        found.append((out, keys, *torch.autograd.grad(loss, model.project.weight)))
+    return lazy, [relative(got, want) for got, want in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
+    for ranks, outputs in ((3, "lazy"), (2, "gathered")):
+        for lazy, errors in workers.run(job, ranks, part, outputs):
+            assert lazy == (outputs == "lazy") and max(errors) < 1e-12
+
+
+def unused(group: dist.ProcessGroup) -> str:
+    """What is gathered for an output that nobody uses."""
+    from tests.passes.test_graphs import stages
+
+    with stages() as seen:
+        compiled(Cached(slice(-5, None)).double(), group)(torch.randn(2, 23, 8, dtype=torch.float64))
+    return str(seen["partitioned"][0].graph)
+
+
+def test_an_unused_part_costs_nothing(workers: Workers) -> None:
+    for graph in workers.run(unused, 2):
+        assert "ringpass.gather" not in graph and "ringpass.ring_attention" in graph

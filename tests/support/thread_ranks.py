@@ -1,0 +1,135 @@
+"""P ranks in one process: a thread each, and mailboxes in place of a process group.
+
+>>> run(3, job)               # job(rank, group) on three threads -> [result, result, result]
+
+A job passes its `group` on as the group's name.  A message is copied by whichever side waits first once both have
+posted, at the latest moment that is legal: a buffer that is freed or written too early, or a wait too few, shows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringpass.comm import collectives, p2p
+
+TIMEOUT = 60.0
+NAME = "thread"
+
+
+@dataclass
+class Letter:
+    """One message: what the sender posts, and the receiver."""
+
+    sent: Tensor | None = None
+    received: Tensor | None = None
+    delivered: bool = False
+    posted: threading.Condition = field(default_factory=threading.Condition)
+
+    def post(self, **side: Tensor) -> None:
+        with self.posted:
+            for name, buffer in side.items():
+                setattr(self, name, buffer)
+            self.posted.notify_all()
+
+    def wait(self) -> None:
+        """As a process group's work: returns when both buffers are their owners' again."""
+        with self.posted:
+            if not self.posted.wait_for(lambda: self.sent is not None and self.received is not None, TIMEOUT):
+                raise RuntimeError(f"the other side posted nothing within {TIMEOUT:g} s")
+            assert self.sent is not None and self.received is not None
+            if not self.delivered:
+                assert (self.sent.shape, self.sent.dtype) == (self.received.shape, self.received.dtype)
+                self.received.copy_(self.sent)
+                self.delivered = True
+
+
+class Mailboxes:
+    """The letters between all ranks, first in, first out for each pair and tag."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.letters: dict[tuple[int, int, int, int], Letter] = {}
+        self.posted: dict[tuple[int, int, int, str], int] = {}
+
+    def start(self, sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.Exchange:
+        """In place of `p2p.start`."""
+        rank = int(group.removeprefix(NAME))
+        received = sent.new_empty(numel if src is not None else 0)
+        works: list[Any] = []
+        if dst is not None:
+            works.append(self._letter(rank, dst, tag, "sent"))
+            works[-1].post(sent=sent)
+        if src is not None:
+            works.append(self._letter(src, rank, tag, "received"))
+            works[-1].post(received=received)
+        return p2p.Exchange(received, sent, works, (dst, src))
+
+    def _letter(self, src: int, dst: int, tag: int, side: str) -> Letter:
+        with self.lock:
+            number = self.posted.get((src, dst, tag, side), 0)
+            self.posted[src, dst, tag, side] = number + 1
+            return self.letters.setdefault((src, dst, tag, number), Letter())
+
+    @property
+    def unread(self) -> int:
+        """Letters that nobody waited for."""
+        return sum(not letter.delivered for letter in self.letters.values())
+
+
+class Meeting:
+    """Where all ranks show a tensor and see everyone's: in place of `collectives.run_collective`."""
+
+    def __init__(self, world: int) -> None:
+        self.shown: list[Any] = [None] * world
+        self.barrier = threading.Barrier(world, timeout=TIMEOUT)
+
+    def __call__(self, collective: Any, out: Any, *given: Any, group: str) -> None:
+        rank = int(group.removeprefix(NAME))
+        if collective is dist.all_to_all_single:
+            return self._deal(rank, out, *given)
+        everyone = self._shown(rank, given[0] if given else out.clone())
+        if collective is dist.all_gather:
+            for mine, one in zip(out, everyone, strict=True):
+                mine.copy_(one)
+        else:
+            total = torch.stack(everyone).sum(0)
+            out.copy_(total if collective is dist.all_reduce else total.chunk(len(everyone))[rank])
+
+    def _deal(self, rank: int, out: Tensor, given: Tensor, received: list[int], sent: list[int]) -> None:
+        """Each rank's share for `rank`, one after the other; the two sides must tell the same lengths."""
+        everyone = self._shown(rank, given, sent)
+        parts = [rows.split(lengths)[rank] for rows, lengths in everyone]
+        assert [len(part) for part in parts] == received
+        out.copy_(torch.cat(parts))
+
+    def _shown(self, rank: int, *shown: Any) -> list[Any]:
+        """What each rank shows: a tensor, copied, alone or with what goes with it."""
+        self.shown[rank] = shown
+        self.barrier.wait()
+        everyone = [(x.clone(), *rest) for x, *rest in self.shown]
+        self.barrier.wait()
+        return everyone if len(shown) > 1 else [x for (x,) in everyone]
+
+
+def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
+    """Results of `job(rank, group)` on each rank; raises the first error of a rank."""
+    mailboxes = Mailboxes()
+
+    def member(rank: int) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):  # else ranks on one device share a backward thread
+            return job(rank, f"{NAME}{rank}")
+
+    meeting = patch.object(collectives, "run_collective", Meeting(world))
+    with patch.object(p2p, "start", mailboxes.start), meeting, ThreadPoolExecutor(world) as pool:
+        results = list(pool.map(member, range(world)))
+    assert mailboxes.unread == 0
+    return results

@@ -1,0 +1,405 @@
+"""Tiny, randomly started models of the public classes that people train, and one batch for each.
+
+>>> entry = ZOO["gpt2"]
+>>> model = entry.make("eager")                       # float64; attention written out, or "sdpa"
+>>> outputs = model(**entry.batch(23, labels=True, padding=False))
+
+Sizes are a few tokens and channels; lengths are odd.  Models that compute in float32 whatever their dtype are run
+inside `wide()`, which makes them keep float64.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tests.support.zoo_modules import (
+    HEADS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    Classifier,
+    Denoiser,
+    Encoder,
+    Heads,
+    Translator,
+    WrittenGPT,
+)
+
+ROWS = 2
+Batch = dict[str, Any]
+
+
+class wide(TorchFunctionMode):  # noqa: N801  a context, used as a function
+    """Inside, what a model writes as float32 is float64: norms, softmax, losses, rotary tables."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*(torch.float64 if a is torch.float32 else a for a in args), **named)
+
+
+def nothing() -> None:
+    """What most entries need besides transformers."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`factory(attention)` builds the model; `make_batch(length, labels, padding)` its keyword arguments.
+
+    `labels`, `padding`: whether the model takes them.  `attentions`: the ways in which it can be told to attend.
+    """
+
+    factory: Callable[[str], nn.Module]
+    make_batch: Callable[[int, bool, bool], Batch]
+    labels: bool = True
+    padding: bool = False
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    needs: Callable[[], Any] = nothing  # imports a package that may be missing
+    dtype: torch.dtype = torch.float64  # float32 where an op of the model knows nothing wider
+
+    @property
+    def missing(self) -> str:
+        """The package that the entry needs and that cannot be imported, or nothing."""
+        try:
+            self.needs()
+        except ImportError as error:
+            return str(error.name)
+        return ""
+
+    def make(self, attention: str = "sdpa", train: bool = True) -> nn.Module:
+        """The model in its dtype, the same on every rank; the caller's random state is untouched."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.factory(attention)
+            with torch.no_grad():
+                for parameter in model.parameters():  # biases and scales that start at 0 or 1 would hide faults
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+        return model.to(self.dtype).train(train)
+
+    def batch(self, length: int, labels: bool, padding: bool) -> Batch:
+        """Keyword arguments for one call."""
+        made = self.make_batch(length, labels, padding)
+        floats = {k: v for k, v in made.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return made | {key: value.to(self.dtype) for key, value in floats.items()}
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _ids(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (ROWS, length), generator=_generator(seed))
+
+
+def _mask(length: int) -> Tensor:
+    """Row r lacks r + 3 tokens at its end."""
+    return (torch.arange(length) < length - 3 - torch.arange(ROWS).unsqueeze(1)).long()
+
+
+def tokens(length: int, labels: bool, padding: bool) -> Batch:
+    """Ids, and the same as labels."""
+    ids = _ids(length)
+    batch = {"input_ids": ids} | ({"attention_mask": _mask(length)} if padding else {})
+    return batch | ({"labels": ids.masked_fill(_mask(length) == 0, -100) if padding else ids} if labels else {})
+
+
+def classified(length: int, labels: bool, padding: bool) -> Batch:
+    """Ids, and one class for each row."""
+    batch = tokens(length, False, padding)
+    return batch | ({"labels": torch.tensor([1, 0])} if labels else {})
+
+
+def translated(length: int, labels: bool, padding: bool) -> Batch:
+    """A source that is six tokens longer than the target."""
+    batch = tokens(length + 6, False, padding)
+    return batch | {"labels" if labels else "decoder_input_ids": _ids(length, 1)}
+
+
+def spoken(length: int, labels: bool, padding: bool) -> Batch:
+    """A spectrogram of twice the length, and a transcript."""
+    features = torch.randn(ROWS, 8, 2 * (length + 6), generator=_generator(), dtype=torch.float64)
+    return {"input_features": features, "labels" if labels else "decoder_input_ids": _ids(length, 1)}
+
+
+def _pixels() -> Tensor:
+    return torch.randn(ROWS, 3, 20, 20, generator=_generator(), dtype=torch.float64)
+
+
+def pictures(length: int, labels: bool, padding: bool) -> Batch:
+    """Pictures of 5 x 5 patches."""
+    return {"pixel_values": _pixels()} | ({"labels": torch.tensor([1, 0])} if labels else {})
+
+
+def captioned(length: int, labels: bool, padding: bool) -> Batch:
+    """Pictures and texts, to be matched."""
+    return tokens(length, False, padding) | {"pixel_values": _pixels(), "return_loss": labels}
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 2,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": HEADS // 2}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+PICTURE = {"image_size": 20, "patch_size": 4, "num_channels": 3}
+
+
+def _of(name: str, config: str, *drop: str, **options: Any) -> Callable[[str], nn.Module]:
+    """A factory of the class `name` with the sizes above, without those named in `drop`, and `options`."""
+
+    def factory(attention: str) -> nn.Module:
+        sizes = {key: value for key, value in SIZES.items() if key not in drop} | options
+        made = getattr(hf, config)(**sizes, attn_implementation=attention)
+        model: nn.Module = getattr(hf, name)(made)
+        return model
+
+    return factory
+
+
+def _gpt2(attention: str) -> nn.Module:
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    model: nn.Module = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **rates, attn_implementation=attention))
+    return model
+
+
+def _bloom(attention: str) -> nn.Module:
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    model: nn.Module = hf.BloomForCausalLM(hf.BloomConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0))
+    return model
+
+
+def _t5(attention: str) -> nn.Module:
+    sizes = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 2 * WIDTH, "num_layers": LAYERS}
+    distances = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    special = {"num_heads": HEADS, "decoder_start_token_id": 0, "pad_token_id": 2, "dropout_rate": 0.0}
+    config = hf.T5Config(**sizes, **distances, **special, attn_implementation=attention)
+    model: nn.Module = hf.T5ForConditionalGeneration(config)
+    return model
+
+
+def _pair(name: str) -> dict[str, Any]:
+    """Sizes of an encoder and a decoder, in Bart's and Whisper's words."""
+    sides = ("encoder", "decoder")
+    sizes = {f"{side}_{key}": n for side in sides for key, n in
+             (("layers", LAYERS), ("attention_heads", HEADS), ("ffn_dim", 2 * WIDTH))}  # fmt: skip
+    special = {"decoder_start_token_id": 0, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    return {**sizes, **special, "vocab_size": VOCAB, "d_model": WIDTH, "dropout": 0.0, "attention_dropout": 0.0}
+
+
+def _bart(attention: str) -> nn.Module:
+    config = hf.BartConfig(
+        **_pair("bart"), max_position_embeddings=64, forced_eos_token_id=1, attn_implementation=attention
+    )
+    model: nn.Module = hf.BartForConditionalGeneration(config)
+    return model
+
+
+def _whisper(attention: str) -> nn.Module:
+    lengths = {"max_source_positions": 29, "max_target_positions": 64, "num_mel_bins": 8}
+    config = hf.WhisperConfig(**_pair("whisper"), **lengths, attn_implementation=attention)
+    model: nn.Module = hf.WhisperForConditionalGeneration(config)
+    return model
+
+
+def _clip(attention: str) -> nn.Module:
+    shared = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS}
+    text = {**shared, "num_attention_heads": HEADS, "vocab_size": VOCAB, "max_position_embeddings": 64}
+    vision = {**shared, **PICTURE, "num_attention_heads": HEADS}
+    special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    config = hf.CLIPConfig(text_config={**text, **special}, vision_config=vision, projection_dim=16)
+    config._attn_implementation = attention
+    model: nn.Module = hf.CLIPModel(config)
+    return model
+
+
+# --- diffusers, timm --------------------------------------------------------------------------------------------------
+
+
+def noised(length: int, labels: bool, padding: bool) -> Batch:
+    """Latents of 5 x 5 patches, a step and a class each."""
+    batch = {"hidden_states": _latents(0), "timestep": torch.tensor([3, 70]), "class_labels": torch.tensor([1, 4])}
+    return batch | ({"target": _latents(1)} if labels else {})
+
+
+def prompted(length: int, labels: bool, padding: bool) -> Batch:
+    """Latents of 5 x 5 patches, a step, and a text of `length` vectors, one of which stands for all."""
+    text = {"encoder_hidden_states": _floats(length, 2), "pooled_projections": _floats(1, 3)[:, 0]}
+    batch = {"hidden_states": _latents(0), "timestep": torch.tensor([3, 70]), **text}
+    return batch | ({"target": _latents(1)} if labels else {})
+
+
+def _latents(seed: int) -> Tensor:
+    return torch.randn(ROWS, 4, 10, 10, generator=_generator(seed), dtype=torch.float64)
+
+
+LATENT = {"sample_size": 10, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": LAYERS}
+
+
+def _dit(attention: str) -> nn.Module:
+    from diffusers.models import attention_processor as how
+
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "num_embeds_ada_norm": 8}
+    model = diffusers().DiTTransformer2DModel(**LATENT, **sizes)
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):  # classes that are left out at random
+            module.dropout_prob = 0.0
+        if isinstance(module, how.Attention):
+            module.set_processor(how.AttnProcessor2_0() if attention == "sdpa" else how.AttnProcessor())
+    return Denoiser(model)
+
+
+def _sd3(attention: str) -> nn.Module:
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "joint_attention_dim": WIDTH}
+    widths = {"caption_projection_dim": WIDTH, "pooled_projection_dim": WIDTH, "pos_embed_max_size": 8}
+    return Denoiser(diffusers().SD3Transformer2DModel(**LATENT, **sizes, **widths))
+
+
+def diffusers() -> Any:
+    """The package, imported where it is used."""
+    return importlib.import_module("diffusers")
+
+
+@cache
+def timm() -> Any:
+    """timm.  Only its data sets and their transforms need torchvision, whose builds each want one torch: where there is
+    none, a stand-in serves the import."""
+    missing = [] if importlib.util.find_spec("torchvision") else TORCHVISION
+    sys.modules.update({name: MagicMock() for name in missing})
+    try:
+        return importlib.import_module("timm")
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+TORCHVISION = [f"torchvision{part}" for part in ("", ".datasets", ".ops", ".ops.misc", ".transforms",
+               ".transforms.functional")]  # fmt: skip
+
+
+def _timm(attention: str) -> nn.Module:
+    sizes = {"img_size": 20, "patch_size": 4, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+    model: nn.Module = timm().models.VisionTransformer(**sizes, num_classes=7)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", attention == "sdpa")  # noqa: B010  a bool, which nn.Module's stub forbids
+    return Classifier(model)
+
+
+def labelled(length: int, labels: bool, padding: bool) -> Batch:
+    """Pictures of 5 x 5 patches, and a class each."""
+    return {"x": _pixels()} | ({"target": torch.tensor([1, 0])} if labels else {})
+
+
+# --- torch.nn -----------------------------------------------------------------------
+
+
+def _floats(length: int, seed: int = 0) -> Tensor:
+    return torch.randn(ROWS, length, WIDTH, generator=_generator(seed), dtype=torch.float64)
+
+
+def vectors(length: int, labels: bool, padding: bool) -> Batch:
+    """A sequence of vectors, and what is to come of it; padding as torch.nn wants it, True where nothing is."""
+    batch = {"x": _floats(length)} | ({"padding": _mask(length) == 0} if padding else {})
+    return batch | ({"target": _floats(length, 1)} if labels else {})
+
+
+def two_sequences(length: int, labels: bool, padding: bool) -> Batch:
+    """A source that is six tokens longer than the target."""
+    return vectors(length, labels, False) | {"source": _floats(length + 6, 2)}
+
+
+def texts(length: int, labels: bool, padding: bool) -> Batch:
+    """Ids and targets."""
+    return {"idx": _ids(length)} | ({"targets": _ids(length, 1)} if labels else {})
+
+
+ONE = ("sdpa",)  # for models that have no choice
+ZOO: dict[str, Entry] = {
+    "gpt2": Entry(_gpt2, tokens, padding=True),
+    "llama": Entry(_of("LlamaForCausalLM", "LlamaConfig", **GROUPED), tokens, padding=True),
+    "qwen3": Entry(_of("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=8), tokens, padding=True),
+    "mistral": Entry(_of("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=9), tokens, padding=True),
+    "gemma2": Entry(
+        _of("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=8, sliding_window=9), tokens, padding=True,
+        attentions=("eager",),
+    ),
+    "gemma3": Entry(
+        _of("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, sliding_window=9,
+            layer_types=["sliding_attention", "full_attention"]),
+        tokens, padding=True,
+    ),
+    "mixtral": Entry(
+        _of("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, sliding_window=None), tokens,
+        padding=True, dtype=torch.float32,
+    ),
+    "gpt_oss": Entry(
+        _of("GptOssForCausalLM", "GptOssConfig", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+            sliding_window=9),
+        tokens, padding=True, attentions=("eager",), dtype=torch.float32,
+    ),
+    "gpt_neox": Entry(
+        _of("GPTNeoXForCausalLM", "GPTNeoXConfig", hidden_dropout=0.0, attention_dropout=0.0), tokens, padding=True
+    ),
+    "bloom": Entry(_bloom, tokens, padding=True, attentions=("eager",)),
+    "opt": Entry(
+        _of("OPTForCausalLM", "OPTConfig", "intermediate_size", ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH,
+            dropout=0.0),
+        tokens, padding=True,
+    ),
+    "bert": Entry(_of("BertForMaskedLM", "BertConfig", **STILL), tokens, padding=True),
+    "bert_classification": Entry(
+        _of("BertForSequenceClassification", "BertConfig", **STILL), classified, padding=True
+    ),
+    "roberta": Entry(_of("RobertaForMaskedLM", "RobertaConfig", **STILL), tokens, padding=True),
+    "modernbert": Entry(
+        _of("ModernBertForMaskedLM", "ModernBertConfig", layer_types=["full_attention", "sliding_attention"],
+            local_attention=8, cls_token_id=0, sep_token_id=1),
+        tokens, padding=True,
+    ),
+    "t5": Entry(_t5, translated, padding=True),
+    "bart": Entry(_bart, translated, padding=True),
+    "whisper": Entry(_whisper, spoken),
+    "vit": Entry(
+        _of("ViTForImageClassification", "ViTConfig", "vocab_size", "max_position_embeddings", **STILL, **PICTURE),
+        pictures,
+    ),
+    "dinov2": Entry(
+        _of("Dinov2ForImageClassification", "Dinov2Config", "vocab_size", "max_position_embeddings",
+            "intermediate_size", **STILL, **PICTURE),
+        pictures,
+    ),
+    "clip": Entry(_clip, captioned, padding=True),
+    "dit": Entry(_dit, noised, needs=diffusers),
+    "sd3": Entry(_sd3, prompted, attentions=("sdpa",), needs=diffusers),
+    "timm_vit": Entry(_timm, labelled, needs=timm),
+    "nn_transformer": Entry(lambda _: Translator(), two_sequences, attentions=ONE),
+    "nn_encoder": Entry(lambda _: Encoder(), vectors, padding=True, attentions=ONE),
+    "nn_encoder_causal": Entry(lambda _: Encoder(causal=True, norm_first=True), vectors, attentions=ONE),
+    "nn_encoder_sequence_first": Entry(lambda _: Encoder(batch_first=False), vectors, padding=True, attentions=ONE),
+    "nn_attention": Entry(lambda _: Heads(need_weights=False, causal=True), vectors, attentions=ONE),
+    "nn_attention_weights": Entry(lambda _: Heads(need_weights=True), vectors, padding=True, attentions=ONE),
+    "nn_attention_maps": Entry(lambda _: Heads(need_weights=True, returned=True), vectors, attentions=ONE),
+    "nanogpt_flash": Entry(lambda _: WrittenGPT("flash"), texts, attentions=ONE),
+    "nanogpt_manual": Entry(lambda _: WrittenGPT("manual"), texts, attentions=ONE),
+    "nanogpt_einsum": Entry(lambda _: WrittenGPT("einsum"), texts, attentions=ONE),
+}  # fmt: skip
