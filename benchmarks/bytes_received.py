@@ -27,8 +27,8 @@ from benchmarks.paired import Case, against, arguments, collect, conclude, scree
 from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, prefix, window
 from ringpass.schedule.cost import Load, choose, placed, refine
-from ringpass.schedule.program import Problem, tiling
 from ringpass.schedule.proof import lower_bound
+from ringpass.schedule.tiles import Problem, tiling
 
 BOUND = 1.05
 HEADS, GROUPS, WIDTH = 32, 8, 128  # of the attention whose layout is chosen: FLOPs against bytes

@@ -123,8 +123,8 @@ def attention(x: Sparse, length: int, args: argparse.Namespace) -> tuple[Step, i
     """Forward and backward of `x` on `length` tokens, and the tile."""
     from ringpass.ops import ring
     from ringpass.schedule.cost import refine
-    from ringpass.schedule.program import TILE
     from ringpass.schedule.site import Site
+    from ringpass.schedule.tiles import TILE
 
     rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
     lengths, layouts = (length, length), ("contiguous", "contiguous")

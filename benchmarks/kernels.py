@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ringpass.kernels.table import HALF, KERNELS, TileArgs, choose
+from ringpass.kernels.table import HALF, KERNELS, choose
+from ringpass.kernels.tile import TileArgs
 
 RESULTS = Path(__file__).parent / "results"
 ALL = (torch.bfloat16, torch.float16, torch.float32)

@@ -26,9 +26,8 @@ from benchmarks.paired import Case, against, arguments, collect, conclude, scree
 from benchmarks.paired import spread as text
 from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, window
-from ringpass.schedule import program as schedule
-from ringpass.schedule.program import Problem, tiling
 from ringpass.schedule.proof import prove_from
+from ringpass.schedule.tiles import Problem, tiling
 
 CLASSIFY, PLAN = 10.0, 30.0  # seconds
 QUICK = {"tokens": 16384, "ranks": 4, "rounds": 1}
@@ -78,7 +77,7 @@ def plan(problem: Problem) -> None:
 
 
 def _timed(run: Callable[[Problem], None], problem: Problem) -> float:
-    schedule.tiling.cache_clear()
+    tiling.cache_clear()
     start = time.process_time()
     run(problem)
     return time.process_time() - start

@@ -24,16 +24,16 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringpass.config import RingConfig
-from ringpass.layouts.layout import Ranges
+from ringpass.layouts.ranges import Ranges
 from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import RingPlan, SitePlan, plan
+from ringpass.passes.plan.verify import prove_all
 from ringpass.passes.propagate.factors import Sweep
 from ringpass.patterns import everything, window
 from ringpass.schedule.messages import Message, joints, runs
 from ringpass.schedule.program import Transfer
-from ringpass.schedule.proof import prove_all
 
 SHOWN = 3  # ranges of tokens that a cell lists
 

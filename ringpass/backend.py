@@ -25,7 +25,8 @@ from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput, Origin, show
 from ringpass.passes.capture.capture import Captured, capture
-from ringpass.passes.detect.detect import AttentionSite, detect
+from ringpass.passes.detect.detect import detect
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.dump import Dump
 from ringpass.passes.lower import codegen
 from ringpass.passes.lower.lower import attentions
@@ -34,11 +35,11 @@ from ringpass.passes.partition.emitter import Rank
 from ringpass.passes.partition.placement import draws_elsewhere, is_dropout
 from ringpass.passes.partition.writer import LocalInput, LocalOutput, Partitioned, partition
 from ringpass.passes.plan.plan import RingPlan, plan
+from ringpass.passes.plan.verify import prove_all
 from ringpass.passes.propagate.factors import Sweep
 from ringpass.patterns import everything
 from ringpass.schedule.dilation import Dilation
-from ringpass.schedule.program import tiling
-from ringpass.schedule.proof import prove_all
+from ringpass.schedule.tiles import tiling
 from ringpass.shards import as_dtensor, as_local, on_all_ranks
 
 log = logging.getLogger("ringpass")

@@ -23,6 +23,7 @@ from ringpass.comm.collectives import Shard
 from ringpass.errors import PeerError
 from ringpass.layouts.redistribution import held_by
 from ringpass.masks.constants import Array
+from ringpass.ops import boundary
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Origin:
             dim, (start, stop) = self.shard.dim, self.part
             whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
             grad = whole.slice_scatter(grad, dim, start, stop)
-        mine: Tensor = ops._gather_backward_shard(self._ordered(grad, inverse=False), *_shard_args(self))
+        mine: Tensor = boundary.shard_back(self._ordered(grad, inverse=False), *_shard_args(self))
         return mine
 
     def share(self, whole: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from ringpass.errors import OptionError
-from ringpass.masks.expr import FALSE, TRUE, B, Const, Expr, H, K, Q, bounds, call, evaluate, parse, table, tables
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import FALSE, TRUE, B, Const, Expr, H, K, Q, call, parse, table, tables
+from ringpass.masks.intervals import bounds
 from ringpass.masks.simplify import simplify
 
 MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
@@ -270,7 +272,7 @@ def from_function(allowed: Callable[..., Any]) -> Pattern:
     It may read tensors of bools or integers that it captures at these indices: `ids[q] == ids[k]`.
     Raises OptionError where the function branches on its arguments or is not elementwise.
     """
-    from ringpass.passes.detect.detect import scalar_function
+    from ringpass.masks.from_function import scalar_function
 
     signature = inspect.signature(allowed)
     try:

@@ -31,7 +31,8 @@ from ringpass.comm.collectives import Shard
 from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, Layout
-from ringpass.layouts.redistribution import Moves, held_by, moves, spread
+from ringpass.layouts.ranges import spread
+from ringpass.layouts.redistribution import Moves, held_by, moves
 from ringpass.lazy import LazyOutput, Origin, held, show
 
 LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")

@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringpass.nodes import KEPT_META, args_of, bound_of
 from ringpass.passes.op_rules.table import no_rule, rule_for
-from ringpass.passes.propagate.factors import args_of, bound_of
 
 aten = torch.ops.aten
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
 
 
 def spell_out(gm: GraphModule) -> None:

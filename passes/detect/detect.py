@@ -14,82 +14,27 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.errors import OptionError, UnsupportedError
-from ringpass.masks import expr as m
-from ringpass.masks.expr import CAUSAL, TRUE, Const, Expr, call
+from ringpass.errors import UnsupportedError
+from ringpass.masks.expr import CAUSAL, TRUE, Expr, call
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered
 from ringpass.masks.scores import rows_with_keys, split_bias
 from ringpass.masks.simplify import simplify
+from ringpass.nodes import args_of, first_of
 from ringpass.passes.detect import flex
 from ringpass.passes.detect import softmax as handwritten
 from ringpass.passes.detect.grouped_heads import unrepeated
-from ringpass.passes.propagate.factors import args_of, first_of
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.patterns import Pattern, everything
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 EVERYTHING = everything()
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
-
-    `score` is any other function of them, `sink` the score of one key more, whose value is 0.  `unread`: why the call
-    must run as the model wrote it.  `listed`: lists of blocks, which come with each call, say what is computed.
-    `written`: the model writes it out.
-    """
-
-    index: int
-    node: Node
-    q: Node
-    k: Node
-    v: Node
-    mask: Expr
-    bias: Expr | None
-    leaves: tuple[Node, ...]
-    scale: float
-    dropout: float
-    score: Expr | None = None
-    unread: str = ""
-    listed: bool = False
-    written: bool = False
-    sink: Expr | None = None
-
-    @property
-    def path(self) -> str:
-        """The module that calls it: `layers.0.attn`; empty where the graph does not say."""
-        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
-        name = str(stack[-1][0]) if stack else ""
-        name = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", re.sub(r"^L\['\w+'\]", "", name))
-        return name.strip(".")
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """Numbers of query heads and of K/V heads."""
-        q, k = (x.meta["val"] for x in (self.q, self.k))
-        return (int(q.shape[1]), int(k.shape[1])) if q.ndim == 4 else (1, 1)
-
-    def __str__(self) -> str:
-        shapes = " ".join(f"{n}{list(x.meta['val'].shape)}" for n, x in (("q", self.q), ("k", self.k), ("v", self.v)))
-        leaves = ", ".join(f"x{i} = {leaf.name}{list(leaf.meta['val'].shape)}" for i, leaf in enumerate(self.leaves))
-        parts = [f"site {self.index} ({self.node.name}): {shapes}"]
-        parts += [f"not read: {self.unread}"] if self.unread else [f"mask {self.mask}"]
-        parts += [f"bias {self.bias}"] if self.bias is not None else []
-        parts += [f"score {self.score}"] if self.score is not None else []
-        parts += [f"sink {self.sink}"] if self.sink is not None else []
-        parts += [f"leaves {leaves}"] if leaves else []
-        parts += [f"dropout {self.dropout}"] if self.dropout else []
-        return "; ".join([*parts, f"scale {self.scale:.6g}"])
 
 
 def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSite, ...]:
@@ -186,43 +131,3 @@ def _mask(node: Node, q: Node, k: Node) -> tuple[Expr, Expr | None, tuple[Node, 
     (mask, bias), leaves = numbered(puller, simplify(allowed), bias)
     assert mask is not None
     return mask, bias, leaves
-
-
-def scalar_function(allowed: Callable[..., Any]) -> Expr:
-    """The expression of a function of scalar tensors (b, h, q, k); tensors that it captures become tables.
-
-    Raises OptionError for what is not elementwise.
-    """
-    scalars = [torch.zeros((), dtype=torch.int64) for _ in "bhqk"]
-    try:
-        with TransformGetItemToIndex():  # x[q] reads x at q, rather than at the number that q happens to be
-            gm = make_fx(lambda *at: allowed(*at), pre_dispatch=True)(*scalars)
-    except Exception as error:
-        raise OptionError(
-            f"the mask function cannot be traced on scalar indices: it may not branch on them ({error})"
-        ) from error
-    *indices, output = (n for n in gm.graph.nodes if n.op in ("placeholder", "output"))
-    result = output.args[0]
-    if isinstance(result, bool):
-        return Const(result)
-    if not isinstance(result, Node) or result.meta["val"].dtype != torch.bool or result.meta["val"].ndim:
-        raise OptionError("the mask function must return a boolean scalar for scalar indices")
-    puller = Puller()
-    for node, index in zip(indices, (m.B, m.H, m.Q, m.K), strict=True):
-        puller.known[node, ()] = index
-    expr = puller.element(result, ())
-    captured = [_captured(gm, leaf) for leaf in puller.leaves]
-    return m.replace_loads(expr, lambda leaf, at: m.table(captured[leaf], *at))
-
-
-def _captured(gm: GraphModule, leaf: Node) -> torch.Tensor:
-    """The tensor of bools or integers that a mask function captures."""
-    value = getattr(gm, str(leaf.target), None) if leaf.op == "get_attr" else None
-    if not isinstance(value, torch.Tensor):
-        raise OptionError(f"the mask function uses an op that has no closed form: {leaf.name} ({leaf.target})")
-    if value.is_floating_point() or value.is_complex() or not value.ndim:
-        raise OptionError(
-            f"the mask function reads a tensor of {value.dtype} and shape {list(value.shape)}; it may read bools and "
-            "integers, at its indices"
-        )
-    return value

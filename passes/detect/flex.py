@@ -27,13 +27,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 
-from ringpass.kernels.tile import accumulator
-from ringpass.masks import expr as m
-from ringpass.masks.expr import FALSE, SCORE, Const, Expr, call
+from ringpass.masks.expr import FALSE, SCORE, B, Const, Expr, H, K, Q, call
 from ringpass.masks.from_graph import Puller, numbered
 from ringpass.masks.scores import separated
 from ringpass.masks.simplify import simplify
-from ringpass.passes.propagate.factors import args_of
+from ringpass.nodes import args_of
+from ringpass.precision import accumulator
 
 FLEX = torch.ops.higher_order.flex_attention
 OTHERS = {1: "log-sum-exp", 2: "maximum"}  # results beside the attention's output
@@ -58,7 +57,7 @@ def read(node: Node) -> Scores | str:
     if also := [name for n in node.users if n.users for i, name in OTHERS.items() if args_of(n)[1] == i]:
         return f"its {' and its '.join(also)} is read"
     puller, dtype = Puller(), accumulator(q.meta["val"].dtype)
-    at = m.B, m.H, m.Q, m.K
+    at = B, H, Q, K
     score = _body(puller, node, score_mod, {SCORE: dtype} | dict.fromkeys(at, torch.int64), score_buffers)
     allowed = _body(puller, node, block_mask[-1], dict.fromkeys(at, torch.int64), mask_buffers)
     if inside := [leaf for leaf in puller.leaves if leaf.graph is not node.graph]:
@@ -124,9 +123,9 @@ def _listed(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[i
     table = _written_before(node, lambda counts, columns: block_table(counts, columns, width), lists)
     lead = [
         index if n in (1, full) else call("mod", index, Const(n))
-        for index, n, full in zip((m.B, m.H), table.meta["val"].shape, q, strict=False)
+        for index, n, full in zip((B, H), table.meta["val"].shape, q, strict=False)
     ]
-    row, column = (call("floordiv", at, Const(size)) for at, size in zip((m.Q, m.K), sizes, strict=True))
+    row, column = (call("floordiv", at, Const(size)) for at, size in zip((Q, K), sizes, strict=True))
     return puller.leaf(table, puller.clip(table, (*lead, row, column)))
 
 

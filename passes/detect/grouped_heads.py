@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ringpass.passes.propagate.factors import args_of
+from ringpass.nodes import args_of
 
 aten = torch.ops.aten
 COPIES = (aten.clone.default, aten.contiguous.default)

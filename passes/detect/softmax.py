@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.masks import expr as m
-from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, call
+from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, K, Q, call
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered, regrouped
+from ringpass.masks.operators import DTYPES
+from ringpass.masks.rewrite import substitute
 from ringpass.masks.scores import rows_with_keys, scored, separated
 from ringpass.masks.simplify import simplify
-from ringpass.passes.propagate.factors import args_of
+from ringpass.nodes import args_of
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -251,9 +252,9 @@ def _unshifted(expr: Expr) -> Expr:
     """`expr` without what is added to all of a row, such as its maximum subtracted: softmax does not see it."""
     if isinstance(expr, Call) and expr.op in ("add", "sub"):
         left, right = expr.args
-        if not scored(right) and m.substitute(right, m.K, m.Q) == right:
+        if not scored(right) and substitute(right, K, Q) == right:
             return _unshifted(left)
-        if expr.op == "add" and not scored(left) and m.substitute(left, m.K, m.Q) == left:
+        if expr.op == "add" and not scored(left) and substitute(left, K, Q) == left:
             return _unshifted(right)
     return expr
 
@@ -262,7 +263,7 @@ def _without_casts(expr: Expr) -> Expr:
     """`expr` with conversions of the score between floating-point dtypes left out: the ring keeps the wider one."""
     if not isinstance(expr, Call):
         return expr
-    if expr.op == "cast" and scored(expr.args[0]) and m.DTYPES[expr.args[1].name].is_floating_point:  # type: ignore[attr-defined]
+    if expr.op == "cast" and scored(expr.args[0]) and DTYPES[expr.args[1].name].is_floating_point:  # type: ignore[attr-defined]
         return _without_casts(expr.args[0])
     return Call(expr.op, tuple(map(_without_casts, expr.args)))
 

@@ -16,11 +16,11 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.kernels.table import accumulator
+from ringpass.nodes import bound_of, first_of, op_name, size_of
 from ringpass.passes.op_rules.table import LOSSES, SUMS, dims_of
 from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.plan.axes import Axis
-from ringpass.passes.propagate.factors import bound_of, first_of, op_name, size_of
+from ringpass.precision import accumulator
 
 aten = torch.ops.aten
 SUMMED = 2  # the `reduction` of a loss that is a sum

@@ -20,18 +20,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.passes.propagate.factors import (
-    Dims,
-    Factor,
-    Factors,
-    Note,
-    Sweep,
-    args_of,
-    first_of,
-    op_name,
-    operands_of,
-    product,
-)
+from ringpass.nodes import args_of, first_of, op_name, operands_of
+from ringpass.passes.propagate.factors import Dims, Factor, Factors, Note, Sweep, product
 
 aten = torch.ops.aten
 SORT, COUNT, BACK, INDEX = aten.sort.default, aten.histc.default, aten.index_put.default, aten.index.Tensor

@@ -16,9 +16,9 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.passes.partition.emitter import Emitter, bytes_of
+from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of, slice_of
+from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.plan.axes import Axis
-from ringpass.passes.propagate.factors import args_of, first_of, op_name, size_of, slice_of
 
 aten = torch.ops.aten
 TAKES = ("select.int", "slice.Tensor", "index.Tensor", "index_select.default")

@@ -15,24 +15,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from ringpass.nodes import args_of, bound_of, first_of, hint_of, is_empty, op_name, operands_of, size_of, slice_of
 from ringpass.passes.propagate.alignment import same
-from ringpass.passes.propagate.factors import (
-    CONV1D,
-    Dims,
-    Factors,
-    Note,
-    Sweep,
-    args_of,
-    bound_of,
-    first_of,
-    hint_of,
-    is_empty,
-    op_name,
-    operands_of,
-    product,
-    size_of,
-    slice_of,
-)
+from ringpass.passes.propagate.factors import CONV1D, Dims, Factors, Note, Sweep, product
 
 
 def same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:

@@ -24,12 +24,13 @@ from torch.fx import Node
 
 from ringpass import ops
 from ringpass.layouts.layout import assigned
+from ringpass.nodes import args_of, first_of, op_name, size_of
 from ringpass.passes.op_rules.slicing import halo_of
 from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.partition.placement import parts_of
 from ringpass.passes.plan.axes import Axis
 from ringpass.passes.propagate.alignment import same
-from ringpass.passes.propagate.factors import CONV1D, args_of, first_of, op_name, size_of
+from ringpass.passes.propagate.factors import CONV1D
 
 aten = torch.ops.aten
 

@@ -16,21 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of
 from ringpass.passes.op_rules import routing
 from ringpass.passes.op_rules import slicing as run_rules
-from ringpass.passes.propagate.factors import (
-    CONV1D,
-    Dims,
-    Factors,
-    Note,
-    Sweep,
-    args_of,
-    bound_of,
-    first_of,
-    op_name,
-    operands_of,
-    product,
-)
+from ringpass.passes.propagate.factors import CONV1D, Dims, Factors, Note, Sweep, product
 
 aten = torch.ops.aten
 Rule = Callable[[Sweep, Node, Note], Any]

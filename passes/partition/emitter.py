@@ -23,11 +23,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
+from ringpass.nodes import KEPT_META, bound_of, size_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.capture.decompose import KEPT_META
 from ringpass.passes.partition.placement import Placement
 from ringpass.passes.plan.axes import Axis
-from ringpass.passes.propagate.factors import bound_of, hint_of, product, size_of, tensors_of
+from ringpass.passes.propagate.factors import product
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,3 @@ class Emitter:
 
 def fakes(args: Any) -> Any:
     return map_arg(args, lambda n: n.meta["val"])
-
-
-def bytes_of(node: Node) -> int:
-    return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))

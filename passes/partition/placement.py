@@ -20,23 +20,13 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ringpass.nodes import args_of, first_of, is_empty, op_name, operands_of, size_of, tensors_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.routing import SORT, closed
 from ringpass.passes.op_rules.table import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS
 from ringpass.passes.plan.axes import Axis
 from ringpass.passes.plan.plan import RingPlan, SitePlan
-from ringpass.passes.propagate.factors import (
-    CONV1D,
-    Note,
-    Sweep,
-    args_of,
-    first_of,
-    is_empty,
-    op_name,
-    operands_of,
-    size_of,
-    tensors_of,
-)
+from ringpass.passes.propagate.factors import CONV1D, Note, Sweep
 
 aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention.default"

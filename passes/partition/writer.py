@@ -27,16 +27,17 @@ from ringpass.errors import UnsupportedError
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.reindex import of_places
 from ringpass.masks.expr import TRUE, Expr, call
+from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of, slice_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.reductions import Sums
 from ringpass.passes.op_rules.selecting import Takes
 from ringpass.passes.op_rules.slicing_writer import Runs
 from ringpass.passes.op_rules.table import CONSTANT, CREATION, FUNCTION, PATTERNED, RESIZED
-from ringpass.passes.partition.emitter import Rank, bytes_of
+from ringpass.passes.partition.emitter import Rank
 from ringpass.passes.partition.placement import Placement, draws_elsewhere, is_dropout, place
 from ringpass.passes.plan.axes import Axis
 from ringpass.passes.plan.plan import RingPlan, SitePlan
-from ringpass.passes.propagate.factors import Sweep, args_of, first_of, op_name, size_of, slice_of
+from ringpass.passes.propagate.factors import Sweep
 from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
 
 aten = torch.ops.aten

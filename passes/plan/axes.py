@@ -23,8 +23,10 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import Layout, Ranges, cut, few, following
-from ringpass.passes.propagate.factors import Factor, Sweep, hint_of, size_of
+from ringpass.layouts.layout import Layout, cut, few, following
+from ringpass.layouts.ranges import clipped
+from ringpass.nodes import hint_of, size_of
+from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.cost import CANDIDATES
 
 
@@ -165,14 +167,8 @@ def _agree(runs: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
         shift = int((b.offset - a.offset).subs(hints))
         low, high = max(shift, 0), min(a.hint, shift + b.hint)
         for rank in range(world):
-            if _within(a.layout.ranges(rank, a.hint), low, high, 0) != _within(
+            if clipped(a.layout.ranges(rank, a.hint), low, high, 0) != clipped(
                 b.layout.ranges(rank, b.hint), low - shift, high - shift, shift
             ):
                 return False
     return True
-
-
-def _within(ranges: Ranges, low: int, high: int, shift: int) -> Ranges:
-    """What of `ranges` lies between low and high, moved by `shift`."""
-    clipped = ((max(a, low), min(b, high)) for a, b in ranges)
-    return tuple((a + shift, b + shift) for a, b in clipped if a < b)

@@ -24,8 +24,9 @@ from ringpass.config import RingConfig
 from ringpass.errors import OptionError
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.reindex import of_places
-from ringpass.passes.detect.detect import AttentionSite, narrowed
-from ringpass.passes.propagate.factors import hint_of
+from ringpass.nodes import hint_of
+from ringpass.passes.detect.detect import narrowed
+from ringpass.passes.detect.site import AttentionSite
 
 INFERRED = 16  # CLS, distillation and register tokens
 

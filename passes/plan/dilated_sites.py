@@ -19,8 +19,8 @@ from typing import Any
 
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError
-from ringpass.passes.detect.detect import AttentionSite
-from ringpass.passes.propagate.factors import hint_of
+from ringpass.nodes import hint_of
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.schedule.dilation import Dilation
 
 

@@ -19,17 +19,19 @@ from ringpass.config import RingConfig
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import Layout, following
 from ringpass.masks.expr import loads
-from ringpass.passes.detect.detect import AttentionSite
+from ringpass.nodes import hint_of
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.axes import Axis, on_lines
 from ringpass.passes.plan.curve_order import along, find, of_length
 from ringpass.passes.plan.dilated_sites import dilations
-from ringpass.passes.propagate.factors import Factor, Sweep, hint_of
+from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
 from ringpass.schedule.dilation import Dilation, Lane
 from ringpass.schedule.messages import received
-from ringpass.schedule.program import TILE, Problem, Program, program
+from ringpass.schedule.program import Program, program
 from ringpass.schedule.site import Site, of_lane
+from ringpass.schedule.tiles import TILE, Problem
 
 SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
 LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call

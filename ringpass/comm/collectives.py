@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.comm.p2p import lost, process_group
-from ringpass.kernels.table import accumulator
-from ringpass.layouts.layout import Layout, Ranges
+from ringpass.layouts.layout import Layout
+from ringpass.layouts.ranges import Ranges
 from ringpass.layouts.redistribution import Moves, among, between
 from ringpass.masks.constants import Array
+from ringpass.precision import accumulator
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ringpass.kernels.blocks import join_rows, rows_first, stacked, unstacked
-from ringpass.kernels.tile import Grads, TileArgs, accumulator, additive, merge, sees_nothing
+from ringpass.kernels.tile import Grads, TileArgs, additive, merge_by_lse, sees_nothing
+from ringpass.precision import accumulator
 
 aten = torch.ops.aten
 SMALLEST, LARGEST = 128, 1024  # rows: of the triangles that are left, of a causal one that is divided
@@ -67,7 +68,7 @@ def _triangle(tensors: Sequence[Tensor], args: TileArgs) -> tuple[Tensor, Tensor
         rows, columns = _square(length, args)
         part, part_lse = _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], _full(args))
     out = out.to(accumulator(q.dtype))
-    merge(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse, in_place=True)
+    merge_by_lse(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse, in_place=True)
     return out, lse
 
 

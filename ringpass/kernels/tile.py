@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringpass.precision import accumulator
+
 
 @dataclass(frozen=True)
 class TileArgs:
@@ -32,11 +34,6 @@ class TileArgs:
 
 Grads = tuple[Any, ...]
 """Gradients of q, k, v, the bias (None where it needs none), and each of the parameters of the score function."""
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which partial results are merged."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_query_head(kv: Tensor, q: Tensor) -> Tensor:
@@ -78,7 +75,9 @@ def above_diagonal(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
 
 
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+def merge_by_lse(
+    out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from attention over each: the log-sum-exp merge of flash attention.
 
     `in_place`: the result is written to `out` and `lse`.

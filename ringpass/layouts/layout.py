@@ -37,9 +37,8 @@ from itertools import pairwise
 from typing import Any
 
 from ringpass.layouts.hilbert import Order
+from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.strided import Residue
-
-Ranges = tuple[tuple[int, int], ...]  # half-open token ranges, ascending
 
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
@@ -162,13 +161,13 @@ class Layout:
     def spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
         """The tokens of `rank`, chunk by chunk and piece by piece: as many spans for every length, some maybe empty."""
         offset = 0
-        for size, owner in self._pieces(tokens):
+        for length, owner in self._pieces(tokens):
             if owner is None:
                 for chunk in self.owned(rank):
-                    yield offset + self._start(chunk, size), offset + self._start(chunk + 1, size)
+                    yield offset + self._start(chunk, length), offset + self._start(chunk + 1, length)
             elif owner == rank:
-                yield offset, offset + size
-            offset += size
+                yield offset, offset + length
+            offset += length
 
     def _start(self, chunk: int, tokens: int) -> int:
         if self.map == CHUNKED:
@@ -179,8 +178,8 @@ class Layout:
     def holder(self, tokens: int, start: int, stop: int) -> int | None:
         """The rank that holds all of the pieces in which these tokens are; None if any of them is dealt out."""
         owners, end = set(), 0
-        for size, owner in self._pieces(tokens):
-            begin, end = end, end + size
+        for length, owner in self._pieces(tokens):
+            begin, end = end, end + length
             if max(begin, start) < min(end, stop):
                 owners.add(owner)
         return owners.pop() if len(owners) == 1 else None
@@ -233,22 +232,3 @@ def _owner(name: str, world: int, chunk: int) -> int:
 @lru_cache(maxsize=256)
 def _owners(name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in name.removeprefix(ASSIGNED).split(","))
-
-
-def size(ranges: Ranges) -> int:
-    """Number of tokens in `ranges`."""
-    return sum(stop - start for start, stop in ranges)
-
-
-def tokens(ranges: Ranges, rows: tuple[int, int]) -> Ranges:
-    """The tokens that stand in `rows` of a block that holds `ranges`.
-
-    >>> tokens(((0, 3), (8, 10)), rows=(2, 4))
-    ((2, 3), (8, 9))
-    """
-    out, offset = [], 0
-    for start, stop in ranges:
-        low, high = max(rows[0] - offset, 0) + start, min(rows[1] - offset, stop - start) + start
-        out += [(low, high)] if low < high else []
-        offset += stop - start
-    return tuple(out)

@@ -18,7 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringpass.layouts.layout import Layout, Ranges
+from ringpass.layouts.layout import Layout
+from ringpass.layouts.ranges import Ranges, spread
 from ringpass.masks.constants import Array
 
 
@@ -57,11 +58,6 @@ def between(layout: str, other: str, world: int, tokens: int, rank: int) -> Move
     """`moves` from one layout of `tokens` tokens to another."""
     held, wanted = ([held_by(Layout(x, world), i, tokens) for i in range(world)] for x in (layout, other))
     return moves(held, wanted, rank)
-
-
-def spread(ranges: Ranges) -> Array:
-    """The tokens in `ranges`, one by one."""
-    return np.concatenate([_NONE, *(np.arange(start, stop) for start, stop in ranges)])
 
 
 def held_by(layout: Layout, rank: int, tokens: int) -> Array:

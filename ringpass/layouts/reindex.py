@@ -21,7 +21,10 @@ import torch
 
 from ringpass.layouts.hilbert import Order
 from ringpass.masks.constants import Array
-from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, call, evaluate, gathered, kind_of, table
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, call, table
+from ringpass.masks.intervals import kind_of
+from ringpass.masks.rewrite import gathered
 
 Orders = Mapping[str, Order]  # of the tokens of q, of those of k; absent: their own order
 

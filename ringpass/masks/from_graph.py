@@ -22,15 +22,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.masks import expr as m
-from ringpass.masks.expr import Call, Const, Expr, Load, call
+from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast, loads
+from ringpass.masks.intervals import bounds
+from ringpass.masks.operators import REAL_FUNCTIONS
+from ringpass.masks.rewrite import renumber
 from ringpass.masks.simplify import constant, simplify
-from ringpass.passes.propagate.factors import args_of
+from ringpass.nodes import args_of
 
 aten = torch.ops.aten
 Indices = tuple[Expr, ...]
 ZERO = Const(0)
-COORDINATES = {4: (m.B, m.H, m.Q, m.K), 3: (m.B, m.Q, m.K), 2: (m.Q, m.K)}
+COORDINATES = {4: (B, H, Q, K), 3: (B, Q, K), 2: (Q, K)}
 """What the dims of scores are, by their number."""
 
 
@@ -129,7 +131,7 @@ def _operand(p: Puller, node: Any, indices: Indices, truth: bool) -> Expr:
     """An operand's element; for the logical_ ops, whether it is not zero."""
     found = p.element(node, p.clip(node, indices))
     needs = truth and isinstance(node, Node) and node.meta["val"].dtype != torch.bool
-    return m.cast(found, torch.bool) if needs else found
+    return cast(found, torch.bool) if needs else found
 
 
 def _overloads(*names: str) -> list[Any]:
@@ -156,7 +158,7 @@ for _op in ("and", "or", "xor"):
 _pointwise("not", *_overloads("logical_not.default"))
 _pointwise("neg", aten.neg.default)
 _pointwise("abs", aten.abs.default)
-for _op in m.REAL_FUNCTIONS:
+for _op in REAL_FUNCTIONS:
     _pointwise(_op, *_overloads(f"{_op}.default"))
 _pointwise("pow", *_overloads("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"))
 _pointwise("min", *_overloads("minimum.default", "min.other"))
@@ -227,7 +229,7 @@ def _to(p: Puller, node: Node, indices: Indices) -> Expr:
         return inner
     if isinstance(inner, Const):
         return _typed(inner.value, node.meta["val"].dtype)
-    return m.cast(inner, node.meta["val"].dtype)
+    return cast(inner, node.meta["val"].dtype)
 
 
 @_rule(*_overloads(
@@ -253,7 +255,7 @@ def _typed(value: Any, dtype: torch.dtype) -> Expr:
         return Const(bool(value) if dtype == torch.bool else int(value))
     number = float(value)
     exact = not math.isfinite(number) or torch.tensor(number, dtype=torch.float32).item() == number
-    return Const(number) if exact or dtype != torch.float64 else m.cast(Const(number), dtype)
+    return Const(number) if exact or dtype != torch.float64 else cast(Const(number), dtype)
 
 
 def _fill(position: int | None, value: Any = None) -> Rule:
@@ -355,7 +357,7 @@ def _view(p: Puller, node: Node, indices: Indices) -> Expr | None:
 def regrouped(indices: Indices, shape: Sequence[Any], into: Sequence[Any]) -> Indices | None:
     """Where element `indices` of a tensor of `shape` is in a view of it of shape `into`; None for symbolic sizes.
 
-    >>> print(*regrouped((m.B, m.H, m.Q), (2, 3, 5), (6, 5)))
+    >>> print(*regrouped((B, H, Q), (2, 3, 5), (6, 5)))
     b * 3 + h q
     """
     groups = _groups(shape, into)
@@ -435,7 +437,7 @@ def _index(p: Puller, node: Node, indices: Indices) -> Expr | None:
     rest = source.meta["val"].ndim - len(picks)
     lead, tail = indices[: len(indices) - rest], indices[len(indices) - rest :]
     at = [p.element(i, p.clip(i, lead)) for i in picks]
-    from_the_end = [bool(m.bounds(i, {})[0] < 0) for i in at]  # a negative index counts from the end: so does a load's
+    from_the_end = [bool(bounds(i, {})[0] < 0) for i in at]  # a negative index counts from the end: so does a load's
     if any(from_the_end) and RULES.get(source.target) is _index:
         sizes = source.meta["val"].shape
         at = [_wrapped(i, n) if end else i for i, n, end in zip(at, sizes, from_the_end, strict=False)]
@@ -462,7 +464,7 @@ Found = tuple[tuple[Expr | None, ...], tuple[Node, ...]]
 
 def numbered(puller: Puller, *exprs: Expr | None) -> Found:
     """(expressions, leaves): the leaves that the expressions load, numbered from 0."""
-    used = sorted(set[int]().union(*(m.loads(e) for e in exprs if e is not None)))
+    used = sorted(set[int]().union(*(loads(e) for e in exprs if e is not None)))
     numbers = {old: new for new, old in enumerate(used)}
-    renamed = tuple(None if e is None else m.renumber(e, numbers) for e in exprs)
+    renamed = tuple(None if e is None else renumber(e, numbers) for e in exprs)
     return renamed, tuple(puller.leaves[i] for i in used)

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ringpass.masks import expr as m
-from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, call
+from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, K, Load, Q, call
+from ringpass.masks.intervals import bounds, kind_of
+from ringpass.masks.rewrite import substitute, without_data
 from ringpass.masks.simplify import simplify
 
 ZERO = Const(0)
@@ -42,11 +43,11 @@ def best_split(split: Callable[[tuple[float, ...]], tuple[Expr, Any]], rows: Any
 
 def sees_a_key(mask: Expr, rows: Any) -> bool:
     """Whether every row sees a key for certain: its own, or the first.  `rows`: how many, if they have keys."""
-    certain = m.without_data(simplify(mask), False)
+    certain = without_data(simplify(mask), False)
     last = float(rows - 1) if isinstance(rows, int) else math.inf
-    for key in (m.Q, ZERO):
-        seen = simplify(m.substitute(certain, m.K, key))
-        if seen == TRUE or (m.kind_of(seen) == "bool" and bool(m.bounds(seen, {"q": (0.0, last)})[0] == 1.0)):
+    for key in (Q, ZERO):
+        seen = simplify(substitute(certain, K, key))
+        if seen == TRUE or (kind_of(seen) == "bool" and bool(bounds(seen, {"q": (0.0, last)})[0] == 1.0)):
             return True
     return False
 
@@ -85,7 +86,7 @@ def scored(expr: Expr) -> bool:
     """Whether `expr` depends on the score."""
     if isinstance(expr, Call):
         return any(map(scored, expr.args))
-    return any(map(scored, expr.indices)) if isinstance(expr, m.Load) else expr == SCORE
+    return any(map(scored, expr.indices)) if isinstance(expr, Load) else expr == SCORE
 
 
 def separated(expr: Expr, exact: bool, rows: Any = None) -> tuple[Expr, Expr | None, Expr | None]:

@@ -23,23 +23,8 @@ from typing import Any
 
 import sympy
 
-from ringpass.masks.expr import (
-    CAUSAL,
-    FALSE,
-    SCORE,
-    TRUE,
-    Call,
-    Const,
-    Expr,
-    Index,
-    K,
-    Load,
-    Q,
-    Table,
-    bounds,
-    call,
-    kind_of,
-)
+from ringpass.masks.expr import CAUSAL, FALSE, SCORE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, call
+from ringpass.masks.intervals import bounds, kind_of
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 WHOLE = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # integers of integers

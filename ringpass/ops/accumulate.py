@@ -10,9 +10,9 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass.kernels import table as kernels
 from ringpass.kernels.blocks import cut, empty_rows, join_rows
-from ringpass.layouts.layout import Ranges
+from ringpass.kernels.tile import merge_by_lse
+from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
 
 LABEL = "ringpass_label"
@@ -116,7 +116,7 @@ class _Traced(Rows):
 def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if get_proxy_mode() is None:
         (out, lse), (more, more_lse) = old, new
-        return kernels.merge(out, lse, more, more_lse, in_place=True)
+        return merge_by_lse(out, lse, more, more_lse, in_place=True)
     return tuple(primitives.merge(*old, *new))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("ringpass", "DEF")
+SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
+"""The arguments of an operator that say where the sequence is in a tensor: the fields of `collectives.Shard`."""
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -24,3 +26,13 @@ def implement(name: str, body: Any, fake: Any) -> None:
 def differentiate(name: str, backward: Any, setup: Any) -> None:
     """Gives an operator its autograd formula."""
     torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def save_arguments(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps all arguments but the first, a tensor, for the autograd formula."""
+    ctx.arguments = inputs[1:]
+
+
+def unchanged(ctx: Any) -> tuple[None, ...]:
+    """The gradients of the arguments that `save_arguments` keeps: none."""
+    return (None,) * len(ctx.arguments)

@@ -27,10 +27,12 @@ from torch import Tensor
 from ringpass.comm import p2p
 from ringpass.kernels import table as kernels
 from ringpass.kernels.blocks import empty_rows_first, rows_first
-from ringpass.kernels.table import TileArgs, accumulator
-from ringpass.masks import expr as mask
+from ringpass.kernels.tile import TileArgs, merge_by_lse
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import parse
 from ringpass.ops import counter_random as dropout
 from ringpass.ops.library import define, implement
+from ringpass.precision import accumulator
 
 TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool mirrored, float dropout, bool learned"
 SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
@@ -113,7 +115,7 @@ def _args(q: Tensor, args: Sequence[Any]) -> TileArgs:
     where = indices(q.device, q.shape[0], q.shape[1], queries, keys)
 
     def scored(scores: Tensor, *changed: Tensor) -> Tensor:
-        return mask.evaluate(mask.parse(score), {**where, "score": scores}, _swapped(leaves, parameters, changed))
+        return evaluate(parse(score), {**where, "score": scores}, _swapped(leaves, parameters, changed))
 
     dtype = accumulator(q.dtype)
     return replace(plain, score=scored, parameters=tuple(leaves[i].to(dtype) for i in parameters))
@@ -158,7 +160,7 @@ for _kind in ("attention", "scored"):
 
 def merge_body(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
     """`kernels.merge` in the accumulator's dtype; the merged out is rows first."""
-    merged, total = kernels.merge(out, lse, more.to(out.dtype), more_lse)
+    merged, total = merge_by_lse(out, lse, more.to(out.dtype), more_lse)
     return [rows_first(merged), total]
 
 
@@ -170,7 +172,7 @@ implement("merge", merge_body, _fake_merge)
 
 
 def _mask_tile(leaves: list[Tensor], like: Tensor, expr: str, *spans: Any) -> Tensor:
-    return mask.evaluate(mask.parse(expr), indices(like.device, *spans), leaves).contiguous()
+    return evaluate(parse(expr), indices(like.device, *spans), leaves).contiguous()
 
 
 def _mask_tile_backward(
@@ -179,7 +181,7 @@ def _mask_tile_backward(
     where = indices(like.device, *spans)
 
     def value(*changed: Tensor) -> Tensor:
-        return mask.evaluate(mask.parse(expr), where, _swapped(leaves, learned, changed)).to(grad.dtype)
+        return evaluate(parse(expr), where, _swapped(leaves, learned, changed)).to(grad.dtype)
 
     pull: Any = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))[1]
     return [g.contiguous() for g in pull(grad)]
@@ -192,7 +194,7 @@ def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[i
 def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
     """`coins`: expressions of the head, the query and the key whose coin is tossed."""
     where = indices(seed.device, *spans)
-    at = [mask.evaluate(mask.parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    at = [evaluate(parse(text), where, []).reshape(-1) for text in coins.split("; ")]
     return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
@@ -211,7 +213,7 @@ implement("keep_tile", _keep_tile, _fake_keep_tile)
 def indices(
     device: torch.device, batch: int, heads: int, queries: Sequence[int], keys: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Global b, h, q, k indices of a tile, as `mask.evaluate` takes them."""
+    """Global b, h, q, k indices of a tile, as `evaluate` takes them."""
     return {
         "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
         "h": torch.arange(heads, device=device).view(1, -1, 1, 1),

@@ -26,17 +26,19 @@ import torch
 from torch import Tensor
 
 from ringpass.kernels.blocks import cut, join_rows, stacked, unstacked
-from ringpass.kernels.table import accumulator
-from ringpass.layouts.layout import Ranges, tokens
-from ringpass.masks.expr import PARTIAL
+from ringpass.layouts.ranges import Ranges, tokens
+from ringpass.masks.intervals import PARTIAL
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import Rows, add, label, merge, running
 from ringpass.ops.row_ops import Place, added, merged, taken
-from ringpass.ops.transports import Block, Served, Transport, transport, zero_block
+from ringpass.ops.transports.base import Block, Served, Transport, zero_block
+from ringpass.ops.transports.table import transport
+from ringpass.precision import accumulator
 from ringpass.schedule.launches import STACK, Call, calls
 from ringpass.schedule.messages import rows_of, tokens_of
-from ringpass.schedule.program import CAUSAL_TILE, MIRRORED, Step, Tile, divided
+from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
+from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, Tile
 
 MOST_NAMED = 4  # ranges of keys in the name of a node
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass.kernels import table as kernels
 from ringpass.kernels.blocks import empty_rows
+from ringpass.kernels.tile import merge_by_lse
 from ringpass.ops.library import define, implement
 from ringpass.schedule.messages import count
 
@@ -172,7 +172,7 @@ def _merge(
             _put(lse, places[i], lses[i], add=False)
             continue
         old, old_lse = _take(out, places[i]), _take(lse, places[i])
-        kernels.merge(old, old_lse, outs[i], lses[i], in_place=True)
+        merge_by_lse(old, old_lse, outs[i], lses[i], in_place=True)
         if not all(isinstance(index, slice) for index in _index(places[i], out.device)):
             _put(out, places[i], old, add=False)
             _put(lse, places[i], old_lse, add=False)

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from ringpass.errors import OptionError
-from ringpass.kernels.tile import accumulator, per_query_head
+from ringpass.kernels.tile import per_query_head
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import Ranges
-from ringpass.masks.expr import EMPTY, KINDS, B, Const, Expr, K, Load, Q, call, classify_all, parse
+from ringpass.layouts.ranges import Ranges
+from ringpass.masks.expr import B, Const, Expr, K, Load, Q, call, parse
+from ringpass.masks.intervals import EMPTY, KINDS, classify_all
+from ringpass.precision import accumulator
 
 
 @dataclass(frozen=True)

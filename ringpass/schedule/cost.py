@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ringpass.layouts.layout import STRIPES, assigned
-from ringpass.masks.expr import FULL, PARTIAL, Expr, parts
-from ringpass.schedule.program import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
+from ringpass.masks.expr import Expr, parts
+from ringpass.masks.intervals import FULL, PARTIAL
+from ringpass.schedule.tiles import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU

@@ -23,9 +23,10 @@ from functools import lru_cache
 import numpy as np
 
 from ringpass.errors import ScheduleError
-from ringpass.masks.expr import EMPTY, FULL, KINDS, PARTIAL, Expr, Spans, classify_all
-from ringpass.schedule.program import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks, halves
+from ringpass.masks.expr import Expr
+from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, Spans, classify_all
 from ringpass.schedule.splitting import LOWER, UPPER, triangle
+from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks
 
 
 def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
@@ -123,3 +124,12 @@ def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
     edge = np.maximum(tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0])
     evaluated = ~(full | triangles) | problem.cut_all
     _refuse(evaluated & (edge > problem.tile), rank, tiles, f"tile {{}} is larger than {problem.tile}")
+
+
+def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
+    """Rectangles cut in two in the middle of their longer side: the first halves of all, then the second ones."""
+    tall = q[1] - q[0] >= k[1] - k[0]
+    q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
+    rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])
+    columns = np.concatenate([k[0], np.where(tall, k[0], k_cut)]), np.concatenate([np.where(tall, k[1], k_cut), k[1]])
+    return rows, columns

@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ringpass.layouts.layout import Ranges
-from ringpass.masks.expr import FULL, PARTIAL
-from ringpass.schedule.program import THIN, TILE, Tile
+from ringpass.layouts.ranges import Ranges
+from ringpass.masks.intervals import FULL, PARTIAL
+from ringpass.schedule.tiles import THIN, TILE, Tile
 
 STACK = 2 * TILE  # query rows of a stack, at most: what it gives should stay in a CPU's cache
 

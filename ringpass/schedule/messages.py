@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringpass.layouts.layout import Layout, Ranges
+from ringpass.layouts.layout import Layout
+from ringpass.layouts.ranges import Ranges
 from ringpass.schedule.program import Step, Transfer
 from ringpass.schedule.site import Site
 

@@ -1,5 +1,7 @@
 """What each rank sends, receives and computes for one attention site: pure Python, no tensors, any P on one machine.
 
+    >>> from ringpass.layouts.layout import Layout
+    >>> from ringpass.schedule.tiles import Problem
     >>> zigzag = Layout("zigzag", 2)
     >>> site = Problem(mask="k <= q", queries=8, keys=8, query_layout=zigzag, key_layout=zigzag)
     >>> for step in program(site, rank=1).steps: print(step)
@@ -21,47 +23,30 @@ rank receives only tokens that a tile of its own uses.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ringpass.layouts.layout import Layout, Ranges, size, tokens
-from ringpass.masks.constants import Known
-from ringpass.masks.expr import CAUSAL, FULL, KINDS, Expr, Spans, bind, classify_all, parse
-from ringpass.schedule import splitting as cuts
+from ringpass.layouts.ranges import Ranges, size, tokens
+from ringpass.masks.expr import CAUSAL
+from ringpass.masks.intervals import FULL, Spans
+from ringpass.schedule.tiles import (
+    CAUSAL_TILE,
+    FINEST,
+    THIN,
+    TILE,
+    TILE_KINDS,
+    TRIANGLES,
+    Problem,
+    Tile,
+    Tiling,
+    tiling,
+)
 
-CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
-MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
-TRIANGLES = (CAUSAL_TILE, MIRRORED)
-TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
-FINEST = 64  # edge of the smallest tiles that pay: for fewer rows no other tile is cut
-THIN = TILE // 4  # a full tile narrower than this is no longer than TILE, and shares a kernel call with others
-TILE_KINDS = (*KINDS, *TRIANGLES)
-_EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
-TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
-BATCH = 1 << 18  # rectangles classified at once
-Array = NDArray[Any]
 Rectangle = tuple[tuple[int, int], tuple[int, int]]  # half-open rows, half-open columns
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Query rows `q` (of the local block) x key rows `k` (of the step's key block), half-open.
-
-    `kind`: how the mask looks there: one of TILE_KINDS but empty.
-    """
-
-    q: tuple[int, int]
-    k: tuple[int, int]
-    kind: str
-
-    def __str__(self) -> str:
-        return f"{self.kind} q{self.q[0]}:{self.q[1]} k{self.k[0]}:{self.k[1]}"
 
 
 @dataclass(frozen=True)
@@ -98,98 +83,6 @@ class Step:
             moves.append(f"send {_text(self.send.tokens)} to rank {self.send.dst}")
         moved = ", ".join(moves) or f"local tokens {_text(self.tokens)}"
         return f"{moved}: {', '.join(map(str, self.tiles)) or 'no tile'}"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One site as the schedule sees it.
-
-    `mask` is a boolean expression of `ringpass.masks.expr`; lengths are in tokens.  `cut_all`: no tile may be larger
-    than `tile`, full ones included, because the kernel holds a tile's scores in memory.  `known`: the values of some of
-    the mask's leaves, by number.
-    """
-
-    mask: str
-    queries: int
-    keys: int
-    query_layout: Layout
-    key_layout: Layout
-    tile: int = TILE
-    cut_all: bool = False
-    known: tuple[tuple[int, Known], ...] = ()
-
-    @property
-    def world(self) -> int:
-        return self.query_layout.world
-
-    @cached_property
-    def expr(self) -> Expr:
-        return bind(parse(self.mask), dict(self.known))
-
-
-@dataclass(frozen=True, eq=False)
-class Tiling:
-    """The non-empty tiles of a problem on all ranks: arrays of equal length, sorted by (dst, src, q, k).
-
-    Tile i holds queries q[0][i]:q[1][i], of rank dst[i], and keys k[0][i]:k[1][i], of rank src[i], in positions of the
-    sequence; kind[i] is an index into TILE_KINDS.
-    """
-
-    dst: Array
-    src: Array
-    q: Spans
-    k: Spans
-    kind: Array
-    programs: dict[int, Program] = field(default_factory=dict)  # those that have been read out of it, by rank
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def take(self, where: Array | slice) -> Tiling:
-        """The tiles at the indices `where`."""
-        q, k = ((x[0][where], x[1][where]) for x in (self.q, self.k))
-        return Tiling(self.dst[where], self.src[where], q, k, self.kind[where])
-
-    def of(self, dst: int) -> Tiling:
-        """The tiles of the queries of rank `dst`."""
-        return self.take(slice(*np.searchsorted(self.dst, (dst, dst + 1))))
-
-    def serving(self, src: int) -> Tiling:
-        """The tiles that use keys of rank `src`, sorted by dst."""
-        return self.take(self._by_source[slice(*np.searchsorted(self.src[self._by_source], (src, src + 1)))])
-
-    @cached_property
-    def _by_source(self) -> Array:
-        return np.argsort(self.src, kind="stable")
-
-    @cached_property
-    def area(self) -> Array:
-        """(query, key) pairs of each tile; a triangle counts as one."""
-        n, m = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        pairs: Array = np.where(self.kind >= _CAUSAL, n * (n + 1) // 2, n * m)
-        return pairs
-
-    def areas(self, world: int) -> Array:
-        """(query, key) pairs of each rank."""
-        return np.bincount(self.dst, self.area, world)
-
-    def received(self, world: int) -> Array:
-        """Key tokens that each rank receives."""
-        runs = self.used()
-        remote = runs.src != runs.dst
-        return np.bincount(runs.dst[remote], (runs.k[1] - runs.k[0])[remote], world)
-
-    def used(self) -> Tiling:
-        """One entry per (dst, src, run of keys that tiles use): their queries and kinds mean nothing."""
-        order = np.lexsort((self.k[0], self.src, self.dst))
-        dst, src, start, stop = (x[order] for x in (self.dst, self.src, *self.k))
-        pair = np.concatenate([[0], np.cumsum((np.diff(dst) != 0) | (np.diff(src) != 0))])[: len(dst)]
-        offset = pair * (int(stop.max(initial=0)) + 1)  # keeps the pairs apart in one running maximum
-        reached = np.maximum.accumulate(stop + offset)
-        begins = np.concatenate([[True], (start + offset)[1:] > reached[:-1]])[: len(dst)]
-        ends = np.concatenate([begins[1:], [True]])[: len(dst)]
-        runs = start[begins], (reached - offset)[ends]
-        return Tiling(dst[begins], src[begins], runs, runs, np.zeros(int(begins.sum()), np.int8))
 
 
 @dataclass(frozen=True)
@@ -232,116 +125,17 @@ class Program:
         return _joined([((at[i], at[i + 1]), (beside[j], beside[j + 1])) for i, j in cells])
 
 
-@lru_cache(maxsize=64)
-def tiling(problem: Problem) -> Tiling:
-    """The non-empty tiles of all ranks: pairs of chunks, cut until each is full, empty, a triangle or small enough."""
-    q, k = chunks(problem.query_layout, problem.queries), chunks(problem.key_layout, problem.keys)
-    found = []
-    rows_at_once = max(1, BATCH // max(1, len(k[0])))
-    for low in range(0, max(1, len(q[0])), rows_at_once):
-        some = [x[low : low + rows_at_once] for x in q]
-        pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
-        found += _cut_up(problem, *_with_ranks(problem, *pairs))
-    dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
-    remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
-    if len(remote) <= TRIMMED:
-        by = q0[remote], q1[remote]
-        k0[remote], k1[remote] = _trim(problem.expr, by, (k0[remote], k1[remote]))
-        kind[remote] = _kinds(problem, by, (k0[remote], k1[remote]))
-    order = np.lexsort((k0, q0, src, dst))
-    order = order[kind[order] != _EMPTY]
-    return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
-
-
-def _trim(expr: Expr, q: Spans, k: Spans) -> Spans:
-    """The keys of each tile without those at either end that no query sees, by bisection: what is left travels."""
-    start = k[0] + _empty(lambda n: classify_all(expr, q, (k[0], k[0] + n)), k[1] - k[0])
-    stop = k[1] - _empty(lambda n: classify_all(expr, q, (k[1] - n, k[1])), k[1] - start)
-    return start, stop
-
-
-def _empty(kind_of_strip: Callable[[Array], Array], width: Array) -> Array:
-    """For each tile, the width of the widest strip that is empty, below `width`."""
-    low, high = np.zeros_like(width), width
-    while (high - low > 1).any():
-        middle = np.where(high - low > 1, (low + high) // 2, np.maximum(low, 1))
-        empty = kind_of_strip(middle) == _EMPTY
-        found = high - low > 1
-        low, high = np.where(found & empty, middle, low), np.where(found & ~empty, middle, high)
-    return low
-
-
-def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:
-    """(rank, start, stop) of each range of each rank; a replicated sequence belongs to all ranks."""
-    spans = [(rank, *span) for rank in range(layout.world) for span in layout.ranges(rank, tokens)]
-    table = np.array(spans, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
-
-
-def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]:
-    """dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are each rank's own."""
-    pairs = [q[0], k[0], *q[1:], *k[1:]]
-    return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
-
-
-def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
-    """Cuts rectangles by `cuts`; returns the columns of the tiles found at each size."""
-    found = []
-    while True:
-        kind = _kinds(problem, (q0, q1), (k0, k1))
-        rows, columns, more = _cuts(problem, (q0, q1), (k0, k1), kind)
-        found.append([x[~more & (kind != _EMPTY)] for x in (dst, src, q0, q1, k0, k1, kind)])
-        if not more.any():
-            return found
-        dst, src, q0, q1, k0, k1, rows, columns = (x[more] for x in (dst, src, q0, q1, k0, k1, rows, columns))
-        q_end, k_end = np.where(rows >= 0, rows, q1), np.where(rows >= 0, k1, columns)
-        dst, src = np.concatenate([dst, dst]), np.concatenate([src, src])
-        q0, q1 = np.concatenate([q0, np.where(rows >= 0, rows, q0)]), np.concatenate([q_end, q1])
-        k0, k1 = np.concatenate([k0, np.where(rows >= 0, k0, columns)]), np.concatenate([k_end, k1])
-
-
-def _kinds(problem: Problem, q: Spans, k: Spans) -> Array:
-    """Indices into TILE_KINDS; where the scores of a tile stay in memory, only small tiles are triangles."""
-    kind = classify_all(problem.expr, q, k)
-    some = np.flatnonzero(kind == _PARTIAL)
-    some_q, some_k = _some(q, some), _some(k, some)
-    shape = cuts.triangle(problem.expr, some_q, some_k)
-    if problem.cut_all:
-        shape[(shape == cuts.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = cuts.NONE
-    kind[some] = np.choose(shape, (_PARTIAL, _CAUSAL, _MIRRORED))
-    return kind
-
-
-def _cuts(problem: Problem, q: Spans, k: Spans, kind: Array) -> tuple[Array, Array, Array]:
-    """Where to cut each rectangle, by rows or else by columns (-1: not), and which ones."""
-    large = np.maximum(q[1] - q[0], k[1] - k[0]) > problem.tile
-    rows, columns = np.full(len(kind), -1), np.full(len(kind), -1)
-    whole = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
-    rows[whole], columns[whole] = cuts.middle(_some(q, whole), _some(k, whole), problem.tile)
-    through = np.flatnonzero(kind == _PARTIAL)
-    rows[through], columns[through] = cuts.cut(problem.expr, _some(q, through), _some(k, through), problem.tile)
-    return rows, columns, (rows >= 0) | (columns >= 0)
-
-
-def _some(spans: Spans, where: Array) -> Spans:
-    return spans[0][where], spans[1][where]
-
-
-def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
-    """Rectangles cut in two in the middle of their longer side: the first halves of all, then the second ones."""
-    tall = q[1] - q[0] >= k[1] - k[0]
-    q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
-    rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])
-    columns = np.concatenate([k[0], np.where(tall, k[0], k_cut)]), np.concatenate([np.where(tall, k[1], k_cut), k[1]])
-    return rows, columns
+_PROGRAMS: WeakKeyDictionary[Tiling, dict[int, Program]] = WeakKeyDictionary()
+"""The programs that have been read out of a tiling, by rank, for as long as the tiling is kept."""
 
 
 def program(problem: Problem, rank: int) -> Program:
     """The steps of `rank`."""
     whole = tiling(problem)
-    if rank not in whole.programs:
-        whole.programs[rank] = _read(whole, problem, rank)
-    return whole.programs[rank]
+    programs = _PROGRAMS.setdefault(whole, {})
+    if rank not in programs:
+        programs[rank] = _read(whole, problem, rank)
+    return programs[rank]
 
 
 def _read(whole: Tiling, problem: Problem, rank: int) -> Program:
@@ -376,23 +170,6 @@ def _by_peer(used: Tiling, side: str) -> dict[int, Ranges]:
     for peer, start, stop in zip(getattr(used, side).tolist(), *(x.tolist() for x in used.k), strict=True):
         out[peer] = (*out.get(peer, ()), (start, stop))
     return out
-
-
-def rows(ranges: Ranges, owned: Ranges) -> Ranges:
-    """Where the tokens `ranges` stand in a block that holds the tokens `owned`.
-
-    >>> rows(((8, 9),), owned=((0, 3), (8, 10)))
-    ((3, 4),)
-    """
-    out, offset = [], 0
-    for start, stop in owned:
-        for a, b in ranges:
-            low, high = max(a, start), min(b, stop)
-            if low < high:
-                out.append((offset + low - start, offset + high - start))
-        offset += stop - start
-    assert size(tuple(out)) == size(ranges), (ranges, owned)
-    return tuple(out)
 
 
 def _local_tiles(problem: Problem, queries: Ranges, keys: Ranges, found: Tiling) -> tuple[Tile, ...]:

@@ -31,26 +31,15 @@ import torch
 from torch import Tensor
 
 from ringpass.errors import ScheduleError
-from ringpass.layouts.layout import Ranges, size, tokens
-from ringpass.masks.expr import EMPTY, FULL, PARTIAL, Expr, classify, evaluate, extents, without_data
-from ringpass.passes.plan.plan import RingPlan
+from ringpass.layouts.ranges import Ranges, contains, size, tokens
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import Expr
+from ringpass.masks.intervals import EMPTY, FULL, PARTIAL, classify, extents
+from ringpass.masks.rewrite import without_data
 from ringpass.schedule.coverage import cover
-from ringpass.schedule.program import (
-    CAUSAL_TILE,
-    MIRRORED,
-    TILE_KINDS,
-    TRIANGLES,
-    Problem,
-    Program,
-    Step,
-    Tile,
-    Tiling,
-    Transfer,
-    program,
-    tiling,
-)
+from ringpass.schedule.program import Program, Step, Transfer, program
+from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, TRIANGLES, Problem, Tile, Tiling, tiling
 
-PROVED = 16_384  # tiles of a schedule whose programs on all ranks are written down and proved one by one
 BRUTE = 4_000_000  # elements of a mask that is checked one by one
 ROWS, COLUMNS = 32, 512  # parts of a mask that are evaluated at once for the lower bound
 Span = tuple[int, int]
@@ -76,12 +65,6 @@ class Proof:
 def prove(problem: Problem) -> Proof:
     """Proves the programs of all ranks of `problem`; raises ScheduleError where one of them is wrong."""
     return check([program(problem, rank) for rank in range(problem.world)])
-
-
-def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
-    """Proves the schedule of each site of a plan, equal ones once, before anything is sent."""
-    problems = dict.fromkeys(problem for site in plan.sites for problem in site.problems)
-    return tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
 
 
 def prove_from(problem: Problem, rank: int) -> Proof:
@@ -198,11 +181,7 @@ def _wellformed_transfers(one: Program, step: Step) -> None:
             _demand((transfer.src, transfer.dst) == ends, rank, step, "{} does not go from {} to {}", transfer, *ends)
             owned, flat = layout.ranges(transfer.src, one.problem.keys), [e for span in transfer.tokens for e in span]
             _demand(bool(flat) and flat == sorted(set(flat)), rank, step, "{}: its tokens do not ascend", transfer)
-            _demand(_within(transfer.tokens, owned), rank, step, "{}: its sender lacks some of the tokens", transfer)
-
-
-def _within(inner: Ranges, outer: Ranges) -> bool:
-    return sum(max(0, min(stop, b) - max(start, a)) for start, stop in inner for a, b in outer) == size(inner)
+            _demand(contains(owned, transfer.tokens), rank, step, "{}: its sender lacks some of the tokens", transfer)
 
 
 def _exchanges(programs: Sequence[Program]) -> None:

@@ -8,12 +8,14 @@ from functools import cached_property, lru_cache
 
 from torch import Tensor
 
-from ringpass.layouts.layout import Layout, Ranges, sieved
+from ringpass.layouts.layout import Layout, sieved
+from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import Known
 from ringpass.masks.expr import H, K, Q, loads, parse, table
 from ringpass.schedule import dilation
 from ringpass.schedule.dilation import Lane
-from ringpass.schedule.program import Problem, Program, program
+from ringpass.schedule.program import Program, program
+from ringpass.schedule.tiles import Problem
 
 
 @dataclass(frozen=True)

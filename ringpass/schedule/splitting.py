@@ -26,25 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringpass.masks.expr import (
-    EMPTY,
-    FALSE,
-    FULL,
-    KINDS,
-    PARTIAL,
-    TRUE,
-    Call,
-    Const,
-    Expr,
-    Index,
-    K,
-    Q,
-    Spans,
-    call,
-    classify_all,
-    parts,
-    rebuilt,
-)
+from ringpass.masks.expr import FALSE, TRUE, Call, Const, Expr, Index, K, Q, call, parts, rebuilt
+from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, Spans, classify_all
 from ringpass.masks.simplify import linear
 
 Array = NDArray[Any]

@@ -18,9 +18,10 @@ from torch import Tensor
 from ringpass import ops
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
+from ringpass.nodes import op_name
+from ringpass.ops import boundary
 from ringpass.passes.partition import writer as partition
 from ringpass.passes.partition.placement import Placement
-from ringpass.passes.propagate.factors import op_name
 from tests.support.parity import parity, worst
 from tests.support.workers import Workers
 
@@ -37,7 +38,7 @@ def gather_with_torchs_backward() -> Iterator[None]:
             mine: Tensor = real(collectives.reduce([grad], args[-1])[0], *args)
             return mine
 
-    with patch.object(ops, "_gather_backward_shard", Summing()):
+    with patch.object(boundary, "shard_back", Summing()):
         yield
 
 
@@ -54,7 +55,7 @@ def shard_as_a_plain_slice() -> Iterator[None]:
             offset += stop - start
         return full
 
-    with patch.object(ops, "_shard_backward_gather", padded):
+    with patch.object(boundary, "gather_back", padded):
         yield
 
 

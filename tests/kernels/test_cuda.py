@@ -21,7 +21,10 @@ from torch.nn.attention import flex_attention as torch_flex
 from benchmarks import kernels as benchmark
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels import table as kernels
-from ringpass.kernels.table import KERNELS, TileArgs, accumulator, backward, choose, forward, merge
+from ringpass.kernels.plain import plain, plain_backward
+from ringpass.kernels.table import KERNELS, backward, choose, forward
+from ringpass.kernels.tile import TileArgs, merge_by_lse
+from ringpass.precision import accumulator
 from tests.kernels.test_tiles import ARGS, rows_without_keys, tensors, truth
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -200,20 +203,20 @@ class Imitation:
         self, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, *, scale: float
     ) -> tuple[Tensor, Tensor, None]:
         self.demand(8, q, k, v)
-        return *kernels.plain(q, k, v, TileArgs(scale, causal)), None
+        return *plain(q, k, v, TileArgs(scale, causal)), None
 
     def _scaled_dot_product_flash_attention_backward(self, *given: Any, scale: float) -> tuple[Tensor, ...]:
         grad, q, k, v, out, lse, _, _, rows, keys, dropout, causal, _, _ = given
         self.demand(8, grad, q, k, v, out)
         assert (rows, keys, dropout) == (q.shape[2], k.shape[2], 0.0) and lse.is_contiguous()
-        return kernels.plain_backward(grad, q, k, v, out, lse, TileArgs(scale, causal))[:3]
+        return plain_backward(grad, q, k, v, out, lse, TileArgs(scale, causal))[:3]
 
     def _scaled_dot_product_cudnn_attention(
         self, q: Tensor, k: Tensor, v: Tensor, bias: None, wanted: bool, dropout: float, causal: bool, *, scale: float
     ) -> tuple[Tensor, Tensor, None]:
         assert wanted and bias is None
         self.demand(8, q, k, v)
-        out, lse = kernels.plain(q, k, v, TileArgs(scale, causal))
+        out, lse = plain(q, k, v, TileArgs(scale, causal))
         return out, lse.unsqueeze(-1), None
 
     def _scaled_dot_product_cudnn_attention_backward(self, *given: Any, scale: float) -> tuple[Tensor, ...]:
@@ -221,14 +224,14 @@ class Imitation:
         self.demand(8, grad, q, k, v, out)
         assert (rows, keys, dropout, bias) == (q.shape[2], k.shape[2], 0.0, None)
         assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
-        return kernels.plain_backward(grad, q, k, v, out, lse.squeeze(-1), TileArgs(scale, causal))[:3]
+        return plain_backward(grad, q, k, v, out, lse.squeeze(-1), TileArgs(scale, causal))[:3]
 
     def _scaled_dot_product_efficient_attention(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Any, wanted: bool, dropout: float, causal: bool, *, scale: float
     ) -> tuple[Tensor, Tensor, None]:
         assert wanted and q.shape[1] == k.shape[1] == v.shape[1]
         self.demand(16 // q.element_size(), q, k, v, *([] if bias is None else [bias]))
-        out, lse = kernels.plain(q, k, v, TileArgs(scale, causal, bias=bias))
+        out, lse = plain(q, k, v, TileArgs(scale, causal, bias=bias))
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
         return out, F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf), None
 
@@ -238,7 +241,7 @@ class Imitation:
         assert q.shape[1] == k.shape[1] == v.shape[1] and wanted == (True, True, True, False) and dropout == 0.0
         assert lse.shape[2] % 32 == 0 and lse.is_contiguous() and (lse[..., q.shape[2] :] == torch.inf).all()
         lse, args = lse[..., : q.shape[2]], TileArgs(scale, causal, bias=bias)
-        return *kernels.plain_backward(grad, q, k, v, out, lse, args)[:3], None
+        return *plain_backward(grad, q, k, v, out, lse, args)[:3], None
 
     def demand(self, unit: int, *tensors: Tensor) -> None:
         """The last stride is 1 and rows are aligned; widths are multiples, but a bias ends anywhere."""
@@ -326,12 +329,12 @@ def test_flex_gradients_of_a_tile_from_global_rows(
     elsewhere = TileArgs(0.3, mask=(torch.arange(150) % 3 == 0).view(1, 1, 150, 1))  # most rows see this tile alone
     with dense_flex():
         out, lse = kernels_cuda.flex(q, k, v, args)
-        torch.testing.assert_close((out, lse), kernels.plain(q, k, v, args))
-        whole, whole_lse = merge(out, lse, *kernels.plain(q, more_k, more_v, elsewhere))
+        torch.testing.assert_close((out, lse), plain(q, k, v, args))
+        whole, whole_lse = merge_by_lse(out, lse, *plain(q, more_k, more_v, elsewhere))
         assert (whole_lse == -torch.inf).any()  # a row that nothing serves
         whole_lse = whole_lse.masked_fill(whole_lse == -torch.inf, torch.inf)
         given = noise(*out.shape, seed=5), q, k, v, whole, whole_lse, args
-        got, want = kernels_cuda.flex_backward(*given), kernels.plain_backward(*given)
+        got, want = kernels_cuda.flex_backward(*given), plain_backward(*given)
     torch.testing.assert_close(got[:3], want[:3])
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from ringpass.kernels import table as kernels
-from ringpass.kernels.table import KERNELS, TileArgs, accumulator, merge
+from ringpass.kernels.plain import plain, plain_backward
+from ringpass.kernels.table import KERNELS
+from ringpass.kernels.tile import TileArgs, merge_by_lse
+from ringpass.precision import accumulator
 from tests.passes.test_graphs import fake_ring
 from tests.passes.test_lower import calls
 from tests.support.dense_ring import MASKS, dense_step, ring_step, tensors, worst
@@ -100,11 +102,11 @@ def test_two_tiles_are_the_whole(name: str, dtype: torch.dtype, kind: str, shape
     grad = noise(2, heads, rows, width, seed=3, dtype=dtype)
     whole = whole_args(kind, heads, rows, keys, dtype)
     exact = [x.double() for x in (q, k, v)]
-    want_out, want_lse = kernels.plain(exact[0], exact[1], exact[2], in_float64(whole))
+    want_out, want_lse = plain(exact[0], exact[1], exact[2], in_float64(whole))
     dead = want_lse == -torch.inf
     assert dead.any() == (kind in ("mask", "bias"))
     global_lse = want_lse.masked_fill(dead, torch.inf)
-    want = kernels.plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(whole))
+    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(whole))
 
     forward, backward = KERNELS[name]
     spans = [slice(0, keys[0]), slice(keys[0], sum(keys))]
@@ -112,7 +114,7 @@ def test_two_tiles_are_the_whole(name: str, dtype: torch.dtype, kind: str, shape
     tiles = [forward(q, k[:, :, s], v[:, :, s], a) for s, a in zip(spans, parts, strict=True)]
     for tile_out, tile_lse in tiles:
         assert tile_lse.shape == q.shape[:3] and tile_lse.dtype == accumulator(dtype) and tile_out.dtype == dtype
-    out, lse = merge(tiles[0][0].float(), tiles[0][1], tiles[1][0].float(), tiles[1][1])
+    out, lse = merge_by_lse(tiles[0][0].float(), tiles[0][1], tiles[1][0].float(), tiles[1][1])
     assert error(out, want_out) < TOLERANCE[dtype]
     assert torch.equal(lse == -torch.inf, dead) and (out[dead] == 0).all()
     torch.testing.assert_close(lse.double()[~dead], want_lse[~dead], rtol=1e-3, atol=1e-3)
@@ -132,8 +134,8 @@ def test_padded_widths(name: str, width: int) -> None:
     dtype, args = BF16, TileArgs(SCALE)
     q, k, v, grad = (noise(2, 4, 70, width, seed=s, dtype=dtype) for s in range(4))
     exact = [x.double() for x in (q, k, v)]
-    out, lse = kernels.plain(exact[0], exact[1], exact[2], args)
-    want = kernels.plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
+    out, lse = plain(exact[0], exact[1], exact[2], args)
+    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
     assert error(KERNELS[name][0](q, k, v, args)[0], out) < TOLERANCE[dtype]
     got = KERNELS[name][1](grad, q, k, v, out.to(dtype), lse.float(), args)
     assert all(error(x, y) < 2 * TOLERANCE[dtype] for x, y in zip(got[:3], want[:3], strict=True))
@@ -144,8 +146,8 @@ def test_values_of_another_width() -> None:
     q, k = (noise(2, 4, 70, 64, seed=s, dtype=F32) for s in (0, 1))
     v, grad = (noise(2, 4, 70, 36, seed=s, dtype=F32) for s in (2, 3))
     exact = [x.double() for x in (q, k, v)]
-    out, lse = kernels.plain(exact[0], exact[1], exact[2], args)
-    want = kernels.plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
+    out, lse = plain(exact[0], exact[1], exact[2], args)
+    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
     assert error(KERNELS["efficient"][0](q, k, v, args)[0], out) < TOLERANCE[F32]
     got = KERNELS["efficient"][1](grad, q, k, v, out.float(), lse.float(), args)
     assert all(error(x, y) < TOLERANCE[F32] for x, y in zip(got[:3], want[:3], strict=True))

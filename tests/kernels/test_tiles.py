@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ringpass.kernels import cpu as kernels_cpu
 from ringpass.kernels import table as kernels
-from ringpass.kernels.table import TileArgs, accumulator, backward, choose, forward, merge
-from ringpass.kernels.tile import additive
+from ringpass.kernels.table import backward, choose, forward
+from ringpass.kernels.tile import TileArgs, additive, merge_by_lse
+from ringpass.precision import accumulator
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -238,7 +239,7 @@ def test_tiles_merge_to_the_whole(name: str, kernel: str) -> None:
     spans = [slice(0, 4), slice(4, 5), slice(5, 12)]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
     for span in spans:
-        out, lse = merge(out, lse, *forward(q, k[:, :, span], v[:, :, span], cut(args, slice(0, 8), span)))
+        out, lse = merge_by_lse(out, lse, *forward(q, k[:, :, span], v[:, :, span], cut(args, slice(0, 8), span)))
     torch.testing.assert_close((out, lse), (want_out, want_lse))
 
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -254,13 +255,13 @@ def test_tiles_merge_to_the_whole(name: str, kernel: str) -> None:
 
 def test_merge_of_nothing_and_of_extremes() -> None:
     out, none = torch.ones(1, 1, 3, 2), torch.full((1, 1, 3), -torch.inf)
-    merged, lse = merge(0 * out, none, 0 * out, none)
+    merged, lse = merge_by_lse(0 * out, none, 0 * out, none)
     assert (merged == 0).all() and (lse == -torch.inf).all()
     big = torch.tensor([[[1e4, -1e4, 80.0]]])
     for pair in ((out, big, 0 * out, none), (0 * out, none, out, big)):
-        merged, lse = merge(*pair)
+        merged, lse = merge_by_lse(*pair)
         assert torch.equal(merged, out) and torch.equal(lse, big)
-    merged, lse = merge(out, big, 3 * out, big)
+    merged, lse = merge_by_lse(out, big, 3 * out, big)
     torch.testing.assert_close(merged, 2 * out)
 
 
@@ -322,7 +323,7 @@ def test_bf16_tiles_merged_in_float32_are_no_less_exact_than_one_tile() -> None:
     parts = [forward(q, k[:, :, span], v[:, :, span], TileArgs(SCALE)) for span in spans]
     out, lse = parts[0][0].float(), parts[0][1]
     for more, more_lse in parts[1:]:
-        out, lse = merge(out, lse, more.float(), more_lse)
+        out, lse = merge_by_lse(out, lse, more.float(), more_lse)
     (one,), (merged,) = errors([whole], [want]), errors([out.bfloat16()], [want])
     assert merged <= 1.5 * one
 

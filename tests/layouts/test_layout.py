@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringpass.layouts import layout
-from ringpass.layouts.layout import NAMES, Layout, assigned, size, tokens
+from ringpass.layouts.layout import NAMES, Layout, assigned
+from ringpass.layouts.ranges import Ranges, size, tokens
 
 lengths = st.integers(0, 500)
 worlds = st.integers(1, 12)
@@ -35,7 +36,7 @@ def test_docstrings() -> None:
         ("replicated", 2, 5, [((0, 5),), ((0, 5),)]),
     ],
 )
-def test_ranges(name: str, world: int, length: int, expected: list[layout.Ranges]) -> None:
+def test_ranges(name: str, world: int, length: int, expected: list[Ranges]) -> None:
     assert [Layout(name, world).ranges(rank, length) for rank in range(world)] == expected
 
 

@@ -17,7 +17,8 @@ from ringpass import ops
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
 from ringpass.layouts import redistribution as moves
-from ringpass.layouts.layout import Layout, Ranges
+from ringpass.layouts.layout import Layout
+from ringpass.layouts.ranges import Ranges, spread
 from tests.support import thread_ranks
 from tests.support.workers import Workers
 
@@ -66,7 +67,7 @@ def test_forth_and_back(world: int, seed: int) -> None:
 def test_nothing_travels_twice_or_in_vain(world: int) -> None:
     for seed in range(20):
         held, wanted = dealt(world, 31, seed)
-        sides = [[{*moves.spread(r)} for r in side] for side in (held, wanted)]
+        sides = [[{*spread(r)} for r in side] for side in (held, wanted)]
         for rank in range(world):
             found = moves.among(tuple(held), tuple(wanted), rank)
             needed = [len(sides[1][rank] & has) if other != rank else 0 for other, has in enumerate(sides[0])]

@@ -17,33 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ringpass.masks.expr import (
-    CAUSAL,
-    DTYPES,
-    EMPTY,
-    FALSE,
-    FULL,
-    INFIX,
-    OPERATORS,
-    PARTIAL,
-    TRUE,
-    B,
-    Call,
-    Const,
-    Expr,
-    H,
-    Index,
-    K,
-    Load,
-    Q,
-    call,
-    cast,
-    classify,
-    evaluate,
-    parse,
-    renumber,
-    without_data,
-)
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import CAUSAL, FALSE, TRUE, B, Call, Const, Expr, H, Index, K, Load, Q, call, cast, parse
+from ringpass.masks.intervals import EMPTY, FULL, PARTIAL, classify
+from ringpass.masks.operators import DTYPES, INFIX, OPERATORS
+from ringpass.masks.rewrite import renumber, without_data
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 9
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ringpass import OptionError, RingConfig
 from ringpass.layouts.layout import Layout
-from ringpass.masks.expr import evaluate
+from ringpass.masks.evaluate import evaluate
 from ringpass.patterns import (
     Pattern,
     block_causal,
@@ -33,8 +33,9 @@ from ringpass.patterns import (
     strided,
     window,
 )  # fmt: skip
-from ringpass.schedule.program import Problem, program
+from ringpass.schedule.program import program
 from ringpass.schedule.proof import prove
+from ringpass.schedule.tiles import Problem
 from tests.support.parity import compiled, relative
 from tests.support.workers import Workers, slow
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringpass.masks.expr import CAUSAL, Expr, evaluate, parse
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import CAUSAL, Expr, parse
 from ringpass.masks.simplify import simplify
 from tests.masks.test_expr import BATCH, HEADS, KEYS, QUERIES, bools, box, leaves
 

@@ -19,11 +19,14 @@ from ringpass.layouts.hilbert import Order, curve
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.reindex import of_places
 from ringpass.masks.constants import Known
-from ringpass.masks.expr import EMPTY, PARTIAL, Expr, bind, classify, evaluate, parse, table
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import Expr, parse, table
+from ringpass.masks.intervals import EMPTY, PARTIAL, classify
+from ringpass.masks.rewrite import bind
 from ringpass.patterns import Pattern, causal, everything, grid_window, window
 from ringpass.schedule.block_selection import open_blocks
-from ringpass.schedule.program import Problem, tiling
 from ringpass.schedule.proof import prove
+from ringpass.schedule.tiles import Problem, tiling
 from tests.support.parity import Errors, compiled, relative
 from tests.support.workers import Workers, slow
 

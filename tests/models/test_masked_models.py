@@ -21,7 +21,7 @@ from ringpass.passes.detect.detect import detect
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import RingPlan, plan
 from ringpass.passes.propagate.factors import Sweep
-from ringpass.schedule.program import tiling
+from ringpass.schedule.tiles import tiling
 from tests.comm.test_transfers import counted, needed
 from tests.passes.test_graphs import compile_step, fake_ring
 from tests.support.models import HEADS, LAYERS, MODELS, ROWS, WIDTH, WINDOW, batch_for

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from ringpass import OptionError, top_blocks
 from ringpass.layouts.layout import Layout
 from ringpass.masks.constants import Known
-from ringpass.masks.expr import FULL, KINDS, PARTIAL, bind, classify_all, parse
+from ringpass.masks.expr import parse
+from ringpass.masks.intervals import FULL, KINDS, PARTIAL, classify_all
+from ringpass.masks.rewrite import bind
 from ringpass.schedule.block_selection import TopBlocks, block_sums, choose, means
-from ringpass.schedule.program import Problem, Program, program, tiling
+from ringpass.schedule.program import Program, program
 from ringpass.schedule.proof import prove
+from ringpass.schedule.tiles import Problem, tiling
 from tests.support.parity import compiled, relative
 from tests.support.workers import Workers, slow
 

@@ -20,9 +20,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from ringpass.masks.expr import classify, evaluate, parse
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import parse
+from ringpass.masks.intervals import classify
 from ringpass.passes.capture.capture import capture
-from ringpass.passes.detect.detect import AttentionSite, detect
+from ringpass.passes.detect.detect import detect
+from ringpass.passes.detect.site import AttentionSite
 
 B, H, S, K, D = 2, 3, 7, 9, 4
 

@@ -21,8 +21,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, 
 
 from ringpass.masks.expr import parse
 from ringpass.passes.capture.capture import capture
-from ringpass.passes.detect.detect import AttentionSite, detect
+from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.flex import block_table
+from ringpass.passes.detect.site import AttentionSite
 from tests.support.parity import compiled, relative
 from tests.support.workers import Workers, slow
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringpass.passes.capture.capture import capture
-from ringpass.passes.detect.detect import AttentionSite, detect
+from ringpass.passes.detect.detect import detect
+from ringpass.passes.detect.site import AttentionSite
 
 Repeat = Callable[[Tensor], Tensor]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass.layouts.layout import Layout
+from ringpass.nodes import op_name
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.op_rules import routing
 from ringpass.passes.op_rules import table as rules
@@ -25,7 +26,7 @@ from ringpass.passes.partition.emitter import Rank
 from ringpass.passes.partition.writer import LocalOutput, Partitioned, partition
 from ringpass.passes.plan.axes import Axis, on_lines
 from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.factors import Sweep, op_name
+from ringpass.passes.propagate.factors import Sweep
 from tests.support import thread_ranks
 
 B, TOKENS, H, D = 2, 11, 3, 4

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ringpass.masks import expr as m
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import parse
 from ringpass.ops.primitives import indices
 from ringpass.passes.capture.capture import capture
-from ringpass.passes.detect.detect import AttentionSite, detect
+from ringpass.passes.detect.detect import detect
+from ringpass.passes.detect.site import AttentionSite
 
 B, H, S, D = 2, 4, 7, 8
 Attend = Callable[..., Tensor]
@@ -59,12 +61,12 @@ def dense(site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, leaves: list[Ten
     where = indices(q.device, q.shape[0], q.shape[1], [0, q.shape[2]], [0, k.shape[2]])
     scores = q @ k.transpose(-1, -2) * site.scale
     if site.score is not None:
-        scores = m.evaluate(m.parse(str(site.score)), {**where, "score": scores}, leaves)
+        scores = evaluate(parse(str(site.score)), {**where, "score": scores}, leaves)
     if site.bias is not None:
-        scores = scores + m.evaluate(m.parse(str(site.bias)), where, leaves)
-    scores = scores.masked_fill(~m.evaluate(m.parse(str(site.mask)), where, leaves), -math.inf)
+        scores = scores + evaluate(parse(str(site.bias)), where, leaves)
+    scores = scores.masked_fill(~evaluate(parse(str(site.mask)), where, leaves), -math.inf)
     if site.sink is not None:
-        sink = m.evaluate(m.parse(str(site.sink)), where, leaves).to(scores.dtype)
+        sink = evaluate(parse(str(site.sink)), where, leaves).to(scores.dtype)
         scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1)
     out = torch.softmax(scores, -1)[..., : k.shape[2]] @ v
     return out if dims == 4 else out.squeeze(1)

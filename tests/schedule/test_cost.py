@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ringpass.layouts.layout import ASSIGNED, Layout
 from ringpass.patterns import Pattern, block_causal, causal, documents, prefix, window
 from ringpass.schedule.cost import Estimate, Load, choose, estimate, refine
-from ringpass.schedule.program import Problem
+from ringpass.schedule.tiles import Problem
 from tests.support.parity import worst
 from tests.support.workers import Workers, slow
 

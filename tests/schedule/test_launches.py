@@ -16,14 +16,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import patterns
 from ringpass.layouts.layout import Layout
-from ringpass.masks.expr import FULL, PARTIAL, parse
+from ringpass.masks.expr import parse
+from ringpass.masks.intervals import FULL, PARTIAL
 from ringpass.ops import primitives, ring
 from ringpass.ops.accumulate import LABEL
 from ringpass.schedule.cost import _begins_call, refine
 from ringpass.schedule.launches import STACK, Call, calls
-from ringpass.schedule.program import CAUSAL_TILE, THIN, TILE, Problem, Tile, program, tiling
+from ringpass.schedule.program import program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.site import Site
+from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile, tiling
 from tests.support import thread_ranks
 from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
 

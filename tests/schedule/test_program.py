@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringpass.errors import ScheduleError
-from ringpass.layouts.layout import NAMES, Layout, size, tokens
-from ringpass.masks.expr import EMPTY, FULL, PARTIAL, classify
+from ringpass.layouts.layout import NAMES, Layout
+from ringpass.layouts.ranges import rows, size, tokens
+from ringpass.masks.intervals import EMPTY, FULL, PARTIAL, classify
 from ringpass.schedule import proof as verify
-from ringpass.schedule.program import CAUSAL_TILE, THIN, TILE, Problem, Program, Step, Tile, Transfer, program, rows
+from ringpass.schedule.program import Program, Step, Transfer, program
 from ringpass.schedule.proof import check, lower_bound, prove, prove_from
+from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile
 from tests.support.workers import slow
 
 CAUSAL = "k <= q"

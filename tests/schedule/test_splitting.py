@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringpass.layouts.layout import Layout
-from ringpass.masks.expr import evaluate, parse
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import parse
 from ringpass.patterns import causal, global_tokens, window
-from ringpass.schedule.program import TILE_KINDS, Problem, tiling
 from ringpass.schedule.proof import prove
 from ringpass.schedule.splitting import LOWER, UPPER, edges, grids, triangle
+from ringpass.schedule.tiles import TILE_KINDS, Problem, tiling
 
 DIAGONALS = "k <= q", "k < q", "q - k < 7", "abs(q - k) <= 5", "k <= q & q - k < 9", "2 * k - 2 * q <= 5"
 MASKS = (

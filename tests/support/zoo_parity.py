@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ringpass import backend
+from ringpass.nodes import bound_of
 from ringpass.passes.partition.writer import Gather, Partitioned
-from ringpass.passes.propagate.factors import bound_of
 from tests.support.parity import after_backward, compiled, relative
 from tests.support.zoo import ZOO, wide
 

@@ -1,0 +1,62 @@
+"""One attention call of a captured graph."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from ringpass.masks.expr import Expr
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
+
+    `score` is any other function of them, `sink` the score of one key more, whose value is 0.  `unread`: why the call
+    must run as the model wrote it.  `listed`: lists of blocks, which come with each call, say what is computed.
+    `written`: the model writes it out.
+    """
+
+    index: int
+    node: Node
+    q: Node
+    k: Node
+    v: Node
+    mask: Expr
+    bias: Expr | None
+    leaves: tuple[Node, ...]
+    scale: float
+    dropout: float
+    score: Expr | None = None
+    unread: str = ""
+    listed: bool = False
+    written: bool = False
+    sink: Expr | None = None
+
+    @property
+    def path(self) -> str:
+        """The module that calls it: `layers.0.attn`; empty where the graph does not say."""
+        stack = list((self.node.meta.get("nn_module_stack") or {}).values())
+        name = str(stack[-1][0]) if stack else ""
+        name = re.sub(r"\._modules\['([^']+)'\]|\[(\d+)\]", r".\1\2", re.sub(r"^L\['\w+'\]", "", name))
+        return name.strip(".")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Numbers of query heads and of K/V heads."""
+        q, k = (x.meta["val"] for x in (self.q, self.k))
+        return (int(q.shape[1]), int(k.shape[1])) if q.ndim == 4 else (1, 1)
+
+    def __str__(self) -> str:
+        shapes = " ".join(f"{n}{list(x.meta['val'].shape)}" for n, x in (("q", self.q), ("k", self.k), ("v", self.v)))
+        leaves = ", ".join(f"x{i} = {leaf.name}{list(leaf.meta['val'].shape)}" for i, leaf in enumerate(self.leaves))
+        parts = [f"site {self.index} ({self.node.name}): {shapes}"]
+        parts += [f"not read: {self.unread}"] if self.unread else [f"mask {self.mask}"]
+        parts += [f"bias {self.bias}"] if self.bias is not None else []
+        parts += [f"score {self.score}"] if self.score is not None else []
+        parts += [f"sink {self.sink}"] if self.sink is not None else []
+        parts += [f"leaves {leaves}"] if leaves else []
+        parts += [f"dropout {self.dropout}"] if self.dropout else []
+        return "; ".join([*parts, f"scale {self.scale:.6g}"])

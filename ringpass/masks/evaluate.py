@@ -1,0 +1,64 @@
+"""The value of a mask expression on one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table
+from ringpass.masks.operators import DTYPES, OPERATORS, REAL_FUNCTIONS
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
+    """Value of `expr` on one tile, broadcastable to (B, H, Lq, Lk): dims on which it does not depend have size 1.
+
+    `positions` maps b, h, q, k to int64 tensors of shapes (B,1,1,1), (1,H,1,1), (1,1,Lq,1), (1,1,1,Lk), and,
+    for a score function, `score` to the tile's scores.
+    Differentiable in floating-point leaves.
+    """
+    known: dict[Expr, Any] = {}
+
+    def value(e: Expr) -> Any:
+        if e not in known:
+            known[e] = compute(e)
+        return known[e]
+
+    def compute(e: Expr) -> Any:
+        if isinstance(e, Index):
+            return positions[e.name]
+        if isinstance(e, Const):
+            return e.value
+        if isinstance(e, Load):
+            return leaves[e.leaf][tuple(value(i) for i in e.indices)] if e.indices else leaves[e.leaf]
+        if isinstance(e, Table):
+            return e.known.tensor(positions["q"])[tuple(value(i) for i in e.indices)]
+        assert isinstance(e, Call)
+        if e.op == "cast":
+            x = value(e.args[0])
+            dtype = DTYPES[e.args[1].name]  # type: ignore[attr-defined]
+            device = positions["q"].device
+            return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
+        args = [value(a) for a in e.args]
+        truths = e.op in ("add", "mul") and all(isinstance(a, bool) for a in args)
+        if truths or e.op in ("min", "max", "not", "abs", *REAL_FUNCTIONS):  # True + True is True in a tensor
+            exact = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+            args = [_tensor(a, positions, exact if isinstance(a, float) else None) for a in args]
+        if e.op == "pow" and not any(isinstance(a, Tensor) for a in args):
+            args[0] = _tensor(args[0], positions)
+        if e.op == "where":
+            args[0] = _tensor(args[0], positions)
+            if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
+                args[1:] = [torch.full((), a, dtype=torch.float64, device=args[0].device) for a in args[1:]]  # exact
+        return OPERATORS[e.op][0](*args)
+
+    out = _tensor(value(expr), positions)
+    return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+
+
+def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=positions["q"].device)

@@ -1,0 +1,79 @@
+"""Reading FX nodes: their arguments, operands, values and sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Node
+
+
+def size_of(n: Any) -> Any:
+    """A dim's size as a sympy expression."""
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
+
+
+def hint_of(n: Any) -> int:
+    """The value of a length in this compilation."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that `node` produces."""
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
+    return node.args
+
+
+def bound_of(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by name, but for those that have their default."""
+    schema: Any = node.target
+    names = [a.name for a in schema._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def first_of(node: Node) -> Node:
+    """The first argument of a node that takes a tensor there."""
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
+
+
+def operands_of(node: Node) -> list[Node]:
+    """The operands of `node` that are tensors or tuples of tensors."""
+    return [n for n in node.all_input_nodes if tensors_of(n)]
+
+
+def is_empty(node: Node) -> bool:
+    """Whether a tensor has no elements, whatever its symbolic sizes are."""
+    return any(isinstance(n, int) and n == 0 for n in node.meta["val"].shape)
+
+
+def op_name(node: Node) -> str:
+    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
+        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+def slice_of(node: Node) -> tuple[Any, ...]:
+    """(dim, start, stop, step) of an `aten.slice`; dim counts from the front."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    given = args_of(node)[1:]
+    dim, *bounds = (*given, *defaults[len(given) :])
+    return dim % node.meta["val"].ndim, *bounds
+
+
+def bytes_of(node: Node) -> int:
+    return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
+
+
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
+"""What a node that replaces another one takes over from it."""

@@ -1,0 +1,95 @@
+"""Ring attention as one operator, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.kernels.blocks import empty_rows_first, rows_first
+from ringpass.ops import ring
+from ringpass.ops.library import define, differentiate, implement
+from ringpass.precision import accumulator
+from ringpass.schedule.site import Site
+
+SITE = (
+    "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
+    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str dilation, "
+    "str sink, str learned, str pruning"
+)
+define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
+define(
+    "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
+    f"{SITE}) -> Tensor[]"
+)
+
+ring_attention = torch.ops.ringpass.ring_attention.default
+ring_attention_backward = torch.ops.ringpass.ring_attention_backward.default
+
+
+def site_of(args: Any) -> tuple[Tensor | None, Site]:
+    """(seed, Site) from the arguments that follow the leaves."""
+    seed, *rest, learned, pruning = args
+    fields = [*rest, _numbers(learned), _numbers(pruning)]
+    return seed, Site(*fields)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers of leaves, written as `0,2`: autograd takes no list of ints."""
+    return tuple(int(i) for i in text.split(",") if i)
+
+
+def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    seed, site = site_of(args)
+    out, lse = ring.forward(site.knowing(leaves), q, k, v, leaves, seed)
+    return [rows_first(out), lse.contiguous()]
+
+
+def ring_attention_backward_body(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
+) -> list[Tensor]:
+    seed, site = site_of(args)
+    dq, dk, dv, dleaves = ring.backward(site.knowing(leaves), grad, q, k, v, out, lse, leaves, seed)
+    return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
+
+
+def _fake_ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
+
+
+def _fake_ring_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
+) -> list[Tensor]:
+    return [
+        *(empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
+        *(leaves[i].new_empty(leaves[i].shape) for i in site_of(args)[1].learned),
+    ]
+
+
+def _save_site(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, leaves, seed, *ctx.rest = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.seeded = seed is not None
+    ctx.save_for_backward(q, k, v, out, lse, *leaves, *([seed] if ctx.seeded else []))
+
+
+def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    grad = grads[0]
+    q, k, v, out, lse, *leaves = ctx.saved_tensors
+    seed = leaves.pop() if ctx.seeded else None
+    unused = (None,) * (1 + len(ctx.rest))
+    if grad is None:
+        return None, None, None, [None] * len(leaves), *unused
+    dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest)
+    dleaves: list[Tensor | None] = [None] * len(leaves)
+    for i, g in zip(site_of((None, *ctx.rest))[1].learned, dlearned, strict=True):
+        dleaves[i] = g
+    return dq, dk, dv, dleaves, *unused
+
+
+implement("ring_attention", ring_attention_body, _fake_ring_attention)
+implement("ring_attention_backward", ring_attention_backward_body, _fake_ring_attention_backward)
+differentiate("ring_attention", _ring_attention_grad, _save_site)

@@ -1,0 +1,104 @@
+"""Operators between replicated and sharded values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.comm import collectives
+from ringpass.comm.collectives import Shard
+from ringpass.layouts.hilbert import Order
+from ringpass.ops.library import SHARD, define, differentiate, implement, save_arguments, unchanged
+
+define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
+define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
+define(f"reduce_scatter(Tensor x, {SHARD}, str group) -> Tensor")
+define(
+    "redeal(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, str other, int world, int rank, str group) "
+    "-> Tensor"
+)
+define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
+define("reduce(Tensor x, str group) -> Tensor")
+define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
+define("replicate(Tensor[] xs, str group) -> Tensor[]")
+
+shard = torch.ops.ringpass.shard.default
+gather = torch.ops.ringpass.gather.default
+reduce_scatter = torch.ops.ringpass.reduce_scatter.default
+redeal = torch.ops.ringpass.redeal.default
+permute = torch.ops.ringpass.permute.default
+reduce = torch.ops.ringpass.reduce.default
+reduce_list = torch.ops.ringpass.reduce_list.default
+replicate = torch.ops.ringpass.replicate.default
+
+
+def _fake_shard(x: Tensor, *args: Any) -> Tensor:
+    where = Shard(*args[:-1])
+    return x.new_empty(where.resized(x.shape, where.tokens, where.length))
+
+
+def _fake_gather(x: Tensor, *args: Any) -> Tensor:
+    where = Shard(*args[:-1])
+    return x.new_empty(where.resized(x.shape, where.length, where.tokens))
+
+
+implement("shard", lambda x, *args: collectives.take(x, Shard(*args[:-1])), _fake_shard)
+implement("gather", lambda x, *args: collectives.gather(x, Shard(*args[:-1]), args[-1]), _fake_gather)
+implement("reduce_scatter", lambda x, *args: collectives.reduce_scatter(x, Shard(*args[:-1]), args[-1]), _fake_shard)
+gather_back, shard_back = gather, shard
+differentiate("shard", lambda ctx, grad: (gather_back(grad, *ctx.arguments), *unchanged(ctx)), save_arguments)
+differentiate("gather", lambda ctx, grad: (shard_back(grad, *ctx.arguments), *unchanged(ctx)), save_arguments)
+
+
+def _redeal(x: Tensor, *args: Any) -> Tensor:
+    dim, outer, tokens, layout, other, world, rank, group = args
+    return collectives.redeal(x, Shard(dim, outer, tokens, layout, world, rank), other, group)
+
+
+def _fake_redeal(x: Tensor, *args: Any) -> Tensor:
+    dim, outer, tokens, layout, other, world, rank, _ = args
+    old, new = (Shard(dim, outer, tokens, name, world, rank) for name in (layout, other))
+    return x.new_empty(old.resized(x.shape, old.length, new.length))
+
+
+def _redeal_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *where, layout, other, world, rank, group = ctx.arguments
+    return _redeal_back(grad, *where, other, layout, world, rank, group), *unchanged(ctx)
+
+
+implement("redeal", _redeal, _fake_redeal)
+_redeal_back = redeal
+differentiate("redeal", _redeal_backward, save_arguments)
+
+
+def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:
+    curve = Order.parse(order)
+    split = Shard(dim, outer, tokens, "replicated", 1, 0).split(x, tokens)
+    return split.index_select(1, (curve.inverse if inverse else curve.known).tensor(x)).reshape(x.shape)
+
+
+def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *where, inverse = ctx.arguments
+    return permute(grad, *where, not inverse), *unchanged(ctx)
+
+
+implement("permute", _permute, lambda x, *args: x.new_empty(x.shape))
+differentiate("permute", _permute_backward, save_arguments)
+
+implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
+implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.shape) for x in xs])
+implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
+
+
+def _replicate_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None]:
+    present = [g for g in grads if g is not None]
+    if not present:
+        return grads, None
+    summed = iter(reduce_list(present, ctx.arguments[-1]))
+    return [None if g is None else next(summed) for g in grads], None
+
+
+differentiate("reduce", lambda ctx, grad: (grad, None), save_arguments)
+differentiate("replicate", _replicate_backward, save_arguments)

@@ -1,0 +1,74 @@
+"""Operators that bring each rank the tokens around its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.comm import collectives
+from ringpass.comm.collectives import Shard
+from ringpass.ops.library import SHARD, define, differentiate, implement, unchanged
+
+define(f"halo(Tensor x, {SHARD}, int most, int left, int right, str group) -> Tensor")
+define(f"halo_backward(Tensor grad, {SHARD}, int each, int left, int right, str group) -> Tensor")
+define(f"core(Tensor like, {SHARD}, int each, int left, int right) -> Tensor")
+
+halo = torch.ops.ringpass.halo.default
+halo_backward = torch.ops.ringpass.halo_backward.default
+core = torch.ops.ringpass.core.default
+
+
+def _halo(x: Tensor, *args: Any) -> Tensor:
+    *where, most, left, right, group = args
+    return collectives.halo(x, Shard(*where), most, left, right, group)
+
+
+def _fake_halo(x: Tensor, *args: Any) -> Tensor:
+    *where, most, left, right, _ = args
+    dim = where[0]
+    return x.new_empty((*x.shape[:dim], x.shape[dim] + most * (left + right), *x.shape[dim + 1 :]))
+
+
+def _halo_backward(grad: Tensor, *args: Any) -> Tensor:
+    *where, each, left, right, group = args
+    return collectives.halo_back(grad, Shard(*where), each, left, right, group)
+
+
+def _fake_halo_backward(grad: Tensor, *args: Any) -> Tensor:
+    *where, each, _, _, _ = args
+    shard = Shard(*where)
+    return grad.new_empty((*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :]))
+
+
+def _save_halo(ctx: Any, inputs: Any, output: Any) -> None:
+    x, *where, _, left, right, group = inputs
+    shard = Shard(*where)
+    ctx.arguments = *where, x.shape[shard.dim] // shard.length, left, right, group
+
+
+def _halo_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return halo_backward(grad, *ctx.arguments), *unchanged(ctx)
+
+
+implement("halo", _halo, _fake_halo)
+implement("halo_backward", _halo_backward, _fake_halo_backward)
+differentiate("halo", _halo_grad, _save_halo)
+
+
+def _core(like: Tensor, *args: Any) -> Tensor:
+    *where, each, left, right = args
+    shard = Shard(*where)
+    counts = [(b - a) * each for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    starts = [sum(counts[:i]) + i * (left + right) + left for i in range(len(counts))]
+    rows = [torch.arange(at, at + n, device=like.device) for at, n in zip(starts, counts, strict=True)]
+    return torch.cat(rows)
+
+
+def _fake_core(like: Tensor, *args: Any) -> Tensor:
+    *where, each, _, _ = args
+    return like.new_empty(Shard(*where).length * each, dtype=torch.int64)
+
+
+implement("core", _core, _fake_core)

@@ -1,0 +1,1 @@
+"""How the keys of other ranks come, and their gradients go home."""

@@ -1,0 +1,64 @@
+"""All keys gathered first: a baseline to measure against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ringpass.kernels.blocks import cut
+from ringpass.layouts.ranges import Ranges
+from ringpass.ops.accumulate import Rows, add, fold_runs, label, running
+from ringpass.ops.transports.base import Served, Transport, zero_block
+from ringpass.precision import accumulator
+from ringpass.schedule.site import Site
+
+
+class AllGather(Transport):
+    """Every rank gathers all keys before its first tile; one reduce-scatter brings the gradients home.
+
+    The tiles are the ring's own.  Holds K, V and their gradients at full length.
+    """
+
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
+        super().__init__(site, k, v)
+        self.where = (2, 1, site.keys, site.key_layout, site.world, site.rank, site.group)
+        self.gathers = site.world > 1 and site.key_layout != "replicated"
+        self.given: list[tuple[Ranges, tuple[Tensor, ...]]] = []
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return ()
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        full = [self.k, self.v]
+        if self.gathers:
+            with label("gather_keys"):
+                full = [torch.ops.ringpass.gather(x, *self.where) for x in full]
+        for index, step in enumerate(self.steps(0)):
+            if index == 0:
+                yield [(0, step, (self.k, self.v))], []
+            elif step.tokens:
+                yield [(0, step, (rows_at(full[0], step.tokens), rows_at(full[1], step.tokens)))], []
+
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        self.given.append((served[0][1].tokens, given[0]))
+
+    def finish(self, own: list[Rows]) -> None:
+        if not self.gathers:
+            return
+        whole = running(self.site.keys, lambda: [span for runs, _ in self.given for span in runs])
+        for runs, grads in self.given:
+            fold_runs(whole, runs, grads, "add_gradients")
+        dtype = accumulator(self.k.dtype)
+        with label("reduce_scatter_gradients"):
+            sums = whole.join(partial(zero_block, self.k, self.v, dtype))
+            home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
+        own[0].fold((0, self.k.shape[2]), home, add, "add_gradients_home")
+
+
+def rows_at(x: Tensor, spans: Ranges) -> Tensor:
+    parts = [cut(x, span) for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

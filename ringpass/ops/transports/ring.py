@@ -1,0 +1,79 @@
+"""The ring: one exchange per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ringpass.layouts.ranges import Ranges, rows, size
+from ringpass.ops import primitives
+from ringpass.ops.accumulate import Rows, fold_runs, label
+from ringpass.ops.transports.base import Served, Transport, peer_label, start_exchange, unpack
+from ringpass.precision import accumulator
+from ringpass.schedule.program import Step, Transfer
+from ringpass.schedule.site import Site
+
+
+class RingTransport(Transport):
+    """The ring: one exchange per step, started before the tiles of the step before; gradients return a step behind."""
+
+    late: Step | None = None
+
+    @property
+    def returned_rows(self) -> Ranges:
+        return tuple(span for step in self.steps(0) for span in sent_rows(self.site, step))
+
+    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        block, arriving = (self.k, self.v), None
+        for index, step in enumerate(steps := self.steps(0)):
+            if arriving is not None:
+                with label(f"wait_step{step.shift}"):
+                    block = unpack(primitives.wait(arriving), size(step.tokens), self.k.shape[1], self.k, self.v)
+            if index + 1 < len(steps):
+                arriving = self._start(steps[index + 1])
+            yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
+
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+        ((_, step, _),), (grads,) = served, given
+        back, home = _reverse(step.receive), _reverse(step.send)
+        with label(f"send_gradients_step{step.shift}_{peer_label('to', back.dst if back else None)}"):
+            nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+            sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
+        started = self._exchange(2 * step.shift + 1, sent, back, home)
+        self.finish(own)
+        self.returning, self.late = [started], step
+
+    def finish(self, own: list[Rows]) -> None:
+        for arriving in self.returning:
+            assert self.late is not None
+            self._take(arriving, self.late, own[0])
+        self.returning = []
+
+    def _start(self, step: Step) -> Tensor:
+        with label(f"send_step{step.shift}_{peer_label('to', step.send.dst if step.send else None)}"):
+            rows_sent = [edge for span in sent_rows(self.site, step) for edge in span]
+            sent = primitives.pack([self.k, self.v], rows_sent) if step.send else self.k.new_empty(0)
+        return self._exchange(2 * step.shift, sent, step.send, step.receive)
+
+    def _exchange(self, tag: int, sent: Tensor, send: Transfer | None, receive: Transfer | None) -> Tensor:
+        numel = receive.size * sum(math.prod(x.shape[:2]) * x.shape[3] for x in (self.k, self.v)) if receive else 0
+        dst, src = send.dst if send else None, receive.src if receive else None
+        return start_exchange(self.site, tag, sent, dst, src, numel)
+
+    def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
+        with label(f"wait_gradients_step{step.shift}"):
+            received = primitives.wait(arriving)
+            if step.send is None:
+                return
+            grads = unpack(received, step.send.size, self.k.shape[1], self.k, self.v)
+        fold_runs(own, sent_rows(self.site, step), grads, f"add_gradients_step{step.shift}")
+
+
+def _reverse(transfer: Transfer | None) -> Transfer | None:
+    return Transfer(transfer.dst, transfer.src, transfer.tokens) if transfer else None
+
+
+def sent_rows(site: Site, step: Step) -> Ranges:
+    return rows(step.send.tokens, site.owned_keys) if step.send else ()

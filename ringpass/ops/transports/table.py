@@ -1,0 +1,18 @@
+"""Key blocks on the move: how those of other ranks come, and how their gradients go home."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ringpass.ops.transports.allgather import AllGather
+from ringpass.ops.transports.base import Transport
+from ringpass.ops.transports.dilated import DilatedTransport
+from ringpass.ops.transports.ring import RingTransport
+from ringpass.schedule.site import Site
+
+
+def transport(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Transport:
+    """How the keys of other ranks come, and their gradients go home."""
+    if site.dilation:
+        return DilatedTransport(site, q.shape[1], k, v)
+    return {"ring": RingTransport, "allgather": AllGather}[site.comm](site, k, v)

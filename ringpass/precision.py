@@ -1,0 +1,10 @@
+"""The dtype in which partial results are added up."""
+
+from __future__ import annotations
+
+import torch
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial results are merged."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
