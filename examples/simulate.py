@@ -26,11 +26,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from ringpass.config import RingConfig
 from ringpass.layouts.ranges import Ranges
 from ringpass.passes.capture.capture import capture
+from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
-from ringpass.passes.op_rules.table import rule_for
+from ringpass.passes.op_rules.table import has_rule, rule_for
 from ringpass.passes.plan.plan import RingPlan, SitePlan, plan
 from ringpass.passes.plan.verify import prove_all
-from ringpass.passes.propagate.factors import Sweep
+from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything, window
 from ringpass.schedule.messages import Message, joints, runs
 from ringpass.schedule.program import Transfer
@@ -78,9 +79,9 @@ def make_plan(args: argparse.Namespace) -> RingPlan:
     found: list[RingPlan] = []
 
     def backend(gm: GraphModule, inputs: list[Tensor]) -> Any:
-        captured = capture(gm, inputs)
+        captured = decompose(capture(gm, inputs), has_rule)
         sites = detect(captured.gm, config.mask)
-        found.append(plan(sites, Sweep().run(captured.gm, rule_for), args.ranks, config))
+        found.append(plan(sites, propagate(captured.gm, rule_for), args.ranks, config))
         return lambda *tensors: tensors[:1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

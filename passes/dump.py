@@ -1,14 +1,17 @@
 """dump: what every stage did, as text, in one directory per rank and graph.
 
-<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py
+<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py,
+stages.txt
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -21,41 +24,69 @@ _numbers = count()
 
 
 class Dump:
-    """Writes stages under `directory` (or the one that RINGPASS_DUMP names); does nothing where neither is given."""
+    """The texts of one rank and graph: kept until `open`, then files."""
 
     def __init__(self, directory: str | None, rank: int) -> None:
-        directory = directory or os.environ.get(DUMP_VARIABLE) or None
-        self.path = Path(directory) / f"rank{rank}" / f"graph{next(_numbers)}" if directory else None
+        self.folder = directory or os.environ.get(DUMP_VARIABLE) or None
+        self.rank = rank
+        self.path: Path | None = None
+        self.kept: dict[str, str] = {}
 
-    def text(self, name: str, content: str) -> None:
-        if self.path:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / name).write_text(content + "\n")
-
-    def graph(self, stage: str, gm: GraphModule) -> None:
-        """A stage's graph, with the shape and dtype of every value."""
-        if self.path:
-            text = gm.print_readable(print_output=False, include_stride=False)
-            text = re.sub(r";(  |)(\w+ = )+None$", "", text, flags=re.MULTILINE)  # where values die
-            self.text(f"{stage}.py", text.replace(f"File: {os.getcwd()}{os.sep}", "File: "))
-
-    def plan(self, plan: RingPlan, rank: int) -> None:
-        """Sites, plan, and the schedule of `rank`, step by step."""
-        if not self.path:
+    def open(self) -> None:
+        """Numbers the graph, and writes what is kept."""
+        if self.folder is None:
             return
-        self.text("sites.txt", "\n".join(str(s.site) for s in plan.sites))
-        self.text("plan.txt", str(plan))
-        lines = []
-        for i, site in enumerate(plan.sites):
-            programs = site.programs(rank)
-            for lane, program in zip(site.lanes or [None], programs, strict=False):
-                total = f": {program.area} pairs, {program.received} key tokens received"
-                name = f"site {i} on rank {rank} of {plan.world}{f', {lane}' if lane else ''}"
-                lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
-                lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
-            lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]
-            lines += [f"  in all {site.received(rank)} (token, head) pairs received"] if site.dilation else []
-        self.text("schedule.txt", "\n".join(lines))
+        self.path = Path(self.folder) / f"rank{self.rank}" / f"graph{next(_numbers)}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name, text in self.kept.items():
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
+        """The file `name` of this rank and graph."""
+        if self.path is None:
+            self.kept[name] = text
+        else:
+            (self.path / name).write_text(text + "\n")
+
+    def graph(self, name: str, gm: GraphModule) -> None:
+        """A graph, as the file `name`.py."""
+        self.write(f"{name}.py", readable(gm))
+
+
+def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
+    """(file, text) of what a stage handed on."""
+    if stage == "decompose":
+        yield "captured.py", readable(result.gm)
+    elif stage == "detect":
+        yield "sites.txt", "\n".join(map(str, result))
+    elif stage == "plan":
+        yield "plan.txt", str(result)
+        yield "schedule.txt", schedule(result, rank)
+    elif stage == "partition":
+        yield "partitioned.py", readable(result.gm)
+        yield "gathers.txt", "\n".join(map(str, result.gathers)) or "nothing is gathered"
+
+
+def readable(gm: GraphModule) -> str:
+    """A graph with the shape and dtype of every value."""
+    text = gm.print_readable(print_output=False, include_stride=False)
+    text = re.sub(r";(  |)(\w+ = )+None$", "", text, flags=re.MULTILINE)  # where values die
+    return text.replace(f"File: {os.getcwd()}{os.sep}", "File: ")
+
+
+def schedule(plan: RingPlan, rank: int) -> str:
+    """The schedule of `rank`, step by step, for each site of a plan."""
+    lines = []
+    for i, site in enumerate(plan.sites):
+        programs = site.programs(rank)
+        for lane, program in zip(site.lanes or [None], programs, strict=False):
+            total = f": {program.area} pairs, {program.received} key tokens received"
+            name = f"site {i} on rank {rank} of {plan.world}{f', {lane}' if lane else ''}"
+            lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
+            lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
+        lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]
+        lines += [f"  in all {site.received(rank)} (token, head) pairs received"] if site.dilation else []
+    return "\n".join(lines)
 
 
 def _rectangles(found: list[Rectangle]) -> str:

@@ -11,36 +11,36 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from ringpass.comm.agreement import Agreement, Ring, ring
-from ringpass.comm.collectives import Shard
+from ringpass.comm.agreement import Agreement, Ring, ring_of
 from ringpass.comm.data_parallel import concerns
+from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
-from ringpass.lazy import LazyOutput, Origin, show
+from ringpass.lazy import LazyOutput
 from ringpass.passes.capture.capture import Captured, capture
+from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from ringpass.passes.dump import Dump
-from ringpass.passes.lower import codegen
-from ringpass.passes.lower.lower import attentions
-from ringpass.passes.op_rules.table import rule_for
-from ringpass.passes.partition.emitter import Rank
-from ringpass.passes.partition.placement import draws_elsewhere, is_dropout
-from ringpass.passes.partition.writer import LocalInput, LocalOutput, Partitioned, partition
+from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
+from ringpass.passes.op_rules.attention import attentions
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, has_rule, rule_for
+from ringpass.passes.partition.partitioned import Partitioned
+from ringpass.passes.partition.placement import place
+from ringpass.passes.partition.writer import partition
+from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.plan.plan import RingPlan, plan
 from ringpass.passes.plan.verify import prove_all
-from ringpass.passes.propagate.factors import Sweep
+from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.tiles import tiling
-from ringpass.shards import as_dtensor, as_local, on_all_ranks
 
 log = logging.getLogger("ringpass")
 
@@ -57,42 +57,58 @@ def ring_dilated(
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
-    around = ring(config.ring, config.timeout)
-    _look_around(around, config)
-    captured = capture(gm, example_inputs)
-    sites = detect(captured.gm, everything() if config.along_curve else config.mask)
-    draws = _draws(captured, sites)
-    if around.world == 1 and not config.asked and not draws:
-        return codegen.plain(gm, example_inputs, inductor, config.compiler)
+    ring = ring_of(config.ring, config.timeout)
+    _check_data_parallel_wrappers(ring, config)
+    stages = Pipeline(config.dump, ring.rank)
+    captured = stages.run(capture, gm, example_inputs)
+    captured = stages.run(decompose, captured, has_rule)
+    sites = stages.run(detect, captured.gm, everything() if config.along_curve else config.mask)
+    if (call := _unpartitioned(gm, example_inputs, captured, sites, ring, config, inductor)) is not None:
+        return call
+    stages.open()
+    sharded = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded])
+    planned = stages.run(plan, sites, sweep, ring.world, config)
+    _refuse_ignored_options(planned, config)
+    stages.run(prove_all, planned, ring.rank)
+    placement = stages.run(place, captured, planned, sweep, sharded)
+    rank = Rank(ring.rank, ring.world, ring.name)
+    gather_outputs = _gathers_outputs(gm, config, ring)
+    program = stages.run(partition, captured, placement, planned, rank, config.strict, gather_outputs)
+    _report(planned, program, ring)
+    left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
+    run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps)
+    facts = _facts(captured, planned, config, sharded)
+    return compiled_call(run, program, Agreement(ring, facts, _names(captured)), ring, config)
+
+
+def _unpartitioned(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    captured: Captured,
+    sites: tuple[AttentionSite, ...],
+    ring: Ring,
+    config: RingConfig,
+    inductor: dict[str, Any],
+) -> Callable[..., Any] | None:
+    """What Dynamo calls where nothing is to be partitioned: one rank with nothing asked, or no attention; else None.
+
+    A graph that draws random numbers goes on: its dropout is that of every number of ranks, also one.
+    """
+    nodes = captured.gm.graph.nodes
+    draws = any(draws_counter_based(n) or draws_shared(n) for n in nodes) or any(site.dropout for site in sites)
+    if ring.world == 1 and not config.asked and not draws:
+        return compile_unpartitioned(gm, inputs, inductor, config.compiler)
     if not sites:
         for name, value in config.altering.items():
-            _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
-        _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
+            _warn_rank0(ring, f"no attention in this graph for the option {name!r} ({value}) to act on")
+        _warn_rank0(
+            ring, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it"
+        )
         if not draws:
-            return _calling_whole(codegen.plain(gm, example_inputs, inductor, config.compiler))
-    dump = Dump(config.dump, around.rank)
-    dump.graph("captured", captured.gm)
-    shares = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
-    given = captured.gm.graph.find_nodes(op="placeholder")
-    sweep = Sweep(worked={given[i] for i in shares}).run(captured.gm, rule_for)
-    planned = plan(sites, sweep, around.world, config)
-    _refuse_unmasked(planned, config)
-    _refuse_contradiction(planned, config)
-    prove_all(planned, around.rank)
-    dump.plan(planned, around.rank)
-    who = Rank(around.rank, around.world, around.name)
-    gather_outputs = _gathers_outputs(gm, config, around)
-    local = partition(captured, planned, sweep, who, config.strict, gather_outputs, shares)
-    dump.graph("partitioned", local.gm)
-    dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
-    _report(planned, local, around)
-    key = (around.rank, around.world, around.name)
-    whole = len(attentions(captured.gm.graph)) - sum(
-        s.problem is not None and not s.site.written for s in planned.sites
-    )
-    run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, whole, dump.graph, dump.path is not None)
-    facts = _facts(captured, planned, config, shares)
-    return _calling(run, local, Agreement(around, facts, _names(captured)), around, config)
+            return replicated_call(compile_unpartitioned(gm, inputs, inductor, config.compiler))
+    return None
 
 
 class LoggingCalls(set[Any]):
@@ -127,28 +143,28 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
-def _look_around(around: Ring, config: RingConfig) -> None:
-    """At DDP and FSDP2 around the model."""
-    for text in concerns(around.pg) if around.pg and around.world > 1 else ():
+def _check_data_parallel_wrappers(ring: Ring, config: RingConfig) -> None:
+    """Warns about, or under `strict` refuses, DDP/FSDP2 settings that conflict with the ring."""
+    for text in concerns(ring.pg) if ring.pg and ring.world > 1 else ():
         if config.strict:
             raise UnsupportedError(text)
-        _tell(around, text)
+        _warn_rank0(ring, text)
 
 
-def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
-    """Whether the graph draws random numbers: with one rank too, its dropout is that of every number of ranks."""
-    nodes = captured.gm.graph.nodes
-    return any(is_dropout(n) or draws_elsewhere(n) for n in nodes) or any(site.dropout for site in sites)
-
-
-def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
+def _gathers_outputs(gm: GraphModule, config: RingConfig, ring: Ring) -> bool:
     """Outputs are gathered in the graph when asked, and when a graph break feeds them to the next graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = bool(reason is not None and reason.graph_break)
     if broken:
         why = str(reason.reason).splitlines()[0]  # type: ignore[union-attr]
-        _tell(around, f"graph break ({why}): the outputs of this piece are gathered for the next one")
+        _warn_rank0(ring, f"graph break ({why}): the outputs of this piece are gathered for the next one")
     return broken or config.outputs == "gathered"
+
+
+def _refuse_ignored_options(planned: RingPlan, config: RingConfig) -> None:
+    """Refuses options that some attention would ignore or contradict."""
+    _refuse_unmasked(planned, config)
+    _refuse_contradiction(planned, config)
 
 
 def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
@@ -173,13 +189,13 @@ def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
             )
 
 
-def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
+def _report(planned: RingPlan, program: Partitioned, ring: Ring) -> None:
     log.info("%s", planned)
     for text in _dilated(planned):
-        _tell(around, text)
-    for gather in local.gathers if around.world > 1 else ():
+        _warn_rank0(ring, text)
+    for gather in program.gathers if ring.world > 1 else ():
         if gather.reason != "output":
-            _tell(around, str(gather))
+            _warn_rank0(ring, str(gather))
 
 
 def _dilated(planned: RingPlan) -> list[str]:
@@ -190,19 +206,19 @@ def _dilated(planned: RingPlan) -> list[str]:
             name = f"{s.site.index} ({s.site.path or s.site.node.name})"
             alike.setdefault((s.dilation, s.problem.queries), []).append(name)
     return [
-        f"attention {_listed(names)} dilated by {dilation}: {dilation.describe()}; "
+        f"attention {_first_few(names)} dilated by {dilation}: {dilation.describe()}; "
         f"about {dilation.share(tokens):.4g} of all pairs of {tokens} tokens"
         for (dilation, tokens), names in alike.items()
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
 
 
-def _tell(around: Ring, text: str) -> None:
+def _warn_rank0(ring: Ring, text: str) -> None:
     """Warns once per ring: on rank 0."""
-    if around.rank == 0:
+    if ring.rank == 0:
         log.warning("%s", text)
 
 
@@ -211,18 +227,18 @@ def _names(captured: Captured) -> tuple[str, ...]:
 
 
 def _facts(
-    captured: Captured, planned: RingPlan, config: RingConfig, shares: Collection[int]
+    captured: Captured, planned: RingPlan, config: RingConfig, sharded: Collection[int]
 ) -> tuple[tuple[str, str], ...]:
     """What must be equal on all ranks, in the order in which a difference is reported."""
     import ringpass
 
     nodes = captured.gm.graph.nodes
     inputs = [
-        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)), *(["in shares"] if i in shares else []))
+        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)), *(["sharded"] if i in sharded else []))
         for i, n in enumerate(n for n in nodes if n.op == "placeholder")
         if isinstance(n.meta.get("val"), torch.Tensor)
     ]
-    text = "\n".join(f"{n.name} = {_spelled(n.target)}({n.args}, {n.kwargs})" for n in nodes)
+    text = "\n".join(f"{n.name} = {_target_name(n.target)}({n.args}, {n.kwargs})" for n in nodes)
     return (
         ("call", "a compiled model"),
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
@@ -233,63 +249,6 @@ def _facts(
     )
 
 
-def _spelled(target: Any) -> str:
+def _target_name(target: Any) -> str:
     """A call's target without memory addresses, which differ between ranks."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
-
-
-def _calling(
-    run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring, config: RingConfig
-) -> Callable[..., Any]:
-    """What Dynamo calls: agree, draw the seed, run, hand out local outputs as the options say."""
-    shares = {share.position: share for share in local.shares}
-
-    def call(*given: Any) -> Any:
-        draws = local.seeded or local.draws
-        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
-        seed = agreement.seed([x.kind if isinstance(x, LazyOutput) else x for x in given], drawn)
-        args = [_taken(x, shares.get(i), around) for i, x in enumerate(given)]
-        with _generator(seed) if local.draws else nullcontext():
-            results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
-        outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
-        return [
-            _handed_out(o, i, spec, extras, around, config) if spec else on_all_ranks(o)
-            for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))
-        ]
-
-    return call
-
-
-def _calling_whole(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What Dynamo calls where every rank computes everything."""
-    return lambda *args: [on_all_ranks(o) for o in run(*(_taken(arg, None, None) for arg in args))]
-
-
-def _taken(arg: Any, share: LocalInput | None, around: Ring | None) -> Any:
-    """An argument as the program reads it: a lazy one gathered, or, where it is read token by token, its tokens."""
-    if share is None or around is None:
-        return arg.full() if isinstance(arg, LazyOutput) else arg
-    assert isinstance(arg, LazyOutput), "Dynamo guards on the kinds of its inputs"
-    return arg.tokens_in(share.layout, share.dim, around)
-
-
-@contextmanager
-def _generator(seed: int) -> Iterator[None]:
-    """The default generators start from `seed` inside, and are as they were afterwards: all ranks draw alike."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def _handed_out(
-    output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring, config: RingConfig
-) -> torch.Tensor:
-    """A local output as the option `outputs` says."""
-    outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
-    shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
-    inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
-    origin = Origin(spec.name, around.calls, position, shard, around, spec.part, inner)
-    if config.outputs == "lazy":
-        return show(output, origin)
-    return as_local(output, origin) if config.outputs == "local" else as_dtensor(output, origin, config.group)

@@ -77,3 +77,12 @@ def bytes_of(node: Node) -> int:
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
 """What a node that replaces another one takes over from it."""
+
+
+def has_effect(node: Node) -> bool:
+    """Nodes that stay though nothing reads them: mutations of inputs, switches of the grad and autocast modes."""
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    name = getattr(node.target, "__name__", "")
+    return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")

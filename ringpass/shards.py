@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
 from ringpass.comm import collectives
-from ringpass.comm.agreement import Agreement, ring
+from ringpass.comm.agreement import Agreement, ring_of
 from ringpass.comm.collectives import Shard
 from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
@@ -175,7 +175,7 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)
-    around = ring(group_of(group))
+    around = ring_of(group_of(group))
     _check(x, dim, layout)
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]

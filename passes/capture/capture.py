@@ -18,7 +18,6 @@ Steps:
     traced = make_fx(interpret flat, pre_dispatch)    # autocast really entered, higher-order operators kept
     inherit(traced, gm)                               # names, sources and module metadata of Dynamo's graph
     Functionaliser(traced).run()                      # an in-place op becomes its functional twin
-    spell_out(traced)                                 # fused layers and products become the ops that they are made of
 
 Terms: a *region* is the stretch of nodes between a functorch transform's increment and decrement of its nesting level.
 """
@@ -46,7 +45,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringpass.errors import UnsupportedError
-from ringpass.passes.capture.decompose import spell_out
 from ringpass.passes.capture.functionalize import Functionaliser
 
 aten = torch.ops.aten
@@ -79,7 +77,6 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     traced = _trace(flat, inputs, fake_mode)
     _inherit(traced, gm, inputs)
     Functionaliser(traced, fake_mode).run()
-    spell_out(traced)
     traced.graph.lint()
     traced.recompile()
     return Captured(traced, inputs, fake_mode)

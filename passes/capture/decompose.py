@@ -1,4 +1,4 @@
-"""spelled: ops that fuse an attention with what is around it, written out as the ops that the other passes know.
+"""decompose: ops that fuse an attention with what is around it, as the ops that the other passes know.
 
     _transformer_encoder_layer_fwd(x, ..)        the layer: norms, linears, scaled_dot_product_attention
     einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
@@ -9,7 +9,8 @@
     swapaxes(x, 1, 2), concat([a, b], 1)         transpose(x, 1, 2), cat([a, b], 1): what torch itself writes them as
     conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
 
-Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.
+Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.  Which ops
+the other passes know is `has_rule`'s to say.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass.nodes import KEPT_META, args_of, bound_of
-from ringpass.passes.op_rules.table import no_rule, rule_for
+from ringpass.passes.capture.capture import Captured
 
 aten = torch.ops.aten
+HasRule = Callable[[Node], bool]
 
 
-def spell_out(gm: GraphModule) -> None:
-    """Rewrites `gm` in place."""
+def decompose(captured: Captured, has_rule: HasRule) -> Captured:
+    """`captured` with its graph rewritten in place.  `has_rule`: whether the dims of a node's op are understood."""
+    gm = captured.gm
     for node in list(gm.graph.nodes):
         if node.target is aten._transformer_encoder_layer_fwd.default:
             _replace(node, encoder_layer, bound_of(node))
@@ -45,11 +48,14 @@ def spell_out(gm: GraphModule) -> None:
             _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
         elif node.target in PADDED and (sides := _sides(node)) is not None:
             _replace(node, padded, {**bound_of(node), "padding": sides})
-        elif _is_composite(node):
-            _decompose(node)
+        elif _is_composite(node) and not has_rule(node):
+            _inline_composite(node, has_rule)
         elif node.target is aten.roll.default and bound_of(node).get("dims"):
             bound = bound_of(node)
             _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
+    gm.graph.lint()
+    gm.recompile()
+    return captured
 
 
 def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
@@ -84,16 +90,16 @@ def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
 
 
 def _is_composite(node: Node) -> bool:
-    """Whether torch itself writes a float tensor's op as others, and no rule is about it."""
+    """Whether torch itself writes a float tensor's op as others."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
     value, read = node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]
     plain = isinstance(value, Tensor) and value.is_floating_point() and all(isinstance(x, Tensor) for x in read)
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
-    return plain and bool(read) and composite and rule_for(node) is no_rule
+    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return plain and bool(read) and composite
 
 
-def _decompose(node: Node) -> None:
+def _inline_composite(node: Node, has_rule: HasRule) -> None:
     """Below pre-dispatch, where torch does what it writes an op as; left alone if that has no rules either."""
     target: Any = node.target
     given = list(node.all_input_nodes)
@@ -105,7 +111,7 @@ def _decompose(node: Node) -> None:
         return out
 
     graph = _traced(run, given, pre_dispatch=False)
-    if all(rule_for(n) is not no_rule for n in graph.nodes if n.op == "call_function"):
+    if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
         _put(node, graph, given)
 
 

@@ -27,12 +27,16 @@ import ringpass
 from ringpass import ops
 from ringpass.config import RingConfig
 from ringpass.ops import primitives
-from ringpass.passes.lower.lower import lower, lower_module, spell_out
+from ringpass.passes.lower.lower import inline_arithmetic, lower, lower_module
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.partition.partitioned import Partitioned
 
 Show = Callable[[str, GraphModule], None]
 
 
-def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Callable[..., Any]:
+def compile_unpartitioned(
+    gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str
+) -> Callable[..., Any]:
     """Compiles `gm` as torch would without ringpass."""
     if compiler == "aot_eager":
         return aot_eager(gm, inputs, 0, sys.maxsize, lambda stage, graph: None)
@@ -41,33 +45,33 @@ def plain(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], comp
     return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
 
 
-def compile_local(
-    gm: GraphModule,
-    inputs: Sequence[Any],
+def compile_partitioned(
+    program: Partitioned,
     config: RingConfig,
     inductor: dict[str, Any],
-    key: tuple[Any, ...],
-    whole: int,
+    rank: Rank,
+    left: int,
     show: Show,
     shown: bool,
 ) -> Callable[..., Any]:
-    """Compiles one rank's program.  `key` enters the compile caches; `show` sees the lowered forward and backward.
+    """Compiles one rank's program.  `show` sees the lowered forward and backward.
 
-    `whole`: how many attentions stay as the model wrote them.
-
-    `shown`: someone looks at the stages, so the caches, which would skip them, are left out.
+    `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
+    which would skip them, are left out.
     """
+    gm, inputs = program.gm, list(program.inputs)
     if config.compiler == "aot_eager":
-        return aot_eager(gm, inputs, config.unroll_limit, whole, show)
+        return aot_eager(gm, inputs, config.unroll_limit, left, show)
     from torch._inductor.compile_fx import compile_fx
 
     _register_collectives()
-    patches = {**inductor, "post_grad_custom_pre_pass": _Lower((*key, config.unroll_limit, whole), show)}
+    key = rank.rank, rank.world, rank.group, config.unroll_limit, left
+    patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
     if not shown:
-        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
 
 
 def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, whole: int, show: Show) -> Callable[..., Any]:
@@ -102,7 +106,7 @@ class _Lower(CustomGraphPass):
         module = graph.owning_module
         if isinstance(module, GraphModule):
             self.show("forward" if self.seen == 0 else "backward", module)
-        spell_out(graph)
+        inline_arithmetic(graph)
         self.seen += 1
 
     def uuid(self) -> Any:

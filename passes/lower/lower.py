@@ -6,7 +6,8 @@
     neither, above the unroll limit (over all sites, the larger of P and the number of tiles), where a length is
                               symbolic, or where data of each call prunes the schedule: the op stays rolled, one node
                               whose body runs the same code
-    pack, merge               nodes of the graph that is shown; `spell_out` then hands the compiler their arithmetic
+    pack, merge               nodes of the graph that is shown; `inline_arithmetic` then hands the compiler their
+    arithmetic
     shard, gather             stay one node, named permute_<layout>, restore_<layout>
     permute                   stays, named permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
 
@@ -30,17 +31,17 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import LABEL
+from ringpass.passes.op_rules.attention import attentions
 from ringpass.schedule.site import Site
 
 ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
     ops.ring_attention_backward: ops.ring_attention_backward_body,
 }
-SPELLED = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
+ARITHMETIC = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
 """Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
-ATTENTION = re.compile(r"(scaled_dot_product|flex_attention)(?!.*backward)")
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
 
 
@@ -67,11 +68,11 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
     graph.lint()
 
 
-def spell_out(graph: Graph) -> None:
+def inline_arithmetic(graph: Graph) -> None:
     """Replaces each `pack` and `merge` by the ATen ops of its body.  In place; the last step before code generation."""
     traced: dict[str, GraphModule] = {}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in SPELLED:
+        if node.op == "call_function" and node.target in ARITHMETIC:
             _unroll(graph, node, traced)
     graph.lint()
 
@@ -83,18 +84,6 @@ def lower_module(gm: GraphModule, unroll_limit: int, whole: int) -> GraphModule:
             lower(module.graph, unroll_limit, whole)
             module.recompile()
     return gm
-
-
-def attentions(graph: Graph) -> list[Node]:
-    """The attention ops of a graph and of the graphs inside it, forward ones only."""
-    found = []
-    for node in graph.nodes:
-        if node.op == "call_function" and ATTENTION.search(str(node.target)):
-            found.append(node)
-        elif node.op == "get_attr" and isinstance(graph.owning_module, GraphModule):
-            inner = getattr(graph.owning_module, str(node.target).split(".")[0], None)
-            found += attentions(inner.graph) if isinstance(inner, GraphModule) else []
-    return found
 
 
 def _refuse_leftovers(graph: Graph, whole: int) -> None:
@@ -191,7 +180,7 @@ def _key(node: Node, operands: list[Node]) -> str:
 
 def _trace(node: Node, operands: list[Node]) -> GraphModule:
     """The graph of an operator's body on the node's own shapes."""
-    body: Any = {**ROLLED, **SPELLED}[node.target]
+    body: Any = {**ROLLED, **ARITHMETIC}[node.target]
     fakes = [n.meta["val"] for n in operands]
     mode = fakes[0].fake_mode
 

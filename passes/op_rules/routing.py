@@ -21,17 +21,18 @@ import torch
 from torch.fx import Node
 
 from ringpass.nodes import args_of, first_of, op_name, operands_of
+from ringpass.passes.op_rules.spec import OpRule, Placed, Writer
+from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factor, Factors, Note, Sweep, product
 
 aten = torch.ops.aten
 SORT, COUNT, BACK, INDEX = aten.sort.default, aten.histc.default, aten.index_put.default, aten.index.Tensor
 GROUPED = ("_grouped_mm.default", "transformers.grouped_mm_fallback.default")
 READERS_OF_ORDER = (aten.floor_divide.default, aten.empty_like.default, BACK, INDEX)
-READERS_OF_COUNTS = (aten.cumsum.default, aten.to.dtype)
 
 
 def sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
-    """Values and indices: rows, if there is one dim; else as the operand, whose sorted dim is needed whole."""
+    """Values and indices: rows, if there is one dim; else as the operand, whose sorted dim is needed replicated."""
     dims, routing = sweep.dims(first_of(node)), sweep.routing
     if len(dims) == 1 and len(args_of(node)) < 3:
         rows = Factor(product(dims[0]))
@@ -42,7 +43,7 @@ def sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
         return ((rows,),), ((rows,),)
     named: dict[str, Any] = dict(node.kwargs)
     along = args_of(node)[1] if len(args_of(node)) > 1 else named.get("dim", -1)
-    note.whole += dims[along]
+    note.need_replication += dims[along]
     return dims, dims
 
 
@@ -120,7 +121,12 @@ def _reads_well(sweep: Sweep, rows: Factor, node: Node) -> bool:
     if node.target is SORT or not any(_of(sweep, rows, n) for n in operands):
         return True
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if node.op == "output" or random or not note.known or rows in sweep.resolve([*note.whole, *note.summed]):
+    if (
+        node.op == "output"
+        or random
+        or not note.known
+        or rows in sweep.resolve([*note.need_replication, *note.reduction])
+    ):
         return False
     if any(n in routing.order for n in operands):
         put = node in routing.back or node in routing.order or node.target is aten.empty_like.default
@@ -153,3 +159,30 @@ def _without(factors: Factors, k: int) -> Factors:
     while rest and size < k:
         size = size * rest.pop().size
     return tuple(rest) if size == k else ()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _order_is_local(placement: Placed, node: Node) -> bool:
+    """Whether the rows that a sort makes are an order that each rank has of its own."""
+    sweep = placement.sweep
+    rows = [f for d in sweep.operand_dims(node) for f in d if f in sweep.routing.pairs]
+    return all(placement.is_axis(f) for f in rows)
+
+
+def _write_put_back(writer: Writer, node: Node, axis: Axis) -> Node:
+    """back[order] = arange(the number of local rows)."""
+    args, kwargs = writer.operands(node, axis, f"operand of {op_name(node)}")
+    if node in writer.placement.sweep.routing.back:
+        rows = writer.local_shape(node, axis)[0]
+        args = *args[:2], writer.emit(aten.arange.default, rows, device=node.meta["val"].device)
+    return writer.copy(node, args, kwargs)
+
+
+RULES = {
+    "sort.default": OpRule(sort, may_shard=_order_is_local),
+    "histc.default": OpRule(count),
+    "index_put.default": OpRule(put_back, write=_write_put_back),
+    **dict.fromkeys(GROUPED, OpRule(grouped)),
+}

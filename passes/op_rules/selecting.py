@@ -1,11 +1,8 @@
-"""takes: a few tokens of a local value, whole on every rank, without moving the others.
+"""Ops that pick elements: a few tokens of a sharded value become replicated, without moving the others.
 
-    x[:, 0]                    each rank looks up where it holds token 0; the one that does gives it, the others zeros;
-    x[:, -3:]                  the sum over ranks is the tokens
-    x[arange(B), last]         the same with positions that are data
-
-Contract: taken only where the result is at most half of the value; anything else is gathered.  What is gathered, or
-taken but more than a rank's share, is reported.
+x[:, 0]                    each rank looks up where it holds token 0; the one that does gives it, the others zeros;
+x[:, -3:]                  the sum over ranks is the tokens
+x[arange(B), last]         the same with positions that are data
 """
 
 from __future__ import annotations
@@ -16,92 +13,135 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of, slice_of
-from ringpass.passes.partition.emitter import Emitter
-from ringpass.passes.plan.axes import Axis
+from ringpass.nodes import args_of, bound_of, first_of, operands_of, size_of, slice_of
+from ringpass.passes.op_rules import routing
+from ringpass.passes.op_rules.spec import OpRule, Writer, not_understood
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
 
 aten = torch.ops.aten
-TAKES = ("select.int", "slice.Tensor", "index.Tensor", "index_select.default")
 
 
-class Takes(Emitter):
-    """Writes selects, slices and indices along the sequence."""
+# --- dims -------------------------------------------------------------------------------------------------------------
 
-    locals: dict[Node, Any]
-    wholes: dict[Node, Any]
 
-    def _report(self, node: Node, reason: str) -> None:
-        raise NotImplementedError
+def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
+    dims = list(sweep.dims(first_of(node)))
+    note.need_replication += dims.pop(args_of(node)[1])
+    return tuple(dims)
 
-    def _write_taken(self, node: Node) -> Node | None:
-        """The tokens that `node` takes of a local value; None where it does not, or where they are many."""
-        if op_name(node) not in TAKES:
-            return None
-        source = first_of(node)
-        axis = self.placement.modes[source]
-        if axis is None or source not in self.locals or source in self.wholes or 2 * bytes_of(node) > bytes_of(source):
-            return None
-        dim, outer, tokens, *_ = self._shard_args(source, axis)
-        if outer != 1 or source.meta["val"].shape[dim] != axis.tokens:
-            return None
-        x = self.locals[source]
-        indexed = op_name(node) == "index.Tensor"
-        taken = self._indexed(node, x, dim, axis) if indexed else self._selected(node, x, dim, axis)
-        if taken is not None and self.rank.world * bytes_of(node) > bytes_of(source):
-            self._report(node, f"{op_name(node)} takes more tokens than a rank holds")
-        return taken
 
-    def _selected(self, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
-        """The tokens of a select, a slice or an index_select along the sequence."""
-        positions = self._positions(node, dim)
-        if positions is None:
-            return None
-        held, at = self._located(positions, axis)
-        part = self._emit(aten.index_select.default, x, dim, at, name=node.name)
-        held = self._emit(aten.view.default, held, [-1] + [1] * (x.meta["val"].ndim - dim - 1))
-        taken = self._summed(part, held)
-        return self._emit(aten.squeeze.dim, taken, dim) if op_name(node) == "select.int" else taken
+def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """x[i, j, ..]: the indexed dims are needed replicated, the index tensors' dims stand in their place."""
+    source, picks = sweep.dims(first_of(node)), list(args_of(node)[1])
+    if len(picks) == 1 and (dims := routing.picked(sweep, first_of(node), picks[0])) is not None:
+        return dims
+    at = [d for d, p in enumerate(picks) if p is not None]
+    if at != list(range(at[0], at[-1] + 1)) or any(picks[d].meta["val"].dtype == torch.bool for d in at):
+        return None
+    note.need_replication += [f for d in at for f in source[d]]
+    inner = sweep.broadcast([sweep.dims(picks[d]) for d in at], note)
+    return (*source[: at[0]], *inner, *source[at[-1] + 1 :])
 
-    def _positions(self, node: Node, dim: int) -> Node | None:
-        """The positions, 1-D, that a select or slice along `dim` takes, or an index_select."""
-        name, args, device = op_name(node), args_of(node), node.meta["val"].device
-        if name == "index_select.default":
-            return (
-                self._operand(args[2], None, "positions") if args[1] % first_of(node).meta["val"].ndim == dim else None
-            )
-        if name == "select.int":
-            along, start, step, count = args[1] % first_of(node).meta["val"].ndim, args[2], 1, 1
+
+def _gather(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """x.gather(dim, index): of index's shape; other dims where both have the same size go together."""
+    source, picks = (sweep.dims(n) for n in operands_of(node))
+    dim = args_of(node)[1] % len(picks)
+    out = []
+    for d, (f, g) in enumerate(zip(source, picks, strict=True)):
+        if d == dim or product(f) != product(g):
+            note.need_replication += (*f, *g) if d != dim else f
+            out.append(g)
         else:
-            along, start, _, step = slice_of(node)
-            start, count = start or 0, self._size(size_of(node.meta["val"].shape[dim]))
-        if along != dim or not all(type(n) is int for n in (start, step)):
-            return None
-        first = self._emit(aten.arange.default, count, device=device)
-        scaled = self._emit(aten.mul.Tensor, first, step) if step != 1 else first
-        return self._emit(aten.add.Tensor, scaled, start)
+            out.append(sweep.tie(f, g, note) if f else g)
+    return tuple(out)
 
-    def _indexed(self, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
-        """x[.., positions, ..] with integer positions along the sequence, and others before or after them."""
-        picks = list(args_of(node)[1])
-        if dim >= len(picks) or picks[dim] is None or any(self._is_local(p) for p in picks if p is not None):
-            return None
-        given: list[Any] = [None if p is None else self._operand(p, None, "positions") for p in picks]
-        held, given[dim] = self._located(given[dim], axis)
-        part = self._emit(aten.index.Tensor, x, given, name=node.name)
-        after = x.meta["val"].ndim - len(picks) + sum(p is None for p in picks[dim:])
-        held = self._emit(aten.view.default, held, [*held.meta["val"].shape, *[1] * after])
-        return self._summed(part, held)
 
-    def _is_local(self, node: Node) -> bool:
-        return node in self.locals and node not in self.wholes
+def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+    """Values and indices: the dim is needed replicated, the others pass."""
+    dims = list(sweep.dims(first_of(node)))
+    dim = bound_of(node).get("dim", -1) % len(dims)
+    note.need_replication += dims[dim]
+    dims[dim] = sweep.new(node.meta["val"][0].shape[dim])
+    return (tuple(dims),) * 2
 
-    def _located(self, positions: Node, axis: Axis) -> tuple[Node, Node]:
-        """Whether this rank holds the token at each of `positions`, and its row here (0 where it does not)."""
-        where = axis.layout.name, self.rank.world, self.rank.rank
-        rows = self._emit(ops.locate, positions, self._tokens(axis), *where, name=f"{positions.name}_rows")
-        return self._emit(aten.ge.Scalar, rows, 0), self._emit(aten.clamp_min.default, rows, 0)
 
-    def _summed(self, part: Node, held: Node) -> Node:
-        """The tokens, from the rank that holds each of them."""
-        mine = self._emit(aten.where.ScalarOther, held, part, 0)
-        return self._emit(ops.reduce, mine, self.rank.group, name=f"{part.name}_taken")
+# --- a few tokens of a shard ------------------------------------------------------------------------------------------
+
+
+def select_tokens(writer: Writer, x: Node, dim: int, axis: Axis, positions: Node, name: str) -> Node:
+    """The tokens at `positions`, 1-D, along `dim` of the shard `x`, from the rank that holds each."""
+    held, at = _located(writer, positions, axis)
+    part = writer.emit(aten.index_select.default, x, dim, at, name=name)
+    held = writer.emit(aten.view.default, held, [-1] + [1] * (x.meta["val"].ndim - dim - 1))
+    return _from_holders(writer, part, held)
+
+
+def positions_from(writer: Writer, node: Node, start: int, step: int, count: Any) -> Node:
+    """start, start + step, .."""
+    first = writer.emit(aten.arange.default, count, device=node.meta["val"].device)
+    scaled = writer.emit(aten.mul.Tensor, first, step) if step != 1 else first
+    return writer.emit(aten.add.Tensor, scaled, start)
+
+
+def write_slice(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+    """x[:, a:b:c]; None where the bounds are not plain numbers."""
+    along, start, _, step = slice_of(node)
+    count = writer.size(size_of(node.meta["val"].shape[dim]))
+    start = start or 0
+    if along != dim or not all(type(n) is int for n in (start, step)):
+        return None
+    positions = positions_from(writer, node, start, step, count)
+    return select_tokens(writer, x, dim, axis, positions, node.name)
+
+
+def _write_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+    """x[:, i]; None where i is not a plain number."""
+    along, position = args_of(node)[1] % first_of(node).meta["val"].ndim, args_of(node)[2]
+    if along != dim or type(position) is not int:
+        return None
+    positions = positions_from(writer, node, position, 1, 1)
+    return writer.emit(aten.squeeze.dim, select_tokens(writer, x, dim, axis, positions, node.name), dim)
+
+
+def _write_index_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+    _, along, positions, *_ = args_of(node)
+    if along % first_of(node).meta["val"].ndim != dim:
+        return None
+    return select_tokens(writer, x, dim, axis, writer.operand(positions, None, "positions"), node.name)
+
+
+def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+    """x[.., positions, ..] with integer positions along the sequence, and others before or after them."""
+    picks = list(args_of(node)[1])
+    if dim >= len(picks) or picks[dim] is None or any(writer.is_sharded(p) for p in picks if p is not None):
+        return None
+    given: list[Any] = [None if p is None else writer.operand(p, None, "positions") for p in picks]
+    held, given[dim] = _located(writer, given[dim], axis)
+    part = writer.emit(aten.index.Tensor, x, given, name=node.name)
+    after = x.meta["val"].ndim - len(picks) + sum(p is None for p in picks[dim:])
+    held = writer.emit(aten.view.default, held, [*held.meta["val"].shape, *[1] * after])
+    return _from_holders(writer, part, held)
+
+
+def _located(writer: Writer, positions: Node, axis: Axis) -> tuple[Node, Node]:
+    """Whether this rank holds the token at each of `positions`, and its row here (0 where it does not)."""
+    where = axis.layout.name, writer.rank.world, writer.rank.rank
+    rows = writer.emit(ops.locate, positions, writer.tokens(axis), *where, name=f"{positions.name}_rows")
+    return writer.emit(aten.ge.Scalar, rows, 0), writer.emit(aten.clamp_min.default, rows, 0)
+
+
+def _from_holders(writer: Writer, part: Node, held: Node) -> Node:
+    """The tokens, from the rank that holds each of them."""
+    mine = writer.emit(aten.where.ScalarOther, held, part, 0)
+    return writer.emit(ops.reduce, mine, writer.rank.group, name=f"{part.name}_taken")
+
+
+RULES = {
+    "select.int": OpRule(_select, select=_write_select),
+    "index.Tensor": OpRule(_index, select=_write_index),
+    "index_select.default": OpRule(not_understood, select=_write_index_select),
+    "gather.default": OpRule(_gather),
+    "topk.default": OpRule(_topk),
+}

@@ -1,27 +1,56 @@
-"""run_rules: what slices, cats, pads and convolutions along a dim do to its tokens.
+"""Slices, concatenations, pads and convolutions along the sequence, on local tokens.
 
-    x[:, 1:], x.split([77, 256], 1)     a run of the tokens of x
-    cat([cls, x], 1), pad(x, (0, 3))    x is a run of what they make
-    pad(x, (1, -1)), conv1d(x, w)       each token reads those around it
-    conv1d(pad(x, (2, 0)), w)           the run of what is padded that x is, or another one
+    x[:, 1:]                  the local rows but the first, on the rank that holds token 0; all of them elsewhere
+    cat([cls, patches])       the local patches, after the CLS token on the rank that holds it
+    cat([text, image])        the local text, then the local image: each part is assigned to ranks by itself
+    pad(x, (0, 0, 0, 5))      the local tokens, then this rank's share of the five
+    conv1d(x, w, padding=1)   conv1d(halo(x, 1, 1), w), and of what it gives, the rows of local tokens
+    pad(x, (0, 0, 1, -1))     halo(x, 1, 0), without the last row of each range of tokens
+    conv1d(pad(x, (2, 0)), w) conv1d(halo(padded, 2, 0), w), and of what it gives for all of `padded`, the rows of x
 
-Contract: as for all rules (`rules`).  A run is made only of values that are worked on and by a slice that keeps half of
-them or more; tables, inputs, and the few tokens that a head reads are none.
+Contract: a conv1d and a shift exchange the halo of each range of local tokens, and no more; the others move nothing,
+for a token is on the same rank in all slices of its sequence (`plan.axes`).  Of a replicated part, such as CLS, each
+rank takes its shard.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import sympy
+import torch
 from torch.fx import Node
 
-from ringpass.nodes import args_of, bound_of, first_of, hint_of, is_empty, op_name, operands_of, size_of, slice_of
+from ringpass import ops
+from ringpass.layouts.layout import assigned
+from ringpass.nodes import (
+    args_of,
+    bound_of,
+    first_of,
+    hint_of,
+    is_empty,
+    op_name,
+    operands_of,
+    size_of,
+    slice_of,
+)
+from ringpass.passes.op_rules.selecting import write_slice
+from ringpass.passes.op_rules.spec import OpRule, Placed, Writer, same_call
 from ringpass.passes.propagate.alignment import same
-from ringpass.passes.propagate.factors import CONV1D, Dims, Factors, Note, Sweep, product
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Dims, Factors, Note, Sweep, product
+
+aten = torch.ops.aten
+CONV1D = "conv1d.default"
+PADS = ("pad.default", "constant_pad_nd.default")
 
 
-def same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Dims whose size the op leaves alone pass through; the others are needed whole.
+# --- dims -------------------------------------------------------------------------------------------------------------
+
+
+def _passing_dims(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Dims whose size the op leaves alone pass; the others are needed replicated.
 
     For repeat, and slice, pad and cat of what holds no tokens.
     """
@@ -35,32 +64,32 @@ def same_or_whole(sweep: Sweep, node: Node, note: Note) -> Dims:
         if position not in changed and all(product(f) == size_of(n) for f in columns):
             out.append(sweep.broadcast([(f,) for f in columns], note)[0])
         else:
-            note.whole += [f for column in columns for f in column]
+            note.need_replication += [f for column in columns for f in column]
             out.append(sweep.new(n))
     return tuple(out)
 
 
-def sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """A run of tokens, if it is most of them or known from elsewhere, and something works on it."""
+def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """A slice of the tokens, if it is most of them or known from elsewhere, and its result is computed on."""
     dims, (dim, start, _, step) = list(sweep.dims(first_of(node))), slice_of(node)
     old, size = product(dims[dim]), size_of(node.meta["val"].shape[dim])
     returned = all(user.op == "output" for user in node.users)
-    if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.worked or returned:
-        return same_or_whole(sweep, node, note)
+    if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.computed or returned:
+        return _passing_dims(sweep, node, note)
     many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (first_of(node), node))
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
     if begin.is_negative:
         begin = old + begin if many + int(begin) >= 0 else size_of(0)
-    found = sweep.run_of(dims[dim], begin, size, new=2 * kept >= many)
+    found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many)
     if found is None:
-        return same_or_whole(sweep, node, note)
-    sweep.runs[node] = dim
+        return _passing_dims(sweep, node, note)
+    sweep.slices[node] = dim
     dims[dim] = found
     return tuple(dims)
 
 
-def concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Runs of tokens put together, if any of them is worked on."""
+def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Slices of a sequence joined, if any of them holds computed values."""
     operands = [n for n in operands_of(node) if not is_empty(n)]
     rank = node.meta["val"].ndim
     listed = [n for n in args_of(node)[0] if n in operands]
@@ -68,75 +97,78 @@ def concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
         return sweep.dims(listed[0])
     dim = bound_of(node).get("dim", 0) % rank
     parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
-    if sweep.worked.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
-        return same_or_whole(sweep, node, note)
+    if sweep.computed.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
+        return _passing_dims(sweep, node, note)
     others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in operands]
     out = list(sweep.broadcast(others, note))
     out[dim] = sweep.joined(parts, note)
-    sweep.runs[node] = dim
+    sweep.slices[node] = dim
     return tuple(out)
 
 
-def padded(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Tokens put before and after one run of them, if it is worked on."""
+def _padded(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """Tokens put before and after a slice of a sequence, if it holds computed values."""
     rank, source = node.meta["val"].ndim, first_of(node)
     changed = _padded_dims(node, rank)
     amounts: Any = node.args[1]
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
-    works = source in sweep.worked or any(op_name(user) == CONV1D for user in node.users)
+    computed = source in sweep.computed or any(op_name(user) == CONV1D for user in node.users)
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
-    if shift_of(node):
+    if _shift_of(node):
         sweep.halos[node] = min(changed)
         return sweep.dims(source)
-    if dim is None or not (fixed and works) or _fill(node) is None or not sweep.dims(source)[dim]:
-        return same_or_whole(sweep, node, note)
+    if dim is None or not (fixed and computed) or _fill(node) is None or not sweep.dims(source)[dim]:
+        return _passing_dims(sweep, node, note)
     dims = list(sweep.dims(source))
     size = size_of(source.meta["val"].shape[dim])
     dims[dim] = sweep.joined([((), size_of(low)), (dims[dim], size), ((), size_of(high))], note)
-    sweep.runs[node] = dim
+    sweep.slices[node] = dim
     return tuple(dims)
 
 
-def convolved(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Rows pass; of a conv1d so does the sequence, if each step makes one token, or if it makes a run of the tokens."""
+def _convolved(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """Rows pass; of a conv1d so does the sequence, if each step gives one token, or if it gives a slice of the
+    tokens."""
     dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
     weights = sweep.dims(bound_of(node)["weight"])
     if len(dims) != len(weights):  # no batch: the first dim is that of channels
-        return sweep.unknown(node, note)  # type: ignore[no-any-return]
-    note.whole += [f for d in (dims[1], *weights) for f in d]
-    step = halo_of(node)[2] if op_name(node) == CONV1D else 0
+        return None
+    note.need_replication += [f for d in (dims[1], *weights) for f in d]
+    step = _halo_of(node)[2] if op_name(node) == CONV1D else 0
     old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
     if step and dims[2] and old == step * size:
         split = sweep.reshape((dims[2],), (shape[2], step), note)
-        if any(halo_of(node)[:2]):
+        if any(_halo_of(node)[:2]):
             sweep.halos[node] = 2
         return dims[0], sweep.new(shape[1]), split[0]
-    if step == 1 and dims[2] and (run := _inner_run(sweep, node, dims[2])):
-        sweep.runs[node] = 2
-        return dims[0], sweep.new(shape[1]), run
-    note.whole += [f for d in dims[2:] for f in d]
+    if step == 1 and dims[2] and (inner := _inner_slice(sweep, node, dims[2])):
+        sweep.slices[node] = 2
+        return dims[0], sweep.new(shape[1]), inner
+    note.need_replication += [f for d in dims[2:] for f in d]
     return (dims[0], *sweep.fresh(shape[1:]))
 
 
-def _inner_run(sweep: Sweep, node: Node, tokens: Factors) -> Factors | None:
-    """A conv1d makes a run of the tokens that it reads, of fewer: one that is known, or the last that it can be."""
+def _inner_slice(sweep: Sweep, node: Node, tokens: Factors) -> Factors | None:
+    """The slice of its tokens that a conv1d gives, of fewer than it reads: a known one, or the last that it can be."""
     old, size = (size_of(x.meta["val"].shape[2]) for x in (first_of(node), node))
     fewer = old - size
     if not fewer.is_Integer or fewer < 0:
         return None
-    known = (at for run, at in sweep.lines.runs(sweep.index(tokens)) if same(run.size, size) and at.is_Integer)
+    known = (
+        at for found, at in sweep.alignment.slices(sweep.index(tokens)) if same(found.size, size) and at.is_Integer
+    )
     offset = min((at for at in known if 0 <= at <= fewer), default=fewer)
-    return sweep.run_of(tokens, offset, size, new=True)
+    return sweep.slice_of(tokens, offset, size, new=True)
 
 
-def halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
+def _halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
     """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one.
 
-    `offset`: the place, on what it reads, of the first of what a conv1d makes.
+    `offset`: where the first token that a conv1d gives is among those that it reads.
     """
     if op_name(node) != CONV1D:
-        low = shift_of(node)
+        low = _shift_of(node)
         return max(low, 0), max(-low, 0), 1
     bound = bound_of(node)
     weight: Any = bound["weight"]
@@ -150,9 +182,9 @@ def _single(value: Any) -> int:
     return int(value[0]) if isinstance(value, list | tuple) else int(value)
 
 
-def shift_of(node: Node) -> int:
-    """By how many tokens a pad moves a sequence of the same length: on one side it pads, on the other it crops."""
-    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+def _shift_of(node: Node) -> int:
+    """By how many tokens a pad shifts a sequence of the same length: it pads one side and crops the other."""
+    if op_name(node) not in PADS:
         return 0
     amounts, rank = list(args_of(node)[1]), node.meta["val"].ndim
     changed = _padded_dims(node, rank)
@@ -164,14 +196,169 @@ def shift_of(node: Node) -> int:
 
 
 def _fill(node: Node) -> Any:
-    """The number that a pad puts; None where it puts what is there already."""
+    """The number that a pad fills in; None where it repeats what is there."""
     bound = bound_of(node)
     return (bound.get("value") or 0) if bound.get("mode", "constant") == "constant" else None
 
 
 def _padded_dims(node: Node, rank: int) -> set[int]:
     """Dims that a pad changes: also one that it pads on one side and crops on the other, to the same size."""
-    if op_name(node) not in ("pad.default", "constant_pad_nd.default"):
+    if op_name(node) not in PADS:
         return set()
     amounts: Any = node.args[1]
     return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
+
+
+# --- placement --------------------------------------------------------------------------------------------------------
+
+
+def _parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
+    """The operands of a slice, cat or pad along `dim`, and where their tokens begin in what a cat makes."""
+    given = args_of(node)[0]
+    parts = [n for n in given if not is_empty(n)] if isinstance(given, list | tuple) else [given]
+    sizes = [size_of(n.meta["val"].shape[dim]) for n in parts]
+    return [(n, sum(sizes[:i], sympy.Integer(0))) for i, n in enumerate(parts)]
+
+
+def _of_one_sequence(placement: Placed, node: Node, axis: Axis, dim: int) -> list[Axis | None] | None:
+    """The axis of each part; None unless those that have one are slices of the sequence of `axis`, and one has."""
+    found = [placement.axis_along(part, dim) for part, _ in _parts_of(node, dim)]
+    aligned = any(found) and all(a is None or a.sequence is axis.sequence for a in found)
+    return found if aligned else None
+
+
+def _axis_of_joined(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
+    """A cat or pad joins local tokens where each replicated part is held by one rank."""
+    found = _of_one_sequence(placement, node, axis, dim)
+    if found is None:
+        return None
+    parts = zip(_parts_of(node, dim), found, strict=True)
+    holders = [placement.holder(axis, offset, part, dim) for (part, offset), own in parts if own is None]
+    return None if None in holders else axis
+
+
+def _axis_of_slice(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
+    """A slice takes local tokens of what is sharded."""
+    found = _of_one_sequence(placement, node, axis, dim)
+    return axis if found is not None and placement.modes[first_of(node)] is found[0] else None
+
+
+def _axis_of_convolution(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
+    """A conv1d does so where neighbours are those of the sequence."""
+    return _axis_of_slice(placement, node, axis, dim) if placement.in_order(node, axis) else None
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_slice(writer: Writer, node: Node, axis: Axis) -> Any:
+    """The local tokens of a slice of the sequence; a slice of all elements is its operand."""
+    if node in writer.placement.slices:
+        around = writer.placement.modes[first_of(node)]
+        assert around is not None
+        dim = writer.placement.sweep.slices[node]
+        return _rows_of(writer, writer.sharded(first_of(node), around), around, node, axis, dim)
+    if first_of(node).meta["val"].shape == node.meta["val"].shape:
+        return writer.sharded(first_of(node), axis)
+    return same_call(writer, node, axis)
+
+
+def _rows_of(writer: Writer, x: Node, around: Axis, node: Node, axis: Axis, dim: int) -> Node:
+    """Of the local tokens `x` of axis `around`, those of its slice `axis`."""
+    start = _before(writer, around, axis.offset)
+    stop = writer.compute(operator.add, start, writer.length(axis))
+    return writer.emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
+
+
+def _write_cat(writer: Writer, node: Node, axis: Axis) -> Node:
+    if node not in writer.placement.slices:
+        return same_call(writer, node, axis)
+    dim, rows = writer.placement.sweep.slices[node], []
+    for part, offset in _parts_of(node, dim):
+        own = writer.placement.axis_along(part, dim)
+        rows.append(writer.sharded(part, own) if own else _held(writer, part, axis, dim, offset))
+    return writer.emit(aten.cat.default, rows, dim, name=node.name)
+
+
+def _held(writer: Writer, part: Node, axis: Axis, dim: int, offset: Any) -> Node:
+    """Of a few replicated tokens at `offset` of the axis: all, on the rank that holds them there, none elsewhere."""
+    holder = writer.placement.holder(axis, offset, part, dim)
+    assert holder is not None
+    size = writer.size(size_of(part.meta["val"].shape[dim]))
+    args = dim, 1, size, assigned([holder]), writer.rank.world, writer.rank.rank, writer.rank.group
+    whole = writer.replicated(part, "a part of a sequence")
+    return writer.emit(ops.shard, whole, *args, name=f"{part.name}_local")
+
+
+def _write_pad(writer: Writer, node: Node, axis: Axis) -> Node:
+    if node not in writer.placement.slices:
+        reads_neighbours = writer.placement.reads_neighbours(node, axis)
+        return _write_halo(writer, node, axis) if reads_neighbours else same_call(writer, node, axis)
+    dim = writer.placement.sweep.slices[node]
+    source, amounts = first_of(node), list(args_of(node)[1])
+    own = writer.placement.axis_along(source, dim)
+    assert own is not None
+    low = _before(writer, axis, own.offset)
+    rest = writer.compute(operator.sub, writer.length(axis), writer.length(own))
+    at = 2 * (node.meta["val"].ndim - 1 - dim)
+    amounts[at : at + 2] = low, writer.compute(operator.sub, rest, low)
+    return writer.copy(node, (writer.sharded(source, own), amounts, *args_of(node)[2:]), node.kwargs)
+
+
+def _write_convolution(writer: Writer, node: Node, axis: Axis) -> Node:
+    """A conv1d of more tokens than it gives: as if it gave as many, and of these the slice that it gives."""
+    if node in writer.placement.slices:
+        around = writer.placement.modes[first_of(node)]
+        assert around is not None
+        every = _write_halo(writer, node, around, int(axis.offset - around.offset))
+        return _rows_of(writer, every, around, node, axis, writer.placement.sweep.slices[node])
+    reads_neighbours = writer.placement.reads_neighbours(node, axis)
+    return _write_halo(writer, node, axis) if reads_neighbours else same_call(writer, node, axis)
+
+
+def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node:
+    """A conv1d or a shift, of the local tokens and their halo; what it gives begins at `offset`."""
+    source, (low, high, step) = first_of(node), _halo_of(node, offset)
+    around = writer.shard_args(source, axis)
+    dim, layout = around[0], axis.layout
+    ranges = layout.ranges if isinstance(axis.tokens, int) else layout.spans  # as many as any length has
+    most = len(list(ranges(writer.rank.rank, axis.hint)))
+    size = size_of(source.meta["val"].shape[dim])
+    each = writer.size(sympy.cancel(size / step / size_of(axis.tokens)))
+    x = writer.sharded(source, axis)
+    rows = writer.emit(ops.halo, x, *around, most, low, high, writer.rank.group, name=f"{source.name}_around")
+    if op_name(node) == CONV1D:
+        given = {**writer.operands_by_name(node, axis, "weights"), "input": rows, "padding": [0]}
+        rows, before, after = writer.emit_by_name(node.target, given), 0, (low + high) // step
+    else:
+        before, after = high, low
+    at = writer.emit(ops.core, rows, *around, each, before, after)
+    return writer.emit(aten.index_select.default, rows, dim, at, name=node.name)
+
+
+def _before(writer: Writer, axis: Axis, place: Any) -> Any:
+    """How many local tokens of `axis` are before a place of its sequence, which is one of its split points."""
+    size, at = size_of(axis.tokens), sympy.expand(place - axis.offset)
+    ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.cuts)}
+    point = next((point for point, end in ends.items() if same(end, at)), None)
+    assert point is not None or same(at, size), (axis, place)
+    return writer.compute(lambda s: axis.layout.before(writer.rank.rank, s, point), writer.tokens(axis))
+
+
+_CONVOLUTION = OpRule(
+    _convolved,
+    computes=True,
+    slice_axis=_axis_of_convolution,
+    weights=lambda node: operands_of(node)[1:],
+    write=_write_convolution,
+)
+_PAD = OpRule(_padded, slice_axis=_axis_of_joined, write=_write_pad)
+RULES = {
+    "slice.Tensor": OpRule(
+        _sliced, slice_axis=_axis_of_slice, write=_write_slice, select=write_slice, output_part=slice_of
+    ),
+    "cat.default": OpRule(_concatenated, slice_axis=_axis_of_joined, write=_write_cat),
+    **dict.fromkeys((CONV1D, "conv2d.default", "conv3d.default"), _CONVOLUTION),
+    **dict.fromkeys(PADS, _PAD),
+    "repeat.default": OpRule(_passing_dims),
+}

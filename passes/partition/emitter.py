@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -25,73 +24,63 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.nodes import KEPT_META, bound_of, size_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.partition.placement import Placement
-from ringpass.passes.plan.axes import Axis
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import product
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Who this rank is.  `group` is the process group's name."""
-
-    rank: int
-    world: int
-    group: str
 
 
 class Emitter:
     """The graph that is being written."""
 
-    def __init__(self, captured: Captured, placement: Placement, rank: Rank) -> None:
+    def __init__(self, captured: Captured, placement: PlacementPlan, rank: Rank) -> None:
         self.captured, self.placement, self.rank = captured, placement, rank
         self.graph = Graph()
         self.sizes: dict[Any, Any] = {}
         self.lengths: dict[int, Any] = {}
         self.origin: Node | None = None  # the captured node being written
 
-    def _operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
+    def operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
         raise NotImplementedError
 
-    def _operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
-        return map_arg((node.args, node.kwargs), lambda n: self._operand(n, axis, reason))
+    def operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
+        return map_arg((node.args, node.kwargs), lambda n: self.operand(n, axis, reason))
 
-    def _operands_by_name(self, node: Node, axis: Axis, reason: str) -> dict[str, Any]:
-        return {k: self._operand(x, axis, reason) if isinstance(x, Node) else x for k, x in bound_of(node).items()}
+    def operands_by_name(self, node: Node, axis: Axis, reason: str) -> dict[str, Any]:
+        return {k: self.operand(x, axis, reason) if isinstance(x, Node) else x for k, x in bound_of(node).items()}
 
     # --- sizes ------------------------------------------------------------------------------------------------------
 
-    def _shard_args(self, node: Node, axis: Axis) -> tuple[Any, ...]:
+    def shard_args(self, node: Node, axis: Axis) -> tuple[Any, ...]:
         """(dim, outer, tokens, layout, world, rank) of `node` on `axis`, as the boundary operators take them."""
         for dim, factors in enumerate(self.placement.sweep.dims(node)):
             for position, factor in enumerate(factors):
                 if self.placement.axis_of.get(factor) is axis:
-                    outer = self._size(product(factors[:position]))
-                    return dim, outer, self._tokens(axis), axis.layout.name, self.rank.world, self.rank.rank
+                    outer = self.size(product(factors[:position]))
+                    return dim, outer, self.tokens(axis), axis.layout.name, self.rank.world, self.rank.rank
         raise AssertionError(f"{node} has no dim on {axis}")
 
-    def _local_shape(self, node: Node, axis: Axis) -> list[Any]:
+    def local_shape(self, node: Node, axis: Axis) -> list[Any]:
         shape = [size_of(n) for n in node.meta["val"].shape]
         for dim, factors in enumerate(self.placement.sweep.dims(node)):
             if any(self.placement.axis_of.get(f) is axis for f in factors):
-                rest = self._size(sympy.cancel(shape[dim] / size_of(axis.tokens)))
-                length = self._length(axis)
-                shape[dim] = length if rest == 1 else self._compute(operator.mul, rest, length)
+                rest = self.size(sympy.cancel(shape[dim] / size_of(axis.tokens)))
+                length = self.length(axis)
+                shape[dim] = length if rest == 1 else self.compute(operator.mul, rest, length)
             else:
-                shape[dim] = self._size(shape[dim])
+                shape[dim] = self.size(shape[dim])
         return shape
 
-    def _tokens(self, axis: Axis) -> Any:
-        return self._size(size_of(axis.tokens))
+    def tokens(self, axis: Axis) -> Any:
+        return self.size(size_of(axis.tokens))
 
-    def _length(self, axis: Axis) -> Any:
+    def length(self, axis: Axis) -> Any:
         """L, the number of local tokens."""
         if axis.index not in self.lengths:
-            self.lengths[axis.index] = self._compute(
-                lambda s: axis.layout.length(self.rank.rank, s), self._tokens(axis)
-            )
+            self.lengths[axis.index] = self.compute(lambda s: axis.layout.length(self.rank.rank, s), self.tokens(axis))
         return self.lengths[axis.index]
 
-    def _size(self, expr: Any) -> Any:
+    def size(self, expr: Any) -> Any:
         """A size expression as an int, or as a node computed from the graph's symbolic inputs."""
         expr = sympy.sympify(expr)
         if expr.is_number:
@@ -119,12 +108,12 @@ class Emitter:
         }.get(name)
         if fn is None:
             raise UnsupportedError(f"cannot compute the size {expr} in the graph: {name}")
-        first, *rest = [self._size(a) for a in expr.args]
+        first, *rest = [self.size(a) for a in expr.args]
         for other in rest:
-            first = self._compute(fn, first, other)
+            first = self.compute(fn, first, other)
         return first
 
-    def _compute(self, fn: Callable[..., Any], *args: Any) -> Any:
+    def compute(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn` on ints and size nodes; the arithmetic is written into the graph."""
         if not any(isinstance(a, Node) for a in args):
             return fn(*args)
@@ -137,15 +126,15 @@ class Emitter:
 
     # --- emission ---------------------------------------------------------------------------------------------------
 
-    def _copy(self, node: Node, args: Any, kwargs: Any) -> Node:
+    def copy(self, node: Node, args: Any, kwargs: Any) -> Node:
         """The same call on new operands; what is no ATen op (higher-order ops, mode switches) keeps the fake it had."""
         if isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem:
-            return self._emit(node.target, *args, name=node.name, **kwargs)
+            return self.emit(node.target, *args, name=node.name, **kwargs)
         new = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         new.meta.update(node.meta)
         return new
 
-    def _emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+    def emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
         """Appends a call, with its fake value and the meta of the node that it comes from."""
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         with self.captured.fake_mode, enable_python_dispatcher(), torch.no_grad():  # which symbolic amounts need
@@ -156,15 +145,14 @@ class Emitter:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return node
 
-    def _emit_bound(self, target: Any, bound: dict[str, Any], name: str | None = None) -> Node:
+    def emit_by_name(self, target: Any, arguments: dict[str, Any], name: str | None = None) -> Node:
         """A call of an ATen op with its arguments by name."""
         listed = target._schema.arguments
-        args = [bound.get(a.name, a.default_value) for a in listed if not a.kwarg_only]
-        return self._emit(
-            target, *args, name=name, **{a.name: bound[a.name] for a in listed[len(args) :] if a.name in bound}
-        )
+        args = [arguments.get(a.name, a.default_value) for a in listed if not a.kwarg_only]
+        named = {a.name: arguments[a.name] for a in listed[len(args) :] if a.name in arguments}
+        return self.emit(target, *args, name=name, **named)
 
-    def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
+    def placeholder(self, name: str, meta: dict[str, Any]) -> Node:
         node = self.graph.placeholder(name)
         node.meta.update(meta)
         return node

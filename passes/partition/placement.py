@@ -1,16 +1,18 @@
-"""placement: for each node of the captured graph, where it runs: on a sequence axis (local tokens) or whole.
+"""placement: for each node of the captured graph, where it runs: on a sequence axis (local tokens) or replicated.
 
-    shard late: a node runs on axis A when an operand is local on A already, or when it produces floating-point values
-    with a dim on A.  Labels, position ids, padding masks and scans over them stay whole until they meet activations.
-    runs: slices, cats, pads and convolutions that give runs of tokens run on the axis of what they make
-    whole: when the op needs A whole (softmax over the sequence, no rule), when a tensor of it has A twice, or two axes
+    shard late: a node runs on axis A when an operand is sharded on A already, or when it produces floating-point values
+    with a dim on A.  Labels, position ids, padding masks and scans over them stay replicated until they meet
+    activations.
+    slices: slices, cats, pads and convolutions that make slices of a sequence run on the axis of what they make
+    replicated: when the op needs A replicated (softmax over the sequence, no rule), when a tensor of it has A twice, or
+    two axes
 
-Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.
+Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.  What it asks
+about an op is in the op's record (`passes.op_rules`).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -20,24 +22,18 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import args_of, first_of, is_empty, op_name, operands_of, size_of, tensors_of
+from ringpass.nodes import first_of, has_effect, operands_of, size_of, tensors_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.op_rules.routing import SORT, closed
-from ringpass.passes.op_rules.table import CONSTANT, CREATION, LOSSES, PATTERNED, SUMS
-from ringpass.passes.plan.axes import Axis
+from ringpass.passes.op_rules.routing import closed
+from ringpass.passes.op_rules.spec import Reads
+from ringpass.passes.op_rules.table import draws_shared, rule_for
 from ringpass.passes.plan.plan import RingPlan, SitePlan
-from ringpass.passes.propagate.factors import CONV1D, Note, Sweep
-
-aten = torch.ops.aten
-SDPA = "scaled_dot_product_attention.default"
-ATTENTION = (SDPA, "flex_attention")
-COUNTER_BASED = ("dropout.default", SDPA)
-CONTRACTIONS = ("matmul.default", "bmm.default", "mm.default", "einsum.default")
-"""Ops whose partial results on shards of a summed factor add up to the result."""
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Note, Sweep
 
 
 @dataclass(frozen=True)
-class Placement:
+class PlacementPlan:
     """The analysis of one graph.  `live`: needed by an output; `tracked`: may need a gradient."""
 
     sweep: Sweep
@@ -46,11 +42,11 @@ class Placement:
     live: frozenset[Node]
     tracked: frozenset[Node]
     modes: dict[Node, Axis | None]
-    kept: frozenset[Node] = frozenset()  # whole, as masks read them, and small: they derive from integers alone
-    runs: set[Node] = field(default_factory=set)
+    kept: frozenset[Node] = frozenset()  # replicated, as masks read them, and small: they derive from integers alone
+    slices: set[Node] = field(default_factory=set)
 
     def on(self, node: Node, axis: Axis) -> bool:
-        """Whether a dim of `node` lies on `axis`, or it counts rows of it."""
+        """Whether a dim of `node` is on `axis`, or it counts rows of it."""
         if node in self.sweep.routing.counts:
             return self.modes[node] is axis
         return any(axis in self.axes(d) for d in self.sweep.operand_dims(node))
@@ -60,29 +56,29 @@ class Placement:
         if self.on(operand, axis):
             return axis
         moved = self.moved(node)
-        own = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
-        return next((a for a in own if moved.get(a) is axis), None)
+        candidates = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
+        return next((a for a in candidates if moved.get(a) is axis), None)
 
     def moved(self, node: Node) -> dict[Axis, Axis | None]:
         """The axis to which `node` moves the tokens of each axis that it moves; None where that is not partitioned."""
-        pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].moved]
+        pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].redistributed]
         found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
         for y, x in reversed(found.items()):  # what is moved to where it is moved on from
             found[y] = found.get(x, x)
         return found
 
-    def sums(self, node: Node) -> bool:
-        """Whether `node` runs on an axis and sums over it: its value, once reduced, is whole."""
+    def reduces(self, node: Node) -> bool:
+        """Whether `node` runs on an axis and sums over it: its value, once reduced, is replicated."""
         axis = self.modes[node]
-        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].summed)
+        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].reduction)
 
-    def broadcast_operands(self, node: Node) -> list[Node]:
-        """Operands that `node`, running on an axis, reads whole."""
+    def replicated_operands(self, node: Node) -> list[Node]:
+        """Operands that `node`, running on an axis, reads replicated."""
         axis, site = self.modes[node], self.sites.get(node)
         if axis is None:
             return []
-        if node in self.runs:
-            return operands_of(node)[1:] if op_name(node) == CONV1D else []
+        if node in self.slices:
+            return rule_for(node).weights(node)
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
             return [*keys, *(site.site.leaves[i] for i in self.learned(site))]
@@ -97,12 +93,17 @@ class Placement:
         axes = self.axes(self.sweep.dims(node)[dim])
         return axes[0] if len(axes) == 1 else None
 
-    def reads_around(self, node: Node, axis: Axis) -> bool:
+    def reads_neighbours(self, node: Node, axis: Axis) -> bool:
         """Whether `node`, on an axis, reads the tokens around each token of it."""
         return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
 
+    def in_order(self, node: Node, axis: Axis) -> bool:
+        """Whether neighbours on the axis are neighbours in the sequence."""
+        dim = {**self.sweep.slices, **self.sweep.halos}[node]
+        return bool(self.axes(self.sweep.dims(node)[dim][:1])) and not axis.layout.order
+
     def holder(self, axis: Axis, offset: Any, part: Node, dim: int) -> int | None:
-        """The rank that holds all tokens of `part`, which stand at `offset` of `axis`; None: several."""
+        """The rank that holds all tokens of `part`, which are at `offset` of `axis`; None: several ranks."""
         size = size_of(part.meta["val"].shape[dim])
         if not size.is_Integer:
             return None
@@ -111,17 +112,27 @@ class Placement:
         return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
 
     def axes(self, factors: Any) -> list[Axis]:
+        """The axes among `factors`."""
         return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
 
+    def is_axis(self, factor: Any) -> bool:
+        """Whether a factor is partitioned."""
+        return factor in self.axis_of
 
-def place(captured: Captured, plan: RingPlan, sweep: Sweep, given: Mapping[Node, int]) -> Placement:
-    """Decides each live node's mode, in graph order.  `given`: of these inputs each rank has its tokens in that dim."""
+
+def place(captured: Captured, plan: RingPlan, sweep: Sweep, sharded: Mapping[int, int]) -> PlacementPlan:
+    """Decides each live node's mode, in graph order.
+
+    `sharded`: numbers of the inputs of which each rank has its own tokens, and in which dim.
+    """
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    given = {placeholders[i]: dim for i, dim in sharded.items()}
     sites = {s.site.node: s for s in plan.sites if s.problem}
     axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
     live = _live(captured, sites)
     axis_of |= _rows(sweep, axis_of, [n for n in captured.gm.graph.nodes if n in live])
     modes: dict[Node, Axis | None] = {}
-    placement = Placement(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
+    placement = PlacementPlan(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
         modes[node] = _decide(placement, node) if node in live else None
         if node in given and node in live:
@@ -129,8 +140,8 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep, given: Mapping[Node,
     return placement
 
 
-def _given(p: Placement, node: Node, dim: int) -> Axis | None:
-    """The axis of an input that comes in shares along `dim`; None where it must be whole."""
+def _given(p: PlacementPlan, node: Node, dim: int) -> Axis | None:
+    """The axis of an input that comes sharded along `dim`; None where it must be replicated."""
     factors, value = p.sweep.dims(node), node.meta["val"]
     axes = {i: found for i, d in enumerate(factors) if (found := p.axes(d))}
     simple = list(axes) == [dim] and len(axes[dim]) == len(factors[dim]) == 1
@@ -148,32 +159,9 @@ def _rows(sweep: Sweep, axis_of: dict[Any, Axis], live: list[Node]) -> dict[Any,
     return found
 
 
-def has_effect(node: Node) -> bool:
-    """Nodes that stay though nothing reads them: mutations of inputs, switches of the grad and autocast modes."""
-    if node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
-    name = getattr(node.target, "__name__", "")
-    return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
-
-
 def differentiable(t: torch.Tensor) -> bool:
     """Whether a tensor of this dtype can carry a gradient."""
     return t.is_floating_point() or t.is_complex()
-
-
-def draws_elsewhere(node: Node) -> bool:
-    """Whether `node` draws from the default generator: any random op that is not made counter-based."""
-    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-    return torch.Tag.nondeterministic_seeded in tags and op_name(node) not in COUNTER_BASED
-
-
-def is_dropout(node: Node) -> bool:
-    """Whether `node` is a dropout that drops something."""
-    if node.op != "call_function" or op_name(node) != "dropout.default":
-        return False
-    _, rate, train = args_of(node)
-    return bool(train and rate != 0)
 
 
 def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
@@ -215,94 +203,64 @@ def _tracked(captured: Captured) -> frozenset[Node]:
         elif node.op == "get_attr":
             needs = getattr(getattr(captured.gm, str(node.target), None), "requires_grad", False)
         else:
-            inherits = node.target is not aten.detach.default and any(n in tracked for n in node.all_input_nodes)
+            inherits = not rule_for(node).detaches and any(n in tracked for n in node.all_input_nodes)
             needs = inherits and any(differentiable(t) for t in tensors_of(node))
         if needs:
             tracked.add(node)
     return frozenset(tracked)
 
 
-def _decide(p: Placement, node: Node) -> Axis | None:
+def _decide(p: PlacementPlan, node: Node) -> Axis | None:
     if node in p.sites:
         return p.sites[node].query_axis
     if node.op != "call_function" or not tensors_of(node):
         return None
-    if node.target is operator.getitem:
-        return p.modes[args_of(node)[0]]
-    if node in p.sweep.routing.counts:  # known on the rank alone, which is all that reads them
+    rule = rule_for(node)
+    if rule.follows or node in p.sweep.routing.counts:  # counts are known on the rank alone, which alone reads them
         return p.modes[first_of(node)]
-    name = op_name(node)
-    if name in ATTENTION or draws_elsewhere(node):  # an attention left alone by the plan, a draw that all ranks share
+    if rule.attention or draws_shared(node):  # an attention left alone by the plan, a draw that all ranks share
         return None
-    read = [] if name in CREATION else operands_of(node)[: 1 if name in PATTERNED else None]
-    if (made := _run(p, node)) is not None:
-        p.runs.add(node)
-        return made
-    note, tensors = p.sweep.notes[node], [node, *read]
+    if (axis := _slice_axis(p, node)) is not None:
+        p.slices.add(node)
+        return axis
+    operands = {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule.reads]
+    note, tensors = p.sweep.notes[node], [node, *operands]
     moved = p.moved(node)
     axes = {moved.get(a, a) for t in tensors for d in p.sweep.operand_dims(t) for a in p.axes(d)}
-    if len(axes) != 1 or not note.known or has_effect(node) or _sorts(p, node) or None in (*moved, *moved.values()):
+    blocked = not note.known or has_effect(node) or not rule.may_shard(p, node) or None in (*moved, *moved.values())
+    if len(axes) != 1 or blocked:
         return None
     (axis,) = axes
     assert axis is not None
-    if p.reads_around(node, axis) and not _in_order(p, node, axis):
+    if p.reads_neighbours(node, axis) and not p.in_order(node, axis):
         return None
-    if axis in p.axes(note.whole) or not _splits(p, node, note, axis, tensors):
+    if axis in p.axes(note.need_replication) or not _splits(p, node, note, axis, tensors):
         return None
-    sources = {n: p.source(node, n, axis) for n in tensors[1:]}
-    if not any(sources.values()) and name not in (*CONSTANT, "expand.default"):
+    sources = {n: p.source(node, n, axis) for n in operands}
+    if not any(sources.values()) and not rule.expands:
         return None  # the op makes the dim (slice, cat, pad): at full length
-    running = any(own is not None and p.modes[n] is own for n, own in sources.items())
+    running = any(source is not None and p.modes[n] is source for n, source in sources.items())
     starts = node not in p.kept and any(differentiable(t) for t in tensors_of(node))
     return axis if running or starts else None
 
 
-def _run(p: Placement, node: Node) -> Axis | None:
-    """The axis on which `node` takes a run of tokens, or puts runs together; None where it does not."""
-    dim = p.sweep.runs.get(node)
+def _slice_axis(p: PlacementPlan, node: Node) -> Axis | None:
+    """The axis on which `node` slices or joins sequences; None where it does not."""
+    dim, decide = p.sweep.slices.get(node), rule_for(node).slice_axis
     axis = p.axis_along(node, dim) if dim is not None else None
-    if dim is None or axis is None or axis.line is None or len(p.axes(sum(p.sweep.dims(node), ()))) > 1:
+    if dim is None or decide is None or axis is None or axis.sequence is None:
         return None
-    if node in p.kept or not differentiable(node.meta["val"]) or p.axes(p.sweep.notes[node].whole):
+    if len(p.axes(sum(p.sweep.dims(node), ()))) > 1 or p.axes(p.sweep.notes[node].need_replication):
         return None
-    parts = parts_of(node, dim)
-    own = [p.axis_along(part, dim) for part, _ in parts]
-    if any(a is not None and a.line is not axis.line for a in own) or not any(own):
-        return None
-    if op_name(node) == CONV1D and not _in_order(p, node, axis):
-        return None
-    if op_name(node) in ("slice.Tensor", CONV1D):
-        return axis if p.modes[first_of(node)] is own[0] else None
-    few = [p.holder(axis, offset, part, dim) for (part, offset), a in zip(parts, own, strict=True) if a is None]
-    return None if None in few else axis
+    small = node in p.kept or not differentiable(node.meta["val"])
+    return None if small else decide(p, node, axis, dim)
 
 
-def parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
-    """The operands of a slice, cat or pad along `dim`, and where their tokens begin in what a cat makes."""
-    given = args_of(node)[0]
-    parts = [n for n in given if not is_empty(n)] if isinstance(given, list | tuple) else [given]
-    sizes = [size_of(n.meta["val"].shape[dim]) for n in parts]
-    return [(n, sum(sizes[:i], sympy.Integer(0))) for i, n in enumerate(parts)]
-
-
-def _in_order(p: Placement, node: Node, axis: Axis) -> bool:
-    """Whether the tokens around each one are those of the sequence."""
-    dim = {**p.sweep.runs, **p.sweep.halos}[node]
-    return bool(p.axes(p.sweep.dims(node)[dim][:1])) and not axis.layout.order
-
-
-def _sorts(p: Placement, node: Node) -> bool:
-    """Whether `node` puts pairs into an order that is not local."""
-    rows = [f for d in p.sweep.operand_dims(node) for f in d if f in p.sweep.routing.pairs]
-    return node.target is SORT and any(f not in p.axis_of for f in rows)
-
-
-def _splits(p: Placement, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:
+def _splits(p: PlacementPlan, node: Node, note: Note, axis: Axis, tensors: list[Node]) -> bool:
     """Whether the op on shards of `axis` gives shards of the op, or parts of its sum."""
     singles = [t for t in tensors if isinstance(t.meta["val"], torch.Tensor)]
     if any(sum(len(p.axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
         return False
-    if axis not in p.axes(note.summed):
+    if axis not in p.axes(note.reduction):
         return p.on(tensors[0], axis)  # else a view took a fused axis apart
-    summing = (*CONTRACTIONS, "cross_entropy_loss.default", *SUMS, *LOSSES)
-    return op_name(node) in summing and node.meta["val"].is_floating_point()
+    return rule_for(node).reduce is not None and node.meta["val"].is_floating_point()

@@ -1,21 +1,21 @@
-"""pieces: the axes of a graph that are runs of one line of tokens, and where their layouts are cut.
+"""axes: the axes of a graph that are slices of one sequence, and the split points of their layouts.
 
-    x                  line 0..S        contiguous cut 1          attention
-    x[:, 1:]           line 1..S        contiguous                what follows, on the same rank for each token
-    cat([text, image]) line 0..T+I      zigzag cut 77
+    x                  tokens 0..S of the sequence      contiguous cut 1          attention
+    x[:, 1:]           tokens 1..S                      contiguous                each token on the same rank as in x
+    cat([text, image]) tokens 0..T+I                    zigzag cut 77
 
-Tokens are dealt out from cut to cut (`ringpass.layouts.layout`), and every run of a line is cut where any of them
-begins or ends: so a token is on the same rank in all runs that hold it, and taking runs apart and putting them together
-moves nothing.
+A layout assigns tokens to ranks independently between its split points (`ringpass.layouts.layout`).  Aligned slices
+share the union of their boundaries as split points, so that a token is on the same rank in all slices that hold it:
+slicing and concatenating move nothing.
 
-Contract: depends on the graph, the options and P alone.  Runs whose layouts do not agree are left out: what makes them
-is then gathered, and says so.
+Contract: depends on the graph, the options and P alone.  Slices whose layouts do not agree get no axis; what makes them
+is then gathered, and reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -26,58 +26,32 @@ from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import Layout, cut, few, following
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import hint_of, size_of
+from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.cost import CANDIDATES
 
 
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One sequence axis.  `tokens` is S, an int or a SymInt; `hint` its value in this compilation.
-
-    `line`: the line of tokens of which it is a run that agrees with its other runs, from `offset` on; None: alone.
-    """
-
-    index: int
-    factor: Factor
-    tokens: Any
-    layout: Layout
-    line: Factor | None = None
-    offset: Any = sympy.Integer(0)
-
-    @property
-    def hint(self) -> int:
-        return hint_of(self.tokens)
-
-    def reaches_all(self, name: str) -> bool:
-        """Whether each rank has tokens of it where the map `name` deals them out."""
-        dealt = self.layout.dealt(name)
-        return all(dealt.length(rank, self.hint) for rank in range(dealt.world))
-
-    def __str__(self) -> str:
-        return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"
-
-
-def on_lines(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[Factor, Axis]:
-    """The axes of attentions, cut where the other runs of their lines are, and those runs' own axes."""
+def aligned_axes(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[Factor, Axis]:
+    """The axes of attentions, split where the other slices of their sequences are, and axes of those slices."""
     found = dict(axes)
-    lines = dict.fromkeys(sweep.lines.place(sweep.line_of(axis.factor))[0] for axis in axes.values())
-    for line in lines:
-        alone = len(list(sweep.lines.runs(line))) == 1
-        runs = [] if alone else list(_runs(line, found, sweep, world))
-        cuts = [_cuts(run, runs) for run in runs]
-        if len(runs) > 1 and all(c is not None for c in cuts):
-            laid = [_laid(run, c or (), world) for run, c in zip(runs, cuts, strict=True)]
-            if _agree(laid, _hints(sweep), world):
-                found |= {axis.factor: axis for axis in laid}
+    sequences = dict.fromkeys(sweep.alignment.locate(sweep.aligned(axis.factor))[0] for axis in axes.values())
+    for sequence in sequences:
+        alone = len(list(sweep.alignment.slices(sequence))) == 1
+        slices = [] if alone else list(_slices(sequence, found, sweep, world))
+        points = [_split_points(one, slices) for one in slices]
+        if len(slices) > 1 and all(p is not None for p in points):
+            split = [_with_split_points(one, p or (), world) for one, p in zip(slices, points, strict=True)]
+            if _agree(split, _hints(sweep), world):
+                found |= {axis.factor: axis for axis in split}
     return found
 
 
-def _runs(line: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> Iterator[Axis]:
-    """The axes of all runs of enough tokens: those of attentions, and new ones."""
+def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> Iterator[Axis]:
+    """The axes of all slices of enough tokens: those of attentions, and new ones."""
     number = max(axis.index for axis in axes.values()) + 1
     base: Axis | None = None
-    for run, offset in sorted(sweep.lines.runs(line), key=lambda found: _rank(found[0], axes, sweep)):
-        factors = sweep.resolve([run])
+    for part, offset in sorted(sweep.alignment.slices(sequence), key=lambda found: _rank(found[0], axes, sweep)):
+        factors = sweep.resolve([part])
         tokens = _tokens(sweep, factors)
         if tokens is None or tokens < few(world):
             continue
@@ -85,19 +59,19 @@ def _runs(line: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -
             factors = (sweep.fuse(factors),)
         if len(factors) != 1:
             continue
-        own = axes.get(factors[0]) or Axis(number, factors[0], tokens, Layout("contiguous", world))
-        number += own.index == number
-        own = replace(own, line=line, offset=offset)
-        order = own.layout.order if base is None else _order(base, own)
-        if own.factor in axes and own.layout.order != order or order is OFF_THE_CURVE:
+        axis = axes.get(factors[0]) or Axis(number, factors[0], tokens, Layout("contiguous", world))
+        number += axis.index == number
+        axis = replace(axis, sequence=sequence, offset=offset)
+        order = axis.layout.order if base is None else _order(base, axis)
+        if axis.factor in axes and axis.layout.order != order or order is OFF_THE_CURVE:
             continue
-        base = base or own
-        yield replace(own, layout=Layout(following("contiguous", order), world))
+        base = base or axis
+        yield replace(axis, layout=Layout(following("contiguous", order), world))
 
 
-def _rank(run: Factor, axes: Mapping[Factor, Axis], sweep: Sweep) -> tuple[bool, int]:
+def _rank(part: Factor, axes: Mapping[Factor, Axis], sweep: Sweep) -> tuple[bool, int]:
     """Attentions' axes first, those along a curve before others, in the order of their numbers."""
-    factors = sweep.resolve([run])
+    factors = sweep.resolve([part])
     axis = axes.get(sweep.fused.get(factors, factors[0]))
     return (axis is None or axis.layout.order is None, axis.index if axis else len(axes))
 
@@ -105,12 +79,12 @@ def _rank(run: Factor, axes: Mapping[Factor, Axis], sweep: Sweep) -> tuple[bool,
 OFF_THE_CURVE: Any = object()
 
 
-def _order(base: Axis, run: Axis) -> Order | None:
-    """The curve along which the tokens of `run` are, as part of `base` or around it."""
-    order, start = base.layout.order, run.offset - base.offset
+def _order(base: Axis, part: Axis) -> Order | None:
+    """The curve along which the tokens of `part` are, as part of `base` or around it."""
+    order, start = base.layout.order, part.offset - base.offset
     if order is None:
         return None
-    stop = sympy.expand(start + size_of(run.tokens))
+    stop = sympy.expand(start + size_of(part.tokens))
     if start.is_Integer and stop == size_of(base.tokens) and start <= order.prefix:
         return replace(order, prefix=order.prefix - int(start))
     return None if stop.is_Integer and stop <= order.prefix else OFF_THE_CURVE
@@ -123,28 +97,28 @@ def _tokens(sweep: Sweep, factors: Sequence[Factor]) -> Any:
         return int(sympy.prod(sizes))
     for node, value in sweep.values.items():
         if isinstance(node.meta.get("val"), torch.Tensor):
-            for dim, own in enumerate(value):
-                if sweep.resolve(own) == tuple(factors):
+            for dim, factors_of_dim in enumerate(value):
+                if sweep.resolve(factors_of_dim) == tuple(factors):
                     return node.meta["val"].shape[dim]
     return None
 
 
-def _cuts(run: Axis, runs: Sequence[Axis]) -> tuple[int, ...] | None:
-    """Where the layout of `run` is cut; None where that is not the same for all lengths."""
-    size, found = size_of(run.tokens), set()
-    for end in {e for other in runs for e in (other.offset, other.offset + size_of(other.tokens))}:
-        start, stop = sympy.expand(end - run.offset), sympy.expand(end - run.offset - size)
+def _split_points(part: Axis, slices: Sequence[Axis]) -> tuple[int, ...] | None:
+    """Where the layout of `part` is split; None where that is not the same for all lengths."""
+    size, found = size_of(part.tokens), set()
+    for end in {e for other in slices for e in (other.offset, other.offset + size_of(other.tokens))}:
+        start, stop = sympy.expand(end - part.offset), sympy.expand(end - part.offset - size)
         if not start.is_Integer and not stop.is_Integer:
             return None
         late = not start.is_Integer or (stop.is_Integer and 2 * start > size)
-        place = int(stop if late else start)
-        if (-run.hint < place < 0) if late else (0 < place < run.hint):
-            found.add(place)
-    return tuple(sorted(found, key=lambda place: (place < 0, place)))
+        point = int(stop if late else start)
+        if (-part.hint < point < 0) if late else (0 < point < part.hint):
+            found.add(point)
+    return tuple(sorted(found, key=lambda point: (point < 0, point)))
 
 
-def _laid(run: Axis, cuts: tuple[int, ...], world: int) -> Axis:
-    return replace(run, layout=Layout(following(cut("contiguous", cuts), run.layout.order), world))
+def _with_split_points(part: Axis, points: tuple[int, ...], world: int) -> Axis:
+    return replace(part, layout=Layout(following(cut("contiguous", points), part.layout.order), world))
 
 
 def _hints(sweep: Sweep) -> dict[Any, int]:
@@ -154,16 +128,16 @@ def _hints(sweep: Sweep) -> dict[Any, int]:
     return {n.node.expr: hint_of(n) for n in symbols}
 
 
-def _agree(runs: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
-    """Whether each token is on one rank in all runs, and no rank without tokens of a run: for every length."""
-    for run in runs:
-        if isinstance(run.tokens, torch.SymInt):  # what is between the cuts then has enough for each rank
-            cuts = (0, *run.layout.cuts)
-            if run.tokens < 2 * world + max(cuts) - min(cuts):
+def _agree(slices: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
+    """Whether each token is on one rank in all slices, and no rank without tokens of a slice: for every length."""
+    for part in slices:
+        if isinstance(part.tokens, torch.SymInt):  # what is between the split points then has enough for each rank
+            points = (0, *part.layout.cuts)
+            if part.tokens < 2 * world + max(points) - min(points):
                 return False
-        if not all(map(run.reaches_all, CANDIDATES)):
+        if not all(map(part.reaches_all, CANDIDATES)):
             return False
-    for a, b in combinations(runs, 2):
+    for a, b in combinations(slices, 2):
         shift = int((b.offset - a.offset).subs(hints))
         low, high = max(shift, 0), min(a.hint, shift + b.hint)
         for rank in range(world):

@@ -21,9 +21,10 @@ from ringpass.layouts.layout import Layout, following
 from ringpass.masks.expr import loads
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
-from ringpass.passes.plan.axes import Axis, on_lines
+from ringpass.passes.plan.axes import aligned_axes
 from ringpass.passes.plan.curve_order import along, find, of_length
 from ringpass.passes.plan.dilated_sites import dilations
+from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
@@ -108,6 +109,11 @@ class RingPlan:
     weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
+    @property
+    def partitioned(self) -> int:
+        """How many attention calls of the graph run as ring attention; one that the model writes out is no call."""
+        return sum(s.problem is not None and not s.site.written for s in self.sites)
+
     def __str__(self) -> str:
         lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
         lines += [f"approximate: {self.approximate}"] if self.approximate else []
@@ -142,7 +148,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, along(site, orders, config), orders, pair))
-    laid = on_lines(axes, sweep, world)
+    laid = aligned_axes(axes, sweep, world)
     planned = [
         (site, placed, orders, [laid[a.factor] if a else None for a in pair]) for site, placed, orders, pair in planned
     ]

@@ -19,14 +19,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from ringpass.nodes import op_name, operands_of, size_of, tensors_of
-from ringpass.passes.propagate.alignment import Lines
+from ringpass.nodes import operands_of, size_of, tensors_of
+from ringpass.passes.propagate.alignment import SequenceAlignment
 
 CONV1D = "conv1d.default"
 Factors = tuple["Factor", ...]
@@ -59,9 +59,9 @@ class Note:
     the tokens of the first go to where those of the second are.
     """
 
-    whole: list[Factor] = field(default_factory=list)
-    summed: list[Factor] = field(default_factory=list)
-    moved: list[tuple[Factor, Factor]] = field(default_factory=list)
+    need_replication: list[Factor] = field(default_factory=list)
+    reduction: list[Factor] = field(default_factory=list)
+    redistributed: list[tuple[Factor, Factor]] = field(default_factory=list)
     known: bool = True  # False: the op has no rule
 
 
@@ -75,6 +75,18 @@ class Routing:
     counts: dict[Node, Factor] = field(default_factory=dict)  # rows of each expert
 
 
+class Rule(Protocol):
+    """What the sweep asks of an op's record, `passes.op_rules.spec.OpRule`."""
+
+    @property
+    def dims(self) -> Callable[[Sweep, Node, Note], Any]:
+        """(sweep, node, note) -> the dims of the result; None: not understood."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether the result is computed, rather than looked up or given."""
+
+
 class Sweep:
     """The state of the sweep, and the vocabulary in which rules are written.
 
@@ -82,29 +94,29 @@ class Sweep:
     or a norm; not tables, nor other inputs.
     """
 
-    def __init__(self, worked: Iterable[Node] = ()) -> None:
+    def __init__(self, computed: Iterable[Node] = ()) -> None:
         self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
         self.notes: dict[Node, Note] = {}
         self.fused: dict[Factors, Factor] = {}
         self.routing = Routing()
-        self.lines = Lines(self.root)
+        self.alignment = SequenceAlignment(self.root)
         self.merged: list[Factor] = []  # stand on lines for several factors in a row
-        self.worked = set(worked)
+        self.computed = set(computed)
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
-        self.runs: dict[Node, int] = {}  # nodes that take runs of tokens apart, or join them, and along which dim
+        self.slices: dict[Node, int] = {}  # nodes that slice or join sequences, and along which dim
 
-    def run(self, gm: GraphModule, rule_for: Callable[[Node], Callable[..., Any]]) -> Sweep:
+    def run(self, gm: GraphModule, rule_for: Callable[[Node], Rule]) -> Sweep:
         """Applies the rule of every node, in order."""
         for node in gm.graph.nodes:
             note = self.notes[node] = Note()
-            if op_name(node) in PRODUCTS or not self.worked.isdisjoint(node.all_input_nodes):
-                self.worked.add(node)
+            if rule_for(node).computes or not self.computed.isdisjoint(node.all_input_nodes):
+                self.computed.add(node)
             if node.op == "output" or not tensors_of(node):
                 continue
             if node.op in ("placeholder", "get_attr"):
                 self.values[node] = self.fresh(node.meta["val"].shape)
                 continue
-            dims = rule_for(node)(self, node, note)
+            dims = rule_for(node).dims(self, node, note)
             self.values[node] = self.unknown(node, note) if dims is None else dims
         return self
 
@@ -146,7 +158,7 @@ class Sweep:
         """Declares two dims to be one index; returns it.  What cannot be matched is marked whole, or moved."""
         a, b = self.resolve(a), self.resolve(b)
         if a != b and any(f in self.routing.pairs for f in (*a, *b)):  # rows are in an order of their own
-            note.whole += [*a, *b]
+            note.need_replication += [*a, *b]
             return a
         if len(a) == 1 and len(b) > 1:
             a, b = b, a
@@ -155,15 +167,15 @@ class Sweep:
             self.merged.insert(0, b[0])
             return a
         if [f.size for f in a] != [f.size for f in b]:
-            note.whole += [*a, *b]
+            note.need_replication += [*a, *b]
             return a
         kept = []
         for x, y in zip(map(self.root, a), map(self.root, b), strict=True):
-            if x is not y and self.lines.tie(x, y):
+            if x is not y and self.alignment.tie(x, y):
                 y.parent = x
             elif x is not y:
                 x, y = sorted((x, y), key=lambda factor: factor.number)  # what is there first stays where it is
-                note.moved.append((y, x))
+                note.redistributed.append((y, x))
             kept.append(x)
         return self.resolve(kept)
 
@@ -178,18 +190,18 @@ class Sweep:
             self.merged.append(found)
         return found
 
-    def line_of(self, factor: Factor) -> Factor:
+    def aligned(self, factor: Factor) -> Factor:
         """What stands on a line for `factor`, which several may have been fused into."""
         parts = next((parts for parts, whole in self.fused.items() if whole is factor), (factor,))
         return self.index(parts)
 
-    def run_of(self, source: Factors, offset: Any, size: Any, new: bool) -> Factors | None:
+    def slice_of(self, source: Factors, offset: Any, size: Any, new: bool) -> Factors | None:
         """The run of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
         whole = self.index(source)
-        found = self.lines.run(whole, offset, size)
+        found = self.alignment.slice(whole, offset, size)
         if found is None and new:
             found = Factor(size)
-            self.lines.join(whole, found, offset)
+            self.alignment.join(whole, found, offset)
         return None if found is None else self.resolve([found])
 
     def joined(self, parts: Sequence[tuple[Factors, Any]], note: Note) -> Factors:
@@ -201,10 +213,10 @@ class Sweep:
         total = sum((n for _, n in parts), sympy.Integer(0))
         placed = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
         first, before = placed[0]
-        whole = self.lines.run(first, -before, total) or Factor(total)
+        whole = self.alignment.slice(first, -before, total) or Factor(total)
         for part, at in placed:
-            if not self.lines.join(whole, part, at):
-                note.whole.append(part)
+            if not self.alignment.join(whole, part, at):
+                note.need_replication.append(part)
         return self.resolve([whole])
 
     def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
@@ -242,16 +254,16 @@ class Sweep:
         return tuple(out)
 
     def _give_up(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
-        note.whole += [f for d in dims for f in self.resolve(d)]
+        note.need_replication += [f for d in dims for f in self.resolve(d)]
         return self.fresh(shape)
 
     def unknown(self, node: Node, note: Note) -> Any:
         """No rule: every factor of every operand is needed whole."""
         note.known = False
-        return self.all_whole(node, note)
+        return self._replicate_operands(node, note)
 
-    def all_whole(self, node: Node, note: Note) -> Any:
-        note.whole += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
+    def _replicate_operands(self, node: Node, note: Note) -> Any:
+        note.need_replication += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             return self.fresh(value.shape)
@@ -264,11 +276,9 @@ class Sweep:
         return tuple(self.resolve(d) for d in parts)
 
 
-PRODUCTS = {
-    "linear.default", "mm.default", "bmm.default", "addmm.default", "baddbmm.default", "matmul.default",
-    "einsum.default", "embedding.default", CONV1D, "conv2d.default", "conv3d.default",
-    "scaled_dot_product_attention.default", "layer_norm.default", "rms_norm.default",
-}  # fmt: skip
+def propagate(gm: GraphModule, rule_for: Callable[[Node], Rule], computed: Iterable[Node] = ()) -> Sweep:
+    """Sweeps the graph once.  `computed`: inputs whose tokens the ranks have of their own."""
+    return Sweep(computed).run(gm, rule_for)
 
 
 def product(factors: Iterable[Factor]) -> Any:

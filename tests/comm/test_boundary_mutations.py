@@ -21,7 +21,7 @@ from ringpass.comm.collectives import Shard
 from ringpass.nodes import op_name
 from ringpass.ops import boundary
 from ringpass.passes.partition import writer as partition
-from ringpass.passes.partition.placement import Placement
+from ringpass.passes.partition.placement import PlacementPlan
 from tests.support.parity import parity, worst
 from tests.support.workers import Workers
 
@@ -62,17 +62,17 @@ def shard_as_a_plain_slice() -> Iterator[None]:
 @contextmanager
 def replicate_for_linear_layers_only() -> Iterator[None]:
     """Parameters of other ops (norms, embeddings) are read as they are."""
-    real = Placement.broadcast_operands
+    real = PlacementPlan.replicated_operands
 
-    def operands(self: Placement, node: Any) -> Any:
+    def operands(self: PlacementPlan, node: Any) -> Any:
         return real(self, node) if node.op == "call_function" and op_name(node) == "linear.default" else []
 
     def broadcast(self: Any, node: Any, reason: str) -> Any:
-        return self.broadcasts.get(node, self._whole(node, reason))
+        return self.broadcasts.get(node, self.replicated(node, reason))
 
     with (
-        patch.object(Placement, "broadcast_operands", operands),
-        patch.object(partition._Writer, "_broadcast", broadcast),
+        patch.object(PlacementPlan, "replicated_operands", operands),
+        patch.object(partition.Writer, "broadcast", broadcast),
     ):
         yield
 
@@ -80,18 +80,18 @@ def replicate_for_linear_layers_only() -> Iterator[None]:
 @contextmanager
 def replicate_every_parameter() -> Iterator[None]:
     """All parameters pass through `replicate`, also where replicated layers read them."""
-    real = partition._Writer._replicate
+    real = partition.Writer._replicate
 
     def replicate(self: Any, nodes: Any) -> None:
         real(self, nodes)
         for node in nodes:
             if node.op == "placeholder":
-                self.wholes[node] = self.broadcasts[node]
+                self.replicas[node] = self.broadcasts[node]
 
     def all_parameters(self: Any) -> None:
-        replicate(self, [n for n in self.wholes if n in self.placement.tracked])
+        replicate(self, [n for n in self.replicas if n in self.placement.tracked])
 
-    with patch.object(partition._Writer, "_replicate_parameters", all_parameters):
+    with patch.object(partition.Writer, "_replicate_parameters", all_parameters):
         yield
 
 

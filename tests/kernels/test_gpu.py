@@ -17,10 +17,10 @@ from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.precision import accumulator
-from tests.passes.test_graphs import fake_ring
 from tests.passes.test_lower import calls
 from tests.support.dense_ring import MASKS, dense_step, ring_step, tensors, worst
 from tests.support.models import MODELS, batch_for, loss_of
+from tests.support.stages import fake_ring
 
 pytestmark = pytest.mark.gpu
 

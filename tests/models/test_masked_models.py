@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringpass import RingConfig
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import RingPlan, plan
-from ringpass.passes.propagate.factors import Sweep
+from ringpass.passes.propagate.factors import propagate
 from ringpass.schedule.tiles import tiling
 from tests.comm.test_transfers import counted, needed
-from tests.passes.test_graphs import compile_step, fake_ring
 from tests.support.models import HEADS, LAYERS, MODELS, ROWS, WIDTH, WINDOW, batch_for
 from tests.support.parity import compiled, outputs_and_gradients, parity, relative, worst
+from tests.support.stages import captured_graph, compile_step, fake_ring
 from tests.support.workers import Workers, slow
 
 EXACT = 1e-10
@@ -93,8 +92,8 @@ def plans(name: str, length: int, worlds: Sequence[int], **options: Any) -> list
     found: list[RingPlan] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(gm, example_inputs).gm
-        sites, sweep = detect(captured), Sweep().run(captured, rule_for)
+        captured = captured_graph(gm, example_inputs).gm
+        sites, sweep = detect(captured), propagate(captured, rule_for)
         found.extend(plan(sites, sweep, world, RingConfig()) for world in worlds)
         return gm.forward
 

@@ -16,8 +16,9 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ringpass.passes.capture.capture import Captured, CaptureError, SelectiveCheckpointError, capture
+from ringpass.passes.capture.capture import Captured, CaptureError, SelectiveCheckpointError
 from ringpass.passes.capture.functionalize import MutationError, functional_twin
+from tests.support.stages import captured_graph
 
 aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = str(gm.graph)
-        captured = capture(gm, example_inputs)
+        captured = captured_graph(gm, example_inputs)
         assert str(gm.graph) == before, "capture changed Dynamo's graph"
         check_contract(gm, captured)
         self.dynamo.append(gm)
@@ -449,7 +450,7 @@ def test_a_restart_of_dynamo_is_not_swallowed() -> None:
     graph = fx.Graph()
     graph.output(graph.call_function(restart, (graph.placeholder("x"),)))
     with pytest.raises(TensorifyScalarRestartAnalysis):
-        capture(fx.GraphModule({}, graph), [torch.ones(2)])
+        captured_graph(fx.GraphModule({}, graph), [torch.ones(2)])
 
 
 # -- models
@@ -539,7 +540,7 @@ def test_constants_and_capture_without_dynamo() -> None:
             return F.layer_norm(x * self.table, (4,))
 
     model, x = Table(), torch.randn(3, 4)
-    captured = capture(fx.symbolic_trace(model), [x])
+    captured = captured_graph(fx.symbolic_trace(model), [x])
     assert len(captured.gm.graph.find_nodes(op="get_attr")) == 1
     torch.testing.assert_close(captured.gm(x), model(x))
     captured.gm(x).square().sum().backward()

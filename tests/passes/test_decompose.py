@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.capture.decompose import encoder_layer
+from tests.support.stages import captured_graph
 
 B, S, WIDTH, HEADS = 2, 7, 16, 4
 FUTURE = torch.ones(S, S, dtype=torch.bool).triu(1)
@@ -52,7 +52,7 @@ def test_a_product(equation: str) -> None:
     found: list[tuple[set[str], Tensor]] = []
 
     def backend(gm: GraphModule, inputs: list[Tensor]) -> Any:
-        graph = capture(gm, inputs).gm
+        graph = captured_graph(gm, inputs).gm
         found.append(({str(n.target) for n in graph.graph.nodes}, graph(*inputs)[0]))
         return gm
 

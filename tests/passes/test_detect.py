@@ -23,9 +23,9 @@ from transformers import (
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import parse
 from ringpass.masks.intervals import classify
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
+from tests.support.stages import captured_graph
 
 B, H, S, K, D = 2, 3, 7, 9, 4
 
@@ -64,7 +64,7 @@ def watch(f: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Seen]:
     seen: list[Seen] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = capture(gm, example_inputs).gm
+        captured = captured_graph(gm, example_inputs).gm
         sites = detect(captured)
         kept = {n for site in sites for n in (*site.leaves, mask_node(site)) if n is not None}
 

@@ -20,11 +20,11 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, create_block_mask, flex_attention
 
 from ringpass.masks.expr import parse
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.flex import block_table
 from ringpass.passes.detect.site import AttentionSite
 from tests.support.parity import compiled, relative
+from tests.support.stages import captured_graph
 from tests.support.workers import Workers, slow
 
 B, H, S, D = 2, 4, 23, 4
@@ -313,7 +313,7 @@ def sites(f: Callable[..., Any], *args: Any) -> tuple[AttentionSite, ...]:
     found: list[AttentionSite] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(detect(capture(gm, example_inputs).gm))
+        found.extend(detect(captured_graph(gm, example_inputs).gm))
         return gm.forward
 
     torch._dynamo.reset()

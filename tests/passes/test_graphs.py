@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringpass import ops
-from ringpass.comm.agreement import RINGS, Agreement
-from ringpass.passes import dump
 from tests.support.models import MODELS, batch_for, loss_of
+from tests.support.stages import compile_step, fake_ring, stages
 from tests.support.workers import slow
 
 LENGTH = 97  # prime, and no other size of the models
-
-
-@contextmanager
-def fake_ring(rank: int, world: int) -> Iterator[None]:
-    """One rank of a ring without peers: good for compiling and reading graphs, its numbers mean nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    torch._dynamo.reset()
-    try:
-        with patch.object(Agreement, "seed", lambda self, args, seed: seed):
-            yield
-    finally:
-        dist.destroy_process_group()
-        RINGS.clear()
-
-
-@contextmanager
-def stages() -> Iterator[dict[str, list[GraphModule]]]:
-    """Every graph that a compilation shows, by stage."""
-    seen: dict[str, list[GraphModule]] = {}
-
-    def record(self: Any, stage: str, gm: GraphModule) -> None:
-        seen.setdefault(stage, []).append(gm)
-
-    with patch.object(dump.Dump, "graph", record):
-        yield seen
-
-
-def compile_step(
-    name: str,
-    length: int,
-    padding: bool,
-    dynamic: bool | None = None,
-    unroll_limit: int = 128,
-    tile: int | None = None,
-    **options: Any,
-) -> dict[str, list[GraphModule]]:
-    """The graphs of a training step of a model on the current (fake) rank."""
-    torch.manual_seed(0)
-    model: Any = MODELS[name].factory(**options).double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == 64:
-            module.weight.data = torch.randn(256, module.embedding_dim, dtype=torch.float64)
-    if hasattr(model, "config"):
-        model.config.n_positions = model.config.max_position_embeddings = 256
-    chosen: Any = {"compiler": "aot_eager", "layout": "zigzag", "unroll_limit": unroll_limit, "tile": tile}
-    run: Any = torch.compile(model, backend="ring_dilated", options=chosen, dynamic=dynamic)
-    with stages() as seen:
-        loss_of(run(**batch_for(name, length, True, padding))).backward()
-    return seen
 
 
 def full_length(gm: GraphModule, length: int) -> list[str]:
@@ -188,6 +133,7 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "gathers.txt",
         "forward.py",
         "backward.py",
+        "stages.txt",
     )
     assert {p.name for p in folder.iterdir()} == set(names)
     assert "mask k <= q & bool(x0[b, k])" in (folder / "sites.txt").read_text()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
+from tests.support.stages import captured_graph
 
 Repeat = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ def site(keys: Repeat, values: Repeat) -> AttentionSite:
     found: list[AttentionSite] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(detect(capture(gm, example_inputs).gm))
+        found.extend(detect(captured_graph(gm, example_inputs).gm))
         return gm.forward
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

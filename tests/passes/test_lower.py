@@ -15,9 +15,9 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.ops import primitives
 from ringpass.passes.lower.lower import lower
-from tests.passes.test_graphs import compile_step, fake_ring
 from tests.support.models import MODELS, WIDTH, Block, batch_for, loss_of
 from tests.support.parity import parity, worst
+from tests.support.stages import compile_step, fake_ring
 from tests.support.workers import Workers, slow
 
 TILES = (primitives.attention_tile, primitives.attention_tile_backward)

@@ -19,15 +19,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass.layouts.layout import Layout
 from ringpass.nodes import op_name
-from ringpass.passes.capture.capture import Captured, capture
-from ringpass.passes.op_rules import routing
+from ringpass.passes.capture.capture import Captured
+from ringpass.passes.op_rules import pointwise, routing
 from ringpass.passes.op_rules import table as rules
-from ringpass.passes.partition.emitter import Rank
-from ringpass.passes.partition.writer import LocalOutput, Partitioned, partition
-from ringpass.passes.plan.axes import Axis, on_lines
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
+from ringpass.passes.partition.placement import place
+from ringpass.passes.partition.writer import partition
+from ringpass.passes.plan.axes import aligned_axes
 from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.factors import Sweep
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import propagate
+from ringpass.passes.verify import verify
 from tests.support import thread_ranks
+from tests.support.stages import captured_graph
 
 B, TOKENS, H, D = 2, 11, 3, 4
 S = TOKENS
@@ -330,26 +335,31 @@ def after_a_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
 def captured_of(case: Case) -> Captured:
     """The case's graph, without Dynamo, for speed."""
     given = inputs(case)
-    return capture(make_fx(after_a_product(case), pre_dispatch=True)(*given), given)
+    return captured_graph(make_fx(after_a_product(case), pre_dispatch=True)(*given), given)
 
 
 def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Partitioned]:
     """Each rank's program, as if an attention had the sequence of the first operand that has one."""
     captured = captured_of(case)
     assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
-    sweep = Sweep().run(captured.gm, rules.rule_for)
+    sweep = propagate(captured.gm, rules.rule_for)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
     axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
-    axes = [replace(a, layout=a.layout.dealt(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()]
+    axes = [replace(a, layout=a.layout.dealt(layout)) for a in aligned_axes({axis.factor: axis}, sweep, world).values()]
     plan = RingPlan(world, tuple(axes), (), "ring")
-    return [
-        partition(captured, plan, sweep, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
+    placement = place(captured, plan, sweep, {})
+    verify("place", placement)
+    made = [
+        partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
         for rank in range(world)
     ]
+    for program in made:
+        verify("partition", program)
+    return made
 
 
-def own(x: Tensor, spec: LocalOutput | None, rank: int, world: int) -> Tensor:
+def own(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) -> Tensor:
     """The part of a whole output that a rank holds."""
     if spec is None:
         return x
@@ -405,9 +415,9 @@ def test_every_rule_has_a_case() -> None:
     shown = {case.op for case in CASES}
     elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike
         "scaled_dot_product_attention.default", "flex_attention", "autograd_function_apply", "getitem",
-        "rand.default", "randn.default", *routing.GROUPED, "histc.default",
+        "rand.default", "randn.default", *routing.GROUPED, "histc.default", "dropout.default",
     }  # fmt: skip
-    assert (rules.RULES.keys() | rules.EINSUM.keys()) - shown - elsewhere == set()
+    assert rules.RULES.keys() - pointwise.NAMES - shown - elsewhere == set()
 
 
 @pytest.mark.parametrize(

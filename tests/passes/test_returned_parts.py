@@ -49,7 +49,7 @@ def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
 
 def unused(group: dist.ProcessGroup) -> str:
     """What is gathered for an output that nobody uses."""
-    from tests.passes.test_graphs import stages
+    from tests.support.stages import stages
 
     with stages() as seen:
         compiled(Cached(slice(-5, None)).double(), group)(torch.randn(2, 23, 8, dtype=torch.float64))

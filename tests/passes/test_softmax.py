@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import parse
 from ringpass.ops.primitives import indices
-from ringpass.passes.capture.capture import capture
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
+from tests.support.stages import captured_graph
 
 B, H, S, D = 2, 4, 7, 8
 Attend = Callable[..., Tensor]
@@ -28,7 +28,7 @@ def site_of(f: Attend, *inputs: Tensor) -> tuple[AttentionSite, dict[str, Any], 
     found: list[Any] = []
 
     def backend(gm: GraphModule, examples: list[Any]) -> Any:
-        captured = capture(gm, examples)
+        captured = captured_graph(gm, examples)
         sites = detect(captured.gm)
         names = [n.name for n in captured.gm.graph.nodes if n.op == "placeholder"]
         found.append((sites, dict(zip(names, examples, strict=True)), captured.gm))

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from ringpass import backend
 from ringpass.nodes import bound_of
-from ringpass.passes.partition.writer import Gather, Partitioned
+from ringpass.passes.partition.partitioned import Gather, Partitioned
 from tests.support.parity import after_backward, compiled, relative
 from tests.support.zoo import ZOO, wide
 
@@ -71,8 +71,8 @@ def zoo_parity(
     model, batch = entry.make(attention, train), entry.batch(length, labels, padding)
     report = Report(0.0, "")
 
-    def partition(captured: Any, plan: Any, *args: Any) -> Partitioned:
-        local = original(captured, plan, *args)
+    def partition(captured: Any, placement: Any, plan: Any, *args: Any) -> Partitioned:
+        local = original(captured, placement, plan, *args)
         report.add(captured, plan, local)
         return local
 

@@ -1,0 +1,201 @@
+"""The record of what the compiler knows of one op, and the two interfaces in which records are written.
+
+    RULES = {"softmax.int": OpRule(dims=along_dims)}        # in the file of the op's family, for `table` to collect
+
+A record answers every question that the other passes have about an op, so that they name none:
+
+    propagate   `dims`: how the dims of the result come from those of the operands (`propagate.factors`)
+    place       `reads`, `reduce`, `may_shard`, `slice_axis`: whether the op may run on local tokens
+    partition   `write`, `write_replicated`, `reduce`, `select`: what stands for the op in one rank's program
+    both        `draws`, `counter_based`: how it draws random numbers
+
+Contract of `dims`: it ties the factors of operands that are the same index, and notes those that the op needs
+replicated, those over which it sums, and those of its operands that are shifted against each other.  For every other
+factor, the op on shards gives shards of the op: `write`, by default the same call on local operands, relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from torch.fx import Node
+
+from ringpass.nodes import op_name
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Note, Sweep
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this rank is.  `group` is the process group's name."""
+
+    rank: int
+    world: int
+    group: str
+
+
+class Placed(Protocol):
+    """Where each node runs, as far as records ask: `passes.partition.placement.PlacementPlan`."""
+
+    @property
+    def sweep(self) -> Sweep:
+        """Which dims are the same index."""
+
+    @property
+    def modes(self) -> Mapping[Node, Axis | None]:
+        """The axis on whose local tokens a node runs; None: replicated."""
+
+    @property
+    def slices(self) -> set[Node]:
+        """Nodes that slice or join sequences on local tokens."""
+
+    def axis_along(self, node: Node, dim: int) -> Axis | None:
+        """The axis of one dim of `node`."""
+
+    def holder(self, axis: Axis, offset: Any, part: Node, dim: int) -> int | None:
+        """The rank that holds all tokens of `part`, which are at `offset` of `axis`; None: several ranks."""
+
+    def reads_neighbours(self, node: Node, axis: Axis) -> bool:
+        """Whether `node`, on an axis, reads the tokens around each token of it."""
+
+    def in_order(self, node: Node, axis: Axis) -> bool:
+        """Whether neighbours on the axis are neighbours in the sequence."""
+
+    def is_axis(self, factor: Any) -> bool:
+        """Whether a factor is partitioned."""
+
+
+class Writer(Protocol):
+    """The program that is being written, as far as records add to it: `passes.partition.writer.Writer`."""
+
+    rank: Rank
+    seed: Node | None
+
+    @property
+    def placement(self) -> Placed:
+        """Where each node runs."""
+
+    def sharded(self, node: Node, axis: Axis) -> Any:
+        """This rank's tokens of `node` on `axis`."""
+
+    def replicated(self, node: Node, reason: str) -> Any:
+        """`node` at full length: gathered, and reported with `reason`, if it is sharded."""
+
+    def either(self, node: Node, reason: str) -> Any:
+        """`node` in whichever form there is, for an op that reads its dtype and device alone."""
+
+    def is_sharded(self, node: Node) -> bool:
+        """Whether `node` has been written sharded, and not replicated."""
+
+    def operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
+        """`node` as an operand of what runs on `axis`, or replicated: a size, its local tokens, or all of it."""
+
+    def operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[Any, Any]:
+        """(args, kwargs) of `node` with each operand so."""
+
+    def operands_by_name(self, node: Node, axis: Axis, reason: str) -> dict[str, Any]:
+        """The arguments of an ATen op by name, with each operand so."""
+
+    def report(self, node: Node, reason: str) -> None:
+        """Notes that `node` is made whole on every rank.  Raises UnsupportedError under `strict`."""
+
+    def next_stream(self) -> int:
+        """A number of its own for each random op, the same on every rank."""
+
+    def shard_args(self, node: Node, axis: Axis) -> tuple[Any, ...]:
+        """(dim, outer, tokens, layout, world, rank) of `node` on `axis`, as the boundary operators take them."""
+
+    def replicated_args(self) -> tuple[Any, ...]:
+        """The same of a value that is replicated."""
+
+    def local_shape(self, node: Node, axis: Axis) -> list[Any]:
+        """The shape of this rank's shard of `node`."""
+
+    def length(self, axis: Axis) -> Any:
+        """L, the number of local tokens."""
+
+    def tokens(self, axis: Axis) -> Any:
+        """S, the number of all tokens."""
+
+    def size(self, expr: Any) -> Any:
+        """A size expression as an int, or as a node computed from the graph's symbolic inputs."""
+
+    def compute(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn` on ints and size nodes; its arithmetic is written into the graph."""
+
+    def emit(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+        """Appends a call."""
+
+    def emit_by_name(self, target: Any, arguments: dict[str, Any], name: str | None = None) -> Node:
+        """Appends a call of an ATen op with its arguments by name."""
+
+    def copy(self, node: Node, args: Any, kwargs: Any) -> Node:
+        """Appends the same call on other operands."""
+
+
+class Reads(Enum):
+    """Which operands an op reads element by element."""
+
+    ALL = "all"
+    FIRST = "first"  # the others lend a dtype or a device
+    NONE = "none"  # it makes its result from sizes
+
+
+def not_understood(sweep: Sweep, node: Node, note: Note) -> None:
+    """Of an op without a rule every operand is needed replicated; it is reported by name."""
+
+
+def same_call(writer: Writer, node: Node, axis: Axis) -> Node:
+    """The op on local operands."""
+    args, kwargs = writer.operands(node, axis, f"operand of {op_name(node)}")
+    return writer.copy(node, args, kwargs)
+
+
+def same_replicated_call(writer: Writer, node: Node, reason: str) -> Node:
+    """The op on replicated operands."""
+    args, kwargs = writer.operands(node, None, reason)
+    return writer.copy(node, args, kwargs)
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """What is known of one op; see the module."""
+
+    dims: Callable[[Sweep, Node, Note], Any]
+    """(sweep, node, note) -> the dims of the result, a tuple of them for several results; None: not understood."""
+    reads: Reads = Reads.ALL
+    computes: bool = False
+    """A product or norm: what follows works on values that ranks compute, not on tables or inputs."""
+    constant: bool = False
+    """Every element of the result is the same: a shard of it is the same op at the local size."""
+    expands: bool = False
+    """Its result may have a sequence dim that no operand has."""
+    follows: bool = False
+    """It runs where its first operand does."""
+    attention: bool = False
+    """An attention call: replicated, unless the plan partitions it."""
+    counter_based: bool = False
+    """It draws random numbers by counters, the same for any number of ranks."""
+    detaches: bool = False
+    """Its result needs no gradient."""
+    draws: Callable[[Node], bool] = lambda node: False
+    """Whether this call of a counter-based op draws at all."""
+    may_shard: Callable[[Placed, Node], bool] = lambda placement, node: True
+    """Whether this call may run on local tokens, where its dims alone do not say."""
+    slice_axis: Callable[[Placed, Node, Axis, int], Axis | None] | None = None
+    """(placement, node, axis, dim) -> `axis` if the node slices or joins sequences along `dim` on local tokens."""
+    weights: Callable[[Node], list[Node]] = lambda node: []
+    """The operands that such a node reads whole."""
+    output_part: Callable[[Node], tuple[Any, Any, Any, Any] | None] = lambda node: None
+    """(dim, start, stop, step) of a slice, which may wait until an output is used."""
+    write: Callable[[Writer, Node, Axis], Node] = same_call
+    """Writes the op on local tokens."""
+    write_replicated: Callable[[Writer, Node, str], Node] = same_replicated_call
+    """(writer, node, reason): writes the op on replicated operands."""
+    reduce: Callable[[Writer, Node, Axis], Node] | None = None
+    """Writes the op's local part, added over ranks; None: it must not be split along what it sums over."""
+    select: Callable[[Writer, Node, Node, int, Axis], Node | None] | None = None
+    """(writer, node, x, dim, axis): writes the few tokens, replicated, that the op takes along `dim` of the shard x."""

@@ -1,0 +1,112 @@
+"""Writing an attention site: ring attention over the ranks, or over this one alone."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol
+
+import torch
+from torch.fx import Node
+
+from ringpass import ops
+from ringpass.layouts.reindex import of_places
+from ringpass.masks.expr import TRUE, Expr, call
+from ringpass.nodes import size_of
+from ringpass.passes.op_rules.spec import Writer
+from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.plan.plan import RingPlan, SitePlan
+from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
+
+aten = torch.ops.aten
+
+
+class AttentionWriter(Writer, Protocol):
+    """What writing an attention needs beside what op records do: `passes.partition.writer.Writer`."""
+
+    plan: RingPlan
+
+    @property
+    def placement(self) -> PlacementPlan:
+        """Where each node runs."""
+
+    def broadcast(self, node: Node, reason: str) -> Any:
+        """`node` replicated, for ops on an axis: its gradients are summed over ranks."""
+
+    def ordered(self, replicated: Node, shard_args: tuple[Any, ...], inverse: bool) -> Node:
+        """All tokens in the order of the layout's curve, or, inverse, back in their own."""
+
+
+def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
+    """Ring attention over the ranks; over this one alone where the site is replicated, all tokens on each."""
+    site, problem, reason = plan.placed, plan.problem, f"attention {plan.site.node.name}"
+    assert problem is not None
+    q = writer.sharded(site.q, plan.query_axis) if plan.query_axis else writer.replicated(site.q, reason)
+    k, v = (_keys(writer, x, plan, reason) for x in (site.k, site.v))
+    read = writer.broadcast if plan.query_axis else writer.replicated
+    leaves = [read(leaf, f"mask of {site.node.name}") for leaf in site.leaves]
+    missing = 4 - site.q.meta["val"].ndim  # (B, S, D) has one head, (S, D) one batch too
+    for _ in range(missing):
+        q, k, v = (writer.emit(aten.unsqueeze.default, x, min(1, x.meta["val"].ndim - 2)) for x in (q, k, v))
+    batch = q.meta["val"].shape[0]
+    k, v = (
+        writer.emit(aten.expand.default, x, [batch, -1, -1, -1]) if x.meta["val"].shape[0] != batch else x
+        for x in (k, v)
+    )
+    names = problem.query_layout.name, problem.key_layout.name
+    lengths = [writer.size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
+    if plan.query_axis is None:  # sharded ones are in their order already
+        sides = list(zip((q, k, v), (0, 1, 1), strict=True))
+        q, k, v = (writer.ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
+    seed, stream = (writer.seed, writer.next_stream()) if site.dropout else (None, 0)
+    who = (writer.rank.rank if plan.query_axis else 0), problem.world, writer.rank.group
+    mask, pruning = site.mask, plan.pruning
+    if writer.plan.approximate:
+        leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths, who))
+        mask, pruning = _chosen(writer, plan, len(leaves) - 1), (*pruning, len(leaves) - 1)
+    bias, score, sink = ("" if x is None else str(x) for x in (site.bias, site.score, site.sink))
+    learned, pruned = (",".join(map(str, numbers)) for numbers in (writer.placement.learned(plan), pruning))
+    call = writer.emit(
+        ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
+        *names, problem.tile, *who, writer.plan.comm, score, str(plan.dilation or ""), sink, learned, pruned,
+        name=f"ring_attention_{site.index}",
+    )  # fmt: skip
+    out = writer.emit(operator.getitem, call, 0, name=site.node.name)
+    if plan.query_axis is None:
+        out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
+    for _ in range(missing):
+        out = writer.emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
+    return out
+
+
+def _keys(writer: AttentionWriter, x: Node, plan: SitePlan, reason: str) -> Any:
+    if plan.query_axis is None:
+        return writer.replicated(x, reason)
+    return writer.sharded(x, plan.key_axis) if plan.key_axis else writer.broadcast(x, reason)
+
+
+def _choose_blocks(
+    writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any, who: Any
+) -> Node:
+    """The pairs of blocks that attend, the same on every rank: blocks of tokens, or of places along the curve."""
+    rank, world, group = who
+    assert plan.problem is not None
+    layouts = plan.problem.query_layout, plan.problem.key_layout
+    names = [layout.dealing if writer.plan.along_curve else layout.name for layout in layouts]
+    site = plan.placed if writer.plan.along_curve else plan.site
+    means = []
+    for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
+        where = 2, 1, tokens, layout, world, rank, group
+        detached = writer.emit(aten.detach.default, x)
+        means.append(writer.emit(ops.block_means, detached, how.block, *where, name=f"block_means_{side}"))
+    about = site.scale, str(site.mask), *lengths, how.block, how.density, how.mass
+    return writer.emit(ops.choose_blocks, *means, *about, name=f"chosen_blocks_{site.index}")
+
+
+def _chosen(writer: AttentionWriter, plan: SitePlan, leaf: int) -> Expr:
+    """The mask of a site, and only the pairs of blocks that leaf number `leaf` keeps."""
+    assert plan.problem is not None and writer.plan.approximate is not None
+    chosen = chosen_blocks(TRUE, leaf, writer.plan.approximate)
+    if not writer.plan.along_curve:
+        layouts = (("q", plan.problem.query_layout), ("k", plan.problem.key_layout))
+        chosen = of_places(chosen, {name: layout.order for name, layout in layouts if layout.order})
+    return call("and", plan.placed.mask, chosen)

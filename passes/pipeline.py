@@ -1,0 +1,85 @@
+"""The runner of the stages: it times, checks, dumps and compares what each hands on, so that stages do only their work.
+
+    stages = Pipeline(directory, rank)
+    captured = stages.run(capture, gm, example_inputs)      # captured.py, and a line of stages.txt
+
+`stages.txt` has a line for each stage: seconds, nodes, and the calls that the graph gained and lost since the last one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from torch.fx import GraphModule
+
+from ringpass.nodes import op_name
+from ringpass.passes.dump import Dump, texts
+from ringpass.passes.verify import verify
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SHOWN = 12  # calls gained or lost that a line names
+
+
+class Pipeline:
+    """Runs the stages of one compilation on one rank.
+
+    Texts are written under `directory`, or the folder that RINGPASS_DUMP names, once `open` is called; without either
+    none is made.
+    """
+
+    def __init__(self, directory: str | None, rank: int) -> None:
+        self.dump = Dump(directory, rank)
+        self.lines: list[str] = []
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def dumps(self) -> bool:
+        """Whether someone looks at the stages."""
+        return self.dump.folder is not None
+
+    def run(self, stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What `stage` returns.  Raises VerificationError where that breaks the stage's contract."""
+        started = time.perf_counter()
+        result = stage(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        verify(stage.__name__, result)
+        self._note(stage.__name__, seconds, result)
+        for name, text in texts(stage.__name__, result, self.dump.rank) if self.dumps else ():
+            self.dump.write(name, text)
+        return result
+
+    def lowered(self, name: str, gm: GraphModule) -> None:
+        """The lowered `forward` or `backward` graph, which torch asks for when it compiles it."""
+        verify("lower", gm)
+        self._note(name, None, gm)
+        if self.dumps:
+            self.dump.graph(name, gm)
+
+    def open(self) -> None:
+        """From now on texts are written, those of the stages before too."""
+        self.dump.open()
+
+    def _note(self, name: str, seconds: float | None, result: Any) -> None:
+        if not self.dumps:
+            return
+        gm = getattr(result, "gm", result)
+        took = f"{seconds:.3f} s" if seconds is not None else "as torch compiles it"
+        line = f"{name}: {took}"
+        if isinstance(gm, GraphModule):
+            calls = Counter(op_name(n) for n in gm.graph.nodes if n.op == "call_function")
+            line += f", {len(gm.graph.nodes)} nodes{_changes(self.calls, calls) if self.calls else ''}"
+            self.calls = calls
+        self.lines.append(line)
+        self.dump.write("stages.txt", "\n".join(self.lines))
+
+
+def _changes(before: Counter[str], after: Counter[str]) -> str:
+    """; +3 linear.default, -1 view.default"""
+    changes = {name: after[name] - before[name] for name in sorted({*before, *after}) if after[name] != before[name]}
+    shown = [f"{change:+d} {name}" for name, change in list(changes.items())[:SHOWN]]
+    more = [f"and {len(changes) - SHOWN} more ops"] if len(changes) > SHOWN else []
+    return "; " + ", ".join([*shown, *more]) if changes else "; as before"

@@ -1,0 +1,73 @@
+"""What Dynamo calls: the ranks agree, draw a seed, run the compiled program, and get outputs as the options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from ringpass.comm.agreement import Agreement, Ring
+from ringpass.comm.collectives import Shard
+from ringpass.config import RingConfig
+from ringpass.lazy import LazyOutput, Origin, show
+from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, ShardedOutput
+from ringpass.shards import as_dtensor, as_local, on_all_ranks
+
+
+def compiled_call(
+    run: Callable[..., Any], program: Partitioned, agreement: Agreement, ring: Ring, config: RingConfig
+) -> Callable[..., Any]:
+    """What Dynamo calls: agree, draw the seed, run, hand out local outputs as the options say."""
+    sharded = {one.position: one for one in program.sharded_inputs}
+
+    def call(*given: Any) -> Any:
+        draws = program.seeded or program.draws
+        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
+        seed = agreement.seed([x.kind if isinstance(x, LazyOutput) else x for x in given], drawn)
+        args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
+        with _generator(seed) if program.draws else nullcontext():
+            results = run(*args, torch.tensor(seed, dtype=torch.int64)) if program.seeded else run(*args)
+        outputs, extras = results[: len(program.outputs)], results[len(program.outputs) :]
+        return [
+            _hand_out(o, i, spec, extras, ring, config) if spec else on_all_ranks(o)
+            for i, (o, spec) in enumerate(zip(outputs, program.outputs, strict=True))
+        ]
+
+    return call
+
+
+def replicated_call(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo calls where every rank computes everything."""
+    return lambda *args: [on_all_ranks(o) for o in run(*(_argument(arg, None, None) for arg in args))]
+
+
+def _argument(arg: Any, spec: ShardedInput | None, ring: Ring | None) -> Any:
+    """An argument as the program reads it: a lazy one gathered, or, where it is read token by token, its tokens."""
+    if spec is None or ring is None:
+        return arg.full() if isinstance(arg, LazyOutput) else arg
+    assert isinstance(arg, LazyOutput), "Dynamo guards on the kinds of its inputs"
+    return arg.tokens_in(spec.layout, spec.dim, ring)
+
+
+@contextmanager
+def _generator(seed: int) -> Iterator[None]:
+    """The default generators start from `seed` inside, and are as they were afterwards: all ranks draw alike."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _hand_out(
+    output: torch.Tensor, position: int, spec: ShardedOutput, extras: Sequence[Any], ring: Ring, config: RingConfig
+) -> torch.Tensor:
+    """A local output as the option `outputs` says."""
+    outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
+    shard = Shard(spec.dim, outer, tokens, spec.layout, ring.world, ring.rank)
+    inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
+    origin = Origin(spec.name, ring.calls, position, shard, ring, spec.part, inner)
+    if config.outputs == "lazy":
+        return show(output, origin)
+    return as_local(output, origin) if config.outputs == "local" else as_dtensor(output, origin, config.group)
