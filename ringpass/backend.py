@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ringpass.comm.agreement import Agreement, Ring, ring
+from ringpass.comm.agreement import Agreement, Ring, ring_of
 from ringpass.comm.collectives import Shard
 from ringpass.comm.data_parallel import concerns
 from ringpass.config import RingConfig
@@ -57,42 +57,44 @@ def ring_dilated(
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
-    around = ring(config.ring, config.timeout)
-    _look_around(around, config)
+    ring = ring_of(config.ring, config.timeout)
+    _check_data_parallel(ring, config)
     captured = capture(gm, example_inputs)
     sites = detect(captured.gm, everything() if config.along_curve else config.mask)
     draws = _draws(captured, sites)
-    if around.world == 1 and not config.asked and not draws:
+    if ring.world == 1 and not config.asked and not draws:
         return codegen.plain(gm, example_inputs, inductor, config.compiler)
     if not sites:
         for name, value in config.altering.items():
-            _tell(around, f"no attention in this graph for the option {name!r} ({value}) to act on")
-        _tell(around, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it")
+            _warn_rank0(ring, f"no attention in this graph for the option {name!r} ({value}) to act on")
+        _warn_rank0(
+            ring, f"no attention in this graph: compiled as plain {config.compiler}, every rank computes all of it"
+        )
         if not draws:
             return _calling_whole(codegen.plain(gm, example_inputs, inductor, config.compiler))
-    dump = Dump(config.dump, around.rank)
+    dump = Dump(config.dump, ring.rank)
     dump.graph("captured", captured.gm)
     shares = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
     given = captured.gm.graph.find_nodes(op="placeholder")
     sweep = Sweep(worked={given[i] for i in shares}).run(captured.gm, rule_for)
-    planned = plan(sites, sweep, around.world, config)
+    planned = plan(sites, sweep, ring.world, config)
     _refuse_unmasked(planned, config)
     _refuse_contradiction(planned, config)
-    prove_all(planned, around.rank)
-    dump.plan(planned, around.rank)
-    who = Rank(around.rank, around.world, around.name)
-    gather_outputs = _gathers_outputs(gm, config, around)
+    prove_all(planned, ring.rank)
+    dump.plan(planned, ring.rank)
+    who = Rank(ring.rank, ring.world, ring.name)
+    gather_outputs = _gathers_outputs(gm, config, ring)
     local = partition(captured, planned, sweep, who, config.strict, gather_outputs, shares)
     dump.graph("partitioned", local.gm)
     dump.text("gathers.txt", "\n".join(map(str, local.gathers)) or "nothing is gathered")
-    _report(planned, local, around)
-    key = (around.rank, around.world, around.name)
+    _report(planned, local, ring)
+    key = (ring.rank, ring.world, ring.name)
     whole = len(attentions(captured.gm.graph)) - sum(
         s.problem is not None and not s.site.written for s in planned.sites
     )
     run = codegen.compile_local(local.gm, local.inputs, config, inductor, key, whole, dump.graph, dump.path is not None)
     facts = _facts(captured, planned, config, shares)
-    return _calling(run, local, Agreement(around, facts, _names(captured)), around, config)
+    return _calling(run, local, Agreement(ring, facts, _names(captured)), ring, config)
 
 
 class LoggingCalls(set[Any]):
@@ -127,12 +129,12 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
 
 
-def _look_around(around: Ring, config: RingConfig) -> None:
+def _check_data_parallel(ring: Ring, config: RingConfig) -> None:
     """At DDP and FSDP2 around the model."""
-    for text in concerns(around.pg) if around.pg and around.world > 1 else ():
+    for text in concerns(ring.pg) if ring.pg and ring.world > 1 else ():
         if config.strict:
             raise UnsupportedError(text)
-        _tell(around, text)
+        _warn_rank0(ring, text)
 
 
 def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
@@ -141,13 +143,13 @@ def _draws(captured: Captured, sites: tuple[AttentionSite, ...]) -> bool:
     return any(is_dropout(n) or draws_elsewhere(n) for n in nodes) or any(site.dropout for site in sites)
 
 
-def _gathers_outputs(gm: GraphModule, config: RingConfig, around: Ring) -> bool:
+def _gathers_outputs(gm: GraphModule, config: RingConfig, ring: Ring) -> bool:
     """Outputs are gathered in the graph when asked, and when a graph break feeds them to the next graph."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     broken = bool(reason is not None and reason.graph_break)
     if broken:
         why = str(reason.reason).splitlines()[0]  # type: ignore[union-attr]
-        _tell(around, f"graph break ({why}): the outputs of this piece are gathered for the next one")
+        _warn_rank0(ring, f"graph break ({why}): the outputs of this piece are gathered for the next one")
     return broken or config.outputs == "gathered"
 
 
@@ -173,13 +175,13 @@ def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
             )
 
 
-def _report(planned: RingPlan, local: Partitioned, around: Ring) -> None:
+def _report(planned: RingPlan, local: Partitioned, ring: Ring) -> None:
     log.info("%s", planned)
     for text in _dilated(planned):
-        _tell(around, text)
-    for gather in local.gathers if around.world > 1 else ():
+        _warn_rank0(ring, text)
+    for gather in local.gathers if ring.world > 1 else ():
         if gather.reason != "output":
-            _tell(around, str(gather))
+            _warn_rank0(ring, str(gather))
 
 
 def _dilated(planned: RingPlan) -> list[str]:
@@ -200,9 +202,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
 
 
-def _tell(around: Ring, text: str) -> None:
+def _warn_rank0(ring: Ring, text: str) -> None:
     """Warns once per ring: on rank 0."""
-    if around.rank == 0:
+    if ring.rank == 0:
         log.warning("%s", text)
 
 
@@ -239,7 +241,7 @@ def _spelled(target: Any) -> str:
 
 
 def _calling(
-    run: Callable[..., Any], local: Partitioned, agreement: Agreement, around: Ring, config: RingConfig
+    run: Callable[..., Any], local: Partitioned, agreement: Agreement, ring: Ring, config: RingConfig
 ) -> Callable[..., Any]:
     """What Dynamo calls: agree, draw the seed, run, hand out local outputs as the options say."""
     shares = {share.position: share for share in local.shares}
@@ -248,12 +250,12 @@ def _calling(
         draws = local.seeded or local.draws
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
         seed = agreement.seed([x.kind if isinstance(x, LazyOutput) else x for x in given], drawn)
-        args = [_taken(x, shares.get(i), around) for i, x in enumerate(given)]
+        args = [_taken(x, shares.get(i), ring) for i, x in enumerate(given)]
         with _generator(seed) if local.draws else nullcontext():
             results = run(*args, torch.tensor(seed, dtype=torch.int64)) if local.seeded else run(*args)
         outputs, extras = results[: len(local.outputs)], results[len(local.outputs) :]
         return [
-            _handed_out(o, i, spec, extras, around, config) if spec else on_all_ranks(o)
+            _handed_out(o, i, spec, extras, ring, config) if spec else on_all_ranks(o)
             for i, (o, spec) in enumerate(zip(outputs, local.outputs, strict=True))
         ]
 
@@ -265,12 +267,12 @@ def _calling_whole(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: [on_all_ranks(o) for o in run(*(_taken(arg, None, None) for arg in args))]
 
 
-def _taken(arg: Any, share: LocalInput | None, around: Ring | None) -> Any:
+def _taken(arg: Any, share: LocalInput | None, ring: Ring | None) -> Any:
     """An argument as the program reads it: a lazy one gathered, or, where it is read token by token, its tokens."""
-    if share is None or around is None:
+    if share is None or ring is None:
         return arg.full() if isinstance(arg, LazyOutput) else arg
     assert isinstance(arg, LazyOutput), "Dynamo guards on the kinds of its inputs"
-    return arg.tokens_in(share.layout, share.dim, around)
+    return arg.tokens_in(share.layout, share.dim, ring)
 
 
 @contextmanager
@@ -283,13 +285,13 @@ def _generator(seed: int) -> Iterator[None]:
 
 
 def _handed_out(
-    output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], around: Ring, config: RingConfig
+    output: torch.Tensor, position: int, spec: LocalOutput, extras: Sequence[Any], ring: Ring, config: RingConfig
 ) -> torch.Tensor:
     """A local output as the option `outputs` says."""
     outer, tokens = (extras[n[1]] if isinstance(n, tuple) else n for n in (spec.outer, spec.tokens))
-    shard = Shard(spec.dim, outer, tokens, spec.layout, around.world, around.rank)
+    shard = Shard(spec.dim, outer, tokens, spec.layout, ring.world, ring.rank)
     inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
-    origin = Origin(spec.name, around.calls, position, shard, around, spec.part, inner)
+    origin = Origin(spec.name, ring.calls, position, shard, ring, spec.part, inner)
     if config.outputs == "lazy":
         return show(output, origin)
     return as_local(output, origin) if config.outputs == "local" else as_dtensor(output, origin, config.group)

@@ -56,7 +56,7 @@ class Origin:
         """What ranks must agree on where they pass it to a model."""
         s = self.shard
         part = f", of which {self.part}" if self.part else ""
-        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout}{part}"
+        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout_name}{part}"
 
     def held(self, rank: int) -> Array:
         """The positions along the sequence dim of what the model returned that `rank` holds, in the order of rows."""
@@ -66,7 +66,7 @@ class Origin:
         """The rows of `local` that are in what the model returned."""
         if self.part is None:
             return local
-        tokens = held_by(self.shard.placement, self.shard.rank, self.shard.tokens)
+        tokens = held_by(self.shard.layout, self.shard.rank, self.shard.tokens)
         rows = np.flatnonzero(_inside(tokens, self.part))
         return local.index_select(self.shard.dim, torch.from_numpy(rows).to(local.device))
 
@@ -92,13 +92,13 @@ class Origin:
 
     def _ordered(self, whole: Tensor, inverse: bool) -> Tensor:
         """All tokens in the order of the layout's curve, or, inverse, back in their own."""
-        s, order = self.shard, self.shard.placement.order
+        s, order = self.shard, self.shard.layout.order
         return ops.permute(whole, s.dim, s.outer, s.tokens, str(order), inverse) if order else whole
 
 
 def held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> Array:
     """The positions that `rank` holds along a dim of size outer * S * inner, or, if `part` is given, along that."""
-    tokens = held_by(shard.placement, rank, shard.tokens)
+    tokens = held_by(shard.layout, rank, shard.tokens)
     if part is not None:
         return tokens[_inside(tokens, part)] - part[0]
     outer = np.arange(shard.outer)[:, None, None]
@@ -156,9 +156,11 @@ class LazyOutput(Tensor):
         o, s = self.origin, self.origin.shard
         simple = (s.dim, s.outer, o.inner, o.part, o.ring) == (dim, 1, 1, None, ring)
         if simple and self.gathered is None and not self._watched:
-            if s.layout == layout:
+            if s.layout_name == layout:
                 return self.local
-            moved: Tensor = ops.redeal(self.local, dim, 1, s.tokens, s.layout, layout, s.world, s.rank, ring.name)
+            moved: Tensor = ops.redistribute(
+                self.local, dim, 1, s.tokens, s.layout_name, layout, s.world, s.rank, ring.name
+            )
             return moved
         shard = Shard(dim, 1, self.shape[dim], layout, ring.world, ring.rank)
         return Origin("", 0, 0, shard, ring).share(self.full())
@@ -247,4 +249,4 @@ def show(local: Tensor, origin: Origin) -> LazyOutput:
 
 def _shard_args(origin: Origin) -> tuple[Any, ...]:
     s = origin.shard
-    return s.dim, s.outer, s.tokens, s.layout, s.world, s.rank, origin.ring.name
+    return s.dim, s.outer, s.tokens, s.layout_name, s.world, s.rank, origin.ring.name

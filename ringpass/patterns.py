@@ -71,11 +71,11 @@ class Pattern:
             )
         for array in tables(self.expr):
             box = {name: (0.0, int(n) - 1.0) for name, n in zip("bhqk", (batch, heads, queries, keys), strict=True)}
-            for index, n in zip(array.indices, array.known.shape, strict=True):
+            for index, n in zip(array.indices, array.array.shape, strict=True):
                 low, high = bounds(index, box)
                 if low < -n or high >= n or (index in (B, H) and high != n - 1):
                     raise OptionError(
-                        f"the option 'mask' holds an array of shape {list(array.known.shape)} that is read at {index} "
+                        f"the option 'mask' holds an array of shape {list(array.array.shape)} that is read at {index} "
                         f"from {low:g} to {high:g}, for {batch} batch elements, {heads} heads, {queries} queries and "
                         f"{keys} keys: give an array that fits"
                     )

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Placement
+from torch.distributed.tensor import Shard as DTensorShard
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
 from ringpass.comm import collectives
-from ringpass.comm.agreement import Agreement, ring
+from ringpass.comm.agreement import Agreement, ring_of
 from ringpass.comm.collectives import Shard
 from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, Layout
 from ringpass.layouts.ranges import spread
-from ringpass.layouts.redistribution import Moves, held_by, moves
+from ringpass.layouts.redistribution import Redistribution, held_by, redistribution
 from ringpass.lazy import LazyOutput, Origin, held, show
 
 LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
@@ -61,10 +61,10 @@ def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTenso
     mesh = _mesh(group, origin, local.device.type)
     shape, dim = torch.Size(origin.shape(local)), origin.shard.dim
     own = origin.own(local)
-    moves = _to_chunks(origin.shard, origin.part, origin.inner, shape[dim])
-    mine = _Dealt.apply(own, dim, moves, origin.ring.name)  # type: ignore[no-untyped-call]
+    plan = _to_chunks(origin.shard, origin.part, origin.inner, shape[dim])
+    mine = _Redistribute.apply(own, dim, plan, origin.ring.name)  # type: ignore[no-untyped-call]
     stride = torch.empty(shape, device="meta").stride()
-    out = DTensor.from_local(mine, mesh, [Placement(dim)], run_check=False, shape=shape, stride=stride)
+    out = DTensor.from_local(mine, mesh, [DTensorShard(dim)], run_check=False, shape=shape, stride=stride)
     shard = Shard(dim, 1, shape[dim], CHUNKED, origin.ring.world, origin.ring.rank)
     _HELD[out] = Origin(origin.name, origin.call, origin.position, shard, origin.ring)
     return out
@@ -78,32 +78,32 @@ def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
     return DeviceMesh.from_group(origin.ring.pg, device)
 
 
-class _Dealt(torch.autograd.Function):
+class _Redistribute(torch.autograd.Function):
     """Rows along a dim go to the ranks that want them, and their cotangents back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, moves: Moves, group: str) -> Tensor:
-        ctx.how = dim, moves, group
-        return _along(x, dim, collectives.carry, moves, group)
+    def forward(ctx: Any, x: Tensor, dim: int, plan: Redistribution, group: str) -> Tensor:
+        ctx.how = dim, plan, group
+        return _along(x, dim, collectives.carry, plan, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dim, moves, group = ctx.how
-        return _along(grad, dim, collectives.carry_back, moves, group), None, None, None
+        dim, plan, group = ctx.how
+        return _along(grad, dim, collectives.carry_back, plan, group), None, None, None
 
 
-def _along(x: Tensor, dim: int, carry: Any, moves: Moves, group: str) -> Tensor:
+def _along(x: Tensor, dim: int, carry: Any, plan: Redistribution, group: str) -> Tensor:
     before, n, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
-    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), moves, group)
+    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), plan, group)
     return rows.reshape(*before, rows.shape[1], *after)
 
 
 @lru_cache(maxsize=64)
-def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Moves:
+def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Redistribution:
     """From the rows of a sharded dim of that size, all ranks together, to DTensor's chunks of it."""
     ranks = range(shard.world)
     chunks = [spread(Layout(CHUNKED, shard.world).ranges(rank, size)) for rank in ranks]
-    return moves([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
+    return redistribution([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
 
 
 # --- which tokens they are --------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
     if size == origin.size:
         own = origin.held(shard.rank)
     elif size == shard.tokens and origin.part is None:  # counted in one sequence, where `like` merges several
-        own = held_by(shard.placement, shard.rank, shard.tokens)
+        own = held_by(shard.layout, shard.rank, shard.tokens)
     else:
         sizes = {origin.size, shard.tokens} if origin.part is None else {origin.size}
         raise InputError(
@@ -175,25 +175,25 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)
-    around = ring(group_of(group))
+    ring = ring_of(group_of(group))
     _check(x, dim, layout)
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]
     kind = f"{x.dtype} [{', '.join(map(str, rest))}], {layout}{', needs a gradient' if x.requires_grad else ''}"
-    lengths = Agreement(around, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
-    tokens, world = sum(lengths), around.world
+    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
+    tokens, world = sum(lengths), ring.world
     if world == 1:
         return x
     fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in LAYOUTS}
     if lengths != fitting[layout]:
         raise MismatchError(_unfit(lengths, fitting, layout))
-    shard = Shard(dim, 1, tokens, layout, world, around.rank)
-    return show(x, Origin("of ringpass.sharded", around.calls, 0, shard, around))
+    shard = Shard(dim, 1, tokens, layout, world, ring.rank)
+    return show(x, Origin("of ringpass.sharded", ring.calls, 0, shard, ring))
 
 
 def _of_dtensor(x: DTensor) -> tuple[Tensor, int, str, DeviceMesh]:
     placements = x.placements
-    if len(placements) != 1 or not isinstance(placements[0], Placement):
+    if len(placements) != 1 or not isinstance(placements[0], DTensorShard):
         raise InputError(
             f"expected a DTensor that is sharded over a mesh of one dimension, got placements {list(placements)}: "
             "redistribute it to [Shard(dim)] over the ring's dimension of the mesh, or pass a whole tensor to the model"

@@ -111,13 +111,13 @@ class Runs(Emitter):
             rows, before, after = self._emit_bound(node.target, given), 0, (low + high) // step
         else:
             before, after = high, low
-        at = self._emit(ops.core, rows, *around, each, before, after)
+        at = self._emit(ops.interior_rows, rows, *around, each, before, after)
         return self._emit(aten.index_select.default, rows, dim, at, name=node.name)
 
     def _before(self, axis: Axis, place: Any) -> Any:
         """How many local tokens of `axis` stand before a place of its line, at which it is cut."""
         size, at = size_of(axis.tokens), sympy.expand(place - axis.offset)
-        ends = {cut: cut if cut >= 0 else size + cut for cut in (0, *axis.layout.cuts)}
+        ends = {cut: cut if cut >= 0 else size + cut for cut in (0, *axis.layout.split_points)}
         cut = next((cut for cut, end in ends.items() if same(end, at)), None)
         assert cut is not None or same(at, size), (axis, place)
         return self._compute(lambda s: axis.layout.before(self.rank.rank, s, cut), self._tokens(axis))

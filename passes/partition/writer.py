@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node, map_arg
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.layouts.layout import Layout
-from ringpass.layouts.reindex import of_places
+from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of, slice_of
 from ringpass.passes.capture.capture import Captured
@@ -325,7 +325,7 @@ class _Writer(Sums, Takes, Runs):
         rank, world, group = who
         assert plan.problem is not None
         layouts = plan.problem.query_layout, plan.problem.key_layout
-        names = [layout.dealing if self.plan.along_curve else layout.name for layout in layouts]
+        names = [layout.assignment if self.plan.along_curve else layout.name for layout in layouts]
         site = plan.placed if self.plan.along_curve else plan.site
         means = []
         for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
@@ -341,7 +341,7 @@ class _Writer(Sums, Takes, Runs):
         chosen = chosen_blocks(TRUE, leaf, self.plan.approximate)
         if not self.plan.along_curve:
             layouts = (("q", plan.problem.query_layout), ("k", plan.problem.key_layout))
-            chosen = of_places(chosen, {name: layout.order for name, layout in layouts if layout.order})
+            chosen = of_curve_positions(chosen, {name: layout.order for name, layout in layouts if layout.order})
         return call("and", plan.placed.mask, chosen)
 
     # --- operands ---------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class _Writer(Sums, Takes, Runs):
             return None
         *where, layout, world, rank = self._shard_args(node, own)
         args = *where, layout, axis.layout.name, world, rank, self.rank.group
-        return self._emit(ops.redeal, self.locals[node], *args, name=f"{node.name}_moved")
+        return self._emit(ops.redistribute, self.locals[node], *args, name=f"{node.name}_moved")
 
     def _own(self, node: Node, axis: Axis) -> Axis:
         """`axis`, or the axis of its line that `node` is on instead."""

@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import Layout, cut, few, following
+from ringpass.layouts.layout import Layout, few, following, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import hint_of, size_of
 from ringpass.passes.propagate.factors import Factor, Sweep
@@ -50,8 +50,8 @@ class Axis:
 
     def reaches_all(self, name: str) -> bool:
         """Whether each rank has tokens of it where the map `name` deals them out."""
-        dealt = self.layout.dealt(name)
-        return all(dealt.length(rank, self.hint) for rank in range(dealt.world))
+        candidate = self.layout.with_scheme(name)
+        return all(candidate.length(rank, self.hint) for rank in range(candidate.world))
 
     def __str__(self) -> str:
         return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"
@@ -144,7 +144,7 @@ def _cuts(run: Axis, runs: Sequence[Axis]) -> tuple[int, ...] | None:
 
 
 def _laid(run: Axis, cuts: tuple[int, ...], world: int) -> Axis:
-    return replace(run, layout=Layout(following(cut("contiguous", cuts), run.layout.order), world))
+    return replace(run, layout=Layout(following(split_at("contiguous", cuts), run.layout.order), world))
 
 
 def _hints(sweep: Sweep) -> dict[Any, int]:
@@ -158,7 +158,7 @@ def _agree(runs: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
     """Whether each token is on one rank in all runs, and no rank without tokens of a run: for every length."""
     for run in runs:
         if isinstance(run.tokens, torch.SymInt):  # what is between the cuts then has enough for each rank
-            cuts = (0, *run.layout.cuts)
+            cuts = (0, *run.layout.split_points)
             if run.tokens < 2 * world + max(cuts) - min(cuts):
                 return False
         if not all(map(run.reaches_all, CANDIDATES)):

@@ -73,7 +73,7 @@ TIMEOUT = 300.0  # seconds, where nobody says otherwise
 RINGS: dict[str, Ring] = {}
 
 
-def ring(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
+def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
     """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks.
 
     `timeout` None: the limit that it has.

@@ -20,7 +20,7 @@ from torch import Tensor
 from ringpass.comm.p2p import lost, process_group
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges
-from ringpass.layouts.redistribution import Moves, among, between
+from ringpass.layouts.redistribution import Redistribution, among, between
 from ringpass.masks.constants import Array
 from ringpass.precision import accumulator
 
@@ -32,18 +32,18 @@ class Shard:
     dim: int
     outer: Any
     tokens: Any
-    layout: str
+    layout_name: str
     world: int
     rank: int
 
     @property
-    def placement(self) -> Layout:
-        return Layout(self.layout, self.world)
+    def layout(self) -> Layout:
+        return Layout(self.layout_name, self.world)
 
     @property
     def length(self) -> Any:
         """L, the number of local tokens."""
-        return self.placement.length(self.rank, self.tokens)
+        return self.layout.length(self.rank, self.tokens)
 
     def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
         """`shape` with `old` tokens in the sequence dim replaced by `new`; where a rank has none, the dim is theirs."""
@@ -63,7 +63,7 @@ class Shard:
 
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`."""
-    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.layout.ranges(shard.rank, shard.tokens)]
     parts = parts or [shard.split(x, shard.tokens)[:, :0]]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
@@ -74,7 +74,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     if x.is_complex():
         return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
     ranks = range(shard.world)
-    lengths = [shard.placement.length(rank, shard.tokens) for rank in ranks]
+    lengths = [shard.layout.length(rank, shard.tokens) for rank in ranks]
     local = shard.split(x, shard.length)
     padded = local.new_zeros((local.shape[0], max(lengths), local.shape[2]))
     padded[:, : shard.length] = local
@@ -84,7 +84,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     flat = out.view(local.shape[0], shard.tokens, local.shape[2])
     for rank in ranks:
         offset = 0
-        for start, stop in shard.placement.ranges(rank, shard.tokens):
+        for start, stop in shard.layout.ranges(rank, shard.tokens):
             flat[:, start:stop] = everyone[rank, :, offset : offset + stop - start]
             offset += stop - start
     return out
@@ -92,12 +92,12 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     """The local tokens of the sum over ranks of the full-length `x`."""
-    longest = max(shard.placement.length(rank, shard.tokens) for rank in range(shard.world))
+    longest = max(shard.layout.length(rank, shard.tokens) for rank in range(shard.world))
     whole = shard.split(x, shard.tokens)
     padded = whole.new_zeros((shard.world, whole.shape[0], longest, whole.shape[2]))
     for rank in range(shard.world):
         offset = 0
-        for start, stop in shard.placement.ranges(rank, shard.tokens):
+        for start, stop in shard.layout.ranges(rank, shard.tokens):
             padded[rank, :, offset : offset + stop - start] = whole[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
@@ -140,10 +140,10 @@ def move_back(grad: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], ra
     return carry_back(grad, among(tuple(held), tuple(wanted), rank), group)
 
 
-def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
+def redistribute(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     """The local tokens in layout `other` of what `x` holds in that of `shard`."""
-    moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
-    rows = carry(shard.split(x, shard.length), moves, group)
+    plan = between(shard.layout_name, other, shard.world, shard.tokens, shard.rank)
+    rows = carry(shard.split(x, shard.length), plan, group)
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
 
 
@@ -203,33 +203,33 @@ class Around:
         return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._runs(rank)]
 
     def _runs(self, rank: int) -> Ranges:
-        return self.shard.placement.ranges(rank, self.shard.tokens)
+        return self.shard.layout.ranges(rank, self.shard.tokens)
 
 
-def carry(x: Tensor, moves: Moves, group: str) -> Tensor:
+def carry(x: Tensor, plan: Redistribution, group: str) -> Tensor:
     """(before, rows, after) with the rows that this rank wants."""
     rows = x.transpose(0, 1)
-    received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
-    found: Tensor = torch.cat([rows, received]).index_select(0, _index(moves.found, x)).transpose(0, 1)
+    received = _exchanged(rows.index_select(0, _index(plan.rows, x)), plan, False, group)
+    found: Tensor = torch.cat([rows, received]).index_select(0, _index(plan.found, x)).transpose(0, 1)
     return found.contiguous()
 
 
-def carry_back(grad: Tensor, moves: Moves, group: str) -> Tensor:
+def carry_back(grad: Tensor, plan: Redistribution, group: str) -> Tensor:
     """The transpose of `carry`, added in float32 (float64)."""
     summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
-    shape = moves.held + sum(moves.received), grad.shape[0], grad.shape[2]
+    shape = plan.held + sum(plan.received), grad.shape[0], grad.shape[2]
     rows: Tensor = grad.new_zeros(shape, dtype=summed)
-    rows.index_add_(0, _index(moves.found, grad), grad.transpose(0, 1).to(summed))
-    mine, theirs = rows[: moves.held], rows[moves.held :]
-    mine.index_add_(0, _index(moves.rows, grad), _exchanged(theirs, moves, True, group))
+    rows.index_add_(0, _index(plan.found, grad), grad.transpose(0, 1).to(summed))
+    mine, theirs = rows[: plan.held], rows[plan.held :]
+    mine.index_add_(0, _index(plan.rows, grad), _exchanged(theirs, plan, True, group))
     return mine.to(grad.dtype).transpose(0, 1).contiguous()
 
 
-def _exchanged(rows: Tensor, moves: Moves, back: bool, group: str) -> Tensor:
+def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Tensor:
     """What the other ranks send for `rows`: all in one message per pair, none where no two ranks exchange any."""
-    sent, received = (moves.received, moves.sent) if back else (moves.sent, moves.received)
+    sent, received = (plan.received, plan.sent) if back else (plan.sent, plan.received)
     out = rows.new_empty((sum(received), *rows.shape[1:]))
-    if not moves.idle:
+    if not plan.idle:
         parts = [torch.view_as_real(x) if x.is_complex() else x for x in (out, rows.contiguous())]
         run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
     return out

@@ -23,7 +23,7 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 
 @dataclass
-class Exchange:
+class PendingExchange:
     """An exchange under way.  Holds the sent buffer: it must stay alive until `wait`."""
 
     received: Tensor
@@ -41,7 +41,7 @@ class Exchange:
         self.sent = None
 
 
-def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> Exchange:
+def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> PendingExchange:
     """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements of its dtype from `src`.
 
     None: nothing to send, nothing to receive.
@@ -54,7 +54,7 @@ def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, 
     if src is not None:
         ops.append(dist.P2POp(dist.irecv, received, group=pg, tag=tag, group_peer=src))
     try:
-        return Exchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
+        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
     except RuntimeError as error:
         raise lost((dst, src), error) from error
 

@@ -37,7 +37,7 @@ def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) ->
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)
 
 
-def cut(x: Tensor, span: tuple[int, int]) -> Tensor:
+def row_slice(x: Tensor, span: tuple[int, int]) -> Tensor:
     """Rows `span` (dim 2) of `x`."""
     return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])
 
@@ -49,11 +49,11 @@ def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
     """
     start, stop = span
     if count == 1:
-        return cut(x, span)
+        return row_slice(x, span)
     if shift == 0:
-        every = cut(x, span).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
+        every = row_slice(x, span).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
     else:
-        every = cut(x, (start, stop + (count - 1) * shift)).unfold(2, stop - start, shift).transpose(1, 2)
+        every = row_slice(x, (start, stop + (count - 1) * shift)).unfold(2, stop - start, shift).transpose(1, 2)
         every = every.transpose(3, 4) if x.ndim == 4 else every
     return every.flatten(0, 1)
 

@@ -44,7 +44,7 @@ HALF = torch.float16, torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelSpec:
     """What a kernel is chosen for.  `takes`: what may act on the scores, beside the scale; `needs`: what must."""
 
     kernel: str
@@ -61,12 +61,12 @@ class Row:
 
 MASKED = frozenset({"causal", "mask", "bias"})
 TABLE = (
-    Row("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
-    Row("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
-    Row("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
-    Row("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
-    Row("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
-    Row("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
+    KernelSpec("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
+    KernelSpec("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
+    KernelSpec("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
+    KernelSpec("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
+    KernelSpec("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
+    KernelSpec("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
 )
 """In order of preference; `plain` takes the rest."""
 
@@ -88,14 +88,14 @@ def choose(
         "score": args.score is not None,
     }
     present = {name for name, acts in acting.items() if acts}
-    for row in TABLE:
-        served = device.type == row.device and dtype in row.dtypes and row.needs <= present <= row.takes
-        values = row.wide_values or head_widths[0] == head_widths[1]
-        width = row.widths[0] <= min(head_widths) and max(head_widths) <= row.widths[1]
-        long = row.long_causal or not args.causal or lengths[0] == lengths[1]
-        whole = all(n % row.block == 0 for n in lengths)
-        if served and values and width and long and whole and kernels_cuda.capability(device) >= row.since:
-            return row.kernel
+    for spec in TABLE:
+        served = device.type == spec.device and dtype in spec.dtypes and spec.needs <= present <= spec.takes
+        values = spec.wide_values or head_widths[0] == head_widths[1]
+        width = spec.widths[0] <= min(head_widths) and max(head_widths) <= spec.widths[1]
+        long = spec.long_causal or not args.causal or lengths[0] == lengths[1]
+        whole = all(n % spec.block == 0 for n in lengths)
+        if served and values and width and long and whole and kernels_cuda.capability(device) >= spec.since:
+            return spec.kernel
     return "plain"
 
 

@@ -5,7 +5,7 @@
     >>> order = Order((2, 3), prefix=1)
     >>> str(order), order.tokens                       # a CLS token stays in front of the grid
     ('hilbert 2x3 after 1', 7)
-    >>> order.known.values
+    >>> order.permutation.values
     array([0, 1, 2, 4, 5, 6, 3])
 
 The curve starts in a corner.  A box that is long in one direction is cut across it; else its parts are those of
@@ -26,7 +26,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringpass.masks.constants import Array, Known
+from ringpass.masks.constants import Array, ConstantArray
 
 NAME = re.compile(r"hilbert (\d+(?:x\d+)+)(?: after (\d+))?")
 
@@ -55,20 +55,20 @@ class Order:
         return self.prefix + math.prod(self.sizes)
 
     @property
-    def known(self) -> Known:
+    def permutation(self) -> ConstantArray:
         """The token at each place along the curve."""
-        return _known(self)[0]
+        return _permutations(self)[0]
 
     @property
-    def inverse(self) -> Known:
+    def inverse(self) -> ConstantArray:
         """The place of each token."""
-        return _known(self)[1]
+        return _permutations(self)[1]
 
 
 @lru_cache(maxsize=16)
-def _known(order: Order) -> tuple[Known, Known]:
+def _permutations(order: Order) -> tuple[ConstantArray, ConstantArray]:
     places = np.concatenate([np.arange(order.prefix), order.prefix + curve(order.sizes)])
-    return Known(places), Known(np.argsort(places))
+    return ConstantArray(places), ConstantArray(np.argsort(places))
 
 
 def curve(sizes: tuple[int, ...]) -> Array:

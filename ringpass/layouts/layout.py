@@ -38,7 +38,7 @@ from typing import Any
 
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.ranges import Ranges, size
-from ringpass.layouts.strided import Residue
+from ringpass.layouts.strided import StridedSegments
 
 NAMES = ("contiguous", "zigzag", "striped", "replicated")
 STRIPES = 8  # chunks of each rank in the striped layout
@@ -54,22 +54,22 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.map in (*NAMES, CHUNKED) or self.map.startswith(ASSIGNED), self.name
+        assert self.scheme in (*NAMES, CHUNKED) or self.scheme.startswith(ASSIGNED), self.name
 
     @property
-    def dealing(self) -> str:
+    def assignment(self) -> str:
         """The name without the order and the residue class: how places are dealt out."""
         return self.name.partition(EVERY)[0].partition(ALONG)[0]
 
     @property
-    def map(self) -> str:
+    def scheme(self) -> str:
         """How each piece is dealt out."""
-        return self.dealing.partition(CUT)[0]
+        return self.assignment.partition(CUT)[0]
 
     @property
-    def cuts(self) -> tuple[int, ...]:
+    def split_points(self) -> tuple[int, ...]:
         """Between which tokens the sequence is in pieces, ascending; counted from the end where they are negative."""
-        text = self.dealing.partition(CUT)[2]
+        text = self.assignment.partition(CUT)[2]
         return tuple(int(n) for n in text.split(",")) if text else ()
 
     @property
@@ -84,35 +84,35 @@ class Layout:
         return replace(self, name=self.name.partition(EVERY)[0])
 
     @property
-    def residue(self) -> Residue | None:
+    def strided(self) -> StridedSegments | None:
         """The tokens that count; None: all."""
         text = self.name.partition(EVERY)[2]
-        return Residue.parse(text) if text else None
+        return StridedSegments.parse(text) if text else None
 
     @property
     def replicated(self) -> bool:
-        return self.map == "replicated"
+        return self.scheme == "replicated"
 
     @property
     def chunks(self) -> int:
-        if self.map.startswith(ASSIGNED):
-            return len(_owners(self.map))
+        if self.scheme.startswith(ASSIGNED):
+            return len(_owners(self.scheme))
         per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES, CHUNKED: 1}
-        return 1 if self.replicated else per_rank[self.map] * self.world
+        return 1 if self.replicated else per_rank[self.scheme] * self.world
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The chunks that `rank` holds, ascending."""
-        if self.map == "zigzag":
+        if self.scheme == "zigzag":
             return (rank, 2 * self.world - 1 - rank)
-        if self.map == "striped":
+        if self.scheme == "striped":
             return tuple(range(rank, self.chunks, self.world))
-        if self.map.startswith(ASSIGNED):
-            return tuple(chunk for chunk, owner in enumerate(_owners(self.map)) if owner == rank)
+        if self.scheme.startswith(ASSIGNED):
+            return tuple(chunk for chunk, owner in enumerate(_owners(self.scheme)) if owner == rank)
         return (0,) if self.replicated else (rank,)
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
-        if self.map == CHUNKED:
+        if self.scheme == CHUNKED:
             return size(self.ranges(rank, tokens))
         return tokens if self.replicated else self.before(rank, tokens, None)
 
@@ -120,19 +120,19 @@ class Layout:
         """Number of local tokens before a cut, 0 for the first token; None: of all."""
         if cut == 0:
             return 0
-        ends = [*self.cuts, None]
+        ends = [*self.split_points, None]
         assert cut in ends, (cut, self.name)
         sizes = [self._share(rank, size, owner) for size, owner in self._pieces(tokens)[: ends.index(cut) + 1]]
         return reduce(operator.add, sizes)
 
     def _pieces(self, tokens: Any) -> list[tuple[Any, int | None]]:
         """(size, the rank that holds all of it, or None) of each piece."""
-        if not self.cuts:
+        if not self.split_points:
             return [(tokens, None)]
-        starts = [0, *(c if c >= 0 else tokens + c for c in self.cuts), tokens]
-        ends: list[Any] = [0, *self.cuts, None]
+        starts = [0, *(c if c >= 0 else tokens + c for c in self.split_points), tokens]
+        ends: list[Any] = [0, *self.split_points, None]
         small = [_is_small(a, b, few(self.world)) for a, b in pairwise(ends)]
-        first, last = (_owner(self.map, self.world, chunk) for chunk in (0, self.chunks - 1))
+        first, last = (_owner(self.scheme, self.world, chunk) for chunk in (0, self.chunks - 1))
         owners = [None if not alone else first if all(small[:i]) else last for i, alone in enumerate(small)]
         return [(b - a, owner) for (a, b), owner in zip(pairwise(starts), owners, strict=True)]
 
@@ -145,10 +145,10 @@ class Layout:
 
     def ranges(self, rank: int, tokens: int) -> Ranges:
         """Token ranges of `rank` in ascending order; neighbouring and empty ones are joined."""
-        if self.residue:
-            assert tokens == self.residue.length, (tokens, self.residue)
-            whole = self.whole.ranges(rank, self.residue.tokens)
-            found = [(self.residue.before(a), self.residue.before(b)) for a, b in whole]
+        if self.strided:
+            assert tokens == self.strided.length, (tokens, self.strided)
+            whole = self.whole.ranges(rank, self.strided.tokens)
+            found = [(self.strided.before(a), self.strided.before(b)) for a, b in whole]
             return tuple((a, b) for a, b in found if a < b)
         out: list[tuple[int, int]] = []
         for start, stop in self.spans(rank, tokens):
@@ -170,7 +170,7 @@ class Layout:
             offset += length
 
     def _start(self, chunk: int, tokens: int) -> int:
-        if self.map == CHUNKED:
+        if self.scheme == CHUNKED:
             return min(chunk * -(-tokens // self.chunks), tokens)
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
@@ -184,9 +184,9 @@ class Layout:
                 owners.add(owner)
         return owners.pop() if len(owners) == 1 else None
 
-    def dealt(self, name: str) -> Layout:
+    def with_scheme(self, name: str) -> Layout:
         """The same cuts, order and residue class, with another map."""
-        return replace(self, name=name + self.name.removeprefix(self.map))
+        return replace(self, name=name + self.name.removeprefix(self.scheme))
 
 
 def few(world: int) -> int:
@@ -208,9 +208,9 @@ def assigned(owners: Sequence[int]) -> str:
     return ASSIGNED + ",".join(map(str, owners))
 
 
-def cut(name: str, cuts: Sequence[int]) -> str:
+def split_at(name: str, points: Sequence[int]) -> str:
     """The layout `name`, each piece from cut to cut by itself."""
-    return f"{name}{CUT}{','.join(map(str, cuts))}" if cuts else name
+    return f"{name}{CUT}{','.join(map(str, points))}" if points else name
 
 
 def following(name: str, order: Order | None) -> str:
@@ -218,9 +218,9 @@ def following(name: str, order: Order | None) -> str:
     return f"{name}{ALONG}{order}" if order else name
 
 
-def sieved(name: str, residue: Residue | None) -> str:
-    """The layout `name` of the tokens in `residue` alone."""
-    return f"{name}{EVERY}{residue}" if residue else name
+def restricted(name: str, strided: StridedSegments | None) -> str:
+    """The layout `name` of the tokens in `strided` alone."""
+    return f"{name}{EVERY}{strided}" if strided else name
 
 
 @lru_cache(maxsize=256)

@@ -1,11 +1,11 @@
 """Residue classes of tokens within segments: plain arithmetic, no tensors.
 
-    >>> every_other = Residue(tokens=10, segment=4, rate=2, offset=1)
+    >>> every_other = StridedSegments(tokens=10, segment=4, rate=2, offset=1)
     >>> every_other.spans((0, every_other.length))              # tokens 1, 3, 5, 7, 9
     [(1, 11, 2)]
     >>> every_other.before(5)
     2
-    >>> Residue.parse(str(every_other)) == every_other
+    >>> StridedSegments.parse(str(every_other)) == every_other
     True
 
 Of each segment of w tokens, every r-th from o on: n = ceil((w - o) / r) of them.  Counted 0, 1, 2 .. they are rows of
@@ -20,11 +20,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Spans = tuple[tuple[int, int, int], ...]  # (start, stop, step) of each
+StridedRanges = tuple[tuple[int, int, int], ...]  # (start, stop, step) of each
 
 
 @dataclass(frozen=True)
-class Residue:
+class StridedSegments:
     """Every `rate`-th token from `offset` on, of each `segment` (at most all) of `tokens` tokens."""
 
     tokens: int
@@ -77,13 +77,13 @@ class Residue:
         return f"{self.rate}/{self.offset} of {self.segment} of {self.tokens}"
 
     @staticmethod
-    def parse(text: str) -> Residue:
+    def parse(text: str) -> StridedSegments:
         """The class that `str` wrote."""
         return _parsed(text)
 
 
 @lru_cache(maxsize=1024)
-def _parsed(text: str) -> Residue:
+def _parsed(text: str) -> StridedSegments:
     every, segment, tokens = text.split(" of ")
     rate, offset = every.split("/")
-    return Residue(int(tokens), int(segment), int(rate), int(offset))
+    return StridedSegments(int(tokens), int(segment), int(rate), int(offset))

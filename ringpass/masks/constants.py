@@ -1,6 +1,6 @@
 """Arrays that every rank holds when a schedule is made: document ids, block lists, padding masks of this call.
 
-    >>> ids = Known(np.array([0, 0, 0, 1, 1]))
+    >>> ids = ConstantArray(np.array([0, 0, 0, 1, 1]))
     >>> ids.bounds([(np.array([0, 2]), np.array([2, 3]))])        # of elements 0..2, and of elements 2..3
     (array([0., 0.]), array([0., 1.]))
 
@@ -35,7 +35,7 @@ def outward(low: Any, high: Any) -> Interval:
     return np.where(large[0], np.nextafter(low, -np.inf), low), np.where(large[1], np.nextafter(high, np.inf), high)
 
 
-class Known:
+class ConstantArray:
     """A constant array of bools or integers; equal to any other of the same contents, by their digest."""
 
     def __init__(self, values: Any) -> None:
@@ -48,7 +48,7 @@ class Known:
         self._tensors: dict[torch.device, Tensor] = {}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Known) and self.digest == other.digest
+        return isinstance(other, ConstantArray) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS
 
 
@@ -72,7 +72,7 @@ class Load(Expr):
 class Table(Expr):
     """Element `indices` of a known array."""
 
-    known: Known
+    array: ConstantArray
     indices: tuple[Expr, ...]
 
 
@@ -122,21 +122,21 @@ CAUSAL = call("le", K, Q)
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-TABLES: dict[str, Known] = {}
+TABLES: dict[str, ConstantArray] = {}
 """The arrays of patterns by digest, which is how a text names them; kept for the life of the process."""
 
 
 def table(values: Any, *indices: Expr) -> Table:
     """A table that a text may name."""
-    known = Known(values)
-    return Table(TABLES.setdefault(known.digest, known), indices)
+    array = ConstantArray(values)
+    return Table(TABLES.setdefault(array.digest, array), indices)
 
 
 def _text(e: Expr, outer: int) -> str:
     if isinstance(e, Index):
         return e.name
     if isinstance(e, Table):
-        return f"t{e.known.digest}[{', '.join(_text(i, 0) for i in e.indices)}]"
+        return f"t{e.array.digest}[{', '.join(_text(i, 0) for i in e.indices)}]"
     if isinstance(e, Const):
         return f"float('{e.value}')" if isinstance(e.value, float) and not math.isfinite(e.value) else repr(e.value)
     if isinstance(e, Load):

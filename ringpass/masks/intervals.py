@@ -28,7 +28,7 @@ from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS,
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
 Box = dict[str, Interval]  # closed intervals
-Spans = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
+IntervalArrays = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
     if isinstance(expr, Load):
         return UNKNOWN
     if isinstance(expr, Table):
-        return expr.known.bounds([bounds(i, box) for i in expr.indices])
+        return expr.array.bounds([bounds(i, box) for i in expr.indices])
     assert isinstance(expr, Call)
     if expr.op == "cast":
         inner = bounds(expr.args[0], box)
@@ -81,7 +81,7 @@ def _range(expr: Expr) -> tuple[float, float]:
 def _integers(expr: Expr) -> np.dtype[Any]:
     """The dtype of an integer expression: numbers written in it take that of the tensors."""
     if isinstance(expr, Table):
-        return expr.known.values.dtype
+        return expr.array.values.dtype
     if isinstance(expr, Call) and expr.op == "cast":
         return np.dtype(expr.args[1].name)  # type: ignore[attr-defined]
     if isinstance(expr, Call) and kind_of(expr) == "int":
@@ -106,7 +106,7 @@ def kind_of(expr: Expr) -> str:
         kinds = [kind_of(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
     if isinstance(expr, Table):
-        return "bool" if expr.known.values.dtype == bool else "int"
+        return "bool" if expr.array.values.dtype == bool else "int"
     return "int" if isinstance(expr, Index) and expr != SCORE else "float"
 
 
@@ -139,7 +139,7 @@ def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str
     return KINDS[int(classify_all(expr, q, k)[0])]
 
 
-def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
+def classify_all(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> NDArray[Any]:
     """`classify` of many tiles at once, as indices into KINDS: tile i is q[0][i]:q[1][i] x k[0][i]:k[1][i]."""
     box = {"q": (q[0].astype(float), q[1] - 1.0), "k": (k[0].astype(float), k[1] - 1.0)}
     full = empty = np.asarray(True)
@@ -151,7 +151,7 @@ def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
 
 def extents(expr: Expr) -> dict[str, int]:
     """How many batch elements and heads the tables of `expr` tell apart, by the name of the index: b, h."""
-    pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.known.shape, strict=True)]
+    pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.array.shape, strict=True)]
     return {i.name: n for i, n in pairs if isinstance(i, Index) and i in (B, H) and n > 1}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Load, Table, call, rebuilt
 from ringpass.masks.intervals import kind_of
 
@@ -55,28 +55,28 @@ def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
     return replace_loads(expr, lambda leaf, indices: Load(numbers[leaf], indices))
 
 
-def bind(expr: Expr, values: Mapping[int, Known]) -> Expr:
+def bind(expr: Expr, values: Mapping[int, ConstantArray]) -> Expr:
     """`expr` with the leaves whose values are known turned into tables.
 
     >>> from ringpass.masks.expr import parse
     >>> from ringpass.masks.intervals import classify
-    >>> print(classify(bind(parse("x0[k]"), {0: Known([True, True, False])}), (0, 3), (0, 2)))
+    >>> print(classify(bind(parse("x0[k]"), {0: ConstantArray([True, True, False])}), (0, 3), (0, 2)))
     full
     """
     return replace_loads(expr, lambda i, indices: gathered(values[i], indices) if i in values else Load(i, indices))
 
 
-def gathered(known: Known, indices: tuple[Expr, ...]) -> Table:
-    """Element `indices` of `known`; where one index alone reads a table of its own, read once: bounds then are exact.
+def gathered(array: ConstantArray, indices: tuple[Expr, ...]) -> Table:
+    """Element `indices` of `array`; where one index alone reads a table of its own, read once: bounds then are exact.
 
     >>> from ringpass.masks.expr import Q
-    >>> gathered(Known([5, 6, 7]), (Table(Known([2, 0]), (Q,)),)).known.values
+    >>> gathered(ConstantArray([5, 6, 7]), (Table(ConstantArray([2, 0]), (Q,)),)).array.values
     array([7, 5])
     """
     varying = [dim for dim, i in enumerate(indices) if i not in (B, H) and not isinstance(i, Const)]
     inner = indices[varying[0]] if len(varying) == 1 else None
-    if not isinstance(inner, Table) or inner.known.values.ndim != 1:
-        return Table(known, indices)
+    if not isinstance(inner, Table) or inner.array.values.ndim != 1:
+        return Table(array, indices)
     dim = varying[0]
-    values = Known(known.values.take(inner.known.values, dim))
+    values = ConstantArray(array.values.take(inner.array.values, dim))
     return Table(values, (*indices[:dim], *inner.indices, *indices[dim + 1 :]))

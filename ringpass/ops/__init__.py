@@ -6,11 +6,11 @@ value has the cotangent of its own tokens.*  Each operator's autograd formula ke
     operator         forward                                   backward
     shard            take the own tokens                       all-gather
     gather           all-gather, in original order             take the own tokens
-    redeal           from the own tokens in one layout to those in another     back
+    redistribute           from the own tokens in one layout to those in another     back
     permute          all tokens in the order of a curve        the inverse
     reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
     halo             the own tokens, run by run, with those around them   their sum, where they are held
-    core             the local row of each own token, where each run has rows around it   none
+    interior_rows             the local row of each own token, where each run has rows around it   none
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys     ring_attention_backward
@@ -36,18 +36,19 @@ from ringpass.ops.attention import (
     ring_attention_body,
     site_of,
 )
-from ringpass.ops.boundary import gather, permute, redeal, reduce, reduce_list, reduce_scatter, replicate, shard
-from ringpass.ops.halos import core, halo, halo_backward
+from ringpass.ops.boundary import gather, permute, redistribute, reduce, reduce_list, reduce_scatter, replicate, shard
+from ringpass.ops.halos import halo, halo_backward, interior_rows
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
 
 __all__ = [
-    "COMMUNICATING", "block_means", "choose_blocks", "core", "dropout", "gather", "halo", "halo_backward", "keep",
-    "locate", "permute", "redeal", "reduce", "reduce_list", "reduce_scatter", "replicate", "ring_attention",
-    "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "shard", "site_of",
+    "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "interior_rows",
+    "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter", "replicate",
+    "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "shard",
+    "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
-    shard, gather, redeal, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
+    shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
     ring_attention, ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""

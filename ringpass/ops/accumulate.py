@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass.kernels.blocks import cut, empty_rows, join_rows
+from ringpass.kernels.blocks import empty_rows, join_rows, row_slice
 from ringpass.kernels.tile import merge_by_lse
 from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
@@ -35,7 +35,7 @@ def label(text: str) -> Iterator[None]:
         node.meta.setdefault(LABEL, text)
 
 
-class Rows:
+class RowAccumulator:
     """Running values of a block of `length` rows.  A value is a tuple of tensors with the rows in dim 2."""
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
@@ -47,12 +47,12 @@ class Rows:
         raise NotImplementedError
 
 
-def running(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> Rows:
+def row_accumulator(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> RowAccumulator:
     """Rows to fold values of `spans()` into, which are asked for where the loop is traced."""
-    return _Written(length) if get_proxy_mode() is None else _Traced(length, spans())
+    return _InPlace(length) if get_proxy_mode() is None else _Traced(length, spans())
 
 
-class _Written(Rows):
+class _InPlace(RowAccumulator):
     """Where the loop runs: one tensor of all rows, written in place."""
 
     def __init__(self, length: int) -> None:
@@ -68,8 +68,8 @@ class _Written(Rows):
             self.whole = self.whole or tuple(empty_rows(x, self.length) for x in new)
             first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
             for i, piece in enumerate(pairwise([start, *self.edges[first:last], stop]), first):
-                part = tuple(cut(x, (piece[0] - start, piece[1] - start)) for x in new)
-                old = tuple(cut(x, piece) for x in self.whole)
+                part = tuple(row_slice(x, (piece[0] - start, piece[1] - start)) for x in new)
+                old = tuple(row_slice(x, piece) for x in self.whole)
                 if i % 2:
                     combine(old, part)
                 else:
@@ -82,7 +82,7 @@ class _Written(Rows):
             return missing(self.length)
         for start, stop in zip([0, *self.edges[1::2]], [*self.edges[::2], self.length], strict=True):
             if start < stop:
-                _copy(tuple(cut(x, (start, stop)) for x in self.whole), missing(stop - start))
+                _copy(tuple(row_slice(x, (start, stop)) for x in self.whole), missing(stop - start))
         return self.whole
 
 
@@ -91,7 +91,7 @@ def _copy(into: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
         old.copy_(new)
 
 
-class _Traced(Rows):
+class _Traced(RowAccumulator):
     """Where the loop is traced: a tensor of its own for each piece between edges of spans; none is written."""
 
     def __init__(self, length: int, spans: Iterable[tuple[int, int]]) -> None:
@@ -103,7 +103,7 @@ class _Traced(Rows):
         inside = self.pieces[bisect_left(self.starts, span[0]) : bisect_left(self.starts, span[1])]
         for piece in inside:
             with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
-                part = tuple(cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
+                part = tuple(row_slice(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
                 self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -126,9 +126,9 @@ def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(a + b for a, b in zip(old, new, strict=True))
 
 
-def fold_runs(into: Rows, runs: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
+def fold_runs(into: RowAccumulator, runs: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
     """Adds `grads`, whose rows are those `runs` of `into` one after the other."""
     offset = 0
     for start, stop in runs:
-        into.fold((start, stop), tuple(cut(x, (offset, offset + stop - start)) for x in grads), add, text)
+        into.fold((start, stop), tuple(row_slice(x, (offset, offset + stop - start)) for x in grads), add, text)
         offset += stop - start

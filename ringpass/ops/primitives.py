@@ -81,7 +81,7 @@ def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
 
 implement("pack", pack_body, _fake_pack)
 
-_under_way: dict[int, p2p.Exchange] = {}
+_under_way: dict[int, p2p.PendingExchange] = {}
 
 
 def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
@@ -191,15 +191,22 @@ def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[i
     return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
 
 
-def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
-    """`coins`: expressions of the head, the query and the key whose coin is tossed."""
+def _keep_tile(seed: Tensor, stream: int, p: float, dropout_indices: str, *spans: Any) -> Tensor:
+    """`dropout_indices`: expressions of the head, the query and the key whose coin is tossed."""
     where = indices(seed.device, *spans)
-    at = [evaluate(parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    at = [evaluate(parse(text), where, []).reshape(-1) for text in dropout_indices.split("; ")]
     return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
 def _fake_keep_tile(
-    seed: Tensor, stream: int, p: float, coins: str, batch: int, heads: int, queries: list[int], keys: list[int]
+    seed: Tensor,
+    stream: int,
+    p: float,
+    dropout_indices: str,
+    batch: int,
+    heads: int,
+    queries: list[int],
+    keys: list[int],
 ) -> Tensor:
     lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
     return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.kernels.blocks import cut, join_rows, stacked, unstacked
+from ringpass.kernels.blocks import join_rows, row_slice, stacked, unstacked
 from ringpass.layouts.ranges import Ranges, tokens
 from ringpass.masks.intervals import PARTIAL
 from ringpass.ops import primitives
-from ringpass.ops.accumulate import Rows, add, label, merge, running
-from ringpass.ops.row_ops import Place, added, merged, taken
+from ringpass.ops.accumulate import RowAccumulator, add, label, merge, row_accumulator
+from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import transport
 from ringpass.precision import accumulator
-from ringpass.schedule.launches import STACK, Call, calls
+from ringpass.schedule.launches import STACK, Launch, launches
 from ringpass.schedule.messages import rows_of, tokens_of
 from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
@@ -48,22 +48,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
-    queries = [_queries(lane, q) for lane in keys.lanes]
-    states = [running(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
+    queries = [_queries(group_site, q) for group_site in keys.sites]
+    states = [row_accumulator(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
-    for served, flying in keys.blocks():
+    for served, in_flight in keys.blocks():
         for i, step, (k_block, v_block) in served:
-            lane, own_q = keys.lanes[i], queries[i]
-            for call in _calls(lane, step.tiles, own_q):
-                name = _name(lane, step, call)
-                args = _tile_args(lane, step, call, own_q, leaves, seed, flying)
+            group_site, own_q = keys.sites[i], queries[i]
+            for launch in _launches(group_site, step.tiles, own_q):
+                name = _name(group_site, step, launch)
+                args = _tile_args(group_site, step, launch, own_q, leaves, seed, in_flight)
                 with label(f"attention_{name}"):
-                    out, lse = op(_rows(own_q, call), *(_keys(x, call) for x in (k_block, v_block)), *args)
-                    found = tuple(unstacked(x, call.count) for x in (out.to(dtype), lse))
-                states[i].fold(call.q, found, merge, f"merge_{name}")
+                    out, lse = op(_rows(own_q, launch), *(_keys(x, launch) for x in (k_block, v_block)), *args)
+                    found = tuple(unstacked(x, launch.count) for x in (out.to(dtype), lse))
+                states[i].fold(launch.q, found, merge, f"merge_{name}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
-        out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
+        out, lse = _merged(keys.sites, joined, q) if site.dilation else joined[0]
     if site.sink:
         out, lse = _with_sink(site, out, lse, leaves)
     return out.to(q.dtype), lse
@@ -83,14 +83,14 @@ def backward(
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
     keys = transport(site, q, k, v)
     sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
-    own: list[Rows] = []
+    own: list[RowAccumulator] = []
     local: Served = []
-    for served, flying in keys.blocks():
-        beside = [*flying, *keys.returning]
+    for served, in_flight in keys.blocks():
+        beside = [*in_flight, *keys.returning]
         if local:
             keys.give_back(served, [sums.of(block, beside) for block in served], own)
             continue
-        local, own = served, [running(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
+        local, own = served, [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
         for block, dkv in zip(local, own, strict=True):
             sums.add(block, sums.halves[block[0]][0], beside, dkv)
     for block, dkv in zip(local, own, strict=True):
@@ -100,7 +100,7 @@ def backward(
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
         dk, dv = keys.collect(own)
-        dq = _dq(site, keys.lanes, sums.dqs, q)
+        dq = _dq(site, keys.sites, sums.dqs, q)
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
@@ -114,128 +114,128 @@ class _Gradients:
         self.keys, self.leaves, self.seed = keys, leaves, seed
         self.dtype = accumulator(mine[1].dtype)
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
-        self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
-        self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
-        self.dqs = [running(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
+        self.ours = [[_queries(group_site, x) for x in mine] for group_site in keys.sites]  # grad, q, out, lse
+        self.halves = [self._halves(i) for i in range(len(keys.sites))]  # the own tiles: first ones, last ones
+        self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
-    def _halves(self, number: int) -> tuple[list[Call], list[Call]]:
-        lane, tiles = self.keys.lanes[number], self.keys.steps(number)[0].tiles
+    def _halves(self, index: int) -> tuple[list[Launch], list[Launch]]:
+        group_site, tiles = self.keys.sites[index], self.keys.steps(index)[0].tiles
         first, last = divided(tiles) if self.keys.remote else (tiles, ())
-        return _calls(lane, first, self.ours[number][1]), _calls(lane, last, self.ours[number][1])
+        return _launches(group_site, first, self.ours[index][1]), _launches(group_site, last, self.ours[index][1])
 
-    def _spans(self, number: int) -> list[tuple[int, int]]:
+    def _spans(self, index: int) -> list[tuple[int, int]]:
         """Where sums of gradients of a lane's queries begin and end."""
-        own = [call.q for half in self.halves[number] for call in half]
-        return [*own, *_query_spans(self.keys, number, self.ours[number][1], first=1)]
+        own = [launch.q for half in self.halves[index] for launch in half]
+        return [*own, *_query_spans(self.keys, index, self.ours[index][1], first=1)]
 
-    def local_spans(self, number: int) -> list[tuple[int, int]]:
+    def local_spans(self, index: int) -> list[tuple[int, int]]:
         """Where sums of gradients of the own keys begin and end."""
-        return [*_key_spans(call for half in self.halves[number] for call in half), *self.keys.returned_rows]
+        return [*_key_spans(launch for half in self.halves[index] for launch in half), *self.keys.returned_rows]
 
-    def of(self, block: Block, flying: list[Tensor]) -> tuple[Tensor, ...]:
+    def of(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
         """dK and dV of a block that came."""
         i, step, (k, v) = block
-        found = _calls(self.keys.lanes[i], step.tiles, self.ours[i][1])
-        dkv = running(k.shape[2], partial(_key_spans, found))
-        self.add(block, found, flying, dkv)
+        found = _launches(self.keys.sites[i], step.tiles, self.ours[i][1])
+        dkv = row_accumulator(k.shape[2], partial(_key_spans, found))
+        self.add(block, found, in_flight, dkv)
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
-    def add(self, block: Block, some: Sequence[Call], flying: list[Tensor], dkv: Rows) -> None:
+    def add(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
         """Adds what `some` calls of a block give; its share of dK and dV to `dkv`."""
         i, step, blocks = block
-        lane, ours = self.keys.lanes[i], self.ours[i]
-        for call in some:
-            name = _name(lane, step, call)
-            args = _tile_args(lane, step, call, ours[1], self.leaves, self.seed, flying)
+        group_site, ours = self.keys.sites[i], self.ours[i]
+        for launch in some:
+            name = _name(group_site, step, launch)
+            args = _tile_args(group_site, step, launch, ours[1], self.leaves, self.seed, in_flight)
             with label(f"attention_backward_{name}"):
-                mine, theirs = [_rows(x, call) for x in ours], [_keys(x, call) for x in blocks]
+                mine, theirs = [_rows(x, launch) for x in ours], [_keys(x, launch) for x in blocks]
                 dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
-                dq = unstacked(dq, call.count)
-            self.dqs[i].fold(call.q, (dq,), add, f"add_gradients_{name}")
-            _fold_keys(dkv, call, (dk, dv), f"add_gradients_{name}")
+                dq = unstacked(dq, launch.count)
+            self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
+            _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
             if others:
-                self.dleaves = _add_leaf_grads(lane, step, call, ours[1], self.leaves, others, self.dleaves)
+                self.dleaves = _add_leaf_grads(group_site, step, launch, ours[1], self.leaves, others, self.dleaves)
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
+def _launches(group_site: Site, tiles: Sequence[Tile], q: Tensor) -> list[Launch]:
     """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
-    if lane.problem.cut_all:
-        return calls(tiles, lane.tile, stack=0)
-    return calls(tiles, stack=0 if _depends_on_tokens(lane) else STACK // max(1, q.shape[0]))
+    if group_site.problem.cut_all:
+        return launches(tiles, group_site.tile, stack=0)
+    return launches(tiles, stack=0 if _depends_on_tokens(group_site) else STACK // max(1, q.shape[0]))
 
 
-def _rows(x: Tensor, call: Call) -> Tensor:
+def _rows(x: Tensor, launch: Launch) -> Tensor:
     """The query rows of a call."""
-    return stacked(x, call.tiles[0].q, call.rows, call.count)
+    return stacked(x, launch.tiles[0].q, launch.rows, launch.count)
 
 
-def _keys(block: Tensor, call: Call) -> Tensor:
+def _keys(block: Tensor, launch: Launch) -> Tensor:
     """The key rows of a call."""
-    parts = [stacked(block, tile.k, by, call.count) for tile, by in zip(call.tiles, call.shifts, strict=True)]
+    parts = [stacked(block, tile.k, by, launch.count) for tile, by in zip(launch.tiles, launch.shifts, strict=True)]
     return parts[0] if len(parts) == 1 else join_rows(parts)
 
 
-def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> None:
+def _fold_keys(into: RowAccumulator, launch: Launch, grads: tuple[Tensor, ...], text: str) -> None:
     """Adds `grads` of the key rows of a call to those of the block."""
     offset = 0
-    for tile, by, spans in zip(call.tiles, call.shifts, call.k, strict=True):
+    for tile, by, spans in zip(launch.tiles, launch.shifts, launch.k, strict=True):
         length = tile.k[1] - tile.k[0]
-        part = tuple(cut(x, (offset, offset + length)) for x in grads)
+        part = tuple(row_slice(x, (offset, offset + length)) for x in grads)
         offset += length
         if len(spans) > 1:  # apart, or overlapping
-            for span, *values in zip(spans, *(_each(x, call).unbind(1) for x in part), strict=True):
+            for span, *values in zip(spans, *(_each(x, launch).unbind(1) for x in part), strict=True):
                 into.fold(span, tuple(values), add, text)
-        elif by or call.count == 1:
-            into.fold(spans[0], tuple(unstacked(x, call.count) for x in part), add, text)
+        elif by or launch.count == 1:
+            into.fold(spans[0], tuple(unstacked(x, launch.count) for x in part), add, text)
         else:
-            into.fold(spans[0], tuple(_each(x, call).sum(1) for x in part), add, text)
+            into.fold(spans[0], tuple(_each(x, launch).sum(1) for x in part), add, text)
 
 
-def _each(x: Tensor, call: Call) -> Tensor:
+def _each(x: Tensor, launch: Launch) -> Tensor:
     """(B count, H, n, D) as (B, count, H, n, D)."""
-    apart: Tensor = x.unflatten(0, (-1, call.count))
+    apart: Tensor = x.unflatten(0, (-1, launch.count))
     return apart
 
 
-def _query_spans(keys: Transport, number: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
-    return [call.q for step in keys.steps(number)[first:] for call in _calls(keys.lanes[number], step.tiles, q)]
+def _query_spans(keys: Transport, index: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    return [launch.q for step in keys.steps(index)[first:] for launch in _launches(keys.sites[index], step.tiles, q)]
 
 
-def _key_spans(some: Iterable[Call]) -> list[tuple[int, int]]:
-    return [span for call in some for spans in call.k for span in spans]
+def _key_spans(some: Iterable[Launch]) -> list[tuple[int, int]]:
+    return [span for launch in some for spans in launch.k for span in spans]
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------
 
 
-def _queries(lane: Site, x: Tensor) -> Tensor:
+def _queries(group_site: Site, x: Tensor) -> Tensor:
     """The rows of a lane's queries: of q, of the gradient, of out, of lse."""
-    if lane.lane is None:
+    if group_site.head_group is None:
         return x
-    with label(f"take_lane{lane.number}"):
-        return taken(x, *_place(lane))
+    with label(f"take_group{group_site.group_index}"):
+        return taken(x, *_block_index(group_site))
 
 
-def _place(lane: Site) -> Place:
+def _block_index(group_site: Site) -> BlockIndex:
     """A lane's query heads, and where its queries stand in the rank's block."""
-    assert lane.lane is not None
-    return list(lane.lane.members), rows_of(lane, tokens_of(lane, lane.owned_queries))
+    assert group_site.head_group is not None
+    return list(group_site.head_group.members), rows_of(group_site, tokens_of(group_site, group_site.owned_queries))
 
 
-def _merged(lanes: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(sites: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of all queries from those of the lanes: one log-sum-exp merge over the patterns."""
-    patterns = [lane.lane.pattern for lane in lanes if lane.lane]
+    patterns = [group_site.head_group.pattern for group_site in sites if group_site.head_group]
     first = patterns.count(patterns[0])
-    with label("merge_lanes"):
-        out, lse = merged(parts, [_place(lane) for lane in lanes], first, *q.shape[1:3])
+    with label("merge_groups"):
+        out, lse = merged(parts, [_block_index(group_site) for group_site in sites], first, *q.shape[1:3])
     return out, lse
 
 
-def _dq(site: Site, lanes: Sequence[Site], dqs: Sequence[Rows], q: Tensor) -> Tensor:
+def _dq(site: Site, sites: Sequence[Site], dqs: Sequence[RowAccumulator], q: Tensor) -> Tensor:
     """The gradient of all queries from those of the lanes'."""
 
     def zeros(heads: int, n: int) -> tuple[Tensor, ...]:
@@ -243,9 +243,9 @@ def _dq(site: Site, lanes: Sequence[Site], dqs: Sequence[Rows], q: Tensor) -> Te
 
     if not site.dilation:
         return dqs[0].join(partial(zeros, q.shape[1]))[0]
-    places = [_place(lane) for lane in lanes]
-    parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, places, strict=True)]
-    return added(parts, places, *q.shape[1:3])
+    block_indices = [_block_index(group_site) for group_site in sites]
+    parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, block_indices, strict=True)]
+    return added(parts, block_indices, *q.shape[1:3])
 
 
 def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -258,14 +258,14 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _name(site: Site, step: Step, call: Call) -> str:
+def _name(site: Site, step: Step, launch: Launch) -> str:
     """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
-    lane = f"lane{site.number}_" if site.lane else ""
-    rows, keys = call.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in call.tiles]
+    prefix = f"group{site.group_index}_" if site.head_group else ""
+    rows, keys = launch.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in launch.tiles]
     if len(keys) > MOST_NAMED:
         keys = [*keys[:MOST_NAMED], f"and{len(keys) - MOST_NAMED}more"]
-    stack = f"_stack{call.count}" if call.count > 1 else ""
-    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
+    stack = f"_stack{launch.count}" if launch.count > 1 else ""
+    return f"{prefix}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
 
 
 # --- what a tile's scores go through ----------------------------------------------------------------------------------
@@ -274,15 +274,15 @@ def _name(site: Site, step: Step, call: Call) -> str:
 def _tile_args(
     site: Site,
     step: Step,
-    call: Call,
+    launch: Launch,
     q: Tensor,
     leaves: Sequence[Tensor],
     seed: Tensor | None,
-    flying: list[Tensor],
+    in_flight: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    kind, name = call.kind, _name(site, step, call)
-    spans: tuple[Any, ...] = _spans(site, step, call, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
+    kind, name = launch.kind, _name(site, step, launch)
+    spans: tuple[Any, ...] = _spans(site, step, launch, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
     allowed = bias = keep = None
     with label(f"mask_{name}"):
         if kind == PARTIAL:
@@ -291,10 +291,10 @@ def _tile_args(
             bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
     if site.dropout:
         with label(f"keep_{name}"):
-            keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
+            keep = primitives.keep_tile(seed, site.stream, site.dropout, site.dropout_indices, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = kind == CAUSAL_TILE, kind == MIRRORED
-    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, in_flight
 
 
 def _depends_on_tokens(site: Site) -> bool:
@@ -302,11 +302,11 @@ def _depends_on_tokens(site: Site) -> bool:
     return bool(site.bias or site.dropout or site.score)
 
 
-def _spans(site: Site, step: Step, call: Call, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+def _spans(site: Site, step: Step, launch: Launch, q: Tensor) -> tuple[int, int, list[int], list[int]]:
     """(B, H, tokens of the query rows, tokens of the key rows) of a call that is no stack."""
-    assert call.count == 1, call
-    keys = [edge for tile in call.tiles for edge in _tokens(step.tokens, tile.k)]
-    return q.shape[0], q.shape[1], _tokens(site.owned_queries, call.q), keys
+    assert launch.count == 1, launch
+    keys = [edge for tile in launch.tiles for edge in _tokens(step.tokens, tile.k)]
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, launch.q), keys
 
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
@@ -317,15 +317,15 @@ def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
 def _add_leaf_grads(
     site: Site,
     step: Step,
-    call: Call,
+    launch: Launch,
     q: Tensor,
     leaves: Sequence[Tensor],
     others: list[Tensor],
     dleaves: list[Tensor],
 ) -> list[Tensor]:
     """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
-    spans = _spans(site, step, call, q)
-    with label(f"mask_backward_{_name(site, step, call)}"):
+    spans = _spans(site, step, launch, q)
+    with label(f"mask_backward_{_name(site, step, launch)}"):
         more = others
         if not site.score:
             more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)

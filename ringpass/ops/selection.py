@@ -42,9 +42,9 @@ implement("locate", _locate, lambda positions, *args: positions.new_empty(positi
 
 def _block_means(x: Tensor, block: int, *args: Any) -> Tensor:
     where, group = Shard(*args[:-1]), args[-1]
-    layout = where.placement
+    layout = where.layout
     sums = selection.block_sums(x, block, layout.ranges(where.rank, where.tokens), where.tokens, layout.order)
-    whole = where.placement.replicated or where.world == 1
+    whole = where.layout.replicated or where.world == 1
     return selection.means(sums if whole else collectives.reduce([sums], group)[0], block, where.tokens)
 
 

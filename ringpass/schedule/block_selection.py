@@ -75,7 +75,7 @@ def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order |
     """
     spans = [torch.arange(start, stop, device=x.device) for start, stop in owned]
     at = torch.cat([torch.arange(0, device=x.device), *spans])
-    at = (order.known.tensor(at)[at] if order else at) // block
+    at = (order.permutation.tensor(at)[at] if order else at) // block
     sums = x.new_zeros((*x.shape[:2], -(-tokens // block), x.shape[3]), dtype=accumulator(x.dtype))
     return sums.index_add_(2, at, x.to(sums.dtype))
 

@@ -36,16 +36,17 @@ MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer to
 class Price:
     """What a tile costs on a device, in (query, key) pairs of a large full tile.
 
-    In a triangle, about half of `skip` keys that a row does not see are computed for it all the same; a pair whose mask
-    is evaluated costs `mask`, one in a tile of fewer than so many query rows costs as `few` says; each query row costs
-    `row` (it is merged), each call `call`, each operation of a mask `operation` in each tile for which it is evaluated.
+    In a triangle, about half of `skip` keys that a row does not see are computed for it all the same.  A pair whose
+    mask is evaluated costs `mask`.  `few` holds (rows, factor) pairs: a pair in a tile with fewer query rows costs
+    `factor`.  Each query row costs `row` (for its merge), each kernel launch `launch`, and each operation of a mask
+    `operation` in each tile where the mask is evaluated.
     """
 
     skip: int
     mask: float
     few: tuple[tuple[int, float], ...]
     row: float
-    call: float
+    launch: float
     operation: float
 
     def of(self, tiles: Tiling, mask: Expr) -> float:
@@ -55,31 +56,31 @@ class Price:
         pair = np.where(partial, self.mask, 1.0)
         for rows, factor in self.few:
             pair = np.where(n < rows, np.maximum(pair, factor), pair)
-        calls = (self.row * n + self.call) * _begins_call(tiles)
+        launches = (self.row * n + self.launch) * _begins_launch(tiles)
         evaluated = self.operation * _operations(mask) * partial
-        return float((n * np.minimum(seen, m) * pair + calls + evaluated).sum())
+        return float((n * np.minimum(seen, m) * pair + launches + evaluated).sum())
 
 
 def _operations(expr: Expr) -> int:
     return 1 + sum(map(_operations, parts(expr)))
 
 
-def _begins_call(tiles: Tiling) -> Array:
+def _begins_launch(tiles: Tiling) -> Array:
     """Whether a tile is the first one of its kernel call: thin full ones of the same rows share calls of TILE keys."""
     width = tiles.k[1] - tiles.k[0]
     thin = np.flatnonzero((tiles.kind == TILE_KINDS.index(FULL)) & (width < THIN))
     rows = np.stack([x[thin] for x in (tiles.dst, tiles.src, *tiles.q)])
     other = np.concatenate([[True], (np.diff(rows) != 0).any(0)])[: len(thin)]
     before = np.cumsum(width[thin]) - width[thin]
-    call = (before - np.maximum.accumulate(np.where(other, before, 0))) // TILE
+    launch = (before - np.maximum.accumulate(np.where(other, before, 0))) // TILE
     out = np.ones(len(tiles), dtype=bool)
-    out[thin] = other | np.concatenate([[True], np.diff(call) != 0])[: len(thin)]
+    out[thin] = other | np.concatenate([[True], np.diff(launch) != 0])[: len(thin)]
     return out
 
 
 PRICES = {
-    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, call=4e3, operation=2e2),
-    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5, operation=2e5),
+    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, launch=4e3, operation=2e2),
+    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, launch=2e5, operation=2e5),
 }
 """CPU: read off torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess; nothing was measured."""
 
@@ -137,7 +138,7 @@ def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
     """The cost of all sites under one layout."""
     flops, received = np.zeros(world), np.zeros(world)
     for load in loads:
-        whole = tiling(placed(load.problem, layout, world))
+        whole = tiling(with_layout(load.problem, layout, world))
         flops += load.flops * whole.areas(world)
         received += load.bytes * whole.received(world)
     time = float(np.maximum(flops, BALANCE * received).max())
@@ -151,7 +152,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
     run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles are many
     and multiply: then the mask cuts through all of the plane, and smaller ones gain nothing.
     """
-    flat = [placed(problem, "contiguous", problem.world) for problem in problems]
+    flat = [with_layout(problem, "contiguous", problem.world) for problem in problems]
     edges, counts, paid = [TILE], list[int](), list[float]()
     while True:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
@@ -163,10 +164,10 @@ def refine(problems: Sequence[Problem], device: str) -> int:
         edges.append(edges[-1] // 2)
 
 
-def placed(problem: Problem, layout: str, world: int) -> Problem:
+def with_layout(problem: Problem, layout: str, world: int) -> Problem:
     """`problem` with its sharded sides in `layout`."""
     sides = (problem.query_layout, problem.key_layout)
-    query, key = (side if side.replicated else replace(side.dealt(layout), world=world) for side in sides)
+    query, key = (side if side.replicated else replace(side.with_scheme(layout), world=world) for side in sides)
     return replace(problem, query_layout=query, key_layout=key)
 
 
@@ -175,7 +176,7 @@ def solve(loads: Sequence[Load], world: int) -> str:
     chunks = STRIPES * world
     cost: Array = np.zeros(chunks)
     for load in loads:
-        cost += load.flops * tiling(placed(load.problem, "contiguous", chunks)).areas(chunks)
+        cost += load.flops * tiling(with_layout(load.problem, "contiguous", chunks)).areas(chunks)
     owners, sums, counts = [0] * chunks, [0.0] * world, [0] * world
     for chunk in np.argsort(-cost, kind="stable").tolist():
         rank = min((r for r in range(world) if counts[r] < STRIPES), key=lambda r: (sums[r], r))

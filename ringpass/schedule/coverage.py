@@ -24,7 +24,7 @@ import numpy as np
 
 from ringpass.errors import ScheduleError
 from ringpass.masks.expr import Expr
-from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, Spans, classify_all
+from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, IntervalArrays, classify_all
 from ringpass.schedule.splitting import LOWER, UPPER, triangle
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks
 
@@ -36,7 +36,7 @@ def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
     _kinds(problem, rank, tiles)
 
 
-def proved(expr: Expr, q: Spans, k: Spans, kind: str) -> Array:
+def proved(expr: Expr, q: IntervalArrays, k: IntervalArrays, kind: str) -> Array:
     """Whether the mask is `kind` in all of each q x k: cut in halves until each part is known."""
     out = np.ones(len(q[0]), dtype=bool)
     which = np.arange(len(q[0]))
@@ -79,7 +79,7 @@ def _key_chunks(problem: Problem, rank: int) -> tuple[Array, Array, Array]:
     return owner[order], start[order], stop[order]
 
 
-def _within(inner: Spans, outer: Spans) -> Array:
+def _within(inner: IntervalArrays, outer: IntervalArrays) -> Array:
     """Whether each of `inner`, which are not empty, lies in one of `outer`, which ascend."""
     if not len(outer[0]):
         return np.zeros(len(inner[0]), dtype=bool)
@@ -126,7 +126,7 @@ def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
     _refuse(evaluated & (edge > problem.tile), rank, tiles, f"tile {{}} is larger than {problem.tile}")
 
 
-def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
+def halves(q: IntervalArrays, k: IntervalArrays) -> tuple[IntervalArrays, IntervalArrays]:
     """Rectangles cut in two in the middle of their longer side: the first halves of all, then the second ones."""
     tall = q[1] - q[0] >= k[1] - k[0]
     q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2

@@ -4,7 +4,7 @@
     >>> def tiles(start):
     ...     q, after = (start, start + 8), (start + 2, start + 10)
     ...     return Tile(q, (0, 2), FULL), Tile(q, after, CAUSAL_TILE), Tile(q, (start + 20, start + 25), FULL)
-    >>> for call in calls([*tiles(0), *tiles(8), *tiles(16)]): print(call)
+    >>> for launch in launches([*tiles(0), *tiles(8), *tiles(16)]): print(launch)
     full q0:8 k0:2, full q0:8 k20:25, 3 times: q by 8, k by 0, 8
     causal q0:8 k2:10, 3 times: q by 8, k by 8
 
@@ -28,7 +28,7 @@ STACK = 2 * TILE  # query rows of a stack, at most: what it gives should stay in
 
 
 @dataclass(frozen=True)
-class Call:
+class Launch:
     """`tiles` of the same query rows, and the same on the query rows that follow, `count` times in all.
 
     Each time the keys of each tile are so many rows further as `shifts` says.
@@ -69,9 +69,9 @@ class Call:
         return f"{text}, {self.count} times: q by {self.rows}, k by {', '.join(map(str, self.shifts))}"
 
 
-def calls(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Call]:
+def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Launch]:
     """The kernel calls for `tiles`: joined to at most `most` keys, stacked to at most `stack` query rows (0: not)."""
-    out: list[Call] = []
+    out: list[Launch] = []
     latest: dict[tuple[str, int, tuple[int, ...]], int] = {}
     for some in _of_same_rows(tiles, most):
         shape = some[0].kind, _length(some[0].q), tuple(_length(tile.k) for tile in some)
@@ -81,19 +81,19 @@ def calls(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[C
             out[at] = longer
         else:
             latest[shape] = len(out)
-            out.append(Call(some, 1, (0,) * len(some)))
+            out.append(Launch(some, 1, (0,) * len(some)))
     return out
 
 
-def _longer(call: Call, tiles: tuple[Tile, ...]) -> Call | None:
-    """`call` and, once more, `tiles`, which have its shape; None where they are not what it goes on to."""
-    if call.kind == PARTIAL or tiles[0].q[0] != call.q[1]:
+def _longer(launch: Launch, tiles: tuple[Tile, ...]) -> Launch | None:
+    """`launch` and, once more, `tiles`, which have its shape; None where they are not what it goes on to."""
+    if launch.kind == PARTIAL or tiles[0].q[0] != launch.q[1]:
         return None
-    moved = [new.k[0] - old.k[0] for new, old in zip(tiles, call.tiles, strict=True)]
-    shifts = tuple(moved) if call.count == 1 else call.shifts
-    if min(shifts) < 0 or max(shifts) == 0 or moved != [call.count * shift for shift in shifts]:
+    moved = [new.k[0] - old.k[0] for new, old in zip(tiles, launch.tiles, strict=True)]
+    shifts = tuple(moved) if launch.count == 1 else launch.shifts
+    if min(shifts) < 0 or max(shifts) == 0 or moved != [launch.count * shift for shift in shifts]:
         return None
-    return Call(call.tiles, call.count + 1, shifts)
+    return Launch(launch.tiles, launch.count + 1, shifts)
 
 
 def _of_same_rows(tiles: Sequence[Tile], most: int) -> list[tuple[Tile, ...]]:

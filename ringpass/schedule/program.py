@@ -32,7 +32,7 @@ import numpy as np
 
 from ringpass.layouts.ranges import Ranges, size, tokens
 from ringpass.masks.expr import CAUSAL
-from ringpass.masks.intervals import FULL, Spans
+from ringpass.masks.intervals import FULL, IntervalArrays
 from ringpass.schedule.tiles import (
     CAUSAL_TILE,
     FINEST,
@@ -187,7 +187,7 @@ def _tiles(problem: Problem, queries: Ranges, block: Ranges, found: Tiling) -> t
     return tuple(tiles) if problem.cut_all else _merge(tiles)
 
 
-def _rows(spans: Spans, owned: Ranges) -> Spans:
+def _rows(spans: IntervalArrays, owned: Ranges) -> IntervalArrays:
     """Where each of `spans`, each inside one range of `owned`, stands in a block that holds the tokens `owned`."""
     starts = np.array([a for a, _ in owned], dtype=np.int64)
     before = np.concatenate([[0], np.cumsum([b - a for a, b in owned])])[: len(owned)]

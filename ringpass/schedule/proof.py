@@ -223,7 +223,7 @@ def _waits(programs: Sequence[Program]) -> None:
 
 def _events(one: Program) -> Iterator[Event]:
     """What `ringpass.ops.ring` does, in order: an exchange starts once the last one is in, a return is a step late."""
-    late = None
+    pending = None
     for index, step in enumerate(one.steps):
         if index:
             yield (one.rank, "wait", step.shift)
@@ -231,11 +231,11 @@ def _events(one: Program) -> Iterator[Event]:
             yield (one.rank, "start", following.shift)
         if index:
             yield (one.rank, "start return", step.shift)
-        if late is not None:
-            yield (one.rank, "wait return", late)
-        late = step.shift if index else None
-    if late is not None:
-        yield (one.rank, "wait return", late)
+        if pending is not None:
+            yield (one.rank, "wait return", pending)
+        pending = step.shift if index else None
+    if pending is not None:
+        yield (one.rank, "wait return", pending)
 
 
 def _coverage(one: Program) -> None:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringpass.layouts.layout import Layout
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import Expr, parse
-from ringpass.masks.intervals import KINDS, Spans, classify_all
+from ringpass.masks.intervals import KINDS, IntervalArrays, classify_all
 from ringpass.masks.rewrite import bind
-from ringpass.schedule import splitting as cuts
+from ringpass.schedule import splitting
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
 MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
@@ -56,8 +56,8 @@ class Problem:
     """One site as the schedule sees it.
 
     `mask` is a boolean expression of `ringpass.masks.expr`; lengths are in tokens.  `cut_all`: no tile may be larger
-    than `tile`, full ones included, because the kernel holds a tile's scores in memory.  `known`: the values of some of
-    the mask's leaves, by number.
+    than `tile`, full ones included, because the kernel holds a tile's scores in memory.  `constants`: the values of
+    some of the mask's leaves, by number.
     """
 
     mask: str
@@ -67,7 +67,7 @@ class Problem:
     key_layout: Layout
     tile: int = TILE
     cut_all: bool = False
-    known: tuple[tuple[int, Known], ...] = ()
+    constants: tuple[tuple[int, ConstantArray], ...] = ()
 
     @property
     def world(self) -> int:
@@ -75,7 +75,7 @@ class Problem:
 
     @cached_property
     def expr(self) -> Expr:
-        return bind(parse(self.mask), dict(self.known))
+        return bind(parse(self.mask), dict(self.constants))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,8 @@ class Tiling:
 
     dst: Array
     src: Array
-    q: Spans
-    k: Spans
+    q: IntervalArrays
+    k: IntervalArrays
     kind: Array
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ def tiling(problem: Problem) -> Tiling:
     for low in range(0, max(1, len(q[0])), rows_at_once):
         some = [x[low : low + rows_at_once] for x in q]
         pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
-        found += _cut_up(problem, *_with_ranks(problem, *pairs))
+        found += _split_up(problem, *_with_ranks(problem, *pairs))
     dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
     remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
     if len(remote) <= TRIMMED:
@@ -163,7 +163,7 @@ def tiling(problem: Problem) -> Tiling:
     return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
 
 
-def _trim(expr: Expr, q: Spans, k: Spans) -> Spans:
+def _trim(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> IntervalArrays:
     """The keys of each tile without those at either end that no query sees, by bisection: what is left travels."""
     start = k[0] + _empty(lambda n: classify_all(expr, q, (k[0], k[0] + n)), k[1] - k[0])
     stop = k[1] - _empty(lambda n: classify_all(expr, q, (k[1] - n, k[1])), k[1] - start)
@@ -194,12 +194,14 @@ def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]
     return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
 
 
-def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
+def _split_up(
+    problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array
+) -> list[list[Array]]:
     """Cuts rectangles by `cuts`; returns the columns of the tiles found at each size."""
     found = []
     while True:
         kind = _kinds(problem, (q0, q1), (k0, k1))
-        rows, columns, more = _cuts(problem, (q0, q1), (k0, k1), kind)
+        rows, columns, more = _boundaries(problem, (q0, q1), (k0, k1), kind)
         found.append([x[~more & (kind != _EMPTY)] for x in (dst, src, q0, q1, k0, k1, kind)])
         if not more.any():
             return found
@@ -210,28 +212,28 @@ def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: 
         k0, k1 = np.concatenate([k0, np.where(rows >= 0, k0, columns)]), np.concatenate([k_end, k1])
 
 
-def _kinds(problem: Problem, q: Spans, k: Spans) -> Array:
+def _kinds(problem: Problem, q: IntervalArrays, k: IntervalArrays) -> Array:
     """Indices into TILE_KINDS; where the scores of a tile stay in memory, only small tiles are triangles."""
     kind = classify_all(problem.expr, q, k)
     some = np.flatnonzero(kind == _PARTIAL)
     some_q, some_k = _some(q, some), _some(k, some)
-    shape = cuts.triangle(problem.expr, some_q, some_k)
+    shape = splitting.triangle(problem.expr, some_q, some_k)
     if problem.cut_all:
-        shape[(shape == cuts.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = cuts.NONE
+        shape[(shape == splitting.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = splitting.NONE
     kind[some] = np.choose(shape, (_PARTIAL, _CAUSAL, _MIRRORED))
     return kind
 
 
-def _cuts(problem: Problem, q: Spans, k: Spans, kind: Array) -> tuple[Array, Array, Array]:
+def _boundaries(problem: Problem, q: IntervalArrays, k: IntervalArrays, kind: Array) -> tuple[Array, Array, Array]:
     """Where to cut each rectangle, by rows or else by columns (-1: not), and which ones."""
     large = np.maximum(q[1] - q[0], k[1] - k[0]) > problem.tile
     rows, columns = np.full(len(kind), -1), np.full(len(kind), -1)
     whole = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
-    rows[whole], columns[whole] = cuts.middle(_some(q, whole), _some(k, whole), problem.tile)
+    rows[whole], columns[whole] = splitting.middle(_some(q, whole), _some(k, whole), problem.tile)
     through = np.flatnonzero(kind == _PARTIAL)
-    rows[through], columns[through] = cuts.cut(problem.expr, _some(q, through), _some(k, through), problem.tile)
+    rows[through], columns[through] = splitting.split(problem.expr, _some(q, through), _some(k, through), problem.tile)
     return rows, columns, (rows >= 0) | (columns >= 0)
 
 
-def _some(spans: Spans, where: Array) -> Spans:
+def _some(spans: IntervalArrays, where: Array) -> IntervalArrays:
     return spans[0][where], spans[1][where]

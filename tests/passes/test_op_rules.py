@@ -341,7 +341,9 @@ def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Parti
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
     axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
-    axes = [replace(a, layout=a.layout.dealt(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()]
+    axes = [
+        replace(a, layout=a.layout.with_scheme(layout)) for a in on_lines({axis.factor: axis}, sweep, world).values()
+    ]
     plan = RingPlan(world, tuple(axes), (), "ring")
     return [
         partition(captured, plan, sweep, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)

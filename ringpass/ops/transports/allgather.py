@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ringpass.kernels.blocks import cut
+from ringpass.kernels.blocks import row_slice
 from ringpass.layouts.ranges import Ranges
-from ringpass.ops.accumulate import Rows, add, fold_runs, label, running
+from ringpass.ops.accumulate import RowAccumulator, add, fold_runs, label, row_accumulator
 from ringpass.ops.transports.base import Served, Transport, zero_block
 from ringpass.precision import accumulator
 from ringpass.schedule.site import Site
@@ -43,13 +43,13 @@ class AllGather(Transport):
             elif step.tokens:
                 yield [(0, step, (rows_at(full[0], step.tokens), rows_at(full[1], step.tokens)))], []
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[RowAccumulator]) -> None:
         self.given.append((served[0][1].tokens, given[0]))
 
-    def finish(self, own: list[Rows]) -> None:
+    def finish(self, own: list[RowAccumulator]) -> None:
         if not self.gathers:
             return
-        whole = running(self.site.keys, lambda: [span for runs, _ in self.given for span in runs])
+        whole = row_accumulator(self.site.keys, lambda: [span for runs, _ in self.given for span in runs])
         for runs, grads in self.given:
             fold_runs(whole, runs, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)
@@ -60,5 +60,5 @@ class AllGather(Transport):
 
 
 def rows_at(x: Tensor, spans: Ranges) -> Tensor:
-    parts = [cut(x, span) for span in spans]
+    parts = [row_slice(x, span) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

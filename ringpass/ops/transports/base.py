@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
-from ringpass.ops.accumulate import Rows, label
+from ringpass.ops.accumulate import RowAccumulator, label
 from ringpass.precision import accumulator
 from ringpass.schedule.program import Step
 from ringpass.schedule.site import Site
@@ -32,18 +32,18 @@ class Transport:
         self.returning: list[Tensor] = []  # buffers of gradients in flight
 
     @property
-    def lanes(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites whose loop this is: the one itself, or its lanes."""
         return (self.site,)
 
-    def steps(self, number: int) -> tuple[Step, ...]:
+    def steps(self, index: int) -> tuple[Step, ...]:
         """Those of one lane."""
-        return self.lanes[number].program.steps
+        return self.sites[index].program.steps
 
     @property
     def remote(self) -> bool:
         """Whether keys of other ranks come."""
-        return any(len(self.steps(i)) > 1 for i in range(len(self.lanes)))
+        return any(len(self.steps(i)) > 1 for i in range(len(self.sites)))
 
     @property
     def returned_rows(self) -> Ranges:
@@ -53,13 +53,13 @@ class Transport:
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
         raise NotImplementedError
 
-    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], own: list[RowAccumulator]) -> None:
         raise NotImplementedError
 
-    def finish(self, own: list[Rows]) -> None:
+    def finish(self, own: list[RowAccumulator]) -> None:
         raise NotImplementedError
 
-    def collect(self, own: list[Rows]) -> tuple[Tensor, ...]:
+    def collect(self, own: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the own keys, in the accumulator's dtype."""
         return own[0].join(partial(zero_block, self.k, self.v, accumulator(self.k.dtype)))
 
