@@ -126,7 +126,7 @@ def tokens_of(group_site: Site, ranges: Ranges) -> Array:
 def rows_of(site: Site, tokens: Array) -> StridedSpec:
     """Where `tokens`, which the rank owns, stand in its block of the whole site."""
     layout = Layout(site.key_layout, site.world)
-    ranges = layout.whole.ranges(site.rank, layout.strided.tokens if layout.strided else site.keys)
+    ranges = layout.unrestricted.ranges(site.rank, layout.strided.tokens if layout.strided else site.keys)
     owned = np.array(ranges, dtype=np.int64).reshape(-1, 2)
     lengths = owned[:, 1] - owned[:, 0]
     before = np.cumsum(lengths) - lengths
