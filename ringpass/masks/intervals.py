@@ -1,11 +1,11 @@
-"""What a mask is over a box of positions: empty, full or partial, by interval arithmetic.
+"""Classifies a mask over a box of positions as empty, full or partial, by interval arithmetic.
 
     >>> from ringpass.masks.expr import parse
     >>> window = parse("k <= q & q - k < 4")
     >>> classify(window, (8, 12), (0, 4))      # queries 8..11, keys 0..3
     'empty'
 
-Contract: `classify` never calls a tile empty or full that is not (the converse may happen).
+Contract: a tile that `classify` calls empty or full is; one that it calls partial may be any of the three.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def bounds(expr: Expr, box: Box) -> Interval:
         if kind == "bool":
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
-            exact = _whole(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
-        else:  # beyond, a float64 bound is rounded, or the integers wrap
+            exact = _is_integral(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
+        else:  # beyond these, a float64 bound is rounded, or the integers wrap
             least, most = _range(expr)
             exact = ~(np.isfinite(low) & (low < least)) & ~(np.isfinite(high) & (high > most))
         return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
@@ -70,7 +70,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
 
 
 def _range(expr: Expr) -> tuple[float, float]:
-    """The integers that torch computes an integer expression in, as far as a float64 counts them one by one."""
+    """The integers that torch represents in the dtype of `expr`, at most those that a float64 holds exactly."""
     dtype = _integers(expr)
     if dtype.kind == "b" or dtype.itemsize == 8:
         return 1.0 - 2**53, 2**53 - 1.0
@@ -79,7 +79,7 @@ def _range(expr: Expr) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def _integers(expr: Expr) -> np.dtype[Any]:
-    """The dtype of an integer expression: numbers written in it take that of the tensors."""
+    """The dtype of an integer expression: literals take the dtype of the tensors."""
     if isinstance(expr, Table):
         return expr.array.values.dtype
     if isinstance(expr, Call) and expr.op == "cast":
@@ -92,7 +92,7 @@ def _integers(expr: Expr) -> np.dtype[Any]:
 
 @lru_cache(maxsize=4096)
 def kind_of(expr: Expr) -> str:
-    """bool, int or float: what torch computes with.  A load counts as float, the widest."""
+    """bool, int or float: the kind of dtype that torch computes with.  A load counts as float, the widest."""
     if isinstance(expr, Const):
         return type(expr.value).__name__
     if isinstance(expr, Call):
@@ -111,15 +111,15 @@ def kind_of(expr: Expr) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _whole(expr: Expr) -> bool:
-    """Whether the value is surely a whole number."""
+def _is_integral(expr: Expr) -> bool:
+    """Whether the value is certainly an integer."""
     if isinstance(expr, Const):
         return math.isfinite(expr.value) and expr.value == int(expr.value)
     if isinstance(expr, Call):
         if kind_of(expr) != "float":
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
-        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_whole, args))
+        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_is_integral, args))
     return isinstance(expr, Table) or (isinstance(expr, Index) and expr != SCORE)
 
 
@@ -150,13 +150,13 @@ def classify_all(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> NDArray[An
 
 
 def extents(expr: Expr) -> dict[str, int]:
-    """How many batch elements and heads the tables of `expr` tell apart, by the name of the index: b, h."""
+    """The number of batch elements (b) and heads (h) for which the tables of `expr` differ."""
     pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.array.shape, strict=True)]
     return {i.name: n for i, n in pairs if isinstance(i, Index) and i in (B, H) and n > 1}
 
 
 def _points(expr: Expr) -> Iterator[Box]:
-    """One box for each batch element and head that the tables tell apart."""
+    """One box for each batch element and head for which the tables differ."""
     sizes = extents(expr)
     for values in product(*(range(n) for n in sizes.values())):
         yield {name: (float(i), float(i)) for name, i in zip(sizes, values, strict=True)}

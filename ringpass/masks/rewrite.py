@@ -1,4 +1,4 @@
-"""Mask expressions with parts replaced: leaves by values, data by what is certain without it."""
+"""Rewrites mask expressions: leaves become constants, conditions on data become True or False."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringpass.masks.intervals import kind_of
 def without_data(expr: Expr, unknown: bool) -> Expr:
     """`expr` with `unknown` for each condition that depends on data (leaves, batch, head).
 
-    True gives where the mask may hold, False where it must.
+    `unknown` True gives where the mask may hold, False where it must.
 
     >>> from ringpass.masks.expr import parse
     >>> print(without_data(parse("k <= q & not(x0[b, k])"), True))
@@ -34,7 +34,7 @@ def without_data(expr: Expr, unknown: bool) -> Expr:
 def _has_data(expr: Expr) -> bool:
     if isinstance(expr, Call):
         return any(_has_data(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
-    if isinstance(expr, Table):  # one batch element or head after the other is classified
+    if isinstance(expr, Table):  # batch elements and heads are classified one by one
         return any(_has_data(i) for i in expr.indices if i not in (B, H))
     return isinstance(expr, Load) or expr in (B, H, SCORE)
 
@@ -56,7 +56,7 @@ def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
 
 
 def bind(expr: Expr, values: Mapping[int, ConstantArray]) -> Expr:
-    """`expr` with the leaves whose values are known turned into tables.
+    """`expr` with the leaves in `values` replaced by tables.
 
     >>> from ringpass.masks.expr import parse
     >>> from ringpass.masks.intervals import classify
@@ -67,7 +67,7 @@ def bind(expr: Expr, values: Mapping[int, ConstantArray]) -> Expr:
 
 
 def gathered(array: ConstantArray, indices: tuple[Expr, ...]) -> Table:
-    """Element `indices` of `array`; where one index alone reads a table of its own, read once: bounds then are exact.
+    """Element `indices` of `array`; a table that is the only varying index is composed with it, for exact bounds.
 
     >>> from ringpass.masks.expr import Q
     >>> gathered(ConstantArray([5, 6, 7]), (Table(ConstantArray([2, 0]), (Q,)),)).array.values
