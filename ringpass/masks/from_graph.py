@@ -40,8 +40,8 @@ COORDINATES = {4: (B, H, Q, K), 3: (B, Q, K), 2: (Q, K)}
 class Puller:
     """Rewrites elements of nodes to expressions; collects the leaves that they read.
 
-    `bound`: for the placeholders of a body, their values in the enclosing graph.  `products`: nodes whose element at the
-    given indices is the given expression.
+    `bound`: for the placeholders of a body, their values in the enclosing graph.  `products`: nodes whose element at
+    the given indices is the given expression.
     """
 
     leaves: list[Node] = field(default_factory=list)

@@ -36,7 +36,7 @@ COMPARISON, ATOM = 4, 8  # precedences
 """Comparisons bind tighter than & and |, as in mathematics and unlike in Python; `parse` accounts for it."""
 
 
-# --- operators: in torch, and on intervals -----------------------------------------------------
+# --- operators: in torch, and on intervals ----------------------------------------------------------------------------
 
 
 # Interval arithmetic works on whole arrays of boxes at once: a bound is a float or a float64 array.

@@ -6,14 +6,15 @@
     heads 1: every 2nd token from 1 of each 8
 
 A *pattern* (w, r) cuts the sequence into segments of w tokens; in each, head j attends among every r-th token, from its
-offset o on: j mod r (`mod`, the paper) or the number of its group, heads in r groups one after the other (`block`,
-torchscale).  A *lane* is what one pattern gives the heads of one offset: its tokens (`ringpass.layouts.strided`),
-counted 0, 1, 2 .., are a sequence of their own, on which attention is dense within segments.  So a lane is an ordinary
-problem of the schedule, with masks that speak of its tokens where they spoke of q and k.
+offset o on: j mod r (`mod`, as in the paper), or the index of the head's block, with heads divided into r blocks
+(`block`, torchscale).  A *head group* is the heads of one pattern that share an offset, with the tokens that they
+attend to (`ringpass.layouts.strided`).  Numbered 0, 1, 2 .., these tokens are a sequence of their own, on which
+attention is dense within segments.  So a head group is an ordinary problem of the schedule, with masks rewritten to its
+numbers.
 
-The results of all lanes are merged by log-sum-exp: a key that several patterns cover counts several times, and a query
-that none covers gives 0.  This equals dense attention with the additive mask log m, m the number of patterns that join
-a pair (`ringpass.reference`), gradients included.
+The results of all head groups are merged by log-sum-exp: a key that several patterns cover counts several times, and a
+query that no pattern covers gives 0.  This equals dense attention with the additive mask log m, where m is the number
+of patterns that contain a pair (`ringpass.reference`), gradients included.
 
 FLOPs are those of S sum(w_i / r_i^2) pairs per head on average, of S^2 for dense attention.
 """
@@ -36,7 +37,7 @@ ONE = Const(1)
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """The tokens `strided` for heads first, first + step, ..: `heads` is (first, step, number)."""
+    """The tokens of `strided`, for heads first, first + step, ..: `heads` is (first, step, number)."""
 
     pattern: int
     strided: StridedSegments
@@ -49,14 +50,14 @@ class HeadGroup:
         return range(first, first + step * number, step)
 
     def mask(self, expr: Expr) -> Expr:
-        """`expr`, which speaks of tokens and heads, in terms of the lane's, and of one segment only."""
+        """The mask `expr` over the group's tokens and heads, False across segments."""
         width, inside = self.strided.width, simplify(self.reindexed_in_segment(expr))
         if self.strided.length <= width:
             return inside
         return simplify(call("and", inside, call("eq", *(call("floordiv", x, Const(width)) for x in (Q, K)))))
 
     def reindexed_in_segment(self, expr: Expr) -> Expr:
-        """`expr` in terms of the lane's tokens and heads, for queries and keys of the same segment."""
+        """`expr` over the group's tokens and heads, for queries and keys of the same segment."""
         if isinstance(expr, Call) and len(expr.args) == 2 and expr.op in ("lt", "le", "gt", "ge", "eq", "ne"):
             apart = self._apart(call("sub", *expr.args))
             if apart is not None:
@@ -69,7 +70,7 @@ class HeadGroup:
         return rebuilt(expr, self.reindexed if isinstance(expr, Load | Table) else self.reindexed_in_segment)
 
     def reindexed(self, expr: Expr) -> Expr:
-        """`expr` in terms of the lane's tokens and heads, for any of its queries and keys."""
+        """`expr` over the group's tokens and heads, for any of its queries and keys."""
         return self._index(expr) if isinstance(expr, Index) else rebuilt(expr, self.reindexed)
 
     def _index(self, index: Index) -> Expr:
@@ -86,7 +87,7 @@ class HeadGroup:
         return call("add", token, call("mul", call("floordiv", index, Const(r.width)), Const(skipped)))
 
     def _apart(self, expr: Expr) -> Expr | None:
-        """A multiple of q - k, plus a constant: in one segment it is `rate` times that of the lane."""
+        """A multiple of q - k, plus a constant: within a segment, q - k is `rate` times that of the group."""
         if isinstance(expr, Load | Table):
             return None
         terms = linear(expr)
@@ -103,7 +104,7 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Dilation:
-    """Segment lengths w_i and dilation rates r_i of the patterns, and how the offsets of heads are found.
+    """Segment lengths w_i and dilation rates r_i of the patterns, and the rule for the offsets of heads.
 
     >>> Dilation((2048, 4096), (1, 2)).share(tokens=8192)
     0.375
@@ -130,11 +131,11 @@ class Dilation:
         return f"{'+'.join(f'{w}/{r}' for w, r in pairs)} {self.head_offset}"
 
     def head_groups(self, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
-        """The lanes that hold a token, for `heads` query heads and `tokens` tokens, pattern by pattern."""
+        """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern."""
         return _head_groups(self, heads, tokens)
 
     def offset(self, head: int, heads: int, rate: int) -> int:
-        """The first token of `head`'s lane in each segment."""
+        """The offset of `head` in each segment."""
         return head % rate if self.head_offset == "mod" else head // -(-heads // rate)
 
     def share(self, tokens: int) -> float:
@@ -143,7 +144,7 @@ class Dilation:
         return sum(min(w, tokens) / r**2 for w, r in pairs) / tokens
 
     def describe(self) -> str:
-        """What it attends to, pattern by pattern."""
+        """What it attends to, by pattern."""
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
         each = [f"{'every token' if r == 1 else f'every {_ordinal(r)} token'} of each {w}" for w, r in pairs]
         return f"{'; '.join(each)}; head offsets by {self.head_offset}"

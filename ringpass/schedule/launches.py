@@ -1,4 +1,4 @@
-"""Which tiles of a step one kernel call computes.  No tensors.
+"""Groups the tiles of a step into kernel launches.  No tensors.
 
     >>> from ringpass.schedule.program import CAUSAL_TILE
     >>> def tiles(start):
@@ -8,11 +8,11 @@
     full q0:8 k0:2, full q0:8 k20:25, 3 times: q by 8, k by 0, 8
     causal q0:8 k2:10, 3 times: q by 8, k by 8
 
-Thin full tiles of the same query rows share a call: their keys are taken one after the other.  Calls of one shape, each
-on the query rows that follow those of the one before and on keys that are as much further each time, are a *stack*: one
-call of so many times the batch.  Where the scores of a tile depend on its tokens, by a mask or a bias, it is no stack.
+Thin full tiles of the same query rows share a launch: their keys are concatenated.  Launches of one shape whose query
+rows follow each other, and whose keys advance by a constant number of rows, form a *stack*: one launch with a larger
+batch.  Tiles whose scores depend on their tokens, by a mask or a bias, are not stacked.
 
-Contract: each tile is in one call, once; the query rows of a call are one range.
+Contract: each tile is in one launch, once; the query rows of a launch are one range.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.masks.intervals import FULL, PARTIAL
 from ringpass.schedule.tiles import THIN, TILE, Tile
 
-STACK = 2 * TILE  # query rows of a stack, at most: what it gives should stay in a CPU's cache
+STACK = 2 * TILE  # most query rows of a stack: its results should stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
 class Launch:
-    """`tiles` of the same query rows, and the same on the query rows that follow, `count` times in all.
+    """`tiles` of the same query rows, repeated on the query rows that follow, `count` times in all.
 
-    Each time the keys of each tile are so many rows further as `shifts` says.
+    On repeat i, the keys of tile t start shifts[t] * i rows later.
     """
 
     tiles: tuple[Tile, ...]
@@ -44,17 +44,17 @@ class Launch:
 
     @property
     def rows(self) -> int:
-        """Query rows of each time."""
+        """Number of query rows of one repeat."""
         return _length(self.tiles[0].q)
 
     @property
     def q(self) -> tuple[int, int]:
-        """All its query rows."""
+        """The query rows of all repeats."""
         return self.tiles[0].q[0], self.tiles[0].q[0] + self.count * self.rows
 
     @property
     def k(self) -> tuple[Ranges, ...]:
-        """For each of `tiles`, the ranges of its key rows: one where they follow each other or are always the same."""
+        """For each of `tiles`, the ranges of its key rows: a single one if repeats are adjacent or equal."""
         return tuple(self._ranges(tile.k, shift) for tile, shift in zip(self.tiles, self.shifts, strict=True))
 
     def _ranges(self, k: tuple[int, int], shift: int) -> Ranges:
@@ -70,7 +70,7 @@ class Launch:
 
 
 def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Launch]:
-    """The kernel calls for `tiles`: joined to at most `most` keys, stacked to at most `stack` query rows (0: not)."""
+    """The launches for `tiles`: joined up to `most` keys, stacked up to `stack` query rows (0: not stacked)."""
     out: list[Launch] = []
     latest: dict[tuple[str, int, tuple[int, ...]], int] = {}
     for some in _of_same_rows(tiles, most):
@@ -86,7 +86,7 @@ def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> lis
 
 
 def _longer(launch: Launch, tiles: tuple[Tile, ...]) -> Launch | None:
-    """`launch` and, once more, `tiles`, which have its shape; None where they are not what it goes on to."""
+    """`launch` with one more repeat, `tiles`, which have its shape; None if they do not continue it."""
     if launch.kind == PARTIAL or tiles[0].q[0] != launch.q[1]:
         return None
     moved = [new.k[0] - old.k[0] for new, old in zip(tiles, launch.tiles, strict=True)]
@@ -97,9 +97,9 @@ def _longer(launch: Launch, tiles: tuple[Tile, ...]) -> Launch | None:
 
 
 def _of_same_rows(tiles: Sequence[Tile], most: int) -> list[tuple[Tile, ...]]:
-    """A thin full tile joins others of the same rows, to `most` keys in all."""
+    """Thin full tiles of the same rows joined, up to `most` keys in all."""
     out: list[tuple[Tile, ...]] = []
-    latest: dict[tuple[int, int], int] = {}  # of full tiles, by their rows
+    latest: dict[tuple[int, int], int] = {}  # of full tiles, by rows
     for tile in tiles:
         at = latest.get(tile.q, -1) if tile.kind == FULL else -1
         widths = [sum(_length(t.k) for t in some) for some in ((tile,), out[at] if at >= 0 else ())]

@@ -1,7 +1,8 @@
-"""The lanes of a dilated site as one sequence of exchanges: numpy, no tensors, any P on one machine.
+"""The exchanges of a dilated site, shared by all its head groups: numpy, no tensors, any P on one machine.
 
-A *parcel* is key tokens of those K/V heads that are sent the same ones; a *message* is the parcels that one rank sends
-to another in one exchange.  Each (token, K/V head) is in a message once, however many lanes and query heads read it.
+A *message* is what one rank sends another in one exchange.  Each of its *parts* holds the key tokens of all K/V heads
+that need the same tokens.  Each (token, K/V head) is in a message once, however many head groups and query heads read
+it.
 
 Contract: the `exchanges` of all ranks match where the programs of each head group do (`ringpass.schedule.proof`): a
 message is a function of what its head groups transfer, which both ends know.
@@ -40,7 +41,7 @@ class MessagePart:
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What goes from rank `src` to rank `dst` in one exchange: parcel after parcel, in each head after head."""
+    """What rank `src` sends rank `dst` in one exchange, ordered by part, then by head."""
 
     src: int
     dst: int
@@ -52,7 +53,7 @@ class Message:
         return sum(part.rows for part in self.parts)
 
     def find(self, heads: Sequence[int], tokens: Array) -> StridedSpec:
-        """Where `tokens` of each of `heads` are, head after head."""
+        """The rows of `tokens` of each of `heads`, by head."""
         at, offset = {}, 0
         for part in self.parts:
             for i, head in enumerate(part.heads):
@@ -63,7 +64,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """One exchange of a bundle: the steps of its lanes, by number, and what travels for all of them together."""
+    """One exchange of a dilated site: the steps of its head groups, by index, and the messages that they share."""
 
     shift: int
     steps: tuple[tuple[int, Step], ...]
@@ -73,7 +74,7 @@ class Exchange:
 
 @lru_cache(maxsize=64)
 def exchanges(site: Site, heads: int, groups: int) -> tuple[Exchange, ...]:
-    """The exchanges of a dilated site's rank for `heads` query heads and `groups` K/V heads, the own keys first."""
+    """The exchanges of a rank of a dilated site with `heads` query heads and `groups` K/V heads, local keys first."""
     group_sites = site.per_head_group(heads)
     by_shift: dict[int, list[tuple[int, Step]]] = {0: []}
     for group_site in group_sites:
@@ -108,7 +109,7 @@ def received(site: Site, heads: int, groups: int) -> int:
 
 
 def key_heads(group_site: Site, heads: int, groups: int) -> tuple[int, ...]:
-    """The K/V heads that a lane's query heads read: one for each of them, or one for each equal number of them."""
+    """The K/V heads that a group's query heads read: one per query head, or one per equal number of query heads."""
     assert group_site.head_group is not None
     each = tuple(j // (heads // groups) for j in group_site.head_group.members)
     unique = tuple(dict.fromkeys(each))
@@ -117,14 +118,14 @@ def key_heads(group_site: Site, heads: int, groups: int) -> tuple[int, ...]:
 
 
 def tokens_of(group_site: Site, ranges: Ranges) -> Array:
-    """The tokens at rows `ranges` of a lane."""
+    """The tokens at rows `ranges` of a head group."""
     assert group_site.head_group is not None
     rows = [np.arange(a, b, dtype=np.int64) for a, b in ranges]
     return group_site.head_group.strided.at(np.concatenate([np.arange(0, dtype=np.int64), *rows]))
 
 
 def rows_of(site: Site, tokens: Array) -> StridedSpec:
-    """Where `tokens`, which the rank owns, stand in its block of the whole site."""
+    """The rows of `tokens`, which the rank holds, in its block of all tokens."""
     layout = Layout(site.key_layout, site.world)
     ranges = layout.unrestricted.ranges(site.rank, layout.strided.tokens if layout.strided else site.keys)
     owned = np.array(ranges, dtype=np.int64).reshape(-1, 2)
@@ -135,14 +136,14 @@ def rows_of(site: Site, tokens: Array) -> StridedSpec:
 
 
 def strided_ranges(numbers: Array) -> StridedSpec:
-    """Numbers as runs of equal steps.
+    """Ascending numbers as ranges of constant step.
 
     >>> strided_ranges(np.array([0, 2, 4, 5, 6, 20]))
     (0, 6, 2, 5, 7, 1, 20, 21, 1)
     """
     out: list[int] = []
     steps = np.diff(numbers)
-    changes = np.flatnonzero(np.diff(steps)) + 1  # where another step begins
+    changes = np.flatnonzero(np.diff(steps)) + 1  # where the step changes
     start, n = 0, len(numbers)
     while start < n:
         after = changes[np.searchsorted(changes, start, side="right") :][:1]

@@ -1,4 +1,4 @@
-"""One attention call as one rank runs it: all that is not a tensor."""
+"""One attention call as one rank runs it: all of it but the tensors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ringpass.schedule.tiles import Problem
 
 @dataclass(frozen=True)
 class Site:
-    """Texts are expressions of `ringpass.masks.expr`, over the tokens of the layouts' order.
+    """Texts are expressions of `ringpass.masks.expr`, over tokens in the order of the layouts.
 
-    A dilated site is a bundle of lanes, each a site of its own over its tokens and heads
+    A dilated site consists of one site per head group, each over its own tokens and heads
     (`ringpass.schedule.dilation`).
     """
 
@@ -40,14 +40,14 @@ class Site:
     world: int
     group: str
     comm: str = "ring"
-    score: str = ""  # any other function of the scaled scores, in place of the bias
+    score: str = ""  # any other function of the scaled scores, instead of a bias
     dilation: str = ""  # as `str(Dilation)` writes it; none: every query sees every key that the mask allows
-    sink: str = ""  # the score of one key more for each row, whose value is 0: an expression without k
+    sink: str = ""  # the score of one extra key per row, with value 0: an expression without k
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
-    pruning: tuple[int, ...] = ()  # the leaves whose values, in each call, prune the schedule
-    constants: tuple[tuple[int, ConstantArray], ...] = ()  # their values in this call
-    head_group: HeadGroup | None = None  # what this site is of another one
-    group_index: int = 0  # its place among that one's lanes
+    pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
+    constants: tuple[tuple[int, ConstantArray], ...] = ()  # the values of these leaves in this call
+    head_group: HeadGroup | None = None  # of a dilated site, the group that this site is for
+    group_index: int = 0  # the index of this group
 
     @property
     def program(self) -> Program:
@@ -65,20 +65,20 @@ class Site:
         return any(loads(parse(text)) & {*self.learned} for text in (self.bias, self.score) if text)
 
     def with_constants(self, leaves: Sequence[Tensor]) -> Site:
-        """The site in a call with these leaves.  All ranks hold the same ones, so their schedules fit together."""
+        """The site in a call with these leaves, which are equal on all ranks, so that their schedules match."""
         return replace(self, constants=tuple((i, ConstantArray(leaves[i])) for i in self.pruning))
 
     def per_head_group(self, heads: int) -> tuple[Site, ...]:
-        """The site itself, or, if it is dilated, its lanes, for `heads` query heads."""
+        """The site itself, or, if it is dilated, the sites of its head groups, for `heads` query heads."""
         return _per_head_group(self, heads) if self.dilation else (self,)
 
     @property
     def dropout_indices(self) -> str:
-        """Head, query and key whose coin attention dropout tosses: the model's own, whatever their order here."""
+        """Index expressions (head, query, key), in the model's original order, that seed the dropout mask."""
         layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
         tokens = [table(x.order.permutation.values, i) if x.order else i for x, i in zip(layouts, (Q, K), strict=True)]
-        own = [H, *tokens]
-        return "; ".join(str(self.head_group.reindexed(x) if self.head_group else x) for x in own)
+        indices = [H, *tokens]
+        return "; ".join(str(self.head_group.reindexed(x) if self.head_group else x) for x in indices)
 
     @property
     def owned_queries(self) -> Ranges:
@@ -116,7 +116,7 @@ def _of_head_group(site: Site, group_index: int, head_group: HeadGroup) -> Site:
 
 
 def of_head_group(problem: Problem, head_group: HeadGroup) -> Problem:
-    """What a lane of a dilated problem schedules."""
+    """The problem of one head group of a dilated problem."""
     n = head_group.strided.length
     query, key = (
         replace(x, name=restricted(x.name, head_group.strided)) for x in (problem.query_layout, problem.key_layout)
