@@ -36,7 +36,7 @@ def site_of(args: Any) -> tuple[Tensor | None, Site]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Numbers of leaves, written as `0,2`: autograd takes no list of ints."""
+    """Numbers of leaves from a text such as `0,2`: autograd takes no list of ints."""
     return tuple(int(i) for i in text.split(",") if i)
 
 

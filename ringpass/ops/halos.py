@@ -1,4 +1,4 @@
-"""Operators that bring each rank the tokens around its own."""
+"""Operators that bring each rank the neighbours of its local tokens."""
 
 from __future__ import annotations
 

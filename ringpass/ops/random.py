@@ -20,13 +20,13 @@ dropout = torch.ops.ringpass.dropout.default
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, *args: Any) -> Tensor:
-    """Composite: autograd and code generation see the coins as one op, and the scaling as arithmetic to fuse."""
+    """Composite: autograd and code generation see the keep mask as one op, and the scaling as arithmetic to fuse."""
     kept = keep(seed.to(x.device), list(x.shape), p, stream, *args)
     return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
 def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any) -> Tensor:
-    """The coins of the local elements of a tensor whose local shape is `shape`."""
+    """The keep mask of the local elements of a tensor whose local shape is `shape`."""
     where = Shard(*args)
     indices = [torch.arange(n, device=seed.device) for n in shape]
     if not where.layout.replicated:

@@ -1,19 +1,19 @@
-"""Ring attention, written once: the loop over steps and tiles, forward and backward, over the ops of `primitives`.
+"""Ring attention: the loop over steps and tiles, forward and backward, in terms of the ops of `primitives`.
 
-Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G
-key/value heads, D head width, Lq and Lk local query and key tokens.
+When run, it is the body of the rolled operator; when traced, it gives the unrolled graph.  Shapes: B batch, H query
+heads, G key/value heads, D head width, Lq and Lk local query and key tokens.
 
-    for each step of the program (own keys first):
-        take the step's key block: the own one, or what the exchange brought
+    for each step of the program (local keys first):
+        wait for the step's key block, unless it is local
         start the exchange of the next step                  <- before the tiles of this one
-        for each call of its tiles: attend, merge into the rows' running (out, lse)
+        for each launch of its tiles: attend, merge into the accumulated (out, lse) of its rows
 
-The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind; the tiles of
-the own keys are divided, so that the first exchange and the last one both have some to hide behind.  K and V (dK and
-dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
+The backward sends K and V round again and returns each block's dK, dV to its owner, one step behind; the tiles of the
+local keys are divided in two, so that both the first and the last exchange overlap with some.  K and V (dK and dV) are
+sent as one message.  Partial results are merged in float32 (float64 for float64 inputs).
 
-How keys come and their gradients go is a `Transport`.  A dilated site is a bundle of lanes, each with tiles of its own
-rows, all served by the same exchanges; their results are merged once, at the end.
+A `Transport` brings the keys and returns their gradients.  A dilated site consists of one site per head group, each
+with tiles of its rows, which share their exchanges; their results are merged once, at the end.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def forward(
     op = primitives.scored_tile if site.score else primitives.attention_tile
     for served, in_flight in keys.blocks():
         for i, step, (k_block, v_block) in served:
-            group_site, own_q = keys.sites[i], queries[i]
-            for launch in _launches(group_site, step.tiles, own_q):
+            group_site, group_q = keys.sites[i], queries[i]
+            for launch in _launches(group_site, step.tiles, group_q):
                 name = _name(group_site, step, launch)
-                args = _tile_args(group_site, step, launch, own_q, leaves, seed, in_flight)
+                args = _tile_args(group_site, step, launch, group_q, leaves, seed, in_flight)
                 with label(f"attention_{name}"):
-                    out, lse = op(_rows(own_q, launch), *(_keys(x, launch) for x in (k_block, v_block)), *args)
+                    out, lse = op(_rows(group_q, launch), *(_keys(x, launch) for x in (k_block, v_block)), *args)
                     found = tuple(unstacked(x, launch.count) for x in (out.to(dtype), lse))
                 states[i].fold(launch.q, found, merge, f"merge_{name}")
     with label("join_rows"):
@@ -83,30 +83,33 @@ def backward(
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
     keys = transport(site, q, k, v)
     sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
-    own: list[RowAccumulator] = []
+    local_sums: list[RowAccumulator] = []
     local: Served = []
     for served, in_flight in keys.blocks():
         beside = [*in_flight, *keys.returning]
         if local:
-            keys.give_back(served, [sums.of(block, beside) for block in served], own)
+            keys.give_back(served, [sums.of(block, beside) for block in served], local_sums)
             continue
-        local, own = served, [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
-        for block, dkv in zip(local, own, strict=True):
+        local, local_sums = (
+            served,
+            [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served],
+        )
+        for block, dkv in zip(local, local_sums, strict=True):
             sums.add(block, sums.halves[block[0]][0], beside, dkv)
-    for block, dkv in zip(local, own, strict=True):
+    for block, dkv in zip(local, local_sums, strict=True):
         sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
-    keys.finish(own)
+    keys.finish(local_sums)
     if site.sink and site.learned:
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
-        dk, dv = keys.collect(own)
+        dk, dv = keys.collect(local_sums)
         dq = _dq(site, keys.sites, sums.dqs, q)
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
 
 class _Gradients:
-    """What the tiles of one backward add up: `dqs`, of each lane's queries, and `dleaves`, of the learned leaves."""
+    """The sums of one backward: `dqs`, of the queries of each site, and `dleaves`, of the learned leaves."""
 
     def __init__(
         self, site: Site, keys: Transport, mine: Sequence[Tensor], leaves: Sequence[Tensor], seed: Tensor | None
@@ -115,7 +118,9 @@ class _Gradients:
         self.dtype = accumulator(mine[1].dtype)
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
         self.ours = [[_queries(group_site, x) for x in mine] for group_site in keys.sites]  # grad, q, out, lse
-        self.halves = [self._halves(i) for i in range(len(keys.sites))]  # the own tiles: first ones, last ones
+        self.halves = [
+            self._halves(i) for i in range(len(keys.sites))
+        ]  # launches of local tiles: first ones, last ones
         self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
@@ -125,16 +130,16 @@ class _Gradients:
         return _launches(group_site, first, self.ours[index][1]), _launches(group_site, last, self.ours[index][1])
 
     def _spans(self, index: int) -> list[tuple[int, int]]:
-        """Where sums of gradients of a lane's queries begin and end."""
-        own = [launch.q for half in self.halves[index] for launch in half]
-        return [*own, *_query_spans(self.keys, index, self.ours[index][1], first=1)]
+        """The rows to which gradients of a site's queries are added."""
+        local = [launch.q for half in self.halves[index] for launch in half]
+        return [*local, *_query_spans(self.keys, index, self.ours[index][1], first=1)]
 
     def local_spans(self, index: int) -> list[tuple[int, int]]:
-        """Where sums of gradients of the own keys begin and end."""
+        """The rows to which gradients of the local keys are added."""
         return [*_key_spans(launch for half in self.halves[index] for launch in half), *self.keys.returned_rows]
 
     def of(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
-        """dK and dV of a block that came."""
+        """dK and dV of a received block."""
         i, step, (k, v) = block
         found = _launches(self.keys.sites[i], step.tiles, self.ours[i][1])
         dkv = row_accumulator(k.shape[2], partial(_key_spans, found))
@@ -142,7 +147,7 @@ class _Gradients:
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
     def add(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
-        """Adds what `some` calls of a block give; its share of dK and dV to `dkv`."""
+        """Adds the gradients of `some` launches of a block; dK and dV to `dkv`."""
         i, step, blocks = block
         group_site, ours = self.keys.sites[i], self.ours[i]
         for launch in some:
@@ -158,29 +163,29 @@ class _Gradients:
                 self.dleaves = _add_leaf_grads(group_site, step, launch, ours[1], self.leaves, others, self.dleaves)
 
 
-# --- calls ------------------------------------------------------------------------------------------------------------
+# --- launches ---------------------------------------------------------------------------------------------------------
 
 
 def _launches(group_site: Site, tiles: Sequence[Tile], q: Tensor) -> list[Launch]:
-    """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
+    """The launches for `tiles`; if the site splits full tiles, to save memory, none is larger than a tile."""
     if group_site.problem.cut_all:
         return launches(tiles, group_site.tile, stack=0)
     return launches(tiles, stack=0 if _depends_on_tokens(group_site) else STACK // max(1, q.shape[0]))
 
 
 def _rows(x: Tensor, launch: Launch) -> Tensor:
-    """The query rows of a call."""
+    """The query rows of a launch."""
     return stacked(x, launch.tiles[0].q, launch.rows, launch.count)
 
 
 def _keys(block: Tensor, launch: Launch) -> Tensor:
-    """The key rows of a call."""
+    """The key rows of a launch."""
     parts = [stacked(block, tile.k, by, launch.count) for tile, by in zip(launch.tiles, launch.shifts, strict=True)]
     return parts[0] if len(parts) == 1 else join_rows(parts)
 
 
 def _fold_keys(into: RowAccumulator, launch: Launch, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds `grads` of the key rows of a call to those of the block."""
+    """Adds `grads` of the key rows of a launch to those of the block."""
     offset = 0
     for tile, by, spans in zip(launch.tiles, launch.shifts, launch.k, strict=True):
         length = tile.k[1] - tile.k[0]
@@ -209,11 +214,11 @@ def _key_spans(some: Iterable[Launch]) -> list[tuple[int, int]]:
     return [span for launch in some for spans in launch.k for span in spans]
 
 
-# --- lanes ------------------------------------------------------------------------------------------------------------
+# --- head groups ------------------------------------------------------------------------------------------------------
 
 
 def _queries(group_site: Site, x: Tensor) -> Tensor:
-    """The rows of a lane's queries: of q, of the gradient, of out, of lse."""
+    """The rows of a site's queries in `x`: q, the gradient, out or lse."""
     if group_site.head_group is None:
         return x
     with label(f"take_group{group_site.group_index}"):
@@ -221,13 +226,13 @@ def _queries(group_site: Site, x: Tensor) -> Tensor:
 
 
 def _block_index(group_site: Site) -> BlockIndex:
-    """A lane's query heads, and where its queries stand in the rank's block."""
+    """A group's query heads, and the rows of its queries in the rank's block."""
     assert group_site.head_group is not None
     return list(group_site.head_group.members), rows_of(group_site, tokens_of(group_site, group_site.owned_queries))
 
 
 def _merged(sites: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of all queries from those of the lanes: one log-sum-exp merge over the patterns."""
+    """(out, lse) of all queries from those of the head groups: one log-sum-exp merge over the patterns."""
     patterns = [group_site.head_group.pattern for group_site in sites if group_site.head_group]
     first = patterns.count(patterns[0])
     with label("merge_groups"):
@@ -236,7 +241,7 @@ def _merged(sites: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tenso
 
 
 def _dq(site: Site, sites: Sequence[Site], dqs: Sequence[RowAccumulator], q: Tensor) -> Tensor:
-    """The gradient of all queries from those of the lanes'."""
+    """The gradient of all queries from those of the head groups."""
 
     def zeros(heads: int, n: int) -> tuple[Tensor, ...]:
         return (q.new_zeros((q.shape[0], heads, n, q.shape[3]), dtype=accumulator(q.dtype)),)
@@ -249,7 +254,7 @@ def _dq(site: Site, sites: Sequence[Site], dqs: Sequence[RowAccumulator], q: Ten
 
 
 def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) of n rows of `q` that no tile touched."""
+    """(out, lse) of n rows of `q` without tiles."""
     dtype = accumulator(q.dtype)
     lse = torch.full((*q.shape[:2], n), -torch.inf, dtype=dtype, device=q.device)
     return q.new_zeros((*q.shape[:2], n, v.shape[3]), dtype=dtype), lse
@@ -259,7 +264,7 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _name(site: Site, step: Step, launch: Launch) -> str:
-    """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
+    """Does not end in an underscore and a number, which graphs append to names that are taken."""
     prefix = f"group{site.group_index}_" if site.head_group else ""
     rows, keys = launch.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in launch.tiles]
     if len(keys) > MOST_NAMED:
@@ -298,12 +303,12 @@ def _tile_args(
 
 
 def _depends_on_tokens(site: Site) -> bool:
-    """Whether what acts on the scores of a tile, beside its mask, depends on the tokens."""
+    """Whether anything that acts on a tile's scores, other than its mask, depends on the tokens."""
     return bool(site.bias or site.dropout or site.score)
 
 
 def _spans(site: Site, step: Step, launch: Launch, q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    """(B, H, tokens of the query rows, tokens of the key rows) of a call that is no stack."""
+    """(B, H, tokens of the query rows, tokens of the key rows) of a launch that is no stack."""
     assert launch.count == 1, launch
     keys = [edge for tile in launch.tiles for edge in _tokens(step.tokens, tile.k)]
     return q.shape[0], q.shape[1], _tokens(site.owned_queries, launch.q), keys
@@ -311,7 +316,7 @@ def _spans(site: Site, step: Step, launch: Launch, q: Tensor) -> tuple[int, int,
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
     """The tokens in rows `span` of a block that holds the tokens `ranges`, as a flat list of ranges."""
-    return [edge for run in tokens(ranges, span) for edge in run]
+    return [edge for part in tokens(ranges, span) for edge in part]
 
 
 def _add_leaf_grads(
@@ -323,7 +328,7 @@ def _add_leaf_grads(
     others: list[Tensor],
     dleaves: list[Tensor],
 ) -> list[Tensor]:
-    """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
+    """`dleaves` plus those of this tile: `others`, or, without a score function, those through its bias."""
     spans = _spans(site, step, launch, q)
     with label(f"mask_backward_{_name(site, step, launch)}"):
         more = others
@@ -336,7 +341,7 @@ def _add_leaf_grads(
 
 
 def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) with one key more for each row, whose score is the sink and whose value is 0."""
+    """(out, lse) with one extra key per row, whose score is the sink and whose value is 0."""
     with label("sink"):
         sink = primitives.mask_tile(list(leaves), out, site.sink, *_sink_spans(site, out)).to(lse.dtype)[..., 0]
         share = torch.sigmoid(lse - sink).masked_fill(lse == -torch.inf, 0.0)
@@ -346,7 +351,7 @@ def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -
 def _add_sink_grads(
     site: Site, grad: Tensor, out: Tensor, lse: Tensor, leaves: Sequence[Tensor], dleaves: list[Tensor]
 ) -> list[Tensor]:
-    """`dleaves` plus what comes through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
+    """`dleaves` plus the gradient through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
     spans = _sink_spans(site, out)
     with label("sink_backward"):
         sink = primitives.mask_tile(list(leaves), out, site.sink, *spans).to(lse.dtype)
@@ -359,4 +364,4 @@ def _add_sink_grads(
 
 
 def _sink_spans(site: Site, q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    return q.shape[0], q.shape[1], [edge for run in site.owned_queries for edge in run], [0, 1]
+    return q.shape[0], q.shape[1], [edge for span in site.owned_queries for edge in span], [0, 1]

@@ -1,4 +1,4 @@
-"""The ring of a dilated attention: one exchange for all of its groups."""
+"""The ring of a dilated attention: one exchange for all of its head groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringpass.schedule.site import Site
 
 
 class DilatedTransport(Transport):
-    """The ring of a dilated site: one exchange serves all its lanes, each (token, K/V head) travels once."""
+    """The ring of a dilated site: its head groups share one exchange, each (token, K/V head) is sent once."""
 
     def __init__(self, site: Site, heads: int, k: Tensor, v: Tensor) -> None:
         super().__init__(site, k, v)
@@ -40,7 +40,7 @@ class DilatedTransport(Transport):
         return key_heads(self.sites[index], self.heads, self.k.shape[1])
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
-        own, *remote = self.exchanges
+        _, *remote = self.exchanges
         block: tuple[Tensor, ...] = (self.k, self.v)
         arriving: Tensor | None = None
         for exchange, following in zip(self.exchanges, [*remote, None], strict=True):
@@ -53,7 +53,7 @@ class DilatedTransport(Transport):
             yield served, [arriving] if arriving is not None else []
 
     def _block(self, exchange: Exchange, index: int, step: Step, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The keys and values of a lane's step, out of the own ones or of a message."""
+        """The keys and values of a site's step, from the local ones or from a message."""
         k, v = block
         heads, tokens = self.key_heads(index), tokens_of(self.sites[index], step.tokens)
         with label(f"take_group{index}_step{step.shift}"):
@@ -75,14 +75,14 @@ class DilatedTransport(Transport):
         return start_exchange(self.site, 2 * exchange.shift, sent, dst, src, self._numel(exchange.receive))
 
     def _block_indices(self, message: Message) -> list[BlockIndex]:
-        """Where the parcels of a message that the rank sends stand in its block."""
+        """The block index of each part of a message that the rank sends."""
         return [(part.heads, rows_of(self.site, part.tokens)) for part in message.parts]
 
     def _numel(self, message: Message | None) -> int:
-        """Numbers of K and V, or of their gradients, in a message."""
+        """Number of elements of K and V, or of their gradients, in a message."""
         return message.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if message else 0
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[RowAccumulator]) -> None:
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         exchange = next(exchange for exchange in self.exchanges if exchange.shift == served[0][1].shift)
         sent = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
         with label(f"send_gradients_step{exchange.shift}"):
@@ -97,10 +97,10 @@ class DilatedTransport(Transport):
                 sent = primitives.pack(sums, [0, exchange.receive.rows])
         dst, src = exchange.receive.src if exchange.receive else None, exchange.send.dst if exchange.send else None
         started = start_exchange(self.site, 2 * exchange.shift + 1, sent, dst, src, self._numel(exchange.send))
-        self.finish(own)
+        self.finish(local_sums)
         self.returning, self.pending = [started], exchange
 
-    def finish(self, own: list[RowAccumulator]) -> None:
+    def finish(self, local_sums: list[RowAccumulator]) -> None:
         for arriving in self.returning:
             assert self.pending is not None
             with label(f"wait_gradients_step{self.pending.shift}"):
@@ -110,7 +110,7 @@ class DilatedTransport(Transport):
         self.returning = []
 
     def _return(self, message: Message, grads: tuple[Tensor, ...]) -> None:
-        """Notes the gradients of the parcels of `message`, which the rank sent."""
+        """Records the gradients of the parts of `message`, which the rank sent."""
         offset = 0
         for block_index, part in zip(self._block_indices(message), message.parts, strict=True):
             shape = len(part.heads), len(part.tokens)
@@ -118,13 +118,13 @@ class DilatedTransport(Transport):
             self.returned.append((block_index, parts))
             offset += part.rows
 
-    def collect(self, own: list[RowAccumulator]) -> tuple[Tensor, ...]:
+    def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         dtype = accumulator(self.k.dtype)
         found: list[tuple[BlockIndex, tuple[Tensor, ...]]] = []
         for i, group_site in enumerate(self.sites):
             heads = self.key_heads(i)
             k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))
-            parts = own[i].join(partial(zero_block, k, v, dtype))
+            parts = local_sums[i].join(partial(zero_block, k, v, dtype))
             found.append(((heads, rows_of(self.site, tokens_of(group_site, group_site.owned_keys))), parts))
         found += self.returned
         block_indices = [block_index for block_index, _ in found]
