@@ -1,15 +1,15 @@
-"""Tensors of which each rank has its own tokens: those that a model returns, and those that it is given.
+"""Sharded tensors, of which each rank holds its local tokens: outputs of a model, and inputs to it.
 
     options = {"outputs": "local"}                                # of torch.compile(model, backend="ring_dilated")
-    logits = model(ids)                                           # this rank's tokens alone
-    labels = ringpass.local(labels, like=logits)                  # the same tokens of a tensor that every rank holds
+    logits = model(ids)                                           # this rank's tokens only
+    labels = ringpass.local(labels, like=logits)                  # the same tokens of a replicated tensor
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count     # count: of all ranks
 
-    embeds = ringpass.sharded(mine)                               # of global shape; each rank brings its tokens
+    embeds = ringpass.sharded(mine)                               # of global shape; each rank passes its tokens
     logits = model(inputs_embeds=embeds)
 
-What a rank holds of a tensor has the cotangent of its own tokens: a rank that goes backward from the sum over its
-tokens, divided by what all ranks count together, gets whole gradients of the compiled model's parameters.
+The shard of a rank has the cotangent of its local tokens.  A rank that calls backward on the sum over its tokens,
+divided by the count over all ranks, gets the full gradients of the compiled model's parameters.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from ringpass.lazy import LazyOutput, Origin, held, show
 
 LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
 
-_HELD: Any = WeakTensorKeyDictionary()  # of each tensor handed out where it comes from; None: whole on every rank
+_HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; None: replicated
 
-# --- what comes out of a model ----------------------------------------------------------------------------------------
+# --- outputs of a model -----------------------------------------------------------------------------------------------
 
 
 def as_local(local: Tensor, origin: Origin) -> Tensor:
     """An output as a plain tensor of this rank's tokens."""
-    own = origin.own(local)
-    _HELD[own] = origin
-    return own
+    rows = origin.local_rows(local)
+    _HELD[rows] = origin
+    return rows
 
 
 def on_all_ranks(output: Any) -> Any:
-    """An output that every rank holds whole."""
+    """A replicated output."""
     if isinstance(output, Tensor):
         _HELD[output] = None
     return output
 
 
 def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTensor:
-    """An output as a DTensor on the mesh of the ring, cut along its sequence dim as DTensor cuts: by torch.chunk."""
+    """An output as a DTensor on the mesh of the ring, sharded along its sequence dim as by torch.chunk."""
     mesh = _mesh(group, origin, local.device.type)
     shape, dim = torch.Size(origin.shape(local)), origin.shard.dim
-    own = origin.own(local)
+    rows = origin.local_rows(local)
     plan = _to_chunks(origin.shard, origin.part, origin.inner, shape[dim])
-    mine = _Redistribute.apply(own, dim, plan, origin.ring.name)  # type: ignore[no-untyped-call]
+    mine = _Redistribute.apply(rows, dim, plan, origin.ring.name)  # type: ignore[no-untyped-call]
     stride = torch.empty(shape, device="meta").stride()
     out = DTensor.from_local(mine, mesh, [DTensorShard(dim)], run_check=False, shape=shape, stride=stride)
     shard = Shard(dim, 1, shape[dim], CHUNKED, origin.ring.world, origin.ring.rank)
@@ -71,7 +71,7 @@ def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTenso
 
 
 def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
-    """The mesh that the option `group` is, or that of its ranks."""
+    """The option `group` if it is a mesh, else a mesh of its ranks."""
     if isinstance(group, DeviceMesh):
         return group
     assert origin.ring.pg is not None
@@ -79,7 +79,7 @@ def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
 
 
 class _Redistribute(torch.autograd.Function):
-    """Rows along a dim go to the ranks that want them, and their cotangents back."""
+    """Sends rows along a dim to the ranks that want them, and their cotangents back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, plan: Redistribution, group: str) -> Tensor:
@@ -100,20 +100,20 @@ def _along(x: Tensor, dim: int, carry: Any, plan: Redistribution, group: str) ->
 
 @lru_cache(maxsize=64)
 def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Redistribution:
-    """From the rows of a sharded dim of that size, all ranks together, to DTensor's chunks of it."""
+    """From the shards of a dim of global size `size` to DTensor's chunks of it."""
     ranks = range(shard.world)
     chunks = [spread(Layout(CHUNKED, shard.world).ranges(rank, size)) for rank in ranks]
     return redistribution([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
 
 
-# --- which tokens they are --------------------------------------------------------------------------------------------
+# --- their tokens -----------------------------------------------------------------------------------------------------
 
 
 def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
-    """Where the rows of `output`, along its sequence dim, are in the whole: `output` is `whole.index_select(.., them)`.
+    """The positions of the rows of `output` along the sequence dim of the full tensor.
 
-    Of an output of a model with the option outputs="local", or of what `sharded` returned.  `dim` is read only where
-    the model's output is whole on every rank.
+    `output` is an output of a model with the option outputs="local", or a result of `sharded`.  `dim` is read only if
+    the output is replicated.
     """
     origin = _origin(output)
     if origin is None:
@@ -122,26 +122,26 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 
 
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
-    """The tokens of `x`, which every rank holds whole, that this rank holds of `like`; in `x` they are along `dim`.
+    """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`.
 
-    A gradient of `x` is whole on every rank.
+    The gradient of `x` is replicated.
     """
     origin = _origin(like)
     if origin is None:
         return x
     shard, size = origin.shard, x.shape[dim]
     if size == origin.size:
-        own = origin.held(shard.rank)
-    elif size == shard.tokens and origin.part is None:  # counted in one sequence, where `like` merges several
-        own = held_by(shard.layout, shard.rank, shard.tokens)
+        positions = origin.held(shard.rank)
+    elif size == shard.tokens and origin.part is None:  # positions in one sequence, while `like` merges several
+        positions = held_by(shard.layout, shard.rank, shard.tokens)
     else:
         sizes = {origin.size, shard.tokens} if origin.part is None else {origin.size}
         raise InputError(
             f"expected a tensor of {' or '.join(map(str, sorted(sizes)))} tokens in dim {dim}, as those of `like`, got "
             f"{list(x.shape)}: pass the whole tensor, and the dim of its sequence"
         )
-    whole = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
-    return whole.index_select(dim, torch.from_numpy(own).to(x.device))
+    full = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
+    return full.index_select(dim, torch.from_numpy(positions).to(x.device))
 
 
 def _origin(output: Tensor) -> Origin | None:
@@ -156,22 +156,22 @@ def _origin(output: Tensor) -> Origin | None:
     )
 
 
-# --- what goes into a model -------------------------------------------------------------------------------------------
+# --- inputs to a model ------------------------------------------------------------------------------------------------
 
 
 def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = None) -> Tensor:
-    """A tensor of global shape of which `x` is this rank's share, to be passed to a compiled model.
+    """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
 
     All ranks of the ring `group` (a process group, a mesh of one dimension, or None: the default group) call this
-    together, each with its tokens along `dim`, in the `layout` that says which those are:
+    together, each with its tokens along `dim`, as `layout` assigns them:
 
         "contiguous"    rank after rank, the first S mod P ranks hold one token more
-        "chunked"       rank after rank, as torch.chunk and DTensor cut
+        "chunked"       rank after rank, as torch.chunk and DTensor split
         "zigzag"        of 2P chunks, rank r holds chunks r and 2P-1-r
         "striped"       of 8P chunks, rank r holds every P-th from r on
 
-    A floating-point tensor that the model reads token by token is nowhere gathered; its gradient is that of the own
-    tokens.  A DTensor that is sharded over a mesh of one dimension is taken as it is: it says all of this itself.
+    A floating-point tensor that the model reads token by token is never gathered; its gradient is that of the local
+    tokens.  For a DTensor that is sharded over a mesh of one dimension, the other arguments are taken from it.
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)
