@@ -80,7 +80,7 @@ def _rows(tokens: Array, chosen: Array) -> Array:
     """The index of each of `chosen` in `tokens`."""
     order = np.argsort(tokens, kind="stable")
     at = np.searchsorted(tokens, chosen, sorter=order)
-    assert len(tokens) or not len(chosen), "no rank holds a wanted token"
+    assert len(tokens) or not len(chosen), "nobody holds what is wanted"
     rows = order[np.minimum(at, len(tokens) - 1)]
-    assert np.array_equal(tokens[rows], chosen), "no rank holds a wanted token"
+    assert np.array_equal(tokens[rows], chosen), "nobody holds what is wanted"
     return rows
