@@ -129,7 +129,7 @@ def attention(x: Sparse, length: int, args: argparse.Namespace) -> tuple[Step, i
     rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
     lengths, layouts = (length, length), ("contiguous", "contiguous")
     site = Site(x.mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, TILE, **rest)  # type: ignore[arg-type]
-    tile = refine([lane.problem for lane in site.lanes(args.heads)], "cpu")
+    tile = refine([group_site.problem for group_site in site.per_head_group(args.heads)], "cpu")
     site = replace(site, tile=tile)
     # rows first in memory, as models' projections are
     q, k, v, grad = (torch.randn(1, length, args.heads, args.width).transpose(1, 2) for _ in range(4))

@@ -120,10 +120,10 @@ def without_exchanges(run: Step) -> Step:
 
     buffers: dict[int, Tensor] = {}
 
-    def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.Exchange:
+    def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.PendingExchange:
         if tag not in buffers:
             buffers[tag] = sent.clone() if sent.numel() == numel else torch.randn(numel)
-        return p2p.Exchange(buffers[tag], sent, [], (dst, src))
+        return p2p.PendingExchange(buffers[tag], sent, [], (dst, src))
 
     return with_start(run, start)
 
@@ -134,7 +134,7 @@ def waiting_at_once(run: Step) -> Step:
 
     real = p2p.start
 
-    def start(*args: Any) -> p2p.Exchange:
+    def start(*args: Any) -> p2p.PendingExchange:
         started = real(*args)
         started.wait()
         started.works = []
@@ -150,24 +150,24 @@ def only_exchanges(run: Step) -> Step:
     from ringpass.comm import p2p
 
     log: list[tuple[str, Any]] = []  # ("start", arguments) or ("wait", number of the start)
-    started: list[p2p.Exchange] = []
-    real, real_wait = p2p.start, p2p.Exchange.wait
+    started: list[p2p.PendingExchange] = []
+    real, real_wait = p2p.start, p2p.PendingExchange.wait
 
-    def start(sent: Tensor, *args: Any) -> p2p.Exchange:
+    def start(sent: Tensor, *args: Any) -> p2p.PendingExchange:
         log.append(("start", (sent.clone(), *args)))
         started.append(real(sent, *args))
         return started[-1]
 
-    def wait(self: p2p.Exchange) -> None:
+    def wait(self: p2p.PendingExchange) -> None:
         log.append(("wait", next(i for i, exchange in enumerate(started) if exchange is self)))
         real_wait(self)
 
-    with patch.object(p2p, "start", start), patch.object(p2p.Exchange, "wait", wait):
+    with patch.object(p2p, "start", start), patch.object(p2p.PendingExchange, "wait", wait):
         run()
     started.clear()
 
     def step() -> None:
-        under_way: list[p2p.Exchange] = []
+        under_way: list[p2p.PendingExchange] = []
         for kind, what in log:
             if kind == "start":
                 under_way.append(real(*what))

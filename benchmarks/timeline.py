@@ -5,7 +5,7 @@
 >>> json.dump(as_trace({"forward": events}), file)      # opens in https://ui.perfetto.dev
 >>> print(picture(events))
 
-Recorded from outside, by wrapping what ringpass calls: its kernels, `p2p.Exchange.wait`, and torch's
+Recorded from outside, by wrapping what ringpass calls: its kernels, `p2p.PendingExchange.wait`, and torch's
 `batch_isend_irecv`. gloo does not tell when a message has arrived other than by `wait`, so a thread watches the last
 element of each receive buffer, marked with a NaN before the exchange starts: bytes arrive in order.
 """
@@ -52,7 +52,7 @@ class Recording:
         from ringpass.comm import p2p
         from ringpass.kernels import table as kernels
 
-        lanes = [(kernels, "forward", "tile"), (kernels, "backward", "tile"), (p2p.Exchange, "wait", "wait")]
+        lanes = [(kernels, "forward", "tile"), (kernels, "backward", "tile"), (p2p.PendingExchange, "wait", "wait")]
         for owner, name, lane in lanes:
             self._stack.enter_context(patch.object(owner, name, self._timed(getattr(owner, name), lane)))
         self._stack.enter_context(patch.object(dist, "batch_isend_irecv", self._starting(dist.batch_isend_irecv)))

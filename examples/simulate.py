@@ -33,7 +33,7 @@ from ringpass.passes.plan.plan import RingPlan, SitePlan, plan
 from ringpass.passes.plan.verify import prove_all
 from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything, window
-from ringpass.schedule.messages import Message, joints, runs
+from ringpass.schedule.messages import Message, exchanges, strided_ranges
 from ringpass.schedule.program import Transfer
 
 SHOWN = 3  # ranges of tokens that a cell lists
@@ -98,9 +98,9 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
     """What `rank` sends in a forward, exchange by exchange; a backward sends it again, and gradients the other way."""
     heads, groups = site.site.heads
     if site.dilation:
-        for joint in joints(site.on(rank), heads, groups):
-            if joint.send:
-                yield Sent(joint.shift, rank, joint.send.dst, _parcels(joint.send), joint.send.rows)
+        for exchange in exchanges(site.on(rank), heads, groups):
+            if exchange.send:
+                yield Sent(exchange.shift, rank, exchange.send.dst, _parts(exchange.send), exchange.send.rows)
     else:
         for step in site.programs(rank)[0].steps:
             if step.send:
@@ -109,7 +109,7 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
 
 def pairs_of(site: SitePlan, rank: int) -> int:
     """(query, key) pairs in tiles, over all heads."""
-    heads = [len(lane.members) for lane in site.lanes] or [site.site.heads[0]]
+    heads = [len(head_group.members) for head_group in site.head_groups] or [site.site.heads[0]]
     return sum(n * program.area for n, program in zip(heads, site.programs(rank), strict=True))
 
 
@@ -140,11 +140,11 @@ def _table(title: str, *names: str) -> Table:
     return table
 
 
-def _parcels(message: Message) -> str:
+def _parts(message: Message) -> str:
     """`0:64:4 of heads 0 1`, line after line: start, stop and step of tokens."""
     alike: dict[tuple[int, ...], list[int]] = {}
-    for parcel in message.parcels:
-        alike.setdefault(runs(parcel.tokens), []).extend(parcel.heads)
+    for part in message.parts:
+        alike.setdefault(strided_ranges(part.tokens), []).extend(part.heads)
     return "\n".join(
         f"{_few(_spans(flat))} of heads {' '.join(map(str, sorted(heads)))}" for flat, heads in alike.items()
     )

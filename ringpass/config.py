@@ -37,7 +37,7 @@ class RingConfig:
         which what is near on the grid is near in the sequence.  Exact: same results; masks that are windows on the
         grid fall into few tiles.
     hilbert_prefix: number of tokens (CLS, registers, text) before the grid, which stay there; None: inferred.
-    along_curve: True: `mask`, dilation and the blocks of `approximate` count places along the curve instead of tokens;
+    along_curve: True: `mask`, dilation and the blocks of `approximate` count positions along the curve, not tokens;
         the model's own mask does not.  It changes what is attended to.
     segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
         the rate r, of which every r-th token attends to every r-th one (`ringpass.schedule.dilation`).  It changes what

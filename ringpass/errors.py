@@ -1,4 +1,4 @@
-"""The errors that users meet.  Each message says what was expected, what came, and what to do."""
+"""The errors that users see.  Each message says what was expected, what was given, and what to do."""
 
 
 class RingpassError(Exception):
@@ -6,15 +6,15 @@ class RingpassError(Exception):
 
 
 class OptionError(RingpassError, ValueError):
-    """An option is unknown, has a value that it cannot have, or contradicts another."""
+    """An option is unknown, has an invalid value, or contradicts another."""
 
 
 class InputError(RingpassError, ValueError):
-    """A tensor that was handed to a function of ringpass is not what that function takes."""
+    """A tensor passed to a function of ringpass is not valid for it."""
 
 
 class UnsupportedError(RingpassError, ValueError):
-    """The graph holds something that ringpass cannot partition, and `strict` (or exactness) forbids to gather it."""
+    """The graph holds something that ringpass cannot partition, and `strict` (or exactness) forbids gathering it."""
 
 
 class MismatchError(RingpassError, ValueError):
@@ -26,4 +26,4 @@ class PeerError(RingpassError, RuntimeError):
 
 
 class ScheduleError(RingpassError, AssertionError):
-    """A schedule does not hold what the proof demands.  A defect of ringpass, never of its user."""
+    """A schedule fails its proof.  A defect of ringpass, never of its user."""

@@ -1,9 +1,9 @@
-"""Outputs, and inputs, that hold this rank's tokens and show themselves as tensors of global shape.
+"""Outputs and inputs that hold this rank's tokens and behave as tensors of global shape.
 
-A LazyOutput gathers on first use, once, above autograd: its gradient goes back to the local tokens.  Reading its shape,
-dtype or device is no use.  Gathering is a collective: all ranks must use an output, or none; a rank that waits in vain
-gets a PeerError that names the output and the ranks.  A compiled model of the same ring that reads it token by token
-takes the local tokens instead.
+A LazyOutput gathers on first use, once, above autograd: its gradient flows to the local tokens.  Reading its shape,
+dtype or device does not count as use.  Gathering is a collective: all ranks must use an output, or none; a rank that
+waits in vain gets a PeerError that names the output and the ranks.  A compiled model of the same ring that reads it
+token by token takes the local tokens instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ringpass.ops import boundary
 
 @dataclass(frozen=True)
 class Origin:
-    """Which output of which call this is, and how to gather it; `part`: of what is gathered, these tokens."""
+    """Identifies an output of a call and how to gather it; `part`: the range of gathered tokens that it consists of."""
 
     name: str
     call: int
@@ -39,7 +39,7 @@ class Origin:
     inner: int = 1  # the sequence dim has size outer * S * inner
 
     def shape(self, local: Tensor) -> list[Any]:
-        """Of what the model returned."""
+        """The shape of the model's output."""
         shape = self.shard.resized(local.shape, self.shard.length, self.shard.tokens)
         if self.part is not None:
             shape[self.shard.dim] = self.part[1] - self.part[0]
@@ -47,58 +47,58 @@ class Origin:
 
     @property
     def size(self) -> int:
-        """That of the sequence dim of what the model returned."""
+        """The size of the sequence dim of the model's output."""
         size: int = self.part[1] - self.part[0] if self.part else self.shard.outer * self.shard.tokens * self.inner
         return size
 
     @property
     def kind(self) -> str:
-        """What ranks must agree on where they pass it to a model."""
+        """What ranks must agree on if they pass it to a model."""
         s = self.shard
         part = f", of which {self.part}" if self.part else ""
-        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout}{part}"
+        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout_name}{part}"
 
     def held(self, rank: int) -> Array:
-        """The positions along the sequence dim of what the model returned that `rank` holds, in the order of rows."""
+        """The positions along the sequence dim of the model's output that `rank` holds, in the order of rows."""
         return held(self.shard, self.part, self.inner, rank)
 
-    def own(self, local: Tensor) -> Tensor:
-        """The rows of `local` that are in what the model returned."""
+    def local_rows(self, local: Tensor) -> Tensor:
+        """The rows of `local` that are in the model's output."""
         if self.part is None:
             return local
-        tokens = held_by(self.shard.placement, self.shard.rank, self.shard.tokens)
+        tokens = held_by(self.shard.layout, self.shard.rank, self.shard.tokens)
         rows = np.flatnonzero(_inside(tokens, self.part))
         return local.index_select(self.shard.dim, torch.from_numpy(rows).to(local.device))
 
     def gather(self, local: Tensor) -> Tensor:
-        """What the model returned, on all ranks."""
-        whole: Tensor = ops.gather(local, *_shard_args(self))
-        whole = self._ordered(whole, inverse=True)
-        return whole if self.part is None else whole.narrow(self.shard.dim, self.part[0], self.part[1] - self.part[0])
+        """The model's output, replicated."""
+        full: Tensor = ops.gather(local, *_shard_args(self))
+        full = self._ordered(full, inverse=True)
+        return full if self.part is None else full.narrow(self.shard.dim, self.part[0], self.part[1] - self.part[0])
 
     def scatter(self, grad: Tensor) -> Tensor:
-        """The local tokens' share of its cotangent."""
+        """The cotangent of the local tokens, from that of the model's output."""
         if self.part is not None:
             dim, (start, stop) = self.shard.dim, self.part
-            whole = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
-            grad = whole.slice_scatter(grad, dim, start, stop)
+            full = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
+            grad = full.slice_scatter(grad, dim, start, stop)
         mine: Tensor = boundary.shard_back(self._ordered(grad, inverse=False), *_shard_args(self))
         return mine
 
-    def share(self, whole: Tensor) -> Tensor:
-        """This rank's tokens of a tensor that every rank holds."""
-        shared: Tensor = ops.shard(self._ordered(whole, inverse=False), *_shard_args(self))
-        return shared
+    def local_shard(self, full: Tensor) -> Tensor:
+        """This rank's tokens of a replicated tensor."""
+        shard: Tensor = ops.shard(self._ordered(full, inverse=False), *_shard_args(self))
+        return shard
 
-    def _ordered(self, whole: Tensor, inverse: bool) -> Tensor:
-        """All tokens in the order of the layout's curve, or, inverse, back in their own."""
-        s, order = self.shard, self.shard.placement.order
-        return ops.permute(whole, s.dim, s.outer, s.tokens, str(order), inverse) if order else whole
+    def _ordered(self, full: Tensor, inverse: bool) -> Tensor:
+        """All tokens in the order of the layout's curve, or, if `inverse`, back in the original order."""
+        s, order = self.shard, self.shard.layout.order
+        return ops.permute(full, s.dim, s.outer, s.tokens, str(order), inverse) if order else full
 
 
 def held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> Array:
-    """The positions that `rank` holds along a dim of size outer * S * inner, or, if `part` is given, along that."""
-    tokens = held_by(shard.placement, rank, shard.tokens)
+    """The positions that `rank` holds along a dim of size outer * S * inner, or, if given, along `part` of it."""
+    tokens = held_by(shard.layout, rank, shard.tokens)
     if part is not None:
         return tokens[_inside(tokens, part)] - part[0]
     outer = np.arange(shard.outer)[:, None, None]
@@ -121,7 +121,7 @@ _METHODS = (
     "is_contiguous", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_signed", "retain_grad",
     "register_hook", "__len__",
 )  # fmt: skip
-"""What can be asked of a tensor without a look at its elements."""
+"""What can be read of a tensor without its elements."""
 
 
 class LazyOutput(Tensor):
@@ -142,29 +142,31 @@ class LazyOutput(Tensor):
 
     @property
     def kind(self) -> str:
-        """What ranks must agree on where they pass it to a model."""
+        """What ranks must agree on if they pass it to a model."""
         used = ", gathered" if self.gathered is not None else ", with hooks" if self._watched else ""
         return f"{self.origin.kind}{used}"
 
     @property
     def _watched(self) -> bool:
-        """Whether someone looks at its gradient, which must then be whole."""
+        """Whether its gradient is observed, which must then be the full one."""
         return bool(self._backward_hooks) or self.retains_grad
 
     def tokens_in(self, layout: str, dim: int, ring: Ring) -> Tensor:
-        """This rank's tokens along `dim` in another layout: moved between ranks if they are elsewhere."""
+        """This rank's tokens along `dim` in another layout, redistributed if necessary."""
         o, s = self.origin, self.origin.shard
         simple = (s.dim, s.outer, o.inner, o.part, o.ring) == (dim, 1, 1, None, ring)
         if simple and self.gathered is None and not self._watched:
-            if s.layout == layout:
+            if s.layout_name == layout:
                 return self.local
-            moved: Tensor = ops.redeal(self.local, dim, 1, s.tokens, s.layout, layout, s.world, s.rank, ring.name)
+            moved: Tensor = ops.redistribute(
+                self.local, dim, 1, s.tokens, s.layout_name, layout, s.world, s.rank, ring.name
+            )
             return moved
         shard = Shard(dim, 1, self.shape[dim], layout, ring.world, ring.rank)
-        return Origin("", 0, 0, shard, ring).share(self.full())
+        return Origin("", 0, 0, shard, ring).local_shard(self.full())
 
     def full(self) -> Tensor:
-        """The whole tensor, as on one device; gathers at the first call, on all ranks together."""
+        """The full tensor; gathers at the first call, on all ranks together."""
         if self.gathered is None:
             o = self.origin
             missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
@@ -180,12 +182,12 @@ class LazyOutput(Tensor):
             self.local = self.gathered.new_empty(0)
         return self.gathered
 
-    OWN = frozenset(
+    UNGATHERED = frozenset(
         {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
     )
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """To Dynamo, a plain tensor of global shape: of what is inside, the same on every rank, it sees nothing."""
+        """To Dynamo, a plain tensor of global shape, equal on every rank: the local tokens are hidden."""
         return ["nothing"], None
 
     @staticmethod
@@ -196,7 +198,7 @@ class LazyOutput(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         described = func is Tensor.untyped_storage and TracingContext.try_get() is not None  # by Dynamo, in a graph
-        if func in cls.OWN or described:
+        if func in cls.UNGATHERED or described:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs))
@@ -211,9 +213,9 @@ class LazyOutput(Tensor):
 
 
 class _Show(torch.autograd.Function):
-    """Makes the lazy output a node of the autograd graph, on which hooks see its whole cotangent.
+    """Makes the lazy output a node of the autograd graph, on which hooks see its full cotangent.
 
-    That is of global shape, equal on every rank, and gives the local output its own tokens.
+    The cotangent has global shape and is equal on every rank; the local output gets that of its tokens.
     """
 
     @staticmethod
@@ -227,7 +229,7 @@ class _Show(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """What a lazy output stands for; the cotangent is the lazy output's."""
+    """The gathered value of a lazy output; its cotangent is that of the lazy output."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyOutput) -> Tensor:
@@ -247,4 +249,4 @@ def show(local: Tensor, origin: Origin) -> LazyOutput:
 
 def _shard_args(origin: Origin) -> tuple[Any, ...]:
     s = origin.shard
-    return s.dim, s.outer, s.tokens, s.layout, s.world, s.rank, origin.ring.name
+    return s.dim, s.outer, s.tokens, s.layout_name, s.world, s.rank, origin.ring.name

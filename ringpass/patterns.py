@@ -8,12 +8,12 @@
 
     run = torch.compile(model, backend="ring_dilated", options={"mask": causal() & window(4095)})
 
-A pattern is ANDed with the model's own mask.  Positions are those of the model's own order, 0 to S - 1; b is the batch
-element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.  Tiles that a pattern
-leaves empty are neither computed nor sent.
+A pattern is ANDed with the model's own mask.  Positions are in the model's original order, 0 to S - 1; b is the batch
+element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.  Empty tiles
+are neither computed nor sent.
 
-Patterns made of arrays (document ids, block lists) are for one length.  Each rank must give the same arrays: ranks
-compare their digests before the first step.
+Patterns made of arrays (document ids, block lists) are for one length.  Every rank must pass the same arrays; their
+digests are compared before the first step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
 
 @dataclass(frozen=True)
 class Pattern:
-    """A boolean expression over b, h, q and k; `tokens`: the one length that it is for, if it is."""
+    """A boolean expression over b, h, q and k; `tokens`: the only length that it fits, or None."""
 
     expr: Expr
     tokens: int | None = None
@@ -63,19 +63,19 @@ class Pattern:
         return bool(evaluate(self.expr, at, []))
 
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        """Raises OptionError where the pattern is for another number of tokens, batch elements or heads."""
+        """Raises OptionError if the pattern is for another number of tokens, batch elements or heads."""
         if self.tokens is not None and (queries, keys) != (self.tokens, self.tokens):
             raise OptionError(
                 f"the option 'mask' is for {self.tokens} tokens, and the attention has {queries} queries and {keys} "
                 "keys: make the pattern for this length"
             )
-        for array in tables(self.expr):
+        for entry in tables(self.expr):
             box = {name: (0.0, int(n) - 1.0) for name, n in zip("bhqk", (batch, heads, queries, keys), strict=True)}
-            for index, n in zip(array.indices, array.known.shape, strict=True):
+            for index, n in zip(entry.indices, entry.array.shape, strict=True):
                 low, high = bounds(index, box)
                 if low < -n or high >= n or (index in (B, H) and high != n - 1):
                     raise OptionError(
-                        f"the option 'mask' holds an array of shape {list(array.known.shape)} that is read at {index} "
+                        f"the option 'mask' holds an array of shape {list(entry.array.shape)} that is read at {index} "
                         f"from {low:g} to {high:g}, for {batch} batch elements, {heads} heads, {queries} queries and "
                         f"{keys} keys: give an array that fits"
                     )
@@ -114,7 +114,7 @@ def nothing() -> Pattern:
 
 
 def causal() -> Pattern:
-    """Each query sees itself and what came before."""
+    """Each query sees itself and all tokens before it."""
     return _pattern("k <= q")
 
 
@@ -142,12 +142,12 @@ def global_tokens(tokens: int) -> Pattern:
 
 
 def prefix(tokens: int) -> Pattern:
-    """Causal, but for a prefix of `tokens` whose tokens all see each other (prefix-LM)."""
+    """Causal, except for a prefix of `tokens` tokens that all see each other (prefix-LM)."""
     return causal() | sink(tokens) if tokens else causal()
 
 
 def block_causal(block: int) -> Pattern:
-    """Causal by blocks: each query sees its own block whole, and all blocks before."""
+    """Causal by blocks: each query sees all of its block and all earlier blocks."""
     return _pattern(f"k // {_natural('block', block, 1)} <= q // {block}")
 
 
@@ -157,7 +157,7 @@ def strided(stride: int) -> Pattern:
 
 
 def fixed(block: int, summary: int) -> Pattern:
-    """Sparse Transformer, fixed: the own block, and the last `summary` tokens of every block."""
+    """Sparse Transformer, fixed: the query's block, and the last `summary` tokens of every block."""
     if _natural("summary", summary, 1) > _natural("block", block, 1):
         raise OptionError(f"summary must be at most the block, got {summary} of {block}")
     return causal() & (_pattern(f"q // {block} == k // {block}") | _pattern(f"k % {block} >= {block - summary}"))
@@ -193,7 +193,7 @@ def documents(lengths: Sequence[int] | None = None, *, cu_seqlens: Any = None, i
 
 
 def _documents_of(ids: np.ndarray[Any, Any]) -> Pattern:
-    """Documents in the order of their tokens have a closed form; others, and those of several rows, are a table."""
+    """Contiguous documents, equal in all rows, have a closed form; others become a table."""
     rows = np.atleast_2d(ids)
     edges = np.flatnonzero(np.diff(rows[0])) + 1
     if (rows == rows[0]).all():
@@ -224,7 +224,7 @@ def blocks(listed: Any, size: int) -> Pattern:
 def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int = 1) -> Pattern:
     """Each block of `size` queries sees `count` blocks of keys, drawn without replacement (BigBird).
 
-    The same for the same `seed` on every rank and machine.  `heads` more than 1: drawn anew for each query head.
+    Equal on every rank and machine for equal `seed`.  `heads` above 1: drawn separately for each query head.
     """
     wide = -(-_natural("tokens", tokens, 1) // _natural("size", size, 1))
     if not 1 <= _natural("count", count, 1) <= wide:

@@ -1,4 +1,4 @@
-"""The dtype in which partial results are added up."""
+"""The dtype in which partial results are accumulated."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Dense attention, plain and whole: what each option means, for tests and for users who want to check.
+"""Dense attention on one device: the meaning of each option, for tests and for users who want to check.
 
     >>> q = k = v = torch.randn(1, 2, 10, 4, dtype=torch.float64)
     >>> out = attention(q, k, v, Dilation((4, 8), (1, 2)), causal=True)
 
-Memory and time are those of all S x S pairs.
+Memory and time grow with all S x S pairs.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def attention(
     """O[p] = sum_c m exp(s_pc) v_c / sum_c m exp(s_pc), s the scaled, biased scores: (B, H, S, Dv), differentiable.
 
     q is (B, H, S, D), k and v (B, G, S, D), H a multiple of G; `mask` (bool: may attend) and `bias` broadcast to
-    (B, H, S, S).  A query that sees no key gives 0.  `order`: the patterns count places along it, `order[i]` the token
-    at place i; causal, mask and bias speak of tokens.
+    (B, H, S, S).  A query that sees no key gives 0.  `order`: the patterns count positions along it, `order[i]` the
+    token at position i; causal, mask and bias are over tokens.
     """
     heads, tokens = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
@@ -55,8 +55,8 @@ def attention(
     if dilation is not None:
         m = multiplicity(dilation, heads, tokens)
         if order is not None:
-            place = order.argsort()
-            m = m[:, place][:, :, place]
+            position = order.argsort()
+            m = m[:, position][:, :, position]
     allowed = (m > 0).expand(scores.shape)
     allowed = allowed & torch.ones(tokens, k.shape[2], dtype=torch.bool).tril() if causal else allowed
     allowed = allowed if mask is None else allowed & mask

@@ -1,15 +1,15 @@
-"""Tensors of which each rank has its own tokens: those that a model returns, and those that it is given.
+"""Sharded tensors, of which each rank holds its local tokens: outputs of a model, and inputs to it.
 
     options = {"outputs": "local"}                                # of torch.compile(model, backend="ring_dilated")
-    logits = model(ids)                                           # this rank's tokens alone
-    labels = ringpass.local(labels, like=logits)                  # the same tokens of a tensor that every rank holds
+    logits = model(ids)                                           # this rank's tokens only
+    labels = ringpass.local(labels, like=logits)                  # the same tokens of a replicated tensor
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / count     # count: of all ranks
 
-    embeds = ringpass.sharded(mine)                               # of global shape; each rank brings its tokens
+    embeds = ringpass.sharded(mine)                               # of global shape; each rank passes its tokens
     logits = model(inputs_embeds=embeds)
 
-What a rank holds of a tensor has the cotangent of its own tokens: a rank that goes backward from the sum over its
-tokens, divided by what all ranks count together, gets whole gradients of the compiled model's parameters.
+The shard of a rank has the cotangent of its local tokens.  A rank that calls backward on the sum over its tokens,
+divided by the count over all ranks, gets the full gradients of the compiled model's parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Placement
+from torch.distributed.tensor import Shard as DTensorShard
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
@@ -32,88 +32,88 @@ from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, Layout
 from ringpass.layouts.ranges import spread
-from ringpass.layouts.redistribution import Moves, held_by, moves
+from ringpass.layouts.redistribution import Redistribution, held_by, redistribution
 from ringpass.lazy import LazyOutput, Origin, held, show
 
 LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
 
-_HELD: Any = WeakTensorKeyDictionary()  # of each tensor handed out where it comes from; None: whole on every rank
+_HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; None: replicated
 
-# --- what comes out of a model ----------------------------------------------------------------------------------------
+# --- outputs of a model -----------------------------------------------------------------------------------------------
 
 
 def as_local(local: Tensor, origin: Origin) -> Tensor:
     """An output as a plain tensor of this rank's tokens."""
-    own = origin.own(local)
-    _HELD[own] = origin
-    return own
+    rows = origin.local_rows(local)
+    _HELD[rows] = origin
+    return rows
 
 
 def on_all_ranks(output: Any) -> Any:
-    """An output that every rank holds whole."""
+    """A replicated output."""
     if isinstance(output, Tensor):
         _HELD[output] = None
     return output
 
 
 def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTensor:
-    """An output as a DTensor on the mesh of the ring, cut along its sequence dim as DTensor cuts: by torch.chunk."""
+    """An output as a DTensor on the mesh of the ring, sharded along its sequence dim as by torch.chunk."""
     mesh = _mesh(group, origin, local.device.type)
     shape, dim = torch.Size(origin.shape(local)), origin.shard.dim
-    own = origin.own(local)
-    moves = _to_chunks(origin.shard, origin.part, origin.inner, shape[dim])
-    mine = _Dealt.apply(own, dim, moves, origin.ring.name)  # type: ignore[no-untyped-call]
+    rows = origin.local_rows(local)
+    plan = _to_chunks(origin.shard, origin.part, origin.inner, shape[dim])
+    mine = _Redistribute.apply(rows, dim, plan, origin.ring.name)  # type: ignore[no-untyped-call]
     stride = torch.empty(shape, device="meta").stride()
-    out = DTensor.from_local(mine, mesh, [Placement(dim)], run_check=False, shape=shape, stride=stride)
+    out = DTensor.from_local(mine, mesh, [DTensorShard(dim)], run_check=False, shape=shape, stride=stride)
     shard = Shard(dim, 1, shape[dim], CHUNKED, origin.ring.world, origin.ring.rank)
     _HELD[out] = Origin(origin.name, origin.call, origin.position, shard, origin.ring)
     return out
 
 
 def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
-    """The mesh that the option `group` is, or that of its ranks."""
+    """The option `group` if it is a mesh, else a mesh of its ranks."""
     if isinstance(group, DeviceMesh):
         return group
     assert origin.ring.pg is not None
     return DeviceMesh.from_group(origin.ring.pg, device)
 
 
-class _Dealt(torch.autograd.Function):
-    """Rows along a dim go to the ranks that want them, and their cotangents back."""
+class _Redistribute(torch.autograd.Function):
+    """Sends rows along a dim to the ranks that want them, and their cotangents back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, moves: Moves, group: str) -> Tensor:
-        ctx.how = dim, moves, group
-        return _along(x, dim, collectives.carry, moves, group)
+    def forward(ctx: Any, x: Tensor, dim: int, plan: Redistribution, group: str) -> Tensor:
+        ctx.how = dim, plan, group
+        return _along(x, dim, collectives.carry, plan, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dim, moves, group = ctx.how
-        return _along(grad, dim, collectives.carry_back, moves, group), None, None, None
+        dim, plan, group = ctx.how
+        return _along(grad, dim, collectives.carry_back, plan, group), None, None, None
 
 
-def _along(x: Tensor, dim: int, carry: Any, moves: Moves, group: str) -> Tensor:
+def _along(x: Tensor, dim: int, carry: Any, plan: Redistribution, group: str) -> Tensor:
     before, n, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
-    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), moves, group)
+    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), plan, group)
     return rows.reshape(*before, rows.shape[1], *after)
 
 
 @lru_cache(maxsize=64)
-def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Moves:
-    """From the rows of a sharded dim of that size, all ranks together, to DTensor's chunks of it."""
+def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Redistribution:
+    """From the shards of a dim of global size `size` to DTensor's chunks of it."""
     ranks = range(shard.world)
     chunks = [spread(Layout(CHUNKED, shard.world).ranges(rank, size)) for rank in ranks]
-    return moves([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
+    return redistribution([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
 
 
-# --- which tokens they are --------------------------------------------------------------------------------------------
+# --- their tokens -----------------------------------------------------------------------------------------------------
 
 
 def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
-    """Where the rows of `output`, along its sequence dim, are in the whole: `output` is `whole.index_select(.., them)`.
+    """The positions of the rows of `output` along the sequence dim of the full tensor.
 
-    Of an output of a model with the option outputs="local", or of what `sharded` returned.  `dim` is read only where
-    the model's output is whole on every rank.
+    `output` is an output of a model with the option outputs="local", or a result of `sharded`.  `dim` is read only if
+    the output is replicated.
     """
     origin = _origin(output)
     if origin is None:
@@ -122,26 +122,26 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 
 
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
-    """The tokens of `x`, which every rank holds whole, that this rank holds of `like`; in `x` they are along `dim`.
+    """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`.
 
-    A gradient of `x` is whole on every rank.
+    The gradient of `x` is replicated.
     """
     origin = _origin(like)
     if origin is None:
         return x
     shard, size = origin.shard, x.shape[dim]
     if size == origin.size:
-        own = origin.held(shard.rank)
-    elif size == shard.tokens and origin.part is None:  # counted in one sequence, where `like` merges several
-        own = held_by(shard.placement, shard.rank, shard.tokens)
+        positions = origin.held(shard.rank)
+    elif size == shard.tokens and origin.part is None:  # positions in one sequence, while `like` merges several
+        positions = held_by(shard.layout, shard.rank, shard.tokens)
     else:
         sizes = {origin.size, shard.tokens} if origin.part is None else {origin.size}
         raise InputError(
             f"expected a tensor of {' or '.join(map(str, sorted(sizes)))} tokens in dim {dim}, as those of `like`, got "
             f"{list(x.shape)}: pass the whole tensor, and the dim of its sequence"
         )
-    whole = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
-    return whole.index_select(dim, torch.from_numpy(own).to(x.device))
+    full = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
+    return full.index_select(dim, torch.from_numpy(positions).to(x.device))
 
 
 def _origin(output: Tensor) -> Origin | None:
@@ -156,44 +156,44 @@ def _origin(output: Tensor) -> Origin | None:
     )
 
 
-# --- what goes into a model -------------------------------------------------------------------------------------------
+# --- inputs to a model ------------------------------------------------------------------------------------------------
 
 
 def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = None) -> Tensor:
-    """A tensor of global shape of which `x` is this rank's share, to be passed to a compiled model.
+    """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
 
     All ranks of the ring `group` (a process group, a mesh of one dimension, or None: the default group) call this
-    together, each with its tokens along `dim`, in the `layout` that says which those are:
+    together, each with its tokens along `dim`, as `layout` assigns them:
 
         "contiguous"    rank after rank, the first S mod P ranks hold one token more
-        "chunked"       rank after rank, as torch.chunk and DTensor cut
+        "chunked"       rank after rank, as torch.chunk and DTensor split
         "zigzag"        of 2P chunks, rank r holds chunks r and 2P-1-r
         "striped"       of 8P chunks, rank r holds every P-th from r on
 
-    A floating-point tensor that the model reads token by token is nowhere gathered; its gradient is that of the own
-    tokens.  A DTensor that is sharded over a mesh of one dimension is taken as it is: it says all of this itself.
+    A floating-point tensor that the model reads token by token is never gathered; its gradient is that of the local
+    tokens.  For a DTensor that is sharded over a mesh of one dimension, the other arguments are taken from it.
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)
-    around = ring_of(group_of(group))
+    ring = ring_of(group_of(group))
     _check(x, dim, layout)
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]
     kind = f"{x.dtype} [{', '.join(map(str, rest))}], {layout}{', needs a gradient' if x.requires_grad else ''}"
-    lengths = Agreement(around, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
-    tokens, world = sum(lengths), around.world
+    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
+    tokens, world = sum(lengths), ring.world
     if world == 1:
         return x
     fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in LAYOUTS}
     if lengths != fitting[layout]:
         raise MismatchError(_unfit(lengths, fitting, layout))
-    shard = Shard(dim, 1, tokens, layout, world, around.rank)
-    return show(x, Origin("of ringpass.sharded", around.calls, 0, shard, around))
+    shard = Shard(dim, 1, tokens, layout, world, ring.rank)
+    return show(x, Origin("of ringpass.sharded", ring.calls, 0, shard, ring))
 
 
 def _of_dtensor(x: DTensor) -> tuple[Tensor, int, str, DeviceMesh]:
     placements = x.placements
-    if len(placements) != 1 or not isinstance(placements[0], Placement):
+    if len(placements) != 1 or not isinstance(placements[0], DTensorShard):
         raise InputError(
             f"expected a DTensor that is sharded over a mesh of one dimension, got placements {list(placements)}: "
             "redistribute it to [Shard(dim)] over the ring's dimension of the mesh, or pass a whole tensor to the model"

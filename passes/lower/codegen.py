@@ -136,7 +136,7 @@ def _sources() -> str:
 
 
 COMPLETE = (
-    ops.gather, ops.redeal, ops.reduce, ops.reduce_list, ops.reduce_scatter, ops.block_means, ops.ring_attention,
+    ops.gather, ops.redistribute, ops.reduce, ops.reduce_list, ops.reduce_scatter, ops.block_means, ops.ring_attention,
     ops.ring_attention_backward,
 )  # fmt: skip
 """Ops that talk to other ranks and are complete when they return."""

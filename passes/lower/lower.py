@@ -113,8 +113,8 @@ def _size(node: Node) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
     query: Any = node.args[1 if node.target is ops.ring_attention_backward else 0]
     site = _site(node)
-    lanes = site.lanes(int(query.meta["val"].shape[1]))
-    return max(site.world, sum(len(step.tiles) for lane in lanes for step in lane.program.steps))
+    group_sites = site.per_head_group(int(query.meta["val"].shape[1]))
+    return max(site.world, sum(len(step.tiles) for group_site in group_sites for step in group_site.program.steps))
 
 
 def _symbolic(node: Node) -> bool:

@@ -332,14 +332,14 @@ def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node
         rows, before, after = writer.emit_by_name(node.target, given), 0, (low + high) // step
     else:
         before, after = high, low
-    at = writer.emit(ops.core, rows, *around, each, before, after)
+    at = writer.emit(ops.interior_rows, rows, *around, each, before, after)
     return writer.emit(aten.index_select.default, rows, dim, at, name=node.name)
 
 
 def _before(writer: Writer, axis: Axis, place: Any) -> Any:
     """How many local tokens of `axis` are before a place of its sequence, which is one of its split points."""
     size, at = size_of(axis.tokens), sympy.expand(place - axis.offset)
-    ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.cuts)}
+    ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.split_points)}
     point = next((point for point, end in ends.items() if same(end, at)), None)
     assert point is not None or same(at, size), (axis, place)
     return writer.compute(lambda s: axis.layout.before(writer.rank.rank, s, point), writer.tokens(axis))

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.layouts.reindex import of_places
+from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of
 from ringpass.passes.op_rules.spec import Writer
@@ -91,7 +91,7 @@ def _choose_blocks(
     rank, world, group = who
     assert plan.problem is not None
     layouts = plan.problem.query_layout, plan.problem.key_layout
-    names = [layout.dealing if writer.plan.along_curve else layout.name for layout in layouts]
+    names = [layout.assignment if writer.plan.along_curve else layout.name for layout in layouts]
     site = plan.placed if writer.plan.along_curve else plan.site
     means = []
     for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
@@ -108,5 +108,5 @@ def _chosen(writer: AttentionWriter, plan: SitePlan, leaf: int) -> Expr:
     chosen = chosen_blocks(TRUE, leaf, writer.plan.approximate)
     if not writer.plan.along_curve:
         layouts = (("q", plan.problem.query_layout), ("k", plan.problem.key_layout))
-        chosen = of_places(chosen, {name: layout.order for name, layout in layouts if layout.order})
+        chosen = of_curve_positions(chosen, {name: layout.order for name, layout in layouts if layout.order})
     return call("and", plan.placed.mask, chosen)

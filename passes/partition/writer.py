@@ -260,7 +260,7 @@ class Writer(Emitter):
             return None
         *where, layout, world, rank = self.shard_args(node, source)
         args = *where, layout, axis.layout.name, world, rank, self.rank.group
-        return self.emit(ops.redeal, self.shards[node], *args, name=f"{node.name}_moved")
+        return self.emit(ops.redistribute, self.shards[node], *args, name=f"{node.name}_moved")
 
     def _axis_of(self, node: Node, axis: Axis) -> Axis:
         """`axis`, or the axis of its sequence that `node` is on instead."""

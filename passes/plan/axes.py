@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import Layout, cut, few, following
+from ringpass.layouts.layout import Layout, few, following, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import hint_of, size_of
 from ringpass.passes.propagate.axis import Axis
@@ -118,7 +118,7 @@ def _split_points(part: Axis, slices: Sequence[Axis]) -> tuple[int, ...] | None:
 
 
 def _with_split_points(part: Axis, points: tuple[int, ...], world: int) -> Axis:
-    return replace(part, layout=Layout(following(cut("contiguous", points), part.layout.order), world))
+    return replace(part, layout=Layout(following(split_at("contiguous", points), part.layout.order), world))
 
 
 def _hints(sweep: Sweep) -> dict[Any, int]:
@@ -132,7 +132,7 @@ def _agree(slices: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool
     """Whether each token is on one rank in all slices, and no rank without tokens of a slice: for every length."""
     for part in slices:
         if isinstance(part.tokens, torch.SymInt):  # what is between the split points then has enough for each rank
-            points = (0, *part.layout.cuts)
+            points = (0, *part.layout.split_points)
             if part.tokens < 2 * world + max(points) - min(points):
                 return False
         if not all(map(part.reaches_all, CANDIDATES)):

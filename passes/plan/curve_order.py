@@ -23,7 +23,7 @@ from torch.fx import Graph
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.reindex import of_places
+from ringpass.layouts.reindex import of_curve_positions
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.detect import narrowed
 from ringpass.passes.detect.site import AttentionSite
@@ -83,7 +83,7 @@ def along(site: AttentionSite, places: Sequence[Order | None], config: RingConfi
     orders = {name: order for name, order in zip("qk", places, strict=True) if order}
     if orders:
         functions = site.mask, site.bias, site.score, site.sink
-        mask, bias, score, sink = (None if e is None else of_places(e, orders) for e in functions)
+        mask, bias, score, sink = (None if e is None else of_curve_positions(e, orders) for e in functions)
         assert mask is not None
         site = replace(site, mask=mask, bias=bias, score=score, sink=sink)
     return narrowed(site, config.mask) if config.along_curve else site

@@ -28,10 +28,10 @@ from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
-from ringpass.schedule.dilation import Dilation, Lane
+from ringpass.schedule.dilation import Dilation, HeadGroup
 from ringpass.schedule.messages import received
 from ringpass.schedule.program import Program, program
-from ringpass.schedule.site import Site, of_lane
+from ringpass.schedule.site import Site, of_head_group
 from ringpass.schedule.tiles import TILE, Problem
 
 SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
@@ -55,9 +55,13 @@ class SitePlan:
     dilation: Dilation | None = None
 
     @property
-    def lanes(self) -> tuple[Lane, ...]:
+    def head_groups(self) -> tuple[HeadGroup, ...]:
         """Those of a dilated site."""
-        return self.dilation.lanes(self.site.heads[0], self.problem.queries) if self.dilation and self.problem else ()
+        return (
+            self.dilation.head_groups(self.site.heads[0], self.problem.queries)
+            if self.dilation and self.problem
+            else ()
+        )
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -132,7 +136,7 @@ class RingPlan:
 def _problems(problem: Problem, dilation: Dilation | None, heads: int) -> tuple[Problem, ...]:
     if dilation is None:
         return (problem,)
-    return tuple(of_lane(problem, lane) for lane in dilation.lanes(heads, problem.queries))
+    return tuple(of_head_group(problem, head_group) for head_group in dilation.head_groups(heads, problem.queries))
 
 
 def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
@@ -154,7 +158,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
     ]
     placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
     chosen, weighed = _choose(placed_pairs, tuple(laid.values()), world, config)
-    final = {a.index: replace(a, layout=a.layout.dealt(chosen)) for a in laid.values()}
+    final = {a.index: replace(a, layout=a.layout.with_scheme(chosen)) for a in laid.values()}
     plans = []
     for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
@@ -270,7 +274,9 @@ def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> 
     if dilation is None:
         return [Load(problem, flops=2.0 * heads * widths, bytes=groups * token)]
     out = []
-    for lane in dilation.lanes(heads, problem.queries):
-        read = len({head // (heads // groups) for head in lane.members})
-        out.append(Load(of_lane(problem, lane), flops=2.0 * len(lane.members) * widths, bytes=read * token))
+    for head_group in dilation.head_groups(heads, problem.queries):
+        read = len({head // (heads // groups) for head in head_group.members})
+        out.append(
+            Load(of_head_group(problem, head_group), flops=2.0 * len(head_group.members) * widths, bytes=read * token)
+        )
     return out

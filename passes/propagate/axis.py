@@ -34,7 +34,7 @@ class Axis:
 
     def reaches_all(self, scheme: str) -> bool:
         """Whether each rank holds tokens of it under the layout `scheme`."""
-        layout = self.layout.dealt(scheme)
+        layout = self.layout.with_scheme(scheme)
         return all(layout.length(rank, self.hint) for rank in range(layout.world))
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
-"""Ranks agree before anything is sent.
+"""The ranks of a ring check that they agree before anything is sent.
 
-Every call of a compiled graph opens with one small collective: each rank shows the graph that it is about to run, a
-checksum of its inputs and a random seed; at a graph's first call also a checksum of the weights.  All ranks see all of
-it, so all reach the same verdict: go on with rank 0's seed, or raise the same MismatchError.  On a mismatch the ranks
-exchange details through the store, to name the ranks and the first difference.  Every wait has a limit, `timeout`
-seconds.
+Every call of a compiled graph starts with one small collective, in which each rank sends a digest of the graph that it
+is about to run, a checksum of its inputs and a random seed, and in a graph's first call also a checksum of the weights.
+All ranks see all headers, so they all decide alike: continue with rank 0's seed, or raise the same MismatchError.  On a
+mismatch they exchange details through the store, to name the ranks and the first difference.  Every wait is limited to
+`timeout` seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLE = 65536
 
 @dataclass
 class Ring:
-    """The ranks that share a sequence, as one of them sees it.  `pg` is None for a single process without a group."""
+    """The ranks that share a sequence, seen from one of them.  `pg` is None for a single process without a group."""
 
     pg: dist.ProcessGroup | None
     timeout: float
@@ -57,7 +57,7 @@ class Ring:
         return c10d.PrefixStore(f"ringpass/{self.name}", c10d._get_default_store())
 
     def await_everyone(self, key: str) -> list[int]:
-        """Waits until all ranks have come to `key`; returns the ranks that did not come in time."""
+        """Waits until all ranks have reached `key`; returns the ranks that did not in time."""
         store = self.store
         store.set(f"{key}/{self.rank}", "here")
         missing: list[int] = []
@@ -69,19 +69,19 @@ class Ring:
         return missing
 
 
-TIMEOUT = 300.0  # seconds, where nobody says otherwise
+TIMEOUT = 300.0  # seconds, by default
 RINGS: dict[str, Ring] = {}
 
 
 def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
     """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks.
 
-    `timeout` None: the limit that it has.
+    `timeout` None: its limit so far, or the default.
     """
     if pg is None and dist.is_available() and dist.is_initialized():
         pg = dist.group.WORLD
     found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout or TIMEOUT))
-    if found.pg is not pg:  # the process group was torn down and made anew under the same name
+    if found.pg is not pg:  # the process group was destroyed and created again with the same name
         found = RINGS[found.name] = Ring(pg, timeout or TIMEOUT)
     found.timeout = timeout or found.timeout
     return found
@@ -106,9 +106,9 @@ class Agreement:
         return self.numbers(args, seed)[0]
 
     def numbers(self, args: Sequence[Any], mine: int) -> list[int]:
-        """Each rank's number, once all have shown that they make this call.
+        """Each rank's number, once all ranks have shown that they make the same call.
 
-        `args`: what must be equal everywhere; a text instead of a tensor says what kind of tensor it is.
+        `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.
         """
         if self.ring.world == 1:
             return [mine]
@@ -150,14 +150,14 @@ class Agreement:
         return [x.tolist() for x in received]
 
     def _absent(self) -> str:
-        """Which ranks did not come to this call."""
-        late = []
+        """Which ranks did not reach this call."""
+        absent = []
         for rank in range(self.ring.world):
             key = f"at/{rank}"
             reached = int(self.ring.store.get(key)) if self.ring.store.check([key]) else 0
             if reached < self.ring.calls:
-                late.append(rank)
-        who = f"rank {', '.join(map(str, late))}" if late else "another rank"
+                absent.append(rank)
+        who = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
         return (
             f"rank {self.ring.rank} came to call {self.ring.calls} of a compiled model, {who} did not arrive within "
             f"{self.ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. "
@@ -207,20 +207,20 @@ ADVICE = {
 
 
 def _advice(other: int, name: str, first: str, second: str) -> str:
-    shown = [_around(text, first, second) for text in (first, second)]
+    shown = [_excerpt(text, first, second) for text in (first, second)]
     advice = ADVICE.get(name.split()[0], "Run the same versions on every rank.")
     return f"the ranks of the ring differ in {name}: rank 0 has {shown[0]}, rank {other} has {shown[1]}. {advice}"
 
 
-def _around(text: str, first: str, second: str, width: int = 100) -> str:
-    """The part of `text` where two texts part."""
+def _excerpt(text: str, first: str, second: str, width: int = 100) -> str:
+    """The part of `text` around the first difference of two texts."""
     at = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), min(len(first), len(second)))
     start = max(0, at - width // 2)
     return f"{'...' if start else ''}{text[start : start + width]}{'...' if len(text) > start + width else ''}"
 
 
 def checksum(x: Any) -> int:
-    """A 63-bit number that differs, with near certainty, when a tensor's bits differ; cheap, independent of threads."""
+    """A 63-bit checksum that almost certainly differs if a tensor's bits differ; cheap, independent of threads."""
     if not isinstance(x, Tensor):
         return _digest(repr(x))
     if not x.numel():

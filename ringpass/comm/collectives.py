@@ -1,10 +1,10 @@
-"""Moving one tensor between replicated and sharded form: the eager bodies of the boundary operators.
+"""Converts a tensor between replicated and sharded form: the eager bodies of the boundary operators.
 
 `dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The
-sharded tensor has outer * L * inner there.  Torch's all-gather wants equal sizes, so uneven shards travel padded; no
+sharded tensor has outer * L * inner there.  Torch's all-gather needs equal sizes, so uneven shards are padded; no
 padded tensor leaves this file.
 
-`move` brings each rank the tokens that it wants, whoever holds them, and nothing else.
+`move` sends each rank exactly the tokens that it wants and does not hold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ringpass.comm.p2p import lost, process_group
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges
-from ringpass.layouts.redistribution import Moves, among, between
+from ringpass.layouts.redistribution import Redistribution, among, between
 from ringpass.masks.constants import Array
 from ringpass.precision import accumulator
 
@@ -32,21 +32,21 @@ class Shard:
     dim: int
     outer: Any
     tokens: Any
-    layout: str
+    layout_name: str
     world: int
     rank: int
 
     @property
-    def placement(self) -> Layout:
-        return Layout(self.layout, self.world)
+    def layout(self) -> Layout:
+        return Layout(self.layout_name, self.world)
 
     @property
     def length(self) -> Any:
         """L, the number of local tokens."""
-        return self.placement.length(self.rank, self.tokens)
+        return self.layout.length(self.rank, self.tokens)
 
     def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
-        """`shape` with `old` tokens in the sequence dim replaced by `new`; where a rank has none, the dim is theirs."""
+        """`shape` with `old` tokens in the sequence dim replaced by `new`; a rank without tokens gets size `new`."""
         rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
         return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
 
@@ -63,7 +63,7 @@ class Shard:
 
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`."""
-    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.layout.ranges(shard.rank, shard.tokens)]
     parts = parts or [shard.split(x, shard.tokens)[:, :0]]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
@@ -74,7 +74,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     if x.is_complex():
         return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
     ranks = range(shard.world)
-    lengths = [shard.placement.length(rank, shard.tokens) for rank in ranks]
+    lengths = [shard.layout.length(rank, shard.tokens) for rank in ranks]
     local = shard.split(x, shard.length)
     padded = local.new_zeros((local.shape[0], max(lengths), local.shape[2]))
     padded[:, : shard.length] = local
@@ -84,7 +84,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     flat = out.view(local.shape[0], shard.tokens, local.shape[2])
     for rank in ranks:
         offset = 0
-        for start, stop in shard.placement.ranges(rank, shard.tokens):
+        for start, stop in shard.layout.ranges(rank, shard.tokens):
             flat[:, start:stop] = everyone[rank, :, offset : offset + stop - start]
             offset += stop - start
     return out
@@ -92,13 +92,13 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     """The local tokens of the sum over ranks of the full-length `x`."""
-    longest = max(shard.placement.length(rank, shard.tokens) for rank in range(shard.world))
-    whole = shard.split(x, shard.tokens)
-    padded = whole.new_zeros((shard.world, whole.shape[0], longest, whole.shape[2]))
+    longest = max(shard.layout.length(rank, shard.tokens) for rank in range(shard.world))
+    full = shard.split(x, shard.tokens)
+    padded = full.new_zeros((shard.world, full.shape[0], longest, full.shape[2]))
     for rank in range(shard.world):
         offset = 0
-        for start, stop in shard.placement.ranges(rank, shard.tokens):
-            padded[rank, :, offset : offset + stop - start] = whole[:, start:stop]
+        for start, stop in shard.layout.ranges(rank, shard.tokens):
+            padded[rank, :, offset : offset + stop - start] = full[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
     sum_and_scatter = getattr(
@@ -130,32 +130,32 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 def move(x: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
     """(before, tokens, after) with the tokens `wanted[rank]`, from those of `held[rank]` on each rank, in that order.
 
-    What is wanted may overlap, on one rank and between ranks; only what a rank wants and does not hold travels.
+    Wanted ranges may overlap, on one rank and between ranks; only tokens that a rank wants and does not hold are sent.
     """
     return carry(x, among(tuple(held), tuple(wanted), rank), group)
 
 
 def move_back(grad: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
-    """The transpose of `move`: what all ranks have of each token, added up where it is held."""
+    """The transpose of `move`: the values of each token on all ranks, summed on the rank that holds it."""
     return carry_back(grad, among(tuple(held), tuple(wanted), rank), group)
 
 
-def redeal(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
-    """The local tokens in layout `other` of what `x` holds in that of `shard`."""
-    moves = between(shard.layout, other, shard.world, shard.tokens, shard.rank)
-    rows = carry(shard.split(x, shard.length), moves, group)
+def redistribute(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
+    """The local tokens in layout `other` from those in the layout of `shard`, `x`."""
+    plan = between(shard.layout_name, other, shard.world, shard.tokens, shard.rank)
+    rows = carry(shard.split(x, shard.length), plan, group)
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
 
 
 def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:
-    """Each run of the local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
+    """Each range of local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
 
-    The sequence dim has S * each elements, which are counted one by one.  There is room for `most` runs; if there are
-    fewer, as some lengths have it, zeros follow.
+    The sequence dim has S * each elements, which are counted one by one.  There is room for `most` ranges; at lengths
+    where there are fewer, zeros follow.
     """
-    around = Around(shard, x.shape[shard.dim] // shard.length, left, right)
-    rows = move(shard.split(x, x.shape[shard.dim]), around.held, around.wanted, shard.rank, group)
-    inside = around.inside(x)
+    halo_ranges = HaloRanges(shard, x.shape[shard.dim] // shard.length, left, right)
+    rows = move(shard.split(x, x.shape[shard.dim]), halo_ranges.held, halo_ranges.wanted, shard.rank, group)
+    inside = halo_ranges.inside(x)
     size = x.shape[shard.dim] + most * (left + right)
     out = rows.new_zeros((rows.shape[0], size, rows.shape[2]))
     out[:, : len(inside)][:, inside] = rows
@@ -164,16 +164,16 @@ def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) 
 
 def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
     """The transpose of `halo`."""
-    around = Around(shard, each, left, right)
-    inside = around.inside(grad)
+    halo_ranges = HaloRanges(shard, each, left, right)
+    inside = halo_ranges.inside(grad)
     rows = shard.split(grad, grad.shape[shard.dim])[:, : len(inside)][:, inside]
-    out = move_back(rows, around.held, around.wanted, shard.rank, group)
+    out = move_back(rows, halo_ranges.held, halo_ranges.wanted, shard.rank, group)
     return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
 
 
 @dataclass(frozen=True)
-class Around:
-    """The elements that each rank holds and those that it wants: its runs of tokens, and what is around them."""
+class HaloRanges:
+    """The elements that each rank holds and those that it wants: its ranges of tokens, extended on both sides."""
 
     shard: Shard
     each: int  # elements of a token
@@ -182,7 +182,7 @@ class Around:
 
     @property
     def held(self) -> list[Ranges]:
-        return [tuple((a * self.each, b * self.each) for a, b in self._runs(r)) for r in range(self.shard.world)]
+        return [tuple((a * self.each, b * self.each) for a, b in self._ranges(r)) for r in range(self.shard.world)]
 
     @property
     def wanted(self) -> list[Ranges]:
@@ -193,43 +193,43 @@ class Around:
         ]
 
     def inside(self, like: Tensor) -> Tensor:
-        """Which of this rank's elements and those around them are in the sequence."""
+        """Which elements of this rank's extended ranges are in the sequence."""
         wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
         at = torch.cat(wider)
         found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
         return found
 
     def _wider(self, rank: int) -> list[tuple[int, int]]:
-        return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._runs(rank)]
+        return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._ranges(rank)]
 
-    def _runs(self, rank: int) -> Ranges:
-        return self.shard.placement.ranges(rank, self.shard.tokens)
+    def _ranges(self, rank: int) -> Ranges:
+        return self.shard.layout.ranges(rank, self.shard.tokens)
 
 
-def carry(x: Tensor, moves: Moves, group: str) -> Tensor:
-    """(before, rows, after) with the rows that this rank wants."""
+def carry(x: Tensor, plan: Redistribution, group: str) -> Tensor:
+    """(before, rows, after): the rows that this rank wants."""
     rows = x.transpose(0, 1)
-    received = _exchanged(rows.index_select(0, _index(moves.rows, x)), moves, False, group)
-    found: Tensor = torch.cat([rows, received]).index_select(0, _index(moves.found, x)).transpose(0, 1)
+    received = _exchanged(rows.index_select(0, _index(plan.rows, x)), plan, False, group)
+    found: Tensor = torch.cat([rows, received]).index_select(0, _index(plan.found, x)).transpose(0, 1)
     return found.contiguous()
 
 
-def carry_back(grad: Tensor, moves: Moves, group: str) -> Tensor:
+def carry_back(grad: Tensor, plan: Redistribution, group: str) -> Tensor:
     """The transpose of `carry`, added in float32 (float64)."""
     summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
-    shape = moves.held + sum(moves.received), grad.shape[0], grad.shape[2]
+    shape = plan.held + sum(plan.received), grad.shape[0], grad.shape[2]
     rows: Tensor = grad.new_zeros(shape, dtype=summed)
-    rows.index_add_(0, _index(moves.found, grad), grad.transpose(0, 1).to(summed))
-    mine, theirs = rows[: moves.held], rows[moves.held :]
-    mine.index_add_(0, _index(moves.rows, grad), _exchanged(theirs, moves, True, group))
+    rows.index_add_(0, _index(plan.found, grad), grad.transpose(0, 1).to(summed))
+    mine, theirs = rows[: plan.held], rows[plan.held :]
+    mine.index_add_(0, _index(plan.rows, grad), _exchanged(theirs, plan, True, group))
     return mine.to(grad.dtype).transpose(0, 1).contiguous()
 
 
-def _exchanged(rows: Tensor, moves: Moves, back: bool, group: str) -> Tensor:
-    """What the other ranks send for `rows`: all in one message per pair, none where no two ranks exchange any."""
-    sent, received = (moves.received, moves.sent) if back else (moves.sent, moves.received)
+def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Tensor:
+    """The rows that other ranks send: one message per pair of ranks, no communication if the plan is idle."""
+    sent, received = (plan.received, plan.sent) if back else (plan.sent, plan.received)
     out = rows.new_empty((sum(received), *rows.shape[1:]))
-    if not moves.idle:
+    if not plan.idle:
         parts = [torch.view_as_real(x) if x.is_complex() else x for x in (out, rows.contiguous())]
         run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
     return out

@@ -1,7 +1,7 @@
-"""DDP and FSDP2 around a compiled model, as far as they concern its ring.
+"""Checks DDP and FSDP2 around a compiled model for settings that conflict with its ring.
 
-Gradients are whole and equal on all ranks of a ring, so a reduction over several of them must average.  This is looked
-at when a graph is compiled; what is changed later is not seen.
+Gradients are replicated, equal on all ranks of a ring, so a reduction over several of them must average.  This is
+checked when a graph is compiled; later changes are not seen.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ AVERAGING = (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, def
 
 
 def concerns(pg: dist.ProcessGroup) -> Iterator[str]:
-    """What costs more than it must, or is not known to be right; all of it is refused under `strict`.
+    """Yields a warning for each DDP or FSDP2 setting that is wasteful or not known to be correct.
 
     Raises UnsupportedError for gradients that FSDP2 does not average over the ranks of the ring `pg`.
     """
     ring = {*dist.get_process_group_ranks(pg)}
     _refuse_sums(ring)
-    around = DistributedDataParallel._get_active_ddp_module()
-    if around is None:
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None:
         return
     if _in_a_bucket():
         yield (
@@ -39,8 +39,8 @@ def concerns(pg: dist.ProcessGroup) -> Iterator[str]:
             "to piece is gathered: wrap the compiled model, DistributedDataParallel(torch.compile(model, ..)), or set "
             "torch._dynamo.config.optimize_ddp = False"
         )
-    hooks = [hook for hook, _ in around._comm_hooks if hook not in AVERAGING]
-    if hooks and len(ring.intersection(dist.get_process_group_ranks(around.process_group))) > 1:
+    hooks = [hook for hook, _ in wrapper._comm_hooks if hook not in AVERAGING]
+    if hooks and len(ring.intersection(dist.get_process_group_ranks(wrapper.process_group))) > 1:
         yield (
             f"DistributedDataParallel reduces gradients over ranks of this ring by {_name(hooks[0])}, and they are "
             "equal there: it must average them. Give it a process_group with one rank of each ring to be sure"
@@ -62,13 +62,13 @@ def _refuse_sums(ring: set[int]) -> None:
 
 
 def _groups(state: Any) -> list[Any]:
-    """The groups of parameters that FSDP gathers and reduces together; before torch 2.13 one at most."""
+    """The groups of parameters that FSDP gathers and reduces together; at most one before torch 2.13."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return list(groups) if groups is not None else [g for g in (state._fsdp_param_group,) if g is not None]
 
 
 def _in_a_bucket() -> bool:
-    """Whether the graph that is being compiled is one of several that Dynamo cut a graph into."""
+    """Whether the graph being compiled is one of several into which Dynamo split a graph."""
     frame = inspect.currentframe()
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), SubmodCompiler):

@@ -1,6 +1,6 @@
 """Exchanges between two ranks of a ring: start a send and a receive together, wait later.
 
-The engine is torch.distributed.  `start` returns at once with the tensor that will hold what arrives; `wait` blocks
+Built on torch.distributed.  `start` returns at once with the tensor that will hold the received data; `wait` blocks
 until it does, and until the sent buffer may be reused.  Both ends post their exchanges in the same order.
 """
 
@@ -23,8 +23,8 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 
 @dataclass
-class Exchange:
-    """An exchange under way.  Holds the sent buffer: it must stay alive until `wait`."""
+class PendingExchange:
+    """An exchange that has been started.  Keeps the sent buffer alive until `wait`."""
 
     received: Tensor
     sent: Tensor | None
@@ -32,7 +32,7 @@ class Exchange:
     peers: tuple[int | None, int | None]
 
     def wait(self) -> None:
-        """Returns when `received` is complete.  Raises PeerError where the other rank died or the time limit passed."""
+        """Returns when `received` is complete.  Raises PeerError if the other rank died or the time limit passed."""
         try:
             for work in self.works:
                 work.wait()
@@ -41,7 +41,7 @@ class Exchange:
         self.sent = None
 
 
-def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> Exchange:
+def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> PendingExchange:
     """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements of its dtype from `src`.
 
     None: nothing to send, nothing to receive.
@@ -54,13 +54,13 @@ def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, 
     if src is not None:
         ops.append(dist.P2POp(dist.irecv, received, group=pg, tag=tag, group_peer=src))
     try:
-        return Exchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
+        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
     except RuntimeError as error:
         raise lost((dst, src), error) from error
 
 
 def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
-    """The error of a rank whose neighbour is gone."""
+    """The error for an exchange whose other end is gone."""
     names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
     return PeerError(
         f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, "

@@ -1,4 +1,4 @@
-"""Blocks of rows: (B, H, n, D) tensors whose rows lie first in memory, cut, joined and stacked without copies."""
+"""Blocks of rows, (B, H, n, D) tensors laid out rows first in memory: sliced, joined and stacked without copies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def rows_first(x: Tensor) -> Tensor:
-    """The same (B, H, L, D) with B, L, H, D order in memory: what models' own reshapes after attention want."""
+    """The same (B, H, L, D) in B, L, H, D memory order, which the reshapes of models after attention need."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Blocks of rows (dim 2), one after the other; those of (B, H, L, D) rows first, as `rows_first` says."""
+    """Blocks of rows (dim 2), concatenated; those of (B, H, L, D) in the memory order of `rows_first`."""
     if parts[0].ndim == 4:
         return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
     return torch.cat(list(parts), 2)
 
 
 def empty_rows(x: Tensor, length: int, heads: int | None = None) -> Tensor:
-    """An uninitialised block of `length` rows (dim 2), each like one of `x`, of its heads or of so many.
+    """An uninitialised block of `length` rows (dim 2) like those of `x`, with its heads or `heads`.
 
     (B, H, L) or (B, H, L, D), the latter rows first.
     """
@@ -37,27 +37,27 @@ def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) ->
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)
 
 
-def cut(x: Tensor, span: tuple[int, int]) -> Tensor:
+def row_slice(x: Tensor, span: tuple[int, int]) -> Tensor:
     """Rows `span` (dim 2) of `x`."""
     return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])
 
 
 def stacked(x: Tensor, span: tuple[int, int], shift: int, count: int) -> Tensor:
-    """Rows `span` (dim 2) of (B, H, L, ..), and those `shift`, 2 `shift`, .. rows further, as (B count, H, n, ..).
+    """Rows `span` (dim 2) of (B, H, L, ..) and the same `shift`, 2 `shift`, .. rows later, as (B count, H, n, ..).
 
     A view where B or `count` is 1.
     """
     start, stop = span
     if count == 1:
-        return cut(x, span)
+        return row_slice(x, span)
     if shift == 0:
-        every = cut(x, span).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
+        every = row_slice(x, span).unsqueeze(1).expand(-1, count, *[-1] * (x.ndim - 1))
     else:
-        every = cut(x, (start, stop + (count - 1) * shift)).unfold(2, stop - start, shift).transpose(1, 2)
+        every = row_slice(x, (start, stop + (count - 1) * shift)).unfold(2, stop - start, shift).transpose(1, 2)
         every = every.transpose(3, 4) if x.ndim == 4 else every
     return every.flatten(0, 1)
 
 
 def unstacked(x: Tensor, count: int) -> Tensor:
-    """(B count, H, n, ..) as (B, H, count n, ..): the rows one after the other."""
+    """(B count, H, n, ..) as (B, H, count n, ..): the rows concatenated."""
     return x if count == 1 else x.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)

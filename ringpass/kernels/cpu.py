@@ -1,13 +1,13 @@
 """torch's CPU flash op as a tile kernel.
 
-Its lse is a natural logarithm.  It reads garbage where a last stride is not 1, and says lse = 0 for a row that sees
-nothing.  GQA, a causal flag (top-left) and an additive mask with broadcast strides are its own; a mirrored
-triangle is a mask to it.
+Its lse is a natural logarithm.  It reads garbage if a last stride is not 1, and returns lse = 0 for a row that sees no
+key.  It supports GQA, a causal flag (top-left) and an additive mask with broadcast strides; a mirrored triangle is
+passed as a mask.
 
-Under the causal flag it skips keys in blocks of 512, so a short triangle costs as much as its square.  It is therefore
-computed as two triangles of half the rows, in one call of twice the batch, and the square between them.  One of fewer
-than 4 `SMALLEST` rows is a strip of all rows and the half of the keys that more of them see, and a triangle of the
-others, for the op is slow where there are few rows; one of an odd number of rows, too, becomes a strip and a triangle.
+Under the causal flag it skips keys in blocks of 512, so a short triangle costs as much as its square.  A triangle is
+therefore computed as two triangles of half the rows, in one call with twice the batch, and the square between them.  A
+triangle of fewer than 4 `SMALLEST` rows becomes a strip, of all rows and the half of the keys that more rows see, and a
+triangle of the other keys, since the op is slow with few rows; so does a triangle with an odd number of rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ringpass.kernels.tile import Grads, TileArgs, additive, merge_by_lse, sees_
 from ringpass.precision import accumulator
 
 aten = torch.ops.aten
-SMALLEST, LARGEST = 128, 1024  # rows: of the triangles that are left, of a causal one that is divided
+SMALLEST, LARGEST = 128, 1024  # rows: of the smallest triangles, of the largest causal one that is divided
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def flash_cpu_backward(
 
 
 def _divided(q: Tensor, k: Tensor, args: TileArgs) -> bool:
-    """Whether the tile is computed in pieces."""
+    """Whether the tile is computed in parts."""
     plain = (args.causal or args.mirrored) and args.mask is None and args.bias is None
     short = args.mirrored or q.shape[2] <= LARGEST  # the mask of a mirrored triangle is as large as its square
     return plain and short and q.shape[2] == k.shape[2] and q.shape[2] >= 2 * SMALLEST
@@ -62,7 +62,7 @@ def _triangle(tensors: Sequence[Tensor], args: TileArgs) -> tuple[Tensor, Tensor
     if _in_strips(length):
         strip, rows = _strip(length, args)
         out, lse = _flash(q, k[:, :, strip], v[:, :, strip], args)
-        part, part_lse = _triangle(_cut(tensors, rows), args)
+        part, part_lse = _triangle(_rows_of(tensors, rows), args)
     else:
         out, lse = map(_joined, _triangle([_halved(x) for x in tensors], args))
         rows, columns = _square(length, args)
@@ -79,15 +79,15 @@ def _triangle_backward(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: T
         return _gradients(mine, theirs, args)
     if _in_strips(length):
         strip, rows = _strip(length, args)
-        dq, *of_strip = _gradients(mine, _cut(theirs, strip), args)
-        more, *of_rest = _triangle_backward(_cut(mine, rows), _cut(theirs, rows), args)
+        dq, *of_strip = _gradients(mine, _rows_of(theirs, strip), args)
+        more, *of_rest = _triangle_backward(_rows_of(mine, rows), _rows_of(theirs, rows), args)
         dk, dv = (join_rows(x[::-1] if args.mirrored else x) for x in zip(of_strip, of_rest, strict=True))
     else:
         halves = _triangle_backward([_halved(x) for x in mine], [_halved(x) for x in theirs], args)
         dq, dk, dv = map(_joined, halves)
         rows, columns = _square(length, args)
-        more, *of_square = _gradients(_cut(mine, rows), _cut(theirs, columns), _full(args))
-        for total, part in zip(_cut((dk, dv), columns), of_square, strict=True):
+        more, *of_square = _gradients(_rows_of(mine, rows), _rows_of(theirs, columns), _full(args))
+        for total, part in zip(_rows_of((dk, dv), columns), of_square, strict=True):
             total.add_(part)
     dq[:, :, rows].add_(more)
     return [dq, dk, dv]
@@ -98,7 +98,7 @@ def _in_strips(length: int) -> bool:
 
 
 def _strip(length: int, args: TileArgs) -> tuple[slice, slice]:
-    """The keys of the strip, which is as long as the triangle; the rows, and keys, of the triangle that is left."""
+    """The keys of the strip, which has all rows; the rows, and keys, of the remaining triangle."""
     keys = length // 2 if length < 4 * SMALLEST else length % (2 * SMALLEST)
     if args.mirrored:
         return slice(length - keys, length), slice(0, length - keys)
@@ -115,18 +115,18 @@ def _full(args: TileArgs) -> TileArgs:
     return replace(args, causal=False, mirrored=False)
 
 
-def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+def _rows_of(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     return [x[:, :, rows] for x in tensors]
 
 
 def _gradients(mine: Sequence[Tensor], theirs: Sequence[Tensor], args: TileArgs) -> list[Tensor]:
-    """[dq, dk, dv] of a piece."""
+    """[dq, dk, dv] of a part."""
     (grad, q, out, lse), (k, v) = mine, theirs
     return [x.to(accumulator(x.dtype)) for x in _flash_backward(grad, q, k, v, out, lse, args)]
 
 
 def _views(*tensors: Tensor) -> list[Tensor]:
-    """Such that `_halved` copies nothing."""
+    """The tensors in a memory order in which `_halved` copies nothing."""
     return [rows_first(x) if x.shape[0] > 1 else x for x in tensors]
 
 
@@ -172,5 +172,5 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
 
 
 def _expanded(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The op takes a 2-D or 4-D mask of full length."""
+    """The mask at full length: the op takes only 2-D or 4-D masks."""
     return None if added is None else added.expand(added.shape[0], added.shape[1], q.shape[2], k.shape[2])

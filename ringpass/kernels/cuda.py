@@ -1,4 +1,4 @@
-"""CUDA's tile kernels: torch's own fused ops, fed and read by this package's conventions.
+"""Tile kernels for CUDA: torch's fused ops, adapted to this package's conventions.
 
     flash        aten._scaled_dot_product_flash_attention: float16, bfloat16; no mask; GQA; causal bottom-right
     cudnn        aten._scaled_dot_product_cudnn_attention: the same, causal top-left; its lse is (B, H, Lq, 1)
@@ -9,10 +9,10 @@
 
 In all of them lse is float32 and a natural logarithm (FlexAttention's public one; inside it is base 2), and the
 backward takes any out and lse for a row: efficient, flash and cudnn compute exp(score - lse), which is 0 at lse = +inf.
-A row that sees nothing in a masked tile leaves efficient with lse 0 and flex with -inf; both are overwritten here, from
-the mask.  No dropout anywhere, so the backwards' random states are never read.
+For a row that sees no key in a masked tile, efficient returns lse 0 and flex -inf; both are overwritten here, from the
+mask.  No kernel uses dropout, so the random states of the backwards are never read.
 
-The ops want 16-byte alignment of pointers and strides: widths are padded with zeros, which changes no score.
+The ops need 16-byte alignment of pointers and strides: widths are padded with zeros, which changes no score.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from ringpass.kernels.tile import Grads, TileArgs, above_diagonal, additive, per_key_head, per_query_head, sees_nothing
 
 aten = torch.ops.aten
-BLOCK = 128  # edge of the squares in which flex looks for empty and full ones
+BLOCK = 128  # edge of the squares that flex classifies as empty, mixed or full
 LSE_ROWS = 32  # efficient's lse has a multiple of this many rows
 BIAS_COLUMNS = 16  # efficient's additive mask has rows that start at multiples of this many elements
 
@@ -37,7 +37,7 @@ BIAS_COLUMNS = 16  # efficient's additive mask has rows that start at multiples 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability, read once per device; (0, 0) where there is none, on ROCm too.
 
-    The ranks of a ring are taken to have equal devices.
+    The ranks of a ring are assumed to have equal devices.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return 0, 0
@@ -151,25 +151,25 @@ def flex(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tenso
 def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
     """(dq, dk, dv, None) of one masked tile from the rows' global `out` and `lse`.
 
-    FlexAttention's gradient knows only its own out and lse, so the tile is run again.  With c = exp(own lse - lse), the
-    tile's share of each row, the weights of the whole row are c times the tile's own: c grad as the gradient of the
-    tile's out, and (own out - out) . c grad as that of its lse, give the exact gradient.
+    FlexAttention's gradient uses only the tile's out and lse, so the tile is run again.  With c = exp(tile lse - lse),
+    the tile's fraction of each row, the weights of the full row are c times the tile's: the exact gradient follows from
+    c grad as the gradient of the tile's out, and (tile out - out) . c grad as that of its lse.
     """
     mask = _open(q, k, args)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        own_out, own_lse = _attend(leaves[0], leaves[1], leaves[2], mask, args.scale)
+        tile_out, tile_lse = _attend(leaves[0], leaves[1], leaves[2], mask, args.scale)
     blind = ~mask.any(-1)
-    found, found_lse = _without_blind_rows(own_out.detach(), own_lse.detach(), blind)
+    found, found_lse = _without_blind_rows(tile_out.detach(), tile_lse.detach(), blind)
     share = torch.exp(found_lse - lse).unsqueeze(-1)
     part = (grad * share).to(q.dtype)
     towards_lse = ((found.to(lse.dtype) - out) * part).sum(-1)
-    dq, dk, dv = torch.autograd.grad([own_out, own_lse], leaves, [part, towards_lse.to(own_lse.dtype)])
+    dq, dk, dv = torch.autograd.grad([tile_out, tile_lse], leaves, [part, towards_lse.to(tile_lse.dtype)])
     return dq, dk, dv, None
 
 
 def _open(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
-    """The tile's mask, of its own broadcast shape but for rows and columns; the triangle is in it."""
+    """The tile's mask with the triangle, expanded to all rows and columns, but not over batch and heads."""
     assert args.mask is not None and args.bias is None
     mask = args.mask.expand(*args.mask.shape[:2], q.shape[2], k.shape[2])
     return mask & ~above_diagonal(q, k) if args.causal else mask
@@ -178,8 +178,8 @@ def _open(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    whole = mask.expand(*q.shape[:3], k.shape[2])
-    blocks = block_mask(mask, lambda b, h, i, j: whole[b, h, i, j])
+    expanded = mask.expand(*q.shape[:3], k.shape[2])
+    blocks = block_mask(mask, lambda b, h, i, j: expanded[b, h, i, j])
     grouped, aux = q.shape[1] != k.shape[1], AuxRequest(lse=True)
     out, stats = flex_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped, return_aux=aux)
     return out, stats.lse
@@ -198,15 +198,15 @@ def block_mask(mask: Tensor, mask_mod: Callable[..., Tensor]) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, columns = mask.shape[2:]
-    whole = F.pad(mask, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    squares = whole.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
+    padded = F.pad(mask, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    squares = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
     some, all_ = squares.flatten(4).any(-1), squares.flatten(4).all(-1)
     mixed, full = _ordered(some & ~all_), _ordered(all_)
     return BlockMask.from_kv_blocks(*mixed, *full, BLOCK, mask_mod, seq_lengths=(rows, columns))
 
 
 def _ordered(present: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many, which first) of the key blocks present for each query block."""
+    """(count, indices) of the key blocks present for each query block, present ones first."""
     ones = present.to(torch.int32)
     order = torch.argsort(ones, dim=-1, descending=True, stable=True)
     return ones.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()

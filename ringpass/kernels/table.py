@@ -13,8 +13,8 @@ gradients of several tiles add up to the exact gradient; a row with lse +inf the
     flash_cpu   CPU, all dtypes but float16: every tile that has no dropout, no learned bias, V as wide as Q
     flash       CUDA, float16 and bfloat16, sm80 or newer: full and causal tiles, widths to 256, V as wide as Q
     cudnn       CUDA, float16 and bfloat16, sm90, widths to 128: full and causal tiles that flash does not take
-    flex        CUDA, float16 and bfloat16, sm80, widths 16 to 256: tiles of whole blocks of 128 with a mask and no bias
-    efficient   CUDA, float32, float16, bfloat16 (sm80): any tile with a mask or a bias, and what the others do not take
+    flex        CUDA, float16 and bfloat16, sm80, widths 16 to 256: tiles of 128 x 128 blocks with a mask and no bias
+    efficient   CUDA, float32, float16, bfloat16 (sm80): any tile with a mask or a bias, and those the others refuse
     plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
                 CUDA, other devices, ROCm
 
@@ -44,8 +44,8 @@ HALF = torch.float16, torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a kernel is chosen for.  `takes`: what may act on the scores, beside the scale; `needs`: what must."""
+class KernelSpec:
+    """What a kernel supports.  `takes`: what may act on the scores, beside the scale; `needs`: what must."""
 
     kernel: str
     device: str
@@ -61,12 +61,12 @@ class Row:
 
 MASKED = frozenset({"causal", "mask", "bias"})
 TABLE = (
-    Row("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
-    Row("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
-    Row("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
-    Row("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
-    Row("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
-    Row("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
+    KernelSpec("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
+    KernelSpec("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
+    KernelSpec("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
+    KernelSpec("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
+    KernelSpec("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
+    KernelSpec("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
 )
 """In order of preference; `plain` takes the rest."""
 
@@ -88,14 +88,14 @@ def choose(
         "score": args.score is not None,
     }
     present = {name for name, acts in acting.items() if acts}
-    for row in TABLE:
-        served = device.type == row.device and dtype in row.dtypes and row.needs <= present <= row.takes
-        values = row.wide_values or head_widths[0] == head_widths[1]
-        width = row.widths[0] <= min(head_widths) and max(head_widths) <= row.widths[1]
-        long = row.long_causal or not args.causal or lengths[0] == lengths[1]
-        whole = all(n % row.block == 0 for n in lengths)
-        if served and values and width and long and whole and kernels_cuda.capability(device) >= row.since:
-            return row.kernel
+    for spec in TABLE:
+        served = device.type == spec.device and dtype in spec.dtypes and spec.needs <= present <= spec.takes
+        values = spec.wide_values or head_widths[0] == head_widths[1]
+        width = spec.widths[0] <= min(head_widths) and max(head_widths) <= spec.widths[1]
+        long = spec.long_causal or not args.causal or lengths[0] == lengths[1]
+        blocks = all(n % spec.block == 0 for n in lengths)
+        if served and values and width and long and blocks and kernels_cuda.capability(device) >= spec.since:
+            return spec.kernel
     return "plain"
 
 
@@ -111,7 +111,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Te
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
     """(dq, dk, dv, dbias, *dparameters) of one tile, given the rows' global `out` and `lse`.
 
-    dbias has the bias's own shape, and is None where the bias needs no gradient.
+    dbias has the shape of the bias, and is None if the bias needs no gradient.
     """
     name = _chosen(q, k, v, args)
     if not args.mirrored or name in MIRRORING:
@@ -122,7 +122,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
 
 def _unmirrored(args: TileArgs) -> TileArgs:
-    """What acts on the scores when all rows are in reverse."""
+    """The arguments for a causal tile that equals the mirrored one with all rows in reverse."""
     assert args.keep is None and args.score is None and not args.learned, "the schedule mirrors fused tiles only"
     mask, bias = (None if x is None else x.flip(2, 3) for x in (args.mask, args.bias))
     return replace(args, causal=True, mirrored=False, mask=mask, bias=bias)

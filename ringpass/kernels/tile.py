@@ -1,4 +1,4 @@
-"""What a tile's scores go through, and what its kernels share: head groups, additive masks, rows that see nothing."""
+"""The arguments of a tile, and helpers that its kernels share: grouped heads, additive masks, rows without keys."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ringpass.precision import accumulator
 
 @dataclass(frozen=True)
 class TileArgs:
-    """What a tile's scores go through.
+    """Everything that is applied to a tile's scores.
 
-    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's.  `score` stands for any other function
-    of the scaled scores: it takes them and `parameters`, and all of these get their gradients through it.
+    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's mask.  `score`: any other
+    function of the scaled scores and of `parameters`, through which all of these get their gradients.
     """
 
     scale: float
@@ -29,7 +29,7 @@ class TileArgs:
     learned: bool = False  # the bias needs its gradient
     score: Callable[..., Tensor] | None = None
     parameters: tuple[Tensor, ...] = ()
-    mirrored: bool = False  # the causal tile with all rows in reverse: of as many keys as rows, row i sees i and after
+    mirrored: bool = False  # causal with all rows in reverse: row i sees keys i and after, of as many keys as rows
 
 
 Grads = tuple[Any, ...]
@@ -37,7 +37,7 @@ Grads = tuple[Any, ...]
 
 
 def per_query_head(kv: Tensor, q: Tensor) -> Tensor:
-    """Keys or values with each head repeated for the query heads that read it."""
+    """Keys or values, with each head repeated for the query heads that read it."""
     return kv if kv.shape[1] == q.shape[1] else kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
 
 
@@ -50,7 +50,7 @@ def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
 
 
 def additive(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
-    """Mask, bias and mirrored triangle as one additive mask in q's dtype, of their own broadcast shape."""
+    """Mask, bias and mirrored triangle as one additive mask in q's dtype, of their broadcast shape."""
     mask = args.mask
     if args.mirrored:
         causal = above_diagonal(q, k).logical_not().flip(0, 1)
@@ -63,7 +63,7 @@ def additive(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
 
 
 def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
-    """Rows whose every score is -inf; with a causal flag, every score that the triangle leaves."""
+    """Rows whose scores are all -inf; with `causal`, those inside the triangle."""
     closed = added == -torch.inf
     if causal:
         closed = closed | above_diagonal(q, k)
@@ -71,7 +71,7 @@ def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
 
 
 def above_diagonal(q: Tensor, k: Tensor) -> Tensor:
-    """(Lq, Lk), True where a causal tile is closed."""
+    """(Lq, Lk), True where a causal tile is masked."""
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
 
 
@@ -82,6 +82,8 @@ def merge_by_lse(
 
     `in_place`: the result is written to `out` and `lse`.
     """
-    share = torch.sigmoid(more_lse - lse).masked_fill(more_lse == -torch.inf, 0.0)  # a row that neither set serves too
+    share = torch.sigmoid(more_lse - lse).masked_fill(
+        more_lse == -torch.inf, 0.0
+    )  # also for a row without keys in both sets
     into, into_lse = (out, lse) if in_place else (None, None)
     return torch.lerp(out, more, share.unsqueeze(-1), out=into), torch.logaddexp(lse, more_lse, out=into_lse)

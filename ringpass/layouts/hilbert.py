@@ -1,16 +1,16 @@
-"""The generalised Hilbert curve over any rectangle or box: tokens that are near on the grid are near in the sequence.
+"""The generalised Hilbert curve over any rectangle or box: neighbours on the grid stay close in the sequence.
 
     >>> curve((2, 3))                                  # row-major numbers of the cells, in the order of the curve
     array([0, 1, 3, 4, 5, 2])
     >>> order = Order((2, 3), prefix=1)
     >>> str(order), order.tokens                       # a CLS token stays in front of the grid
     ('hilbert 2x3 after 1', 7)
-    >>> order.known.values
+    >>> order.permutation.values
     array([0, 1, 2, 4, 5, 6, 3])
 
-The curve starts in a corner.  A box that is long in one direction is cut across it; else its parts are those of
-Hilbert's own curve: two sides and the base between them.  (J. Cerveny, "gilbert".)  Cuts fall on even lengths, so that
-each part ends beside the start of the next.  Every cell is visited once, in unit steps, but for
+The curve starts in a corner.  A box that is long in one direction is split across it; others are split like Hilbert's
+curve: two sides and the base between them (J. Cerveny, "gilbert").  Splits fall on even lengths, so that each part ends
+next to the start of the following one.  Every cell is visited once, in unit steps, except for
 
     (H, W)       one diagonal step where the longer side is odd and the shorter one even
     (T, H, W)    some longer steps where a side is odd
@@ -26,14 +26,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from ringpass.masks.constants import Array, Known
+from ringpass.masks.constants import Array, ConstantArray
 
 NAME = re.compile(r"hilbert (\d+(?:x\d+)+)(?: after (\d+))?")
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a sequence of `prefix` tokens, which stay where they are, and a grid in row-major order."""
+    """The curve order of a sequence: `prefix` tokens, which stay in front, then a grid in row-major order."""
 
     sizes: tuple[int, ...]
     prefix: int = 0
@@ -44,7 +44,7 @@ class Order:
 
     @staticmethod
     def parse(text: str) -> Order:
-        """The order that `text`, as `str` gives it, names."""
+        """The order that `str` wrote."""
         match = NAME.fullmatch(text)
         assert match, text
         return Order(tuple(map(int, match[1].split("x"))), int(match[2] or 0))
@@ -55,20 +55,20 @@ class Order:
         return self.prefix + math.prod(self.sizes)
 
     @property
-    def known(self) -> Known:
-        """The token at each place along the curve."""
-        return _known(self)[0]
+    def permutation(self) -> ConstantArray:
+        """The token at each curve position."""
+        return _permutations(self)[0]
 
     @property
-    def inverse(self) -> Known:
-        """The place of each token."""
-        return _known(self)[1]
+    def inverse(self) -> ConstantArray:
+        """The curve position of each token."""
+        return _permutations(self)[1]
 
 
 @lru_cache(maxsize=16)
-def _known(order: Order) -> tuple[Known, Known]:
-    places = np.concatenate([np.arange(order.prefix), order.prefix + curve(order.sizes)])
-    return Known(places), Known(np.argsort(places))
+def _permutations(order: Order) -> tuple[ConstantArray, ConstantArray]:
+    tokens = np.concatenate([np.arange(order.prefix), order.prefix + curve(order.sizes)])
+    return ConstantArray(tokens), ConstantArray(np.argsort(tokens))
 
 
 def curve(sizes: tuple[int, ...]) -> Array:
@@ -76,11 +76,11 @@ def curve(sizes: tuple[int, ...]) -> Array:
     assert 2 <= len(sizes) <= 3 and min(sizes) >= 1, sizes
     box = (1,) * (3 - len(sizes)) + tuple(sizes)
     cells = np.empty((math.prod(box), 3), dtype=np.int64)
-    boxes = _whole(box)
+    boxes = _grid(box)
     while len(boxes.start):
         flat = (boxes.sides == 1).sum(1) >= 2
         _walk(boxes.take(flat), cells)
-        boxes = _cut(boxes.take(~flat))
+        boxes = _split(boxes.take(~flat))
     return np.asarray(np.ravel_multi_index(tuple(cells.T), box))
 
 
@@ -89,7 +89,7 @@ def curve(sizes: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Boxes:
-    """N boxes: where along the curve each one starts, its first corner, and its edges a, b and c from there.
+    """N boxes: the curve position where each one starts, its first corner, and its edges a, b and c from there.
 
     The curve runs from the corner to the other end of edge a.  `edges` is (N, 3, 3): which edge, which direction.
     """
@@ -108,8 +108,8 @@ class Boxes:
         return Boxes(self.start[where], self.corner[where], self.edges[where])
 
 
-def _whole(box: tuple[int, ...]) -> Boxes:
-    """The whole grid: along its longest side first; of equal sides, the one in which row-major order runs."""
+def _grid(box: tuple[int, ...]) -> Boxes:
+    """The whole grid as one box, edge a along its longest side; of equal sides, the fastest in row-major order."""
     longest = max(range(3), key=lambda i: (box[i], i))
     sides = [longest, *sorted(set(range(3)) - {longest}, reverse=True)]
     return Boxes(np.zeros(1, np.int64), np.zeros((1, 3), np.int64), np.diag(box)[sides][None])
@@ -124,12 +124,12 @@ def _walk(lines: Boxes, cells: Array) -> None:
     cells[lines.start[line] + step] = lines.corner[line] + step[:, None] * np.sign(longest)[line]
 
 
-def _cut(boxes: Boxes) -> Boxes:
+def _split(boxes: Boxes) -> Boxes:
     """The parts of each box."""
     parts = []
-    for where, pieces in _shapes(boxes):
+    for where, shapes in _shapes(boxes):
         start = boxes.start[where]
-        for corner, *edges in pieces:
+        for corner, *edges in shapes:
             part = Boxes(start, boxes.corner[where] + corner[where], np.stack(edges, 1)[where])
             start = start + part.sides.prod(1)
             parts.append(part.take(part.sides.prod(1) > 0))
@@ -138,7 +138,7 @@ def _cut(boxes: Boxes) -> Boxes:
 
 
 def _shapes(boxes: Boxes) -> Iterator[tuple[Array, list[tuple[Array, ...]]]]:
-    """(which boxes, their parts in order), a part as its corner, seen from the box's, and its three edges."""
+    """(which boxes, their parts in order); a part is its corner, relative to the box's, and its three edges."""
     a, b, c = (boxes.edges[:, i] for i in range(3))
     w, h, d = boxes.sides.T
     a1, b1, c1 = np.sign(a), np.sign(b), np.sign(c)
@@ -162,7 +162,7 @@ def _shapes(boxes: Boxes) -> Iterator[tuple[Array, list[tuple[Array, ...]]]]:
 
 
 def _half(edge: Array, length: Array) -> Array:
-    """Half of each edge, of even length where it can be."""
+    """Half of each edge, of even length where possible."""
     half = edge // 2
     odd = (np.abs(half).sum(1) % 2 == 1) & (length > 2)
     return half + np.where(odd[:, None], np.sign(edge), 0)

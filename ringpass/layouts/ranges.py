@@ -1,4 +1,4 @@
-"""Token ranges: which tokens of a sequence a block of rows holds, and in which rows a token is.
+"""Token ranges: which tokens of a sequence a block of rows holds, and which row holds a token.
 
 >>> held = ((0, 3), (8, 10))        # rows 0 to 4 of a block hold tokens 0, 1, 2, 8, 9
 >>> size(held), tokens(held, rows=(2, 4)), rows(((8, 9),), owned=held)
@@ -20,7 +20,7 @@ def size(ranges: Ranges) -> int:
 
 
 def tokens(ranges: Ranges, rows: tuple[int, int]) -> Ranges:
-    """The tokens that stand in `rows` of a block that holds `ranges`.
+    """The tokens in `rows` of a block that holds `ranges`.
 
     >>> tokens(((0, 3), (8, 10)), rows=(2, 4))
     ((2, 3), (8, 9))
@@ -34,7 +34,7 @@ def tokens(ranges: Ranges, rows: tuple[int, int]) -> Ranges:
 
 
 def rows(ranges: Ranges, owned: Ranges) -> Ranges:
-    """Where the tokens `ranges` stand in a block that holds the tokens `owned`.
+    """The rows of the tokens `ranges` in a block that holds the tokens `owned`.
 
     >>> rows(((8, 9),), owned=((0, 3), (8, 10)))
     ((3, 4),)
@@ -51,7 +51,7 @@ def rows(ranges: Ranges, owned: Ranges) -> Ranges:
 
 
 def clipped(ranges: Ranges, low: int, high: int, shift: int = 0) -> Ranges:
-    """The part of `ranges` from token `low` to token `high`, moved by `shift` tokens.
+    """The part of `ranges` from token `low` to token `high`, shifted by `shift` tokens.
 
     >>> clipped(((0, 3), (8, 10)), 2, 9, shift=-2)
     ((0, 1), (6, 7))

@@ -1,15 +1,15 @@
-"""Masks over tokens as masks over places along a curve.
+"""Masks over tokens as masks over positions along a curve.
 
     >>> from ringpass.masks.expr import parse
-    >>> column = of_places(parse("q % 3"), {"q": Order((2, 3))})      # of each place, on a grid of two rows of three
-    >>> column.known.values.tolist() == (Order((2, 3)).known.values % 3).tolist()
+    >>> column = of_curve_positions(parse("q % 3"), {"q": Order((2, 3))})      # at each position, on a 2 x 3 grid
+    >>> column.array.values.tolist() == (Order((2, 3)).permutation.values % 3).tolist()
     True
 
-What depends on q alone, or on k alone, without data, becomes a table of its values at all places: the largest such
-part, so that interval arithmetic knows its exact range over a run of the curve.  Reads of data get the token that is at
-the place.
+The largest parts that depend on q alone, or on k alone, without data, become tables of their values at all curve
+positions, so that interval arithmetic knows their exact range over an interval of the curve.  Reads of data use the
+token at the position.
 
-Contract: `of_places(expr, orders)` at places i and j is `expr` at the tokens that stand there.
+Contract: `of_curve_positions(expr, orders)` at positions i and j is `expr` at the tokens at these positions.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, call, tab
 from ringpass.masks.intervals import kind_of
 from ringpass.masks.rewrite import gathered
 
-Orders = Mapping[str, Order]  # of the tokens of q, of those of k; absent: their own order
+Orders = Mapping[str, Order]  # by index, q or k; absent: the original order of tokens
 
 
-def of_places(expr: Expr, orders: Orders) -> Expr:
-    """`expr`, a function of tokens, as one of places along `orders`."""
+def of_curve_positions(expr: Expr, orders: Orders) -> Expr:
+    """`expr`, a function of tokens, as a function of positions along `orders`."""
     alone = _alone(expr)
     if alone in orders and kind_of(expr) != "float":
         return _tabled(expr, alone, orders[alone])
     if isinstance(expr, Load):
-        return Load(expr.leaf, tuple(of_places(i, orders) for i in expr.indices))
+        return Load(expr.leaf, tuple(of_curve_positions(i, orders) for i in expr.indices))
     if isinstance(expr, Table):
-        found = gathered(expr.known, tuple(of_places(i, orders) for i in expr.indices))
-        return table(found.known.values, *found.indices)
+        found = gathered(expr.array, tuple(of_curve_positions(i, orders) for i in expr.indices))
+        return table(found.array.values, *found.indices)
     if isinstance(expr, Call) and expr.op == "cast":
-        return Call("cast", (of_places(expr.args[0], orders), expr.args[1]))
-    return call(expr.op, *(of_places(a, orders) for a in expr.args)) if isinstance(expr, Call) else expr
+        return Call("cast", (of_curve_positions(expr.args[0], orders), expr.args[1]))
+    return call(expr.op, *(of_curve_positions(a, orders) for a in expr.args)) if isinstance(expr, Call) else expr
 
 
 def _alone(expr: Expr) -> str:
-    """The one index that `expr` depends on; "" where there are others, or data, or none."""
+    """The only index that `expr` depends on; "" if it depends on none, on several, or on data."""
     names = _names(expr)
     return names.pop() if len(names) == 1 else ""
 
@@ -61,8 +61,8 @@ def _names(expr: Expr) -> set[str]:
 
 
 def _tabled(expr: Expr, name: str, order: Order) -> Expr:
-    """The table of `expr` at all places; `expr` itself where that is the same: `q < 1` of a prefix has an edge."""
-    values = _values(expr, order.known.values)
+    """The table of `expr` at all positions; `expr` itself where both agree: `q < 1` of a prefix keeps its edge."""
+    values = _values(expr, order.permutation.values)
     if values.dtype == np.bool_ and (values == values[0]).all():
         return Const(bool(values[0]))
     same = np.array_equal(values, _values(expr, np.arange(order.tokens)))

@@ -1,15 +1,15 @@
-"""Residue classes of tokens within segments: plain arithmetic, no tensors.
+"""Strided segments: of each segment of a sequence, every r-th token.  Plain arithmetic, no tensors.
 
-    >>> every_other = Residue(tokens=10, segment=4, rate=2, offset=1)
+    >>> every_other = StridedSegments(tokens=10, segment=4, rate=2, offset=1)
     >>> every_other.spans((0, every_other.length))              # tokens 1, 3, 5, 7, 9
     [(1, 11, 2)]
     >>> every_other.before(5)
     2
-    >>> Residue.parse(str(every_other)) == every_other
+    >>> StridedSegments.parse(str(every_other)) == every_other
     True
 
-Of each segment of w tokens, every r-th from o on: n = ceil((w - o) / r) of them.  Counted 0, 1, 2 .. they are rows of
-their own; row c is token r c + o + (w - n r) (c // n).
+Each segment of w tokens contributes every r-th token from offset o on, n = ceil((w - o) / r) tokens in all.  They are
+numbered 0, 1, 2 .. as rows; row c is token r c + o + (w - n r) (c // n).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Spans = tuple[tuple[int, int, int], ...]  # (start, stop, step) of each
+StridedRanges = tuple[tuple[int, int, int], ...]  # (start, stop, step) of each
 
 
 @dataclass(frozen=True)
-class Residue:
+class StridedSegments:
     """Every `rate`-th token from `offset` on, of each `segment` (at most all) of `tokens` tokens."""
 
     tokens: int
@@ -34,26 +34,26 @@ class Residue:
 
     @property
     def width(self) -> int:
-        """Its tokens in a whole segment."""
+        """Number of its tokens in a complete segment."""
         return max(0, -((self.offset - self.segment) // self.rate))
 
     @property
     def length(self) -> int:
-        """All its tokens."""
+        """Number of its tokens."""
         return self.before(self.tokens)
 
     @property
     def everything(self) -> bool:
-        """Whether each token is in it."""
+        """Whether it holds every token."""
         return self.rate == 1
 
     def before(self, token: int) -> int:
-        """How many of its tokens stand before `token`."""
+        """Number of its tokens before `token`."""
         full, rest = divmod(token, self.segment)
         return full * self.width + min(self.width, max(0, -((self.offset - rest) // self.rate)))
 
     def spans(self, rows: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """The tokens of its `rows`, as (start, stop, step); segments that go on in step are joined."""
+        """The tokens of `rows`, as (start, stop, step); consecutive segments with a constant step are joined."""
         out: list[tuple[int, int, int]] = []
         start, stop = rows
         while start < stop:
@@ -77,13 +77,13 @@ class Residue:
         return f"{self.rate}/{self.offset} of {self.segment} of {self.tokens}"
 
     @staticmethod
-    def parse(text: str) -> Residue:
-        """The class that `str` wrote."""
+    def parse(text: str) -> StridedSegments:
+        """The strided segments that `str` wrote."""
         return _parsed(text)
 
 
 @lru_cache(maxsize=1024)
-def _parsed(text: str) -> Residue:
+def _parsed(text: str) -> StridedSegments:
     every, segment, tokens = text.split(" of ")
     rate, offset = every.split("/")
-    return Residue(int(tokens), int(segment), int(rate), int(offset))
+    return StridedSegments(int(tokens), int(segment), int(rate), int(offset))

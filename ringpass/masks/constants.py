@@ -1,13 +1,13 @@
-"""Arrays that every rank holds when a schedule is made: document ids, block lists, padding masks of this call.
+"""Constant arrays, equal on all ranks when a schedule is made: document ids, block lists, padding masks of this call.
 
-    >>> ids = Known(np.array([0, 0, 0, 1, 1]))
+    >>> ids = ConstantArray(np.array([0, 0, 0, 1, 1]))
     >>> ids.bounds([(np.array([0, 2]), np.array([2, 3]))])        # of elements 0..2, and of elements 2..3
     (array([0., 0.]), array([0., 1.]))
 
-`bounds` is what makes them prunable: the smallest and largest element of a box of indices, for many boxes at once.
-Truth values are counted by the corners of a summed-area table (Crow 1984); integers have their extremes over each
-power-of-two run of the last dim looked up (sparse table, Bender and Farach-Colton 2000), and over all of an earlier dim
-unless the box fixes its index.
+`bounds` lets them prune a schedule: it gives the smallest and largest element in a box of indices, for many boxes at
+once.  Bools are counted from the corners of a summed-area table (Crow 1984).  The extremes of integers are looked up
+for each interval of 2**n elements of the last dim (sparse table, Bender and Farach-Colton 2000); an earlier dim counts
+in full unless the box fixes its index.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Interval = tuple[Any, Any]
 
 
 def outward(low: Any, high: Any) -> Interval:
-    """Bounds as floats that hold the integers they stand for: from 2**53 on, a float may be a rounded integer."""
+    """Float bounds that enclose the integers they stand for: from 2**53 on, a float may be a rounded integer."""
     large = [np.abs(x) >= 2.0**53 for x in (low, high)]
     return np.where(large[0], np.nextafter(low, -np.inf), low), np.where(large[1], np.nextafter(high, np.inf), high)
 
 
-class Known:
-    """A constant array of bools or integers; equal to any other of the same contents, by their digest."""
+class ConstantArray:
+    """A constant array of bools or integers; arrays of equal contents are equal, by digest."""
 
     def __init__(self, values: Any) -> None:
         found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
@@ -48,7 +48,7 @@ class Known:
         self._tensors: dict[torch.device, Tensor] = {}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Known) and self.digest == other.digest
+        return isinstance(other, ConstantArray) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -61,7 +61,7 @@ class Known:
         return self.values.shape
 
     def tensor(self, like: Tensor) -> Tensor:
-        """The array where `like` is: on its device, fake beside fakes."""
+        """The array on the device of `like`; a fake tensor if `like` is one."""
         if isinstance(like, FakeTensor):
             return like.new_empty(self.shape, dtype=torch.from_numpy(self.values[:0]).dtype)
         if like.device not in self._tensors:
@@ -69,9 +69,9 @@ class Known:
         return self._tensors[like.device]
 
     def bounds(self, indices: Sequence[Interval]) -> Interval:
-        """(smallest, largest) element for closed intervals of indices, one per dim; beyond the end counts as the end.
+        """(smallest, largest) element for closed intervals of indices, one per dim, clipped to the size of the dim.
 
-        An index that may be negative counts from the end: its boxes are unknown.
+        A negative index counts from the end, so a box that may hold one is unbounded.
         """
         inside = reduce(np.logical_and, (np.asarray(low) >= 0 for low, _ in indices))
         clipped = [
@@ -105,13 +105,13 @@ class Known:
         level = np.frexp(high - low + 1)[1].astype(np.int64) - 1
         last = high - (1 << level) + 1
         found = []
-        for tables, choose in zip(self._runs, (np.minimum, np.maximum), strict=True):
+        for tables, choose in zip(self._range_tables, (np.minimum, np.maximum), strict=True):
             found.append(choose(tables[level, row, low], tables[level, row, last]).astype(float))
         return found[0], found[1]
 
     @cached_property
-    def _runs(self) -> tuple[Array, Array]:
-        """[level, row, i]: the least (greatest) of elements i to i + 2**level - 1; the last row is over all rows."""
+    def _range_tables(self) -> tuple[Array, Array]:
+        """[level, row, i]: the least (greatest) of elements i to i + 2**level - 1; the last row is that of all rows."""
         flat = self.values.reshape(-1, self.shape[-1])
         flat = flat.astype(np.result_type(np.min_scalar_type(flat.min()), np.min_scalar_type(flat.max())))
         tables = []

@@ -36,7 +36,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
         if isinstance(e, Load):
             return leaves[e.leaf][tuple(value(i) for i in e.indices)] if e.indices else leaves[e.leaf]
         if isinstance(e, Table):
-            return e.known.tensor(positions["q"])[tuple(value(i) for i in e.indices)]
+            return e.array.tensor(positions["q"])[tuple(value(i) for i in e.indices)]
         assert isinstance(e, Call)
         if e.op == "cast":
             x = value(e.args[0])

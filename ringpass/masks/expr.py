@@ -5,12 +5,12 @@
     'k <= q & q - k < 4'
 
 An expression is a tree of frozen nodes over the four indices, constants, loads from tensors (*leaves*: padding masks,
-document ids, bias tables), `x0[b, k]`, and *tables*, arrays that are known when the schedule is made, `t1f2e3d[q]`.
-One expression serves every purpose: it is evaluated for any tile by putting the tile's positions in place of q and k,
-so no S x S tensor is ever built; it is classified over a box of positions by interval arithmetic; its text is what the
-dump prints and what the ring op carries, so that nothing hides in a closure.
+document ids, bias tables), `x0[b, k]`, and *tables*, constant arrays when the schedule is made, `t1f2e3d[q]`.
+One expression serves every purpose.  It is evaluated for a tile by substituting the tile's positions for q and k, so
+that no S x S tensor is ever built.  It is classified over a box of positions by interval arithmetic.  Its text is what
+the dump prints and what the ring op carries, so that nothing is hidden in a closure.
 
-A *score function* is an expression over one index more, `score`, the scaled product of query and key.
+A *score function* is an expression over one more index, `score`, the scaled product of query and key.
 
 Contract: `parse(str(e)) == e`.
 """
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS
 
 
@@ -70,9 +70,9 @@ class Load(Expr):
 
 @dataclass(frozen=True)
 class Table(Expr):
-    """Element `indices` of a known array."""
+    """Element `indices` of a constant array."""
 
-    known: Known
+    array: ConstantArray
     indices: tuple[Expr, ...]
 
 
@@ -122,21 +122,21 @@ CAUSAL = call("le", K, Q)
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-TABLES: dict[str, Known] = {}
-"""The arrays of patterns by digest, which is how a text names them; kept for the life of the process."""
+TABLES: dict[str, ConstantArray] = {}
+"""Constant arrays by digest, the name of a table in a text; kept for the life of the process."""
 
 
 def table(values: Any, *indices: Expr) -> Table:
-    """A table that a text may name."""
-    known = Known(values)
-    return Table(TABLES.setdefault(known.digest, known), indices)
+    """A table that `parse` can look up by its digest."""
+    array = ConstantArray(values)
+    return Table(TABLES.setdefault(array.digest, array), indices)
 
 
 def _text(e: Expr, outer: int) -> str:
     if isinstance(e, Index):
         return e.name
     if isinstance(e, Table):
-        return f"t{e.known.digest}[{', '.join(_text(i, 0) for i in e.indices)}]"
+        return f"t{e.array.digest}[{', '.join(_text(i, 0) for i in e.indices)}]"
     if isinstance(e, Const):
         return f"float('{e.value}')" if isinstance(e.value, float) and not math.isfinite(e.value) else repr(e.value)
     if isinstance(e, Load):
@@ -159,7 +159,7 @@ PARSING = threading.Lock()
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expr:
-    """The expression that `text` spells.  Raises ValueError where it is not one."""
+    """The expression of `text`.  Raises ValueError if it is not a mask expression."""
     python = text.replace("&", " and ").replace("|", " or ")
     try:
         with PARSING:
@@ -218,12 +218,12 @@ def tables(expr: Expr) -> Iterator[Table]:
 
 
 def parts(expr: Expr) -> tuple[Expr, ...]:
-    """What `expr` is made of."""
+    """The operands of `expr`."""
     return expr.args if isinstance(expr, Call) else expr.indices if isinstance(expr, Load | Table) else ()
 
 
 def rebuilt(expr: Expr, new: Callable[[Expr], Expr]) -> Expr:
-    """`expr` with `new(part)` for each of its parts."""
+    """`expr` with each operand `part` replaced by `new(part)`."""
     made = tuple(map(new, parts(expr)))
     if made == parts(expr):
         return expr
@@ -232,5 +232,5 @@ def rebuilt(expr: Expr, new: Callable[[Expr], Expr]) -> Expr:
 
 def loads(expr: Expr) -> set[int]:
     """The leaves that `expr` reads."""
-    own = {expr.leaf} if isinstance(expr, Load) else set()
-    return own.union(*map(loads, parts(expr)))
+    direct = {expr.leaf} if isinstance(expr, Load) else set()
+    return direct.union(*map(loads, parts(expr)))

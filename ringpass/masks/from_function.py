@@ -23,7 +23,7 @@ def scalar_function(allowed: Callable[..., Any]) -> Expr:
     """
     scalars = [torch.zeros((), dtype=torch.int64) for _ in "bhqk"]
     try:
-        with TransformGetItemToIndex():  # x[q] reads x at q, rather than at the number that q happens to be
+        with TransformGetItemToIndex():  # x[q] stays symbolic in q
             gm = make_fx(lambda *at: allowed(*at), pre_dispatch=True)(*scalars)
     except Exception as error:
         raise OptionError(
@@ -44,7 +44,7 @@ def scalar_function(allowed: Callable[..., Any]) -> Expr:
 
 
 def _captured(gm: GraphModule, leaf: Node) -> torch.Tensor:
-    """The tensor of bools or integers that a mask function captures."""
+    """A tensor of bools or integers that a mask function captures."""
     value = getattr(gm, str(leaf.target), None) if leaf.op == "get_attr" else None
     if not isinstance(value, torch.Tensor):
         raise OptionError(f"the mask function uses an op that has no closed form: {leaf.name} ({leaf.target})")

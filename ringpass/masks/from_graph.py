@@ -1,4 +1,4 @@
-"""pull: an element of a node, rewritten through the graph to an expression of `ringpass.masks.expr`.
+"""Recovers a mask expression from a graph: an element of a node is rewritten, op by op, in terms of its inputs.
 
     element(arange(n), [i])               = i
     element(expand(x), [.., i, ..])       = element(x, [.., 0 or i, ..])
@@ -7,8 +7,8 @@
     element(index(x, [r, c]), idx)        = element(x, [element(r, idx), element(c, idx)])
     element(anything else, idx)           = load of leaf `x` at idx
 
-Contract: the expression equals the element for all indices.  Nothing is guessed: a node that no line above covers is a
-leaf, a tensor that holds data (a padding mask, document ids, a bias table).
+Contract: the expression equals the element for all indices.  Nothing is guessed: a node without a rule is a leaf, a
+tensor of data (a padding mask, document ids, a bias table).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ aten = torch.ops.aten
 Indices = tuple[Expr, ...]
 ZERO = Const(0)
 COORDINATES = {4: (B, H, Q, K), 3: (B, Q, K), 2: (Q, K)}
-"""What the dims of scores are, by their number."""
+"""The indices of the dims of scores, by the number of dims."""
 
 
 @dataclass
 class Puller:
-    """Rewrites elements of nodes to expressions; collects the leaves that they rest on.
+    """Rewrites elements of nodes to expressions; collects the leaves that they read.
 
-    `bound`: what the placeholders of a body stand for in the graph around it.  `products`: nodes whose element at the
-    given indices is the given expression.
+    `bound`: for the placeholders of a body, their values in the enclosing graph.  `products`: nodes whose element at
+    the given indices is the given expression.
     """
 
     leaves: list[Node] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Puller:
         return self.known[key]
 
     def leaf(self, node: Node, indices: Indices) -> Expr:
-        """A load from `node`, or its value where it is a constant of one element."""
+        """A load from `node`, or the value of a constant with one element."""
         node = self.bound.get(node, node)
         constant = _constant(node)
         if constant is not None:

@@ -1,11 +1,11 @@
-"""What a mask is over a box of positions: empty, full or partial, by interval arithmetic.
+"""Classifies a mask over a box of positions as empty, full or partial, by interval arithmetic.
 
     >>> from ringpass.masks.expr import parse
     >>> window = parse("k <= q & q - k < 4")
     >>> classify(window, (8, 12), (0, 4))      # queries 8..11, keys 0..3
     'empty'
 
-Contract: `classify` never calls a tile empty or full that is not (the converse may happen).
+Contract: a tile that `classify` calls empty or full is; one that it calls partial may be any of the three.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS,
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
 Box = dict[str, Interval]  # closed intervals
-Spans = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
+IntervalArrays = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
     if isinstance(expr, Load):
         return UNKNOWN
     if isinstance(expr, Table):
-        return expr.known.bounds([bounds(i, box) for i in expr.indices])
+        return expr.array.bounds([bounds(i, box) for i in expr.indices])
     assert isinstance(expr, Call)
     if expr.op == "cast":
         inner = bounds(expr.args[0], box)
@@ -61,8 +61,8 @@ def bounds(expr: Expr, box: Box) -> Interval:
         if kind == "bool":
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
-            exact = _whole(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
-        else:  # beyond, a float64 bound is rounded, or the integers wrap
+            exact = _is_integral(expr) & (np.abs(low) < 2**24) & (np.abs(high) < 2**24)
+        else:  # beyond these, a float64 bound is rounded, or the integers wrap
             least, most = _range(expr)
             exact = ~(np.isfinite(low) & (low < least)) & ~(np.isfinite(high) & (high > most))
         return np.where(exact, low, -np.inf), np.where(exact, high, np.inf)
@@ -70,7 +70,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
 
 
 def _range(expr: Expr) -> tuple[float, float]:
-    """The integers that torch computes an integer expression in, as far as a float64 counts them one by one."""
+    """The integers that torch represents in the dtype of `expr`, at most those that a float64 holds exactly."""
     dtype = _integers(expr)
     if dtype.kind == "b" or dtype.itemsize == 8:
         return 1.0 - 2**53, 2**53 - 1.0
@@ -79,9 +79,9 @@ def _range(expr: Expr) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def _integers(expr: Expr) -> np.dtype[Any]:
-    """The dtype of an integer expression: numbers written in it take that of the tensors."""
+    """The dtype of an integer expression: literals take the dtype of the tensors."""
     if isinstance(expr, Table):
-        return expr.known.values.dtype
+        return expr.array.values.dtype
     if isinstance(expr, Call) and expr.op == "cast":
         return np.dtype(expr.args[1].name)  # type: ignore[attr-defined]
     if isinstance(expr, Call) and kind_of(expr) == "int":
@@ -92,7 +92,7 @@ def _integers(expr: Expr) -> np.dtype[Any]:
 
 @lru_cache(maxsize=4096)
 def kind_of(expr: Expr) -> str:
-    """bool, int or float: what torch computes with.  A load counts as float, the widest."""
+    """bool, int or float: the kind of dtype that torch computes with.  A load counts as float, the widest."""
     if isinstance(expr, Const):
         return type(expr.value).__name__
     if isinstance(expr, Call):
@@ -106,20 +106,20 @@ def kind_of(expr: Expr) -> str:
         kinds = [kind_of(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
     if isinstance(expr, Table):
-        return "bool" if expr.known.values.dtype == bool else "int"
+        return "bool" if expr.array.values.dtype == bool else "int"
     return "int" if isinstance(expr, Index) and expr != SCORE else "float"
 
 
 @lru_cache(maxsize=4096)
-def _whole(expr: Expr) -> bool:
-    """Whether the value is surely a whole number."""
+def _is_integral(expr: Expr) -> bool:
+    """Whether the value is certainly an integer."""
     if isinstance(expr, Const):
         return math.isfinite(expr.value) and expr.value == int(expr.value)
     if isinstance(expr, Call):
         if kind_of(expr) != "float":
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
-        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_whole, args))
+        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_is_integral, args))
     return isinstance(expr, Table) or (isinstance(expr, Index) and expr != SCORE)
 
 
@@ -139,7 +139,7 @@ def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str
     return KINDS[int(classify_all(expr, q, k)[0])]
 
 
-def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
+def classify_all(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> NDArray[Any]:
     """`classify` of many tiles at once, as indices into KINDS: tile i is q[0][i]:q[1][i] x k[0][i]:k[1][i]."""
     box = {"q": (q[0].astype(float), q[1] - 1.0), "k": (k[0].astype(float), k[1] - 1.0)}
     full = empty = np.asarray(True)
@@ -150,13 +150,13 @@ def classify_all(expr: Expr, q: Spans, k: Spans) -> NDArray[Any]:
 
 
 def extents(expr: Expr) -> dict[str, int]:
-    """How many batch elements and heads the tables of `expr` tell apart, by the name of the index: b, h."""
-    pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.known.shape, strict=True)]
+    """The number of batch elements (b) and heads (h) for which the tables of `expr` differ."""
+    pairs = [pair for found in tables(expr) for pair in zip(found.indices, found.array.shape, strict=True)]
     return {i.name: n for i, n in pairs if isinstance(i, Index) and i in (B, H) and n > 1}
 
 
 def _points(expr: Expr) -> Iterator[Box]:
-    """One box for each batch element and head that the tables tell apart."""
+    """One box for each batch element and head for which the tables differ."""
     sizes = extents(expr)
     for values in product(*(range(n) for n in sizes.values())):
         yield {name: (float(i), float(i)) for name, i in zip(sizes, values, strict=True)}

@@ -1,4 +1,4 @@
-"""The operators of mask expressions: what each computes in torch, what it makes of intervals, how it is written."""
+"""The operators of mask expressions: their torch function, their interval arithmetic, and their text."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ INFIX = {  # operator -> (text, precedence, python ast node)
     "mod": ("%", 7, ast.Mod),
 }
 COMPARISON, ATOM = 4, 8  # precedences
-"""Comparisons bind tighter than & and |, unlike in Python: the text is that of mathematics, `parse` regroups it."""
+"""Comparisons bind tighter than & and |, as in mathematics and unlike in Python; `parse` accounts for it."""
 
 
-# --- operators: what torch computes, and what an interval becomes -----------------------------------------------------
+# --- operators: in torch, and on intervals ----------------------------------------------------------------------------
 
 
 # Interval arithmetic works on whole arrays of boxes at once: a bound is a float or a float64 array.

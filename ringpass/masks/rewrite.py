@@ -1,11 +1,11 @@
-"""Mask expressions with parts replaced: leaves by values, data by what is certain without it."""
+"""Rewrites mask expressions: leaves become constants, conditions on data become True or False."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Load, Table, call, rebuilt
 from ringpass.masks.intervals import kind_of
 
@@ -14,7 +14,7 @@ from ringpass.masks.intervals import kind_of
 def without_data(expr: Expr, unknown: bool) -> Expr:
     """`expr` with `unknown` for each condition that depends on data (leaves, batch, head).
 
-    True gives where the mask may hold, False where it must.
+    `unknown` True gives where the mask may hold, False where it must.
 
     >>> from ringpass.masks.expr import parse
     >>> print(without_data(parse("k <= q & not(x0[b, k])"), True))
@@ -34,7 +34,7 @@ def without_data(expr: Expr, unknown: bool) -> Expr:
 def _has_data(expr: Expr) -> bool:
     if isinstance(expr, Call):
         return any(_has_data(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
-    if isinstance(expr, Table):  # one batch element or head after the other is classified
+    if isinstance(expr, Table):  # batch elements and heads are classified one by one
         return any(_has_data(i) for i in expr.indices if i not in (B, H))
     return isinstance(expr, Load) or expr in (B, H, SCORE)
 
@@ -55,28 +55,28 @@ def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
     return replace_loads(expr, lambda leaf, indices: Load(numbers[leaf], indices))
 
 
-def bind(expr: Expr, values: Mapping[int, Known]) -> Expr:
-    """`expr` with the leaves whose values are known turned into tables.
+def bind(expr: Expr, values: Mapping[int, ConstantArray]) -> Expr:
+    """`expr` with the leaves in `values` replaced by tables.
 
     >>> from ringpass.masks.expr import parse
     >>> from ringpass.masks.intervals import classify
-    >>> print(classify(bind(parse("x0[k]"), {0: Known([True, True, False])}), (0, 3), (0, 2)))
+    >>> print(classify(bind(parse("x0[k]"), {0: ConstantArray([True, True, False])}), (0, 3), (0, 2)))
     full
     """
     return replace_loads(expr, lambda i, indices: gathered(values[i], indices) if i in values else Load(i, indices))
 
 
-def gathered(known: Known, indices: tuple[Expr, ...]) -> Table:
-    """Element `indices` of `known`; where one index alone reads a table of its own, read once: bounds then are exact.
+def gathered(array: ConstantArray, indices: tuple[Expr, ...]) -> Table:
+    """Element `indices` of `array`; a table that is the only varying index is composed with it, for exact bounds.
 
     >>> from ringpass.masks.expr import Q
-    >>> gathered(Known([5, 6, 7]), (Table(Known([2, 0]), (Q,)),)).known.values
+    >>> gathered(ConstantArray([5, 6, 7]), (Table(ConstantArray([2, 0]), (Q,)),)).array.values
     array([7, 5])
     """
     varying = [dim for dim, i in enumerate(indices) if i not in (B, H) and not isinstance(i, Const)]
     inner = indices[varying[0]] if len(varying) == 1 else None
-    if not isinstance(inner, Table) or inner.known.values.ndim != 1:
-        return Table(known, indices)
+    if not isinstance(inner, Table) or inner.array.values.ndim != 1:
+        return Table(array, indices)
     dim = varying[0]
-    values = Known(known.values.take(inner.known.values, dim))
+    values = ConstantArray(array.values.take(inner.array.values, dim))
     return Table(values, (*indices[:dim], *inner.indices, *indices[dim + 1 :]))

@@ -1,11 +1,11 @@
-"""separate: what is done to a score -> a mask, a bias, and any other function of it.
+"""Splits a score function into a mask, an additive bias, and any other function of the score.
 
     where(c, 0, -inf) + t[k - q]           mask c, bias t[k - q]
     where(c, score + t[h], -inf)           mask c, bias t[h]
     where(c, 0, finfo.min)                 mask c, if every row surely sees a key; else a bias
     tanh(score / 50) * 50                  a function of the score
 
-Contract: softmax of the parts equals softmax of the whole, for every row, also for one whose keys are all left out.
+Contract: softmax of the parts equals softmax of the score function for every row, also where all keys are masked.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ringpass.masks.simplify import simplify
 
 ZERO = Const(0)
 LEAST = tuple(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-"""What models add to a score, beside -inf, to leave a pair out.  A row with nothing else then sees all keys alike."""
+"""Finite fills that models use instead of -inf to mask a pair.  A row of nothing else attends to all keys equally."""
 Split = tuple[Expr, Expr | None]
 
 
 def split_bias(expr: Expr, rows: Any = None) -> Split:
     """An additive mask as (mask, bias): `where(c, 0, -inf)` is the mask c.
 
-    So is `where(c, 0, finfo.min)` where each of the `rows` sees a key for certain; any other finite fill stays.
+    So is `where(c, 0, finfo.min)` if each of the `rows` certainly sees a key; any other finite fill stays a bias.
     """
     return best_split(lambda fills: split_sum(expr, fills), rows)
 
 
 def best_split(split: Callable[[tuple[float, ...]], tuple[Expr, Any]], rows: Any) -> tuple[Expr, Any]:
-    """`split` with the finite fills too, if every row then sees a key, else with -inf alone."""
+    """`split` with the finite fills as masks, if every row then still sees a key; else with -inf alone."""
     found = split((-math.inf, *LEAST))
     return found if rows is not None and sees_a_key(found[0], rows) else split((-math.inf,))
 
 
 def sees_a_key(mask: Expr, rows: Any) -> bool:
-    """Whether every row sees a key for certain: its own, or the first.  `rows`: how many, if they have keys."""
+    """Whether every row certainly sees its key or the first key.  `rows`: as from `rows_with_keys`."""
     certain = without_data(simplify(mask), False)
     last = float(rows - 1) if isinstance(rows, int) else math.inf
     for key in (Q, ZERO):
@@ -53,12 +53,12 @@ def sees_a_key(mask: Expr, rows: Any) -> bool:
 
 
 def rows_with_keys(queries: Any, keys: Any) -> Any:
-    """The number of queries, if each has a key of its own; else None."""
+    """The number of queries, if each has the key of the same position; else None."""
     return queries if keys is queries or bool(queries == keys) or (type(queries) is int and queries < keys) else None
 
 
 def split_sum(expr: Expr, fills: tuple[float, ...]) -> Split:
-    """`split_bias` where each of `fills` leaves a pair out."""
+    """`split_bias` where each of `fills` masks a pair."""
     if not isinstance(expr, Call) or expr.op not in ("where", "add"):
         return TRUE, expr
     if expr.op == "where":
@@ -74,7 +74,7 @@ def split_sum(expr: Expr, fills: tuple[float, ...]) -> Split:
 
 
 def _number(expr: Expr) -> Any:
-    """The number that `expr` is, maybe one of a given dtype."""
+    """The value of `expr` if it is a constant, maybe cast; else None."""
     inner = expr.args[0] if isinstance(expr, Call) and expr.op == "cast" else expr
     return inner.value if isinstance(inner, Const) else None
 
@@ -111,7 +111,7 @@ def _separated(expr: Expr, exact: bool, fills: tuple[float, ...]) -> tuple[Expr,
 
 
 def _peeled(expr: Expr, fills: tuple[float, ...]) -> tuple[Expr, Expr]:
-    """A score function as (mask, the rest): where(c, x, -inf) and x + where(c, 0, -inf) are x under the mask c."""
+    """A score function as (mask, rest): where(c, x, -inf) and x + where(c, 0, -inf) are x under the mask c."""
     if not isinstance(expr, Call):
         return TRUE, expr
     if expr.op == "where" and not scored(expr.args[0]):
@@ -120,7 +120,7 @@ def _peeled(expr: Expr, fills: tuple[float, ...]) -> tuple[Expr, Expr]:
             if _number(other) in fills:
                 more, rest = _peeled(inner, fills)
                 return call("and", seen, more), rest
-    if expr.op == "add" and _addend(expr) is None:  # a mask added to a function that is more than a sum
+    if expr.op == "add" and _addend(expr) is None:  # a mask added to a function that is no sum
         inner, added = expr.args if scored(expr.args[0]) else reversed(expr.args)
         seen, bias = split_sum(added, fills) if not scored(added) else (TRUE, added)
         if bias is None:

@@ -1,4 +1,4 @@
-"""Closed forms: the data-free part of a mask in the one shape in which each condition is written, by sympy.
+"""Closed forms: each data-free condition of a mask in one canonical form, by sympy.
 
     >>> from ringpass.masks.expr import parse
     >>> print(simplify(parse("not(k > q) & q - 4095 <= k & q >= k")))
@@ -6,11 +6,11 @@
     >>> print(simplify(parse("k // 2 * 2 - q // 2 * 2 <= 0")))
     k // 2 <= q // 2
 
-Models spell one mask in many ways; kernels, classification and people want it in one.  A comparison of integers without
-data is brought to a sum on either side with coefficients in lowest terms; `not` moves inwards; repeated and constant
-parts go; the terms of `&` that another one implies go too, and bounds that exclude each other are False.
+Models write one mask in many ways; kernels, classification and readers need one form.  A comparison of integers without
+data gets a sum on either side, with coefficients in lowest terms.  `not` moves inwards.  Repeated and constant parts
+are dropped, and so are terms of `&` that another term implies; bounds that exclude each other are False.
 
-Contract: the value is the same for all b, h, q, k >= 0 and all data.  What sympy cannot bring to a sum stays as it is.
+Contract: the value is the same for all b, h, q, k >= 0 and all data.  What sympy cannot write as a sum stays as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ringpass.masks.expr import CAUSAL, FALSE, SCORE, TRUE, Call, Const, Expr, I
 from ringpass.masks.intervals import bounds, kind_of
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
-WHOLE = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # integers of integers
+INTEGER_OPS = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # of integers
 Sum = dict[Expr, int]  # coefficient of each term; Const(1) carries the constant
 ONE = Const(1)
 
@@ -63,10 +63,8 @@ def _integer(expr: Expr) -> bool:
     if isinstance(expr, Load | Table):
         return False
     if isinstance(expr, Call):
-        known = expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket") or _widened(
-            expr
-        )
-        return known and all(_integer(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
+        integer = expr.op in INTEGER_OPS or _widened(expr)
+        return integer and all(_integer(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
     return (isinstance(expr, Index) and expr != SCORE) or (isinstance(expr, Const) and type(expr.value) is int)
 
 
@@ -119,7 +117,7 @@ def _equation(op: str, terms: Sum, constant: int) -> Expr:
 
 
 def _sides(terms: Sum) -> tuple[Expr | None, Expr | None]:
-    """The terms with positive coefficients, and the others with their sign turned; None: no term."""
+    """The terms with positive coefficients, and the others negated; None: no term."""
     sides = []
     for sign in (1, -1):
         side = {term: n * sign for term, n in terms.items() if n * sign > 0}
@@ -166,7 +164,7 @@ def _sum(expr: Expr) -> Sum | None:
 
 
 def _to_sympy(expr: Expr, terms: dict[Any, Expr]) -> Any:
-    """`expr` over symbols, one for each part that is not a sum; `terms` says what they stand for."""
+    """`expr` over symbols, one for each part that is not a sum; `terms` maps them to these parts."""
     if isinstance(expr, Const):
         return sympy.Integer(expr.value)
     if isinstance(expr, Call):
@@ -188,7 +186,7 @@ def _minus(a: Any, b: Any) -> Any:
 
 
 def _joined(op: str, args: Iterable[Expr]) -> Expr:
-    """`and` or `or` of closed forms: flat, each part once, k <= q first, without those that another one implies."""
+    """`and` or `or` of closed forms: flat, each part once, k <= q first, without parts that another one implies."""
     parts: list[Expr] = []
     for arg in args:
         parts += _parts(op, arg)

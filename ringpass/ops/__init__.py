@@ -1,30 +1,30 @@
-"""The operators that partitioned graphs hold: the four boundary operators, ring attention, counter-based dropout.
+"""The operators of partitioned graphs: between replicated and sharded values, ring attention, counter-based dropout.
 
-The invariant of a partitioned graph: *a replicated value has the whole and equal cotangent on every rank; a sharded
-value has the cotangent of its own tokens.*  Each operator's autograd formula keeps it:
+The invariant of a partitioned graph: *a replicated value has the full, equal cotangent on every rank; a sharded value
+has the cotangent of its local tokens.*  Each operator's autograd formula keeps it:
 
     operator         forward                                   backward
-    shard            take the own tokens                       all-gather
-    gather           all-gather, in original order             take the own tokens
-    redeal           from the own tokens in one layout to those in another     back
-    permute          all tokens in the order of a curve        the inverse
-    reduce_scatter   take the own tokens of the sum            (stands in backward graphs only)
-    halo             the own tokens, run by run, with those around them   their sum, where they are held
-    core             the local row of each own token, where each run has rows around it   none
+    shard            take the local tokens                     all-gather
+    gather           all-gather, in original order             take the local tokens
+    redistribute           from the own tokens in one layout to those in another     back
+    permute          all tokens, in the order of a curve       the inverse
+    reduce_scatter   the local tokens of the sum over ranks    (in backward graphs only)
+    halo             each range of local tokens with its neighbours   the sum of both, on the holder of each token
+    interior_rows    the row of each local token in the output of `halo`   none
     reduce           all-reduce (sum)                          identity
     replicate        identity                                  all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys     ring_attention_backward
-    block_means      means over blocks of all tokens           none: what is chosen by them has no gradient
+    block_means      means over blocks of all tokens           none: no gradient flows through the choice
     choose_blocks    the pairs of blocks that attend           none
     locate           the local row of each position, -1 where this rank does not hold it    none
-    dropout          the element's own coin, scaled            the same coin
+    dropout          the element's keep bit, scaled            the same keep bit
 
-`replicate` stands once after each replicated value that needs a gradient and that sharded consumers read whole; it
-takes a list, so that the gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse],
+`replicate` follows each replicated value that needs a gradient and has sharded consumers; it takes a list, so that the
+gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse],
 its backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
 
-Where a layout names a curve, `permute` stands before `shard` and, inverse, after `gather`, which alone know nothing of
-it.  Dropout, block means and `locate` count tokens in their own order, so that no layout changes a result.
+If a layout names a curve, `permute` comes before `shard` and, inverse, after `gather`, which both ignore the curve.
+Dropout, block means and `locate` use the original order of tokens, so that no layout changes a result.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from ringpass.ops.attention import (
     ring_attention_body,
     site_of,
 )
-from ringpass.ops.boundary import gather, permute, redeal, reduce, reduce_list, reduce_scatter, replicate, shard
-from ringpass.ops.halos import core, halo, halo_backward
+from ringpass.ops.boundary import gather, permute, redistribute, reduce, reduce_list, reduce_scatter, replicate, shard
+from ringpass.ops.halos import halo, halo_backward, interior_rows
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
 
 __all__ = [
-    "COMMUNICATING", "block_means", "choose_blocks", "core", "dropout", "gather", "halo", "halo_backward", "keep",
-    "locate", "permute", "redeal", "reduce", "reduce_list", "reduce_scatter", "replicate", "ring_attention",
-    "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "shard", "site_of",
+    "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "interior_rows",
+    "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter", "replicate",
+    "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "shard",
+    "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
-    shard, gather, redeal, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
+    shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
     ring_attention, ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed; kept in graph order by code generation."""

@@ -1,4 +1,4 @@
-"""Running values of blocks of rows, and the names of the nodes that the loop writes."""
+"""Accumulators over blocks of rows, and the names of the nodes that the loop traces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ringpass.kernels.blocks import cut, empty_rows, join_rows
+from ringpass.kernels.blocks import empty_rows, join_rows, row_slice
 from ringpass.kernels.tile import merge_by_lse
 from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
@@ -21,7 +21,7 @@ Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 @contextmanager
 def label(text: str) -> Iterator[None]:
-    """While the loop is traced: the nodes written inside carry `text`, after which the lowered graph names them."""
+    """While the loop is traced, nodes created inside carry `text`, from which the lowered graph gets their names."""
     mode = get_proxy_mode()
     if mode is None:
         yield
@@ -35,41 +35,41 @@ def label(text: str) -> Iterator[None]:
         node.meta.setdefault(LABEL, text)
 
 
-class Rows:
-    """Running values of a block of `length` rows.  A value is a tuple of tensors with the rows in dim 2."""
+class RowAccumulator:
+    """Accumulates values over a block of `length` rows.  A value is a tuple of tensors with the rows in dim 2."""
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
-        """Combines `new`, the values of rows `span`, with what these rows hold; `text` labels the nodes."""
+        """Combines `new`, the values of rows `span`, with the values so far; `text` labels the nodes."""
         raise NotImplementedError
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """All rows in order; `missing(n)` stands in for n rows that nothing was folded into."""
+        """All rows in order; `missing(n)` gives the values of n rows that nothing was folded into."""
         raise NotImplementedError
 
 
-def running(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> Rows:
-    """Rows to fold values of `spans()` into, which are asked for where the loop is traced."""
-    return _Written(length) if get_proxy_mode() is None else _Traced(length, spans())
+def row_accumulator(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> RowAccumulator:
+    """An accumulator for values of rows `spans()`, which are only computed when the loop is traced."""
+    return _InPlace(length) if get_proxy_mode() is None else _Traced(length, spans())
 
 
-class _Written(Rows):
-    """Where the loop runs: one tensor of all rows, written in place."""
+class _InPlace(RowAccumulator):
+    """While the loop runs: one tensor of all rows, written in place."""
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.whole: tuple[Tensor, ...] = ()
-        self.edges: list[int] = []  # where rows that hold a value begin, end, begin, end, ..
+        self.values: tuple[Tensor, ...] = ()
+        self.edges: list[int] = []  # the starts and stops of rows that hold a value, in turn
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
         start, stop = span
-        if not self.whole and span == (0, self.length):
-            self.whole = new
+        if not self.values and span == (0, self.length):
+            self.values = new
         else:
-            self.whole = self.whole or tuple(empty_rows(x, self.length) for x in new)
+            self.values = self.values or tuple(empty_rows(x, self.length) for x in new)
             first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
             for i, piece in enumerate(pairwise([start, *self.edges[first:last], stop]), first):
-                part = tuple(cut(x, (piece[0] - start, piece[1] - start)) for x in new)
-                old = tuple(cut(x, piece) for x in self.whole)
+                part = tuple(row_slice(x, (piece[0] - start, piece[1] - start)) for x in new)
+                old = tuple(row_slice(x, piece) for x in self.values)
                 if i % 2:
                     combine(old, part)
                 else:
@@ -78,12 +78,12 @@ class _Written(Rows):
         self.edges[low:high] = [start] * (low % 2 == 0) + [stop] * (high % 2 == 0)
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if not self.whole:
+        if not self.values:
             return missing(self.length)
         for start, stop in zip([0, *self.edges[1::2]], [*self.edges[::2], self.length], strict=True):
             if start < stop:
-                _copy(tuple(cut(x, (start, stop)) for x in self.whole), missing(stop - start))
-        return self.whole
+                _copy(tuple(row_slice(x, (start, stop)) for x in self.values), missing(stop - start))
+        return self.values
 
 
 def _copy(into: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
@@ -91,25 +91,25 @@ def _copy(into: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
         old.copy_(new)
 
 
-class _Traced(Rows):
-    """Where the loop is traced: a tensor of its own for each piece between edges of spans; none is written."""
+class _Traced(RowAccumulator):
+    """While the loop is traced: one tensor for each part between edges of spans, none written in place."""
 
     def __init__(self, length: int, spans: Iterable[tuple[int, int]]) -> None:
-        cuts = sorted({0, length, *(edge for span in spans for edge in span)})
-        self.starts, self.pieces = cuts[:-1], list(pairwise(cuts))
+        edges = sorted({0, length, *(edge for span in spans for edge in span)})
+        self.starts, self.parts = edges[:-1], list(pairwise(edges))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
-        inside = self.pieces[bisect_left(self.starts, span[0]) : bisect_left(self.starts, span[1])]
+        inside = self.parts[bisect_left(self.starts, span[0]) : bisect_left(self.starts, span[1])]
         for piece in inside:
             with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
-                part = tuple(cut(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
+                part = tuple(row_slice(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
                 self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if not self.pieces:
+        if not self.parts:
             return missing(0)
-        parts = [self.values[p] if p in self.values else missing(p[1] - p[0]) for p in self.pieces]
+        parts = [self.values[p] if p in self.values else missing(p[1] - p[0]) for p in self.parts]
         return tuple(xs[0] if len(xs) == 1 else join_rows(xs) for xs in zip(*parts, strict=True))
 
 
@@ -126,9 +126,9 @@ def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(a + b for a, b in zip(old, new, strict=True))
 
 
-def fold_runs(into: Rows, runs: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds `grads`, whose rows are those `runs` of `into` one after the other."""
+def fold_ranges(into: RowAccumulator, ranges: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads`, whose rows are the concatenated `ranges` of rows of `into`."""
     offset = 0
-    for start, stop in runs:
-        into.fold((start, stop), tuple(cut(x, (offset, offset + stop - start)) for x in grads), add, text)
+    for start, stop in ranges:
+        into.fold((start, stop), tuple(row_slice(x, (offset, offset + stop - start)) for x in grads), add, text)
         offset += stop - start

@@ -36,13 +36,13 @@ def site_of(args: Any) -> tuple[Tensor | None, Site]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Numbers of leaves, written as `0,2`: autograd takes no list of ints."""
+    """Numbers of leaves from a text such as `0,2`: autograd takes no list of ints."""
     return tuple(int(i) for i in text.split(",") if i)
 
 
 def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
     seed, site = site_of(args)
-    out, lse = ring.forward(site.knowing(leaves), q, k, v, leaves, seed)
+    out, lse = ring.forward(site.with_constants(leaves), q, k, v, leaves, seed)
     return [rows_first(out), lse.contiguous()]
 
 
@@ -50,7 +50,7 @@ def ring_attention_backward_body(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
     seed, site = site_of(args)
-    dq, dk, dv, dleaves = ring.backward(site.knowing(leaves), grad, q, k, v, out, lse, leaves, seed)
+    dq, dk, dv, dleaves = ring.backward(site.with_constants(leaves), grad, q, k, v, out, lse, leaves, seed)
     return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
 
 

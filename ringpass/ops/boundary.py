@@ -16,8 +16,8 @@ define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"reduce_scatter(Tensor x, {SHARD}, str group) -> Tensor")
 define(
-    "redeal(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, str other, int world, int rank, str group) "
-    "-> Tensor"
+    "redistribute(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, str other, int world, int rank, "
+    "str group) -> Tensor"
 )
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
@@ -27,7 +27,7 @@ define("replicate(Tensor[] xs, str group) -> Tensor[]")
 shard = torch.ops.ringpass.shard.default
 gather = torch.ops.ringpass.gather.default
 reduce_scatter = torch.ops.ringpass.reduce_scatter.default
-redeal = torch.ops.ringpass.redeal.default
+redistribute = torch.ops.ringpass.redistribute.default
 permute = torch.ops.ringpass.permute.default
 reduce = torch.ops.ringpass.reduce.default
 reduce_list = torch.ops.ringpass.reduce_list.default
@@ -52,12 +52,12 @@ differentiate("shard", lambda ctx, grad: (gather_back(grad, *ctx.arguments), *un
 differentiate("gather", lambda ctx, grad: (shard_back(grad, *ctx.arguments), *unchanged(ctx)), save_arguments)
 
 
-def _redeal(x: Tensor, *args: Any) -> Tensor:
+def _redistribute(x: Tensor, *args: Any) -> Tensor:
     dim, outer, tokens, layout, other, world, rank, group = args
-    return collectives.redeal(x, Shard(dim, outer, tokens, layout, world, rank), other, group)
+    return collectives.redistribute(x, Shard(dim, outer, tokens, layout, world, rank), other, group)
 
 
-def _fake_redeal(x: Tensor, *args: Any) -> Tensor:
+def _fake_redistribute(x: Tensor, *args: Any) -> Tensor:
     dim, outer, tokens, layout, other, world, rank, _ = args
     old, new = (Shard(dim, outer, tokens, name, world, rank) for name in (layout, other))
     return x.new_empty(old.resized(x.shape, old.length, new.length))
@@ -68,15 +68,15 @@ def _redeal_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _redeal_back(grad, *where, other, layout, world, rank, group), *unchanged(ctx)
 
 
-implement("redeal", _redeal, _fake_redeal)
-_redeal_back = redeal
-differentiate("redeal", _redeal_backward, save_arguments)
+implement("redistribute", _redistribute, _fake_redistribute)
+_redeal_back = redistribute
+differentiate("redistribute", _redeal_backward, save_arguments)
 
 
 def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:
     curve = Order.parse(order)
     split = Shard(dim, outer, tokens, "replicated", 1, 0).split(x, tokens)
-    return split.index_select(1, (curve.inverse if inverse else curve.known).tensor(x)).reshape(x.shape)
+    return split.index_select(1, (curve.inverse if inverse else curve.permutation).tensor(x)).reshape(x.shape)
 
 
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

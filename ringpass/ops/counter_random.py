@@ -1,4 +1,4 @@
-"""Counter-based dropout: an element's fate is a function of (seed, stream, its global index), so any P gives one mask.
+"""Counter-based dropout: the keep bit of an element depends on (seed, stream, global index) alone, for any P.
 
     >>> import torch
     >>> whole = keep(torch.tensor(7), 0, 0.25, [torch.arange(2), torch.arange(6)])
@@ -44,7 +44,7 @@ def _hash(seed: Tensor, salt: int, indices: Sequence[Tensor]) -> Tensor:
 def keep(seed: Tensor, stream: int, p: float, indices: Sequence[Tensor]) -> Tensor:
     """True where an element stays: a bool tensor with one dim per entry of `indices`.
 
-    `seed` is an int64 scalar tensor, drawn once per step; `stream` tells apart the dropouts of one model; `indices` are
+    `seed` is an int64 scalar tensor, drawn once per step; `stream` identifies a dropout of the model; `indices` are
     the global indices along each dim, 1-D int64.  Each element stays with probability 1 - p, to within 2^-32.
     """
     rank = len(indices)
@@ -58,4 +58,4 @@ def keep(seed: Tensor, stream: int, p: float, indices: Sequence[Tensor]) -> Tens
     x = x ^ (x >> 16)
     x = x * 0x2C1B3C6D
     limit = round(p * 2**32) - 2**31
-    return x >= limit if limit < 2**31 else x != x  # an int32 is never so large, and the comparison would wrap
+    return x >= limit if limit < 2**31 else x != x  # no int32 is that large, and the comparison would wrap

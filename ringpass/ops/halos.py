@@ -1,4 +1,4 @@
-"""Operators that bring each rank the tokens around its own."""
+"""Operators that bring each rank the neighbours of its local tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ringpass.ops.library import SHARD, define, differentiate, implement, unchan
 
 define(f"halo(Tensor x, {SHARD}, int most, int left, int right, str group) -> Tensor")
 define(f"halo_backward(Tensor grad, {SHARD}, int each, int left, int right, str group) -> Tensor")
-define(f"core(Tensor like, {SHARD}, int each, int left, int right) -> Tensor")
+define(f"interior_rows(Tensor like, {SHARD}, int each, int left, int right) -> Tensor")
 
 halo = torch.ops.ringpass.halo.default
 halo_backward = torch.ops.ringpass.halo_backward.default
-core = torch.ops.ringpass.core.default
+interior_rows = torch.ops.ringpass.interior_rows.default
 
 
 def _halo(x: Tensor, *args: Any) -> Tensor:
@@ -57,18 +57,18 @@ implement("halo_backward", _halo_backward, _fake_halo_backward)
 differentiate("halo", _halo_grad, _save_halo)
 
 
-def _core(like: Tensor, *args: Any) -> Tensor:
+def _interior_rows(like: Tensor, *args: Any) -> Tensor:
     *where, each, left, right = args
     shard = Shard(*where)
-    counts = [(b - a) * each for a, b in shard.placement.ranges(shard.rank, shard.tokens)]
+    counts = [(b - a) * each for a, b in shard.layout.ranges(shard.rank, shard.tokens)]
     starts = [sum(counts[:i]) + i * (left + right) + left for i in range(len(counts))]
     rows = [torch.arange(at, at + n, device=like.device) for at, n in zip(starts, counts, strict=True)]
     return torch.cat(rows)
 
 
-def _fake_core(like: Tensor, *args: Any) -> Tensor:
+def _fake_interior_rows(like: Tensor, *args: Any) -> Tensor:
     *where, each, _, _ = args
     return like.new_empty(Shard(*where).length * each, dtype=torch.int64)
 
 
-implement("core", _core, _fake_core)
+implement("interior_rows", _interior_rows, _fake_interior_rows)

@@ -8,7 +8,7 @@ import torch
 
 LIBRARY = torch.library.Library("ringpass", "DEF")
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
-"""The arguments of an operator that say where the sequence is in a tensor: the fields of `collectives.Shard`."""
+"""Arguments that locate the sequence in a tensor: the fields of `collectives.Shard`."""
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -18,13 +18,13 @@ def define(schema: str) -> None:
 
 
 def implement(name: str, body: Any, fake: Any) -> None:
-    """Gives an operator its body, and the one that only knows shapes."""
+    """Registers an operator's body and its fake, which computes shapes only."""
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
 
 
 def differentiate(name: str, backward: Any, setup: Any) -> None:
-    """Gives an operator its autograd formula."""
+    """Registers an operator's autograd formula."""
     torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 

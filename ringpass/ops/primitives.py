@@ -1,4 +1,4 @@
-"""The steps of ring attention as operators: each is one node of an unrolled graph, and one call of the rolled loop.
+"""The steps of ring attention as operators: each is a node of the unrolled graph and a call in the rolled loop.
 
     pack                rows of K and V (dK and dV) as one message
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
@@ -7,12 +7,12 @@
     scored_tile         the same with a score function;  scored_tile_backward: (dq, dk, dv, gradients of its leaves)
     merge               the log-sum-exp merge of two (out, lse) of the same rows
     mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
-    keep_tile           the coins of attention dropout on one tile
+    keep_tile           the keep mask of attention dropout on one tile
 
-`pack` and `merge` are arithmetic: what a compiler gets is their bodies, to fuse.  `after` lists buffers that are in
-flight while a tile is computed: unused by the op, they make code generation start those exchanges before the tile.
-Spans are flat lists of token ranges, [start, stop, start, stop, ..]; of places, where tokens are along a curve.  The
-coins of dropout are those of the tokens, in any order.
+`pack` and `merge` are arithmetic: the compiler gets their bodies, to fuse.  `after` lists buffers that are in flight
+while a tile is computed: the op does not read them, but they make code generation start those exchanges before the
+tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..], in curve positions if the layout names a
+curve.  The keep mask of dropout depends on the original index of a token, not on its position.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
 define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
 define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor like, str expr, {SPANS}) -> Tensor[]")
-define(f"keep_tile(Tensor seed, int stream, float p, str coins, {SPANS}) -> Tensor")
+define(f"keep_tile(Tensor seed, int stream, float p, str dropout_indices, {SPANS}) -> Tensor")
 
 _ops = torch.ops.ringpass
 exchange, wait = _ops.exchange.default, _ops.wait.default
@@ -69,7 +69,7 @@ NOBODY = -1
 
 
 def pack_body(tensors: list[Tensor], rows: list[int]) -> Tensor:
-    """The given rows (dim 2; start, stop, start, stop, ..) of each tensor, flat, one tensor after the other."""
+    """The given rows (dim 2; start, stop, start, stop, ..) of each tensor, flat and concatenated."""
     spans = list(zip(rows[::2], rows[1::2], strict=True))
     return torch.cat([torch.cat([x[:, :, a:b] for a, b in spans], dim=2).reshape(-1) for x in tensors])
 
@@ -81,7 +81,7 @@ def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
 
 implement("pack", pack_body, _fake_pack)
 
-_under_way: dict[int, p2p.Exchange] = {}
+_under_way: dict[int, p2p.PendingExchange] = {}
 
 
 def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
@@ -191,15 +191,22 @@ def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[i
     return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
 
 
-def _keep_tile(seed: Tensor, stream: int, p: float, coins: str, *spans: Any) -> Tensor:
-    """`coins`: expressions of the head, the query and the key whose coin is tossed."""
+def _keep_tile(seed: Tensor, stream: int, p: float, dropout_indices: str, *spans: Any) -> Tensor:
+    """`dropout_indices`: expressions of head, query and key that seed the keep mask."""
     where = indices(seed.device, *spans)
-    at = [evaluate(parse(text), where, []).reshape(-1) for text in coins.split("; ")]
+    at = [evaluate(parse(text), where, []).reshape(-1) for text in dropout_indices.split("; ")]
     return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
 def _fake_keep_tile(
-    seed: Tensor, stream: int, p: float, coins: str, batch: int, heads: int, queries: list[int], keys: list[int]
+    seed: Tensor,
+    stream: int,
+    p: float,
+    dropout_indices: str,
+    batch: int,
+    heads: int,
+    queries: list[int],
+    keys: list[int],
 ) -> Tensor:
     lengths = [sum(stop - start for start, stop in zip(s[::2], s[1::2], strict=True)) for s in (queries, keys)]
     return seed.new_empty((batch, heads, *lengths), dtype=torch.bool)

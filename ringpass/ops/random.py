@@ -20,16 +20,16 @@ dropout = torch.ops.ringpass.dropout.default
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, *args: Any) -> Tensor:
-    """Composite: autograd and code generation see the coins as one op, and the scaling as arithmetic to fuse."""
+    """Composite: autograd and code generation see the keep mask as one op, and the scaling as arithmetic to fuse."""
     kept = keep(seed.to(x.device), list(x.shape), p, stream, *args)
     return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
 def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any) -> Tensor:
-    """The coins of the local elements of a tensor whose local shape is `shape`."""
+    """The keep mask of the local elements of a tensor whose local shape is `shape`."""
     where = Shard(*args)
     indices = [torch.arange(n, device=seed.device) for n in shape]
-    if not where.placement.replicated:
+    if not where.layout.replicated:
         indices[where.dim] = _global_index(where, shape[where.dim], seed.device)
     return counter.keep(seed, stream, p, indices)
 
@@ -37,10 +37,10 @@ def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any)
 def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
     """Index along the full dim of each local element: outer * S * inner, S in the middle."""
     inner = size // (where.outer * where.length)
-    spans = where.placement.ranges(where.rank, where.tokens)
+    spans = where.layout.ranges(where.rank, where.tokens)
     tokens = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
-    if where.placement.order:
-        tokens = where.placement.order.known.tensor(tokens)[tokens]
+    if where.layout.order:
+        tokens = where.layout.order.permutation.tensor(tokens)[tokens]
     outer, last = torch.arange(where.outer, device=device), torch.arange(inner, device=device)
     index: Tensor = (outer.view(-1, 1, 1) * where.tokens + tokens.view(1, -1, 1)) * inner + last
     return index.reshape(-1)

@@ -1,19 +1,19 @@
-"""Ring attention, written once: the loop over steps and tiles, forward and backward, over the ops of `primitives`.
+"""Ring attention: the loop over steps and tiles, forward and backward, in terms of the ops of `primitives`.
 
-Run, it is the body of the rolled operator; traced, it is the unrolled graph.  Shapes: B batch, H query heads, G
-key/value heads, D head width, Lq and Lk local query and key tokens.
+When run, it is the body of the rolled operator; when traced, it gives the unrolled graph.  Shapes: B batch, H query
+heads, G key/value heads, D head width, Lq and Lk local query and key tokens.
 
-    for each step of the program (own keys first):
-        take the step's key block: the own one, or what the exchange brought
+    for each step of the program (local keys first):
+        wait for the step's key block, unless it is local
         start the exchange of the next step                  <- before the tiles of this one
-        for each call of its tiles: attend, merge into the rows' running (out, lse)
+        for each launch of its tiles: attend, merge into the accumulated (out, lse) of its rows
 
-The backward passes K and V round again and sends each block's dK, dV back to its owner, one step behind; the tiles of
-the own keys are divided, so that the first exchange and the last one both have some to hide behind.  K and V (dK and
-dV) travel as one message.  Partial results are merged in float32 (float64 for float64 inputs).
+The backward sends K and V round again and returns each block's dK, dV to its owner, one step behind; the tiles of the
+local keys are divided in two, so that both the first and the last exchange overlap with some.  K and V (dK and dV) are
+sent as one message.  Partial results are merged in float32 (float64 for float64 inputs).
 
-How keys come and their gradients go is a `Transport`.  A dilated site is a bundle of lanes, each with tiles of its own
-rows, all served by the same exchanges; their results are merged once, at the end.
+A `Transport` brings the keys and returns their gradients.  A dilated site consists of one site per head group, each
+with tiles of its rows, which share their exchanges; their results are merged once, at the end.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.kernels.blocks import cut, join_rows, stacked, unstacked
+from ringpass.kernels.blocks import join_rows, row_slice, stacked, unstacked
 from ringpass.layouts.ranges import Ranges, tokens
 from ringpass.masks.intervals import PARTIAL
 from ringpass.ops import primitives
-from ringpass.ops.accumulate import Rows, add, label, merge, running
-from ringpass.ops.row_ops import Place, added, merged, taken
+from ringpass.ops.accumulate import RowAccumulator, add, label, merge, row_accumulator
+from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import transport
 from ringpass.precision import accumulator
-from ringpass.schedule.launches import STACK, Call, calls
+from ringpass.schedule.launches import STACK, Launch, launches
 from ringpass.schedule.messages import rows_of, tokens_of
 from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
@@ -48,22 +48,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
-    queries = [_queries(lane, q) for lane in keys.lanes]
-    states = [running(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
+    queries = [_queries(group_site, q) for group_site in keys.sites]
+    states = [row_accumulator(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
-    for served, flying in keys.blocks():
+    for served, in_flight in keys.blocks():
         for i, step, (k_block, v_block) in served:
-            lane, own_q = keys.lanes[i], queries[i]
-            for call in _calls(lane, step.tiles, own_q):
-                name = _name(lane, step, call)
-                args = _tile_args(lane, step, call, own_q, leaves, seed, flying)
+            group_site, group_q = keys.sites[i], queries[i]
+            for launch in _launches(group_site, step.tiles, group_q):
+                name = _name(group_site, step, launch)
+                args = _tile_args(group_site, step, launch, group_q, leaves, seed, in_flight)
                 with label(f"attention_{name}"):
-                    out, lse = op(_rows(own_q, call), *(_keys(x, call) for x in (k_block, v_block)), *args)
-                    found = tuple(unstacked(x, call.count) for x in (out.to(dtype), lse))
-                states[i].fold(call.q, found, merge, f"merge_{name}")
+                    out, lse = op(_rows(group_q, launch), *(_keys(x, launch) for x in (k_block, v_block)), *args)
+                    found = tuple(unstacked(x, launch.count) for x in (out.to(dtype), lse))
+                states[i].fold(launch.q, found, merge, f"merge_{name}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
-        out, lse = _merged(keys.lanes, joined, q) if site.dilation else joined[0]
+        out, lse = _merged(keys.sites, joined, q) if site.dilation else joined[0]
     if site.sink:
         out, lse = _with_sink(site, out, lse, leaves)
     return out.to(q.dtype), lse
@@ -83,30 +83,33 @@ def backward(
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
     keys = transport(site, q, k, v)
     sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
-    own: list[Rows] = []
+    local_sums: list[RowAccumulator] = []
     local: Served = []
-    for served, flying in keys.blocks():
-        beside = [*flying, *keys.returning]
+    for served, in_flight in keys.blocks():
+        beside = [*in_flight, *keys.returning]
         if local:
-            keys.give_back(served, [sums.of(block, beside) for block in served], own)
+            keys.give_back(served, [sums.of(block, beside) for block in served], local_sums)
             continue
-        local, own = served, [running(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served]
-        for block, dkv in zip(local, own, strict=True):
+        local, local_sums = (
+            served,
+            [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served],
+        )
+        for block, dkv in zip(local, local_sums, strict=True):
             sums.add(block, sums.halves[block[0]][0], beside, dkv)
-    for block, dkv in zip(local, own, strict=True):
+    for block, dkv in zip(local, local_sums, strict=True):
         sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
-    keys.finish(own)
+    keys.finish(local_sums)
     if site.sink and site.learned:
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
-        dk, dv = keys.collect(own)
-        dq = _dq(site, keys.lanes, sums.dqs, q)
+        dk, dv = keys.collect(local_sums)
+        dq = _dq(site, keys.sites, sums.dqs, q)
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
 
 class _Gradients:
-    """What the tiles of one backward add up: `dqs`, of each lane's queries, and `dleaves`, of the learned leaves."""
+    """The sums of one backward: `dqs`, of the queries of each site, and `dleaves`, of the learned leaves."""
 
     def __init__(
         self, site: Site, keys: Transport, mine: Sequence[Tensor], leaves: Sequence[Tensor], seed: Tensor | None
@@ -114,142 +117,144 @@ class _Gradients:
         self.keys, self.leaves, self.seed = keys, leaves, seed
         self.dtype = accumulator(mine[1].dtype)
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
-        self.ours = [[_queries(lane, x) for x in mine] for lane in keys.lanes]  # grad, q, out, lse
-        self.halves = [self._halves(i) for i in range(len(keys.lanes))]  # the own tiles: first ones, last ones
-        self.dqs = [running(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
+        self.ours = [[_queries(group_site, x) for x in mine] for group_site in keys.sites]  # grad, q, out, lse
+        self.halves = [
+            self._halves(i) for i in range(len(keys.sites))
+        ]  # launches of local tiles: first ones, last ones
+        self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
-    def _halves(self, number: int) -> tuple[list[Call], list[Call]]:
-        lane, tiles = self.keys.lanes[number], self.keys.steps(number)[0].tiles
+    def _halves(self, index: int) -> tuple[list[Launch], list[Launch]]:
+        group_site, tiles = self.keys.sites[index], self.keys.steps(index)[0].tiles
         first, last = divided(tiles) if self.keys.remote else (tiles, ())
-        return _calls(lane, first, self.ours[number][1]), _calls(lane, last, self.ours[number][1])
+        return _launches(group_site, first, self.ours[index][1]), _launches(group_site, last, self.ours[index][1])
 
-    def _spans(self, number: int) -> list[tuple[int, int]]:
-        """Where sums of gradients of a lane's queries begin and end."""
-        own = [call.q for half in self.halves[number] for call in half]
-        return [*own, *_query_spans(self.keys, number, self.ours[number][1], first=1)]
+    def _spans(self, index: int) -> list[tuple[int, int]]:
+        """The rows to which gradients of a site's queries are added."""
+        local = [launch.q for half in self.halves[index] for launch in half]
+        return [*local, *_query_spans(self.keys, index, self.ours[index][1], first=1)]
 
-    def local_spans(self, number: int) -> list[tuple[int, int]]:
-        """Where sums of gradients of the own keys begin and end."""
-        return [*_key_spans(call for half in self.halves[number] for call in half), *self.keys.returned_rows]
+    def local_spans(self, index: int) -> list[tuple[int, int]]:
+        """The rows to which gradients of the local keys are added."""
+        return [*_key_spans(launch for half in self.halves[index] for launch in half), *self.keys.returned_rows]
 
-    def of(self, block: Block, flying: list[Tensor]) -> tuple[Tensor, ...]:
-        """dK and dV of a block that came."""
+    def of(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
+        """dK and dV of a received block."""
         i, step, (k, v) = block
-        found = _calls(self.keys.lanes[i], step.tiles, self.ours[i][1])
-        dkv = running(k.shape[2], partial(_key_spans, found))
-        self.add(block, found, flying, dkv)
+        found = _launches(self.keys.sites[i], step.tiles, self.ours[i][1])
+        dkv = row_accumulator(k.shape[2], partial(_key_spans, found))
+        self.add(block, found, in_flight, dkv)
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
-    def add(self, block: Block, some: Sequence[Call], flying: list[Tensor], dkv: Rows) -> None:
-        """Adds what `some` calls of a block give; its share of dK and dV to `dkv`."""
+    def add(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
+        """Adds the gradients of `some` launches of a block; dK and dV to `dkv`."""
         i, step, blocks = block
-        lane, ours = self.keys.lanes[i], self.ours[i]
-        for call in some:
-            name = _name(lane, step, call)
-            args = _tile_args(lane, step, call, ours[1], self.leaves, self.seed, flying)
+        group_site, ours = self.keys.sites[i], self.ours[i]
+        for launch in some:
+            name = _name(group_site, step, launch)
+            args = _tile_args(group_site, step, launch, ours[1], self.leaves, self.seed, in_flight)
             with label(f"attention_backward_{name}"):
-                mine, theirs = [_rows(x, call) for x in ours], [_keys(x, call) for x in blocks]
+                mine, theirs = [_rows(x, launch) for x in ours], [_keys(x, launch) for x in blocks]
                 dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
-                dq = unstacked(dq, call.count)
-            self.dqs[i].fold(call.q, (dq,), add, f"add_gradients_{name}")
-            _fold_keys(dkv, call, (dk, dv), f"add_gradients_{name}")
+                dq = unstacked(dq, launch.count)
+            self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
+            _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
             if others:
-                self.dleaves = _add_leaf_grads(lane, step, call, ours[1], self.leaves, others, self.dleaves)
+                self.dleaves = _add_leaf_grads(group_site, step, launch, ours[1], self.leaves, others, self.dleaves)
 
 
-# --- calls ------------------------------------------------------------------------------------------------------------
+# --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def _calls(lane: Site, tiles: Sequence[Tile], q: Tensor) -> list[Call]:
-    """The kernel calls for `tiles`; of a site whose full tiles are cut, for memory, none is larger than a tile."""
-    if lane.problem.cut_all:
-        return calls(tiles, lane.tile, stack=0)
-    return calls(tiles, stack=0 if _depends_on_tokens(lane) else STACK // max(1, q.shape[0]))
+def _launches(group_site: Site, tiles: Sequence[Tile], q: Tensor) -> list[Launch]:
+    """The launches for `tiles`; if the site splits full tiles, to save memory, none is larger than a tile."""
+    if group_site.problem.cut_all:
+        return launches(tiles, group_site.tile, stack=0)
+    return launches(tiles, stack=0 if _depends_on_tokens(group_site) else STACK // max(1, q.shape[0]))
 
 
-def _rows(x: Tensor, call: Call) -> Tensor:
-    """The query rows of a call."""
-    return stacked(x, call.tiles[0].q, call.rows, call.count)
+def _rows(x: Tensor, launch: Launch) -> Tensor:
+    """The query rows of a launch."""
+    return stacked(x, launch.tiles[0].q, launch.rows, launch.count)
 
 
-def _keys(block: Tensor, call: Call) -> Tensor:
-    """The key rows of a call."""
-    parts = [stacked(block, tile.k, by, call.count) for tile, by in zip(call.tiles, call.shifts, strict=True)]
+def _keys(block: Tensor, launch: Launch) -> Tensor:
+    """The key rows of a launch."""
+    parts = [stacked(block, tile.k, by, launch.count) for tile, by in zip(launch.tiles, launch.shifts, strict=True)]
     return parts[0] if len(parts) == 1 else join_rows(parts)
 
 
-def _fold_keys(into: Rows, call: Call, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds `grads` of the key rows of a call to those of the block."""
+def _fold_keys(into: RowAccumulator, launch: Launch, grads: tuple[Tensor, ...], text: str) -> None:
+    """Adds `grads` of the key rows of a launch to those of the block."""
     offset = 0
-    for tile, by, spans in zip(call.tiles, call.shifts, call.k, strict=True):
+    for tile, by, spans in zip(launch.tiles, launch.shifts, launch.k, strict=True):
         length = tile.k[1] - tile.k[0]
-        part = tuple(cut(x, (offset, offset + length)) for x in grads)
+        part = tuple(row_slice(x, (offset, offset + length)) for x in grads)
         offset += length
         if len(spans) > 1:  # apart, or overlapping
-            for span, *values in zip(spans, *(_each(x, call).unbind(1) for x in part), strict=True):
+            for span, *values in zip(spans, *(_each(x, launch).unbind(1) for x in part), strict=True):
                 into.fold(span, tuple(values), add, text)
-        elif by or call.count == 1:
-            into.fold(spans[0], tuple(unstacked(x, call.count) for x in part), add, text)
+        elif by or launch.count == 1:
+            into.fold(spans[0], tuple(unstacked(x, launch.count) for x in part), add, text)
         else:
-            into.fold(spans[0], tuple(_each(x, call).sum(1) for x in part), add, text)
+            into.fold(spans[0], tuple(_each(x, launch).sum(1) for x in part), add, text)
 
 
-def _each(x: Tensor, call: Call) -> Tensor:
+def _each(x: Tensor, launch: Launch) -> Tensor:
     """(B count, H, n, D) as (B, count, H, n, D)."""
-    apart: Tensor = x.unflatten(0, (-1, call.count))
+    apart: Tensor = x.unflatten(0, (-1, launch.count))
     return apart
 
 
-def _query_spans(keys: Transport, number: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
-    return [call.q for step in keys.steps(number)[first:] for call in _calls(keys.lanes[number], step.tiles, q)]
+def _query_spans(keys: Transport, index: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    return [launch.q for step in keys.steps(index)[first:] for launch in _launches(keys.sites[index], step.tiles, q)]
 
 
-def _key_spans(some: Iterable[Call]) -> list[tuple[int, int]]:
-    return [span for call in some for spans in call.k for span in spans]
+def _key_spans(some: Iterable[Launch]) -> list[tuple[int, int]]:
+    return [span for launch in some for spans in launch.k for span in spans]
 
 
-# --- lanes ------------------------------------------------------------------------------------------------------------
+# --- head groups ------------------------------------------------------------------------------------------------------
 
 
-def _queries(lane: Site, x: Tensor) -> Tensor:
-    """The rows of a lane's queries: of q, of the gradient, of out, of lse."""
-    if lane.lane is None:
+def _queries(group_site: Site, x: Tensor) -> Tensor:
+    """The rows of a site's queries in `x`: q, the gradient, out or lse."""
+    if group_site.head_group is None:
         return x
-    with label(f"take_lane{lane.number}"):
-        return taken(x, *_place(lane))
+    with label(f"take_group{group_site.group_index}"):
+        return taken(x, *_block_index(group_site))
 
 
-def _place(lane: Site) -> Place:
-    """A lane's query heads, and where its queries stand in the rank's block."""
-    assert lane.lane is not None
-    return list(lane.lane.members), rows_of(lane, tokens_of(lane, lane.owned_queries))
+def _block_index(group_site: Site) -> BlockIndex:
+    """A group's query heads, and the rows of its queries in the rank's block."""
+    assert group_site.head_group is not None
+    return list(group_site.head_group.members), rows_of(group_site, tokens_of(group_site, group_site.owned_queries))
 
 
-def _merged(lanes: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, lse) of all queries from those of the lanes: one log-sum-exp merge over the patterns."""
-    patterns = [lane.lane.pattern for lane in lanes if lane.lane]
+def _merged(sites: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of all queries from those of the head groups: one log-sum-exp merge over the patterns."""
+    patterns = [group_site.head_group.pattern for group_site in sites if group_site.head_group]
     first = patterns.count(patterns[0])
-    with label("merge_lanes"):
-        out, lse = merged(parts, [_place(lane) for lane in lanes], first, *q.shape[1:3])
+    with label("merge_groups"):
+        out, lse = merged(parts, [_block_index(group_site) for group_site in sites], first, *q.shape[1:3])
     return out, lse
 
 
-def _dq(site: Site, lanes: Sequence[Site], dqs: Sequence[Rows], q: Tensor) -> Tensor:
-    """The gradient of all queries from those of the lanes'."""
+def _dq(site: Site, sites: Sequence[Site], dqs: Sequence[RowAccumulator], q: Tensor) -> Tensor:
+    """The gradient of all queries from those of the head groups."""
 
     def zeros(heads: int, n: int) -> tuple[Tensor, ...]:
         return (q.new_zeros((q.shape[0], heads, n, q.shape[3]), dtype=accumulator(q.dtype)),)
 
     if not site.dilation:
         return dqs[0].join(partial(zeros, q.shape[1]))[0]
-    places = [_place(lane) for lane in lanes]
-    parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, places, strict=True)]
-    return added(parts, places, *q.shape[1:3])
+    block_indices = [_block_index(group_site) for group_site in sites]
+    parts = [x.join(partial(zeros, len(heads)))[0] for x, (heads, _) in zip(dqs, block_indices, strict=True)]
+    return added(parts, block_indices, *q.shape[1:3])
 
 
 def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) of n rows of `q` that no tile touched."""
+    """(out, lse) of n rows of `q` without tiles."""
     dtype = accumulator(q.dtype)
     lse = torch.full((*q.shape[:2], n), -torch.inf, dtype=dtype, device=q.device)
     return q.new_zeros((*q.shape[:2], n, v.shape[3]), dtype=dtype), lse
@@ -258,14 +263,14 @@ def _nothing(q: Tensor, v: Tensor, n: int) -> tuple[Tensor, Tensor]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _name(site: Site, step: Step, call: Call) -> str:
-    """No underscore before the last number: a graph that holds the name already, from an earlier site, appends one."""
-    lane = f"lane{site.number}_" if site.lane else ""
-    rows, keys = call.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in call.tiles]
+def _name(site: Site, step: Step, launch: Launch) -> str:
+    """Does not end in an underscore and a number, which graphs append to names that are taken."""
+    prefix = f"group{site.group_index}_" if site.head_group else ""
+    rows, keys = launch.tiles[0].q, [f"k{tile.k[0]}to{tile.k[1]}" for tile in launch.tiles]
     if len(keys) > MOST_NAMED:
         keys = [*keys[:MOST_NAMED], f"and{len(keys) - MOST_NAMED}more"]
-    stack = f"_stack{call.count}" if call.count > 1 else ""
-    return f"{lane}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
+    stack = f"_stack{launch.count}" if launch.count > 1 else ""
+    return f"{prefix}step{step.shift}_q{rows[0]}to{rows[1]}_{'_'.join(keys)}{stack}"
 
 
 # --- what a tile's scores go through ----------------------------------------------------------------------------------
@@ -274,15 +279,15 @@ def _name(site: Site, step: Step, call: Call) -> str:
 def _tile_args(
     site: Site,
     step: Step,
-    call: Call,
+    launch: Launch,
     q: Tensor,
     leaves: Sequence[Tensor],
     seed: Tensor | None,
-    flying: list[Tensor],
+    in_flight: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
-    kind, name = call.kind, _name(site, step, call)
-    spans: tuple[Any, ...] = _spans(site, step, call, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
+    kind, name = launch.kind, _name(site, step, launch)
+    spans: tuple[Any, ...] = _spans(site, step, launch, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
     allowed = bias = keep = None
     with label(f"mask_{name}"):
         if kind == PARTIAL:
@@ -291,41 +296,41 @@ def _tile_args(
             bias = primitives.mask_tile(list(leaves), q, site.bias, *spans)
     if site.dropout:
         with label(f"keep_{name}"):
-            keep = primitives.keep_tile(seed, site.stream, site.dropout, site.coins, *spans)
+            keep = primitives.keep_tile(seed, site.stream, site.dropout, site.dropout_indices, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = kind == CAUSAL_TILE, kind == MIRRORED
-    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, flying
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, in_flight
 
 
 def _depends_on_tokens(site: Site) -> bool:
-    """Whether what acts on the scores of a tile, beside its mask, depends on the tokens."""
+    """Whether anything that acts on a tile's scores, other than its mask, depends on the tokens."""
     return bool(site.bias or site.dropout or site.score)
 
 
-def _spans(site: Site, step: Step, call: Call, q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    """(B, H, tokens of the query rows, tokens of the key rows) of a call that is no stack."""
-    assert call.count == 1, call
-    keys = [edge for tile in call.tiles for edge in _tokens(step.tokens, tile.k)]
-    return q.shape[0], q.shape[1], _tokens(site.owned_queries, call.q), keys
+def _spans(site: Site, step: Step, launch: Launch, q: Tensor) -> tuple[int, int, list[int], list[int]]:
+    """(B, H, tokens of the query rows, tokens of the key rows) of a launch that is no stack."""
+    assert launch.count == 1, launch
+    keys = [edge for tile in launch.tiles for edge in _tokens(step.tokens, tile.k)]
+    return q.shape[0], q.shape[1], _tokens(site.owned_queries, launch.q), keys
 
 
 def _tokens(ranges: Ranges, span: tuple[int, int]) -> list[int]:
     """The tokens in rows `span` of a block that holds the tokens `ranges`, as a flat list of ranges."""
-    return [edge for run in tokens(ranges, span) for edge in run]
+    return [edge for part in tokens(ranges, span) for edge in part]
 
 
 def _add_leaf_grads(
     site: Site,
     step: Step,
-    call: Call,
+    launch: Launch,
     q: Tensor,
     leaves: Sequence[Tensor],
     others: list[Tensor],
     dleaves: list[Tensor],
 ) -> list[Tensor]:
-    """`dleaves` plus those of this tile: `others`, or, where that is the gradient of its bias, what follows from it."""
-    spans = _spans(site, step, call, q)
-    with label(f"mask_backward_{_name(site, step, call)}"):
+    """`dleaves` plus those of this tile: `others`, or, without a score function, those through its bias."""
+    spans = _spans(site, step, launch, q)
+    with label(f"mask_backward_{_name(site, step, launch)}"):
         more = others
         if not site.score:
             more = primitives.mask_tile_backward(others[0], list(leaves), list(site.learned), q, site.bias, *spans)
@@ -336,7 +341,7 @@ def _add_leaf_grads(
 
 
 def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) with one key more for each row, whose score is the sink and whose value is 0."""
+    """(out, lse) with one extra key per row, whose score is the sink and whose value is 0."""
     with label("sink"):
         sink = primitives.mask_tile(list(leaves), out, site.sink, *_sink_spans(site, out)).to(lse.dtype)[..., 0]
         share = torch.sigmoid(lse - sink).masked_fill(lse == -torch.inf, 0.0)
@@ -346,7 +351,7 @@ def _with_sink(site: Site, out: Tensor, lse: Tensor, leaves: Sequence[Tensor]) -
 def _add_sink_grads(
     site: Site, grad: Tensor, out: Tensor, lse: Tensor, leaves: Sequence[Tensor], dleaves: list[Tensor]
 ) -> list[Tensor]:
-    """`dleaves` plus what comes through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
+    """`dleaves` plus the gradient through the sink, whose weight in a row is exp(sink - lse): -weight (grad . out)."""
     spans = _sink_spans(site, out)
     with label("sink_backward"):
         sink = primitives.mask_tile(list(leaves), out, site.sink, *spans).to(lse.dtype)
@@ -359,4 +364,4 @@ def _add_sink_grads(
 
 
 def _sink_spans(site: Site, q: Tensor) -> tuple[int, int, list[int], list[int]]:
-    return q.shape[0], q.shape[1], [edge for run in site.owned_queries for edge in run], [0, 1]
+    return q.shape[0], q.shape[1], [edge for span in site.owned_queries for edge in span], [0, 1]

@@ -1,15 +1,15 @@
-"""Rows of lanes as operators: taking some heads and tokens out of a block, sending them, and putting results back.
+"""Operators on the rows of head groups: select some heads and tokens of a block, send them, combine results.
 
-    take_rows    some rows of some heads, as a tensor of their own
-    pack_rows    parcels of K and V as one message
-    add_rows     the sum of parts, each with its own rows, as a block
-    merge_rows   the log-sum-exp merge of (out, lse) parts, each with its own rows, as a block
+    take_rows    some rows of some heads, as a new tensor
+    pack_rows    the parts of a message of K and V, flat
+    add_rows     the sum of parts, each on some rows of a block
+    merge_rows   the log-sum-exp merge of (out, lse) parts, each on some rows of a block
 
-Rows are flat lists of (start, stop, step).  Of several parts, all heads and rows are one list each, and `sizes` says
-how many numbers belong to each part: heads, rows, heads, rows, ..
+Rows are flat lists of (start, stop, step).  For several parts, heads and rows are concatenated, and `sizes` holds the
+length of each part's lists: heads, rows, heads, rows, ..
 
-`taken`, `added` and `merged` are what the loop calls: they write the operators where it is traced.  Where it runs, a
-first part that has all rows becomes the block itself.  All rows of all heads are not taken, but left as they are.
+The loop calls `taken`, `added` and `merged`, which emit the operators while it is traced.  While it runs, a first part
+that has all rows is reused as the result, and selecting all rows of all heads returns the tensor itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ringpass.kernels.tile import merge_by_lse
 from ringpass.ops.library import define, implement
 from ringpass.schedule.messages import count
 
-Place = tuple[Sequence[int], Sequence[int]]  # heads, rows
+BlockIndex = tuple[Sequence[int], Sequence[int]]  # heads, rows
 Index = slice | Tensor
 
 define("take_rows(Tensor x, int[] heads, int[] rows) -> Tensor")
@@ -41,45 +41,45 @@ pack_rows = _ops.pack_rows.default
 
 
 def taken(x: Tensor, heads: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Some rows of some heads; `x` itself, where that is all of it."""
+    """Some rows of some heads; `x` itself if these are all."""
     found: Tensor = x if _is_all((heads, rows), *x.shape[1:3]) else _ops.take_rows(x, heads, rows)
     return found
 
 
-def added(parts: Sequence[Tensor], places: Sequence[Place], groups: int, length: int) -> Tensor:
-    """The sum of parts, which are given away, as a block of `groups` heads of `length` rows."""
-    args = list(parts), *flat(places), groups, length
+def added(parts: Sequence[Tensor], block_indices: Sequence[BlockIndex], groups: int, length: int) -> Tensor:
+    """The sum of parts, which may be overwritten, as a block of `groups` heads of `length` rows."""
+    args = list(parts), *flat(block_indices), groups, length
     total: Tensor = _sum(*args, given=True) if get_proxy_mode() is None else _ops.add_rows(*args)
     return total
 
 
 def merged(
-    parts: Sequence[Sequence[Tensor]], places: Sequence[Place], disjoint: int, groups: int, length: int
+    parts: Sequence[Sequence[Tensor]], block_indices: Sequence[BlockIndex], disjoint: int, groups: int, length: int
 ) -> list[Tensor]:
-    """The log-sum-exp merge of (out, lse) parts, which are given away; the first `disjoint` share no row."""
+    """The log-sum-exp merge of (out, lse) parts, which may be overwritten; the first `disjoint` share no row."""
     outs, lses = ([part[i] for part in parts] for i in range(2))
-    args = outs, lses, *flat(places), disjoint, groups, length
+    args = outs, lses, *flat(block_indices), disjoint, groups, length
     total: list[Tensor] = _merge(*args, given=True) if get_proxy_mode() is None else _ops.merge_rows(*args)
     return total
 
 
-def flat(places: Sequence[Place]) -> tuple[list[int], list[int], list[int]]:
-    """(heads, rows, sizes) of several parts, as the operators take them."""
-    heads = [head for part, _ in places for head in part]
-    rows = [number for _, part in places for number in part]
-    return heads, rows, [len(x) for place in places for x in place]
+def flat(block_indices: Sequence[BlockIndex]) -> tuple[list[int], list[int], list[int]]:
+    """(heads, rows, sizes) of several parts, the arguments of the operators."""
+    heads = [head for part, _ in block_indices for head in part]
+    rows = [number for _, part in block_indices for number in part]
+    return heads, rows, [len(x) for block_index in block_indices for x in block_index]
 
 
-def _places(heads: Sequence[int], rows: Sequence[int], sizes: Sequence[int]) -> Iterator[Place]:
+def _block_indices(heads: Sequence[int], rows: Sequence[int], sizes: Sequence[int]) -> Iterator[BlockIndex]:
     i = j = 0
     for n, m in zip(sizes[::2], sizes[1::2], strict=True):
         yield heads[i : i + n], rows[j : j + m]
         i, j = i + n, j + m
 
 
-def _index(place: Place, device: torch.device) -> tuple[Index, Index]:
-    """Slices where heads and rows are evenly spaced, else tensors."""
-    heads, rows = place
+def _index(block_index: BlockIndex, device: torch.device) -> tuple[Index, Index]:
+    """Slices for evenly spaced heads and rows, else tensors."""
+    heads, rows = block_index
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     even = step > 0 and list(heads) == list(range(heads[0], heads[0] + step * len(heads), step))
     found: list[Index] = [slice(heads[0], heads[-1] + 1, step) if even else torch.tensor(heads, device=device)]
@@ -89,14 +89,14 @@ def _index(place: Place, device: torch.device) -> tuple[Index, Index]:
     return found[0], torch.cat([torch.arange(0, device=device), *(torch.arange(*s, device=device) for s in spans)])
 
 
-def _take(x: Tensor, place: Place) -> Tensor:
-    heads, rows = _index(place, x.device)
+def _take(x: Tensor, block_index: BlockIndex) -> Tensor:
+    heads, rows = _index(block_index, x.device)
     return x[:, heads][:, :, rows]
 
 
-def _put(x: Tensor, place: Place, part: Tensor, add: bool) -> None:
-    """Writes `part` to its rows of `x`, or adds it; only what is added may name a head twice."""
-    heads, rows = _index(place, x.device)
+def _put(x: Tensor, block_index: BlockIndex, part: Tensor, add: bool) -> None:
+    """Writes `part` to its rows of `x`, or adds it; a head may be repeated only if `add`."""
+    heads, rows = _index(block_index, x.device)
     if isinstance(heads, slice):
         there = x[:, heads]
         if isinstance(rows, slice):
@@ -119,20 +119,20 @@ def _fake_take_rows(x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
 
 
 def _pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
-    return torch.cat([_message(x, list(_places(*where))) for x in tensors])
+    return torch.cat([_message(x, list(_block_indices(*where))) for x in tensors])
 
 
-def _message(x: Tensor, places: Sequence[Place]) -> Tensor:
-    return torch.cat([_take(x, place).flatten(1, 2) for place in places], dim=1).reshape(-1)
+def _message(x: Tensor, block_indices: Sequence[BlockIndex]) -> Tensor:
+    return torch.cat([_take(x, block_index).flatten(1, 2) for block_index in block_indices], dim=1).reshape(-1)
 
 
 def _fake_pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
-    numbers = sum(len(heads) * count(rows) for heads, rows in _places(*where))
+    numbers = sum(len(heads) * count(rows) for heads, rows in _block_indices(*where))
     return tensors[0].new_empty(numbers * sum(x.shape[0] * x.shape[3] for x in tensors))
 
 
-def _is_all(place: Place, groups: int, length: int) -> bool:
-    heads, rows = place
+def _is_all(block_index: BlockIndex, groups: int, length: int) -> bool:
+    heads, rows = block_index
     return list(heads) == list(range(groups)) and list(rows) == [0, length, 1]
 
 
@@ -140,12 +140,12 @@ def _sum(
     parts: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], groups: int, length: int,
     given: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Rows first; `given`: in the first part's memory, where that has all rows."""
-    places = list(_places(heads, rows, sizes))
-    whole = _is_all(places[0], groups, length)
-    out = _first(parts[0], given) if whole else empty_rows(parts[0], length, groups).zero_()
-    for place, part in zip(places[whole:], parts[whole:], strict=True):
-        _put(out, place, part, add=True)
+    """Rows first; `given`: reuses the memory of the first part if it has all rows."""
+    block_indices = list(_block_indices(heads, rows, sizes))
+    complete = _is_all(block_indices[0], groups, length)
+    out = _first(parts[0], given) if complete else empty_rows(parts[0], length, groups).zero_()
+    for block_index, part in zip(block_indices[complete:], parts[complete:], strict=True):
+        _put(out, block_index, part, add=True)
     return out
 
 
@@ -158,24 +158,24 @@ def _merge(
     outs: list[Tensor], lses: list[Tensor], heads: list[int], rows: list[int], sizes: list[int], disjoint: int,
     groups: int, length: int, given: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Rows first; `given`: in the first part's memory, where that has all rows."""
-    places = list(_places(heads, rows, sizes))
-    whole = _is_all(places[0], groups, length)
-    if whole:
+    """Rows first; `given`: reuses the memory of the first part if it has all rows."""
+    block_indices = list(_block_indices(heads, rows, sizes))
+    complete = _is_all(block_indices[0], groups, length)
+    if complete:
         out, lse = _first(outs[0], given), _first(lses[0], given)
     else:
         out = empty_rows(outs[0], length, groups).zero_()
         lse = empty_rows(lses[0], length, groups).fill_(-torch.inf)
-    for i in range(int(whole), len(places)):
+    for i in range(int(complete), len(block_indices)):
         if i < disjoint:
-            _put(out, places[i], outs[i], add=False)
-            _put(lse, places[i], lses[i], add=False)
+            _put(out, block_indices[i], outs[i], add=False)
+            _put(lse, block_indices[i], lses[i], add=False)
             continue
-        old, old_lse = _take(out, places[i]), _take(lse, places[i])
+        old, old_lse = _take(out, block_indices[i]), _take(lse, block_indices[i])
         merge_by_lse(old, old_lse, outs[i], lses[i], in_place=True)
-        if not all(isinstance(index, slice) for index in _index(places[i], out.device)):
-            _put(out, places[i], old, add=False)
-            _put(lse, places[i], old_lse, add=False)
+        if not all(isinstance(index, slice) for index in _index(block_indices[i], out.device)):
+            _put(out, block_indices[i], old, add=False)
+            _put(lse, block_indices[i], old_lse, add=False)
     return [out, lse]
 
 

@@ -28,13 +28,13 @@ choose_blocks = torch.ops.ringpass.choose_blocks.default
 
 
 def _locate(positions: Tensor, tokens: int, layout: str, world: int, rank: int) -> Tensor:
-    where, places = Layout(layout, world), positions % tokens
+    where, wanted = Layout(layout, world), positions % tokens
     if where.order:
-        places = where.order.inverse.tensor(places)[places]
+        wanted = where.order.inverse.tensor(wanted)[wanted]
     held = torch.cat([torch.arange(a, b) for a, b in where.ranges(rank, tokens)]).to(positions.device)
     rows = torch.full((tokens,), -1, dtype=torch.int64, device=positions.device)
     rows[held] = torch.arange(len(held), device=positions.device)
-    return rows[places]
+    return rows[wanted]
 
 
 implement("locate", _locate, lambda positions, *args: positions.new_empty(positions.shape, dtype=torch.int64))
@@ -42,10 +42,10 @@ implement("locate", _locate, lambda positions, *args: positions.new_empty(positi
 
 def _block_means(x: Tensor, block: int, *args: Any) -> Tensor:
     where, group = Shard(*args[:-1]), args[-1]
-    layout = where.placement
+    layout = where.layout
     sums = selection.block_sums(x, block, layout.ranges(where.rank, where.tokens), where.tokens, layout.order)
-    whole = where.placement.replicated or where.world == 1
-    return selection.means(sums if whole else collectives.reduce([sums], group)[0], block, where.tokens)
+    complete = where.layout.replicated or where.world == 1
+    return selection.means(sums if complete else collectives.reduce([sums], group)[0], block, where.tokens)
 
 
 def _fake_block_means(x: Tensor, block: int, *args: Any) -> Tensor:

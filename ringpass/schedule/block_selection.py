@@ -1,18 +1,18 @@
-"""Content-dependent block selection: an approximation of attention that reads only the blocks that promise most.
+"""Content-dependent block selection: approximate attention that reads only the most promising blocks of keys.
 
     run = torch.compile(model, backend="ring_dilated", options={"approximate": top_blocks(128, density=0.25)})
 
-Queries and keys are averaged over blocks of tokens; the scaled product of two means, softmax over key blocks, mean over
-heads, stands for the weight of a pair of blocks.  Each block of queries keeps
+Queries and keys are averaged over blocks of tokens.  The weight of a pair of blocks is estimated by the scaled product
+of their means, with softmax over key blocks and mean over heads.  Each block of queries keeps
 
-    density    that share of the key blocks that the mask leaves it, those of largest weight; 1.0 is exact attention
-    mass       as few as hold that share of the weight, as far as it is more than rounding
+    density    this fraction of the key blocks that the mask allows, those of largest weight; 1.0 is exact attention
+    mass       the fewest key blocks that hold this fraction of the weight, up to rounding
 
-and its own block in any case.  Under the option `along_curve`, blocks are runs of the curve.  The mask counts as far as
-it is known without the data of the call: padding that comes with the batch is masked, but it may be chosen.  One
-selection serves all heads of a batch element.  It is made anew in each call, from means that are summed over all ranks,
-so all ranks choose alike; the backward uses the forward's.  No gradient flows through the choice.  What is not selected
-is neither computed nor sent.
+and, in any case, the key block of the same tokens.  Under the option `along_curve`, blocks are intervals of the curve.
+The part of the mask that does not depend on data is respected; padding that comes with the batch is masked, but its
+blocks may be chosen.  One selection serves all heads of a batch element.  It is made in each forward from means summed
+over all ranks, so all ranks choose alike; the backward reuses it.  No gradient flows through the choice.  Blocks that
+are not selected are neither computed nor sent.
 
 Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (2503.16428).
 """
@@ -54,8 +54,8 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
     top_blocks(64, mass=0.9)
 
     block: edge of a block, in tokens, at least 1.
-    density: share of the blocks to keep, above 0 and at most 1.
-    mass: share of the estimated attention weight to keep, above 0 and at most 1.
+    density: fraction of the blocks to keep, above 0 and at most 1.
+    mass: fraction of the estimated attention weight to keep, above 0 and at most 1.
     """
     if type(block) is not int or block < 1:
         raise OptionError(f"top_blocks: block must be an int of at least 1, got {block!r}")
@@ -69,13 +69,13 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
 
 
 def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order | None = None) -> Tensor:
-    """(B, H, N, D): the sums over the tokens of each block that are in `x` (B, H, L, D), those `owned`.
+    """(B, H, N, D): for each block, the sum of its tokens in `x` (B, H, L, D), which holds the tokens `owned`.
 
-    With an `order`, `owned` are places along it, and blocks are of tokens.
+    With an `order`, `owned` are positions along it; blocks are still of tokens.
     """
     spans = [torch.arange(start, stop, device=x.device) for start, stop in owned]
     at = torch.cat([torch.arange(0, device=x.device), *spans])
-    at = (order.known.tensor(at)[at] if order else at) // block
+    at = (order.permutation.tensor(at)[at] if order else at) // block
     sums = x.new_zeros((*x.shape[:2], -(-tokens // block), x.shape[3]), dtype=accumulator(x.dtype))
     return sums.index_add_(2, at, x.to(sums.dtype))
 
@@ -91,9 +91,9 @@ def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int
     allowed = torch.from_numpy(open_blocks(parse(mask), tokens, selection.block)).to(q.device)
     scores = (q @ per_query_head(k, q).mT * scale).masked_fill(~allowed, -torch.inf)
     weight = scores.softmax(-1).nan_to_num(0.0).mean(1)
-    rank = weight + allowed  # what is closed comes last
+    rank = weight + allowed  # masked blocks come last
     if tokens[0] == tokens[1]:
-        rank = rank + allowed * torch.eye(len(allowed), device=q.device)  # the own block first
+        rank = rank + allowed * torch.eye(len(allowed), device=q.device)  # the diagonal block comes first
     order = rank.sort(dim=-1, descending=True, stable=True).indices
     if selection.density is not None:
         count = (allowed.sum(-1, keepdim=True).double() * selection.density - 1e-9).ceil()  # 0.07 * 100 is 7
@@ -106,13 +106,13 @@ def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int
 
 
 def chosen_blocks(mask: Expr, leaf: int, selection: TopBlocks) -> Expr:
-    """`mask`, and only the pairs of blocks that leaf number `leaf` (B, Nq, Nk) keeps."""
+    """`mask` restricted to the pairs of blocks that leaf number `leaf` (B, Nq, Nk) keeps."""
     at = [call("floordiv", x, Const(selection.block)) for x in (Q, K)]
     return call("and", mask, Load(leaf, (B, *at)))
 
 
 def open_blocks(expr: Expr, tokens: tuple[int, int], block: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """(Nq, Nk), False where the mask is empty in a whole pair of blocks."""
+    """(Nq, Nk), False where the mask is empty in all of a pair of blocks."""
     edges = [(np.arange(0, n, block), np.minimum(np.arange(0, n, block) + block, n)) for n in tokens]
     (q, k), shape = edges, (len(edges[0][0]), len(edges[1][0]))
     pairs = [np.repeat(x, shape[1]) for x in q], [np.tile(x, shape[0]) for x in k]

@@ -1,13 +1,13 @@
-"""balance: the token -> rank map of a model, by estimated time over all its sites together.  No tensors.
+"""Chooses the layout of a model and the tile sizes of its sites by estimated time.  No tensors.
 
     time of a rank    the larger of its tiles' FLOPs and BALANCE FLOPs for each byte of keys and values that it receives
     time of a layout  that of its slowest rank
     candidates        contiguous, zigzag, striped; where that leaves a rank with more than GOOD times the mean, chunks
-                      assigned to ranks one by one: the costliest first, to the rank that has least (longest processing
+                      assigned to ranks one by one: the costliest first, to the least loaded rank (longest processing
                       time first, Graham 1969)
-    choice            the first candidate whose time is within GOOD of the best: simple maps move least
+    choice            the first candidate whose time is within GOOD of the best: simple layouts move least
 
-Layers that attend differently, sliding and full in turn, are balanced in one map, for a map is applied once.
+A model has one layout, so layers that attend differently, such as sliding and full ones, are balanced together.
 
 Contract: depends on masks, shapes and P alone, so all ranks choose alike.
 """
@@ -27,25 +27,26 @@ from ringpass.schedule.tiles import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, A
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
 SPARED = 0.05
-MANY = 1 << 13  # tiles of a site: from so many on, no finer ones are tried where the mask cuts through all of them
+MANY = 1 << 13  # with at least this many tiles of a site, all partial, no finer ones are tried
 GOOD = 1.02  # largest over mean FLOPs of a rank
-MOST_CHUNKS, SHORTEST = 1024, 8  # maps of more chunks, or of chunks of fewer tokens, are not tried
+MOST_CHUNKS, SHORTEST = 1024, 8  # layouts of more chunks, or of chunks of fewer tokens, are not tried
 
 
 @dataclass(frozen=True)
 class Price:
     """What a tile costs on a device, in (query, key) pairs of a large full tile.
 
-    In a triangle, about half of `skip` keys that a row does not see are computed for it all the same; a pair whose mask
-    is evaluated costs `mask`, one in a tile of fewer than so many query rows costs as `few` says; each query row costs
-    `row` (it is merged), each call `call`, each operation of a mask `operation` in each tile for which it is evaluated.
+    In a triangle, about half of `skip` keys that a row does not see are computed for it all the same.  A pair whose
+    mask is evaluated costs `mask`.  `few` holds (rows, factor) pairs: a pair in a tile with fewer query rows costs
+    `factor`.  Each query row costs `row` (for its merge), each kernel launch `launch`, and each operation of a mask
+    `operation` in each tile where the mask is evaluated.
     """
 
     skip: int
     mask: float
     few: tuple[tuple[int, float], ...]
     row: float
-    call: float
+    launch: float
     operation: float
 
     def of(self, tiles: Tiling, mask: Expr) -> float:
@@ -55,38 +56,38 @@ class Price:
         pair = np.where(partial, self.mask, 1.0)
         for rows, factor in self.few:
             pair = np.where(n < rows, np.maximum(pair, factor), pair)
-        calls = (self.row * n + self.call) * _begins_call(tiles)
+        launches = (self.row * n + self.launch) * _begins_launch(tiles)
         evaluated = self.operation * _operations(mask) * partial
-        return float((n * np.minimum(seen, m) * pair + calls + evaluated).sum())
+        return float((n * np.minimum(seen, m) * pair + launches + evaluated).sum())
 
 
 def _operations(expr: Expr) -> int:
     return 1 + sum(map(_operations, parts(expr)))
 
 
-def _begins_call(tiles: Tiling) -> Array:
-    """Whether a tile is the first one of its kernel call: thin full ones of the same rows share calls of TILE keys."""
+def _begins_launch(tiles: Tiling) -> Array:
+    """Whether a tile is the first of its launch: thin full ones of the same rows share launches of TILE keys."""
     width = tiles.k[1] - tiles.k[0]
     thin = np.flatnonzero((tiles.kind == TILE_KINDS.index(FULL)) & (width < THIN))
     rows = np.stack([x[thin] for x in (tiles.dst, tiles.src, *tiles.q)])
     other = np.concatenate([[True], (np.diff(rows) != 0).any(0)])[: len(thin)]
     before = np.cumsum(width[thin]) - width[thin]
-    call = (before - np.maximum.accumulate(np.where(other, before, 0))) // TILE
+    launch = (before - np.maximum.accumulate(np.where(other, before, 0))) // TILE
     out = np.ones(len(tiles), dtype=bool)
-    out[thin] = other | np.concatenate([[True], np.diff(call) != 0])[: len(thin)]
+    out[thin] = other | np.concatenate([[True], np.diff(launch) != 0])[: len(thin)]
     return out
 
 
 PRICES = {
-    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, call=4e3, operation=2e2),
-    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, call=2e5, operation=2e5),
+    "cpu": Price(skip=170, mask=1.2, few=((768, 1.08), (192, 1.25)), row=12.0, launch=4e3, operation=2e2),
+    "cuda": Price(skip=128, mask=1.5, few=(), row=7.0, launch=2e5, operation=2e5),
 }
-"""CPU: read off torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess; nothing was measured."""
+"""CPU: measured with torch's flash op (forward and backward, 8 heads of width 64).  CUDA: a guess, not measured."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One site as balance sees it: its schedule problem, FLOPs per (query, key) pair, bytes per key token."""
+    """The cost of one site: its schedule problem, FLOPs per (query, key) pair, bytes per key token."""
 
     problem: Problem
     flops: float
@@ -115,8 +116,8 @@ class Estimate:
 def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
     """The layouts tried, the chosen one first.
 
-    `fixed`: the lengths are those of every call; for others, a map that fits them by hand could leave a rank without
-    tokens.
+    `fixed`: all calls have these lengths.  With other lengths, chunks that are assigned one by one could leave a rank
+    without tokens.
     """
     shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
     chunks = STRIPES * world
@@ -137,21 +138,21 @@ def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
     """The cost of all sites under one layout."""
     flops, received = np.zeros(world), np.zeros(world)
     for load in loads:
-        whole = tiling(placed(load.problem, layout, world))
-        flops += load.flops * whole.areas(world)
-        received += load.bytes * whole.received(world)
+        tiles = tiling(with_layout(load.problem, layout, world))
+        flops += load.flops * tiles.areas(world)
+        received += load.bytes * tiles.received(world)
     time = float(np.maximum(flops, BALANCE * received).max())
     return Estimate(layout, float(flops.max()), float(flops.mean()), float(received.max()), time)
 
 
 def refine(problems: Sequence[Problem], device: str) -> int:
-    """The edge of the tiles of a site, given as the problems of its lanes: the largest within SPARED of the best price.
+    """The largest tile edge whose price is within SPARED of the best; `problems`: one per head group of a site.
 
-    A tile that the mask cuts through is computed whole, so small tiles follow a narrow mask more closely; but kernels
-    run them slower, and each costs a call and a merge.  Edges are halved from the default on, until the tiles are many
-    and multiply: then the mask cuts through all of the plane, and smaller ones gain nothing.
+    A partial tile is computed in full, so small tiles waste less on a narrow mask; but kernels run them slower, and
+    each costs a launch and a merge.  The edge is halved, starting from the default, until the tiles are many and their
+    number multiplies: then the mask is partial everywhere, and smaller tiles gain nothing.
     """
-    flat = [placed(problem, "contiguous", problem.world) for problem in problems]
+    flat = [with_layout(problem, "contiguous", problem.world) for problem in problems]
     edges, counts, paid = [TILE], list[int](), list[float]()
     while True:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
@@ -163,19 +164,19 @@ def refine(problems: Sequence[Problem], device: str) -> int:
         edges.append(edges[-1] // 2)
 
 
-def placed(problem: Problem, layout: str, world: int) -> Problem:
+def with_layout(problem: Problem, layout: str, world: int) -> Problem:
     """`problem` with its sharded sides in `layout`."""
     sides = (problem.query_layout, problem.key_layout)
-    query, key = (side if side.replicated else replace(side.dealt(layout), world=world) for side in sides)
+    query, key = (side if side.replicated else replace(side.with_scheme(layout), world=world) for side in sides)
     return replace(problem, query_layout=query, key_layout=key)
 
 
 def solve(loads: Sequence[Load], world: int) -> str:
-    """A map of STRIPES chunks for each rank whose ranks have about equal FLOPs."""
+    """A layout with STRIPES chunks per rank that gives all ranks about equal FLOPs."""
     chunks = STRIPES * world
     cost: Array = np.zeros(chunks)
     for load in loads:
-        cost += load.flops * tiling(placed(load.problem, "contiguous", chunks)).areas(chunks)
+        cost += load.flops * tiling(with_layout(load.problem, "contiguous", chunks)).areas(chunks)
     owners, sums, counts = [0] * chunks, [0.0] * world, [0] * world
     for chunk in np.argsort(-cost, kind="stable").tolist():
         rank = min((r for r in range(world) if counts[r] < STRIPES), key=lambda r: (sums[r], r))

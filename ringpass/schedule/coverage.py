@@ -1,4 +1,4 @@
-"""cover: proves that the tiles of a site compute what its mask allows, once; the arithmetic half of `verify`.
+"""Proves by intervals that the tiles of a site compute every pair that its mask allows, once.
 
     >>> from ringpass.layouts.layout import Layout
     >>> from ringpass.schedule.program import Problem, tiling
@@ -8,12 +8,12 @@
 Contract: `cover` returns only if all of this holds for the tiles of one rank, and raises ScheduleError for the first
 thing that does not.
 
-    owned      queries lie in the rank's own ranges, keys in one range of their owner
+    owned      queries lie in the ranges of the rank, keys in one range of their owner
     once       no two tiles share a pair; what no tile covers is empty, by the mask's intervals
     kinds      full tiles are full, triangles are one diagonal of the mask and nothing else
     thrift     no tile is provably empty; none whose mask is evaluated is larger than the problem's tile
 
-Pairs are counted on the grid of all edges: a tile adds one to its cells by four corners of a table of differences.
+Pairs are counted on the grid of all edges, in a table of differences: a tile changes its four corners.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from ringpass.errors import ScheduleError
 from ringpass.masks.expr import Expr
-from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, Spans, classify_all
+from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, IntervalArrays, classify_all
 from ringpass.schedule.splitting import LOWER, UPPER, triangle
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks
 
@@ -36,16 +36,16 @@ def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
     _kinds(problem, rank, tiles)
 
 
-def proved(expr: Expr, q: Spans, k: Spans, kind: str) -> Array:
-    """Whether the mask is `kind` in all of each q x k: cut in halves until each part is known."""
+def proved(expr: Expr, q: IntervalArrays, k: IntervalArrays, kind: str) -> Array:
+    """Whether the mask is `kind` in all of each q x k: halved until each part is classified."""
     out = np.ones(len(q[0]), dtype=bool)
     which = np.arange(len(q[0]))
     while len(which):
         found = classify_all(expr, q, k)
-        known = (found != KINDS.index(PARTIAL)) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
-        out[which[known & (found != KINDS.index(kind))]] = False
-        which = np.concatenate([which[~known], which[~known]])
-        rest_q, rest_k = ((x[0][~known], x[1][~known]) for x in (q, k))
+        settled = (found != KINDS.index(PARTIAL)) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
+        out[which[settled & (found != KINDS.index(kind))]] = False
+        which = np.concatenate([which[~settled], which[~settled]])
+        rest_q, rest_k = ((x[0][~settled], x[1][~settled]) for x in (q, k))
         q, k = halves(rest_q, rest_k)
     return out
 
@@ -71,7 +71,7 @@ def _owned(problem: Problem, rank: int, tiles: Tiling) -> None:
 
 @lru_cache(maxsize=4)
 def _key_chunks(problem: Problem, rank: int) -> tuple[Array, Array, Array]:
-    """(rank, start, stop) of the ranges of keys, ascending; replicated keys are the rank's own."""
+    """(rank, start, stop) of the ranges of keys, ascending; replicated keys are local."""
     owner, start, stop = chunks(problem.key_layout, problem.keys)
     if problem.key_layout.replicated:
         return owner[rank : rank + 1], start[:1], stop[:1]
@@ -79,7 +79,7 @@ def _key_chunks(problem: Problem, rank: int) -> tuple[Array, Array, Array]:
     return owner[order], start[order], stop[order]
 
 
-def _within(inner: Spans, outer: Spans) -> Array:
+def _within(inner: IntervalArrays, outer: IntervalArrays) -> Array:
     """Whether each of `inner`, which are not empty, lies in one of `outer`, which ascend."""
     if not len(outer[0]):
         return np.zeros(len(inner[0]), dtype=bool)
@@ -100,8 +100,8 @@ def _once(problem: Problem, rank: int, tiles: Tiling) -> None:
     for row, column in np.argwhere(count > 1)[:1].tolist():
         where = (int(rows[row]), int(rows[row + 1])), (int(columns[column]), int(columns[column + 1]))
         raise ScheduleError(f"rank {rank}: two tiles cover queries {where[0]}, keys {where[1]}")
-    own = _within((rows[:-1], rows[1:]), (queries[:, 0], queries[:, 1]))
-    row, column = np.nonzero((count == 0) & own[:, None])
+    local = _within((rows[:-1], rows[1:]), (queries[:, 0], queries[:, 1]))
+    row, column = np.nonzero((count == 0) & local[:, None])
     q, k = (rows[row], rows[row + 1]), (columns[column], columns[column + 1])
     for i in np.nonzero(~proved(problem.expr, q, k, EMPTY))[0][:1].tolist():
         where = (int(q[0][i]), int(q[1][i])), (int(k[0][i]), int(k[1][i]))
@@ -126,8 +126,8 @@ def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
     _refuse(evaluated & (edge > problem.tile), rank, tiles, f"tile {{}} is larger than {problem.tile}")
 
 
-def halves(q: Spans, k: Spans) -> tuple[Spans, Spans]:
-    """Rectangles cut in two in the middle of their longer side: the first halves of all, then the second ones."""
+def halves(q: IntervalArrays, k: IntervalArrays) -> tuple[IntervalArrays, IntervalArrays]:
+    """Rectangles split in the middle of their longer side: the first halves of all, then the second ones."""
     tall = q[1] - q[0] >= k[1] - k[0]
     q_cut, k_cut = (q[0] + q[1]) // 2, (k[0] + k[1]) // 2
     rows = np.concatenate([q[0], np.where(tall, q_cut, q[0])]), np.concatenate([np.where(tall, q_cut, q[1]), q[1]])

@@ -1,19 +1,20 @@
 """Dilated attention (LongNet, arXiv 2307.02486, eqs. 3-10): which tokens of which heads attend together.
 
-    >>> for lane in Dilation((4, 8), (1, 2)).lanes(heads=2, tokens=8): print(lane)
+    >>> for head_group in Dilation((4, 8), (1, 2)).head_groups(heads=2, tokens=8): print(head_group)
     heads 0 1: every token of each 4
     heads 0: every 2nd token from 0 of each 8
     heads 1: every 2nd token from 1 of each 8
 
 A *pattern* (w, r) cuts the sequence into segments of w tokens; in each, head j attends among every r-th token, from its
-offset o on: j mod r (`mod`, the paper) or the number of its group, heads in r groups one after the other (`block`,
-torchscale).  A *lane* is what one pattern gives the heads of one offset: its tokens (`ringpass.layouts.strided`),
-counted 0, 1, 2 .., are a sequence of their own, on which attention is dense within segments.  So a lane is an ordinary
-problem of the schedule, with masks that speak of its tokens where they spoke of q and k.
+offset o on: j mod r (`mod`, as in the paper), or the index of the head's block, with heads divided into r blocks
+(`block`, torchscale).  A *head group* is the heads of one pattern that share an offset, with the tokens that they
+attend to (`ringpass.layouts.strided`).  Numbered 0, 1, 2 .., these tokens are a sequence of their own, on which
+attention is dense within segments.  So a head group is an ordinary problem of the schedule, with masks rewritten to its
+numbers.
 
-The results of all lanes are merged by log-sum-exp: a key that several patterns cover counts several times, and a query
-that none covers gives 0.  This equals dense attention with the additive mask log m, m the number of patterns that join
-a pair (`ringpass.reference`), gradients included.
+The results of all head groups are merged by log-sum-exp: a key that several patterns cover counts several times, and a
+query that no pattern covers gives 0.  This equals dense attention with the additive mask log m, where m is the number
+of patterns that contain a pair (`ringpass.reference`), gradients included.
 
 FLOPs are those of S sum(w_i / r_i^2) pairs per head on average, of S^2 for dense attention.
 """
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ringpass.errors import OptionError
-from ringpass.layouts.strided import Residue
+from ringpass.layouts.strided import StridedSegments
 from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, rebuilt
 from ringpass.masks.simplify import linear, simplify
 
@@ -35,11 +36,11 @@ ONE = Const(1)
 
 
 @dataclass(frozen=True)
-class Lane:
-    """The tokens `residue` for heads first, first + step, ..: `heads` is (first, step, number)."""
+class HeadGroup:
+    """The tokens of `strided`, for heads first, first + step, ..: `heads` is (first, step, number)."""
 
     pattern: int
-    residue: Residue
+    strided: StridedSegments
     heads: tuple[int, int, int]
 
     @property
@@ -49,14 +50,14 @@ class Lane:
         return range(first, first + step * number, step)
 
     def mask(self, expr: Expr) -> Expr:
-        """`expr`, which speaks of tokens and heads, in terms of the lane's, and of one segment only."""
-        width, inside = self.residue.width, simplify(self.within(expr))
-        if self.residue.length <= width:
+        """The mask `expr` over the group's tokens and heads, False across segments."""
+        width, inside = self.strided.width, simplify(self.reindexed_in_segment(expr))
+        if self.strided.length <= width:
             return inside
         return simplify(call("and", inside, call("eq", *(call("floordiv", x, Const(width)) for x in (Q, K)))))
 
-    def within(self, expr: Expr) -> Expr:
-        """`expr` in terms of the lane's tokens and heads, for queries and keys of the same segment."""
+    def reindexed_in_segment(self, expr: Expr) -> Expr:
+        """`expr` over the group's tokens and heads, for queries and keys of the same segment."""
         if isinstance(expr, Call) and len(expr.args) == 2 and expr.op in ("lt", "le", "gt", "ge", "eq", "ne"):
             apart = self._apart(call("sub", *expr.args))
             if apart is not None:
@@ -66,11 +67,11 @@ class Lane:
             return apart
         if isinstance(expr, Index):
             return self._index(expr)
-        return rebuilt(expr, self.own if isinstance(expr, Load | Table) else self.within)
+        return rebuilt(expr, self.reindexed if isinstance(expr, Load | Table) else self.reindexed_in_segment)
 
-    def own(self, expr: Expr) -> Expr:
-        """`expr` in terms of the lane's tokens and heads, for any of its queries and keys."""
-        return self._index(expr) if isinstance(expr, Index) else rebuilt(expr, self.own)
+    def reindexed(self, expr: Expr) -> Expr:
+        """`expr` over the group's tokens and heads, for any of its queries and keys."""
+        return self._index(expr) if isinstance(expr, Index) else rebuilt(expr, self.reindexed)
 
     def _index(self, index: Index) -> Expr:
         if index == H:
@@ -78,7 +79,7 @@ class Lane:
             return Const(first) if number == 1 else call("add", call("mul", H, Const(step)), Const(first))
         if index not in (Q, K):
             return index
-        r = self.residue
+        r = self.strided
         token = call("add", call("mul", index, Const(r.rate)), Const(r.offset))
         skipped = r.segment - r.width * r.rate
         if not skipped or r.length <= r.width:
@@ -86,24 +87,24 @@ class Lane:
         return call("add", token, call("mul", call("floordiv", index, Const(r.width)), Const(skipped)))
 
     def _apart(self, expr: Expr) -> Expr | None:
-        """A multiple of q - k, plus a constant: in one segment it is `rate` times that of the lane."""
+        """A multiple of q - k, plus a constant: within a segment, q - k is `rate` times that of the group."""
         if isinstance(expr, Load | Table):
             return None
         terms = linear(expr)
         if terms is None or {*terms} - {ONE} != {Q, K} or terms[Q] != -terms[K]:
             return None
-        apart = call("mul", call("sub", Q, K), Const(terms[Q] * self.residue.rate))
+        apart = call("mul", call("sub", Q, K), Const(terms[Q] * self.strided.rate))
         return call("add", apart, Const(terms.get(ONE, 0)))
 
     def __str__(self) -> str:
-        r = self.residue
+        r = self.strided
         every = "every token" if r.everything else f"every {_ordinal(r.rate)} token from {r.offset}"
         return f"heads {' '.join(map(str, self.members))}: {every} of each {r.segment}"
 
 
 @dataclass(frozen=True)
 class Dilation:
-    """Segment lengths w_i and dilation rates r_i of the patterns, and how the offsets of heads are found.
+    """Segment lengths w_i and dilation rates r_i of the patterns, and the rule for the offsets of heads.
 
     >>> Dilation((2048, 4096), (1, 2)).share(tokens=8192)
     0.375
@@ -129,12 +130,12 @@ class Dilation:
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
         return f"{'+'.join(f'{w}/{r}' for w, r in pairs)} {self.head_offset}"
 
-    def lanes(self, heads: int, tokens: int) -> tuple[Lane, ...]:
-        """The lanes that hold a token, for `heads` query heads and `tokens` tokens, pattern by pattern."""
-        return _lanes(self, heads, tokens)
+    def head_groups(self, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
+        """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern."""
+        return _head_groups(self, heads, tokens)
 
     def offset(self, head: int, heads: int, rate: int) -> int:
-        """The first token of `head`'s lane in each segment."""
+        """The offset of `head` in each segment."""
         return head % rate if self.head_offset == "mod" else head // -(-heads // rate)
 
     def share(self, tokens: int) -> float:
@@ -143,7 +144,7 @@ class Dilation:
         return sum(min(w, tokens) / r**2 for w, r in pairs) / tokens
 
     def describe(self) -> str:
-        """What it attends to, pattern by pattern."""
+        """What it attends to, by pattern."""
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
         each = [f"{'every token' if r == 1 else f'every {_ordinal(r)} token'} of each {w}" for w, r in pairs]
         return f"{'; '.join(each)}; head offsets by {self.head_offset}"
@@ -158,7 +159,7 @@ def parse(text: str) -> Dilation:
 
 
 @lru_cache(maxsize=1024)
-def _lanes(dilation: Dilation, heads: int, tokens: int) -> tuple[Lane, ...]:
+def _head_groups(dilation: Dilation, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
     out = []
     for i, (w, r) in enumerate(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True)):
         by_offset: dict[int, list[int]] = {}
@@ -166,8 +167,8 @@ def _lanes(dilation: Dilation, heads: int, tokens: int) -> tuple[Lane, ...]:
             by_offset.setdefault(dilation.offset(head, heads, r), []).append(head)
         for offset, members in sorted(by_offset.items()):
             progression = members[0], members[1] - members[0] if len(members) > 1 else 1, len(members)
-            lane = Lane(i, Residue(tokens, min(w, tokens), r, offset), progression)
-            out += [lane] if lane.residue.length else []
+            head_group = HeadGroup(i, StridedSegments(tokens, min(w, tokens), r, offset), progression)
+            out += [head_group] if head_group.strided.length else []
     return tuple(out)
 
 

@@ -1,18 +1,18 @@
-"""Which tiles of a step one kernel call computes.  No tensors.
+"""Groups the tiles of a step into kernel launches.  No tensors.
 
     >>> from ringpass.schedule.program import CAUSAL_TILE
     >>> def tiles(start):
     ...     q, after = (start, start + 8), (start + 2, start + 10)
     ...     return Tile(q, (0, 2), FULL), Tile(q, after, CAUSAL_TILE), Tile(q, (start + 20, start + 25), FULL)
-    >>> for call in calls([*tiles(0), *tiles(8), *tiles(16)]): print(call)
+    >>> for launch in launches([*tiles(0), *tiles(8), *tiles(16)]): print(launch)
     full q0:8 k0:2, full q0:8 k20:25, 3 times: q by 8, k by 0, 8
     causal q0:8 k2:10, 3 times: q by 8, k by 8
 
-Thin full tiles of the same query rows share a call: their keys are taken one after the other.  Calls of one shape, each
-on the query rows that follow those of the one before and on keys that are as much further each time, are a *stack*: one
-call of so many times the batch.  Where the scores of a tile depend on its tokens, by a mask or a bias, it is no stack.
+Thin full tiles of the same query rows share a launch: their keys are concatenated.  Launches of one shape whose query
+rows follow each other, and whose keys advance by a constant number of rows, form a *stack*: one launch with a larger
+batch.  Tiles whose scores depend on their tokens, by a mask or a bias, are not stacked.
 
-Contract: each tile is in one call, once; the query rows of a call are one range.
+Contract: each tile is in one launch, once; the query rows of a launch are one range.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.masks.intervals import FULL, PARTIAL
 from ringpass.schedule.tiles import THIN, TILE, Tile
 
-STACK = 2 * TILE  # query rows of a stack, at most: what it gives should stay in a CPU's cache
+STACK = 2 * TILE  # most query rows of a stack: its results should stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
-class Call:
-    """`tiles` of the same query rows, and the same on the query rows that follow, `count` times in all.
+class Launch:
+    """`tiles` of the same query rows, repeated on the query rows that follow, `count` times in all.
 
-    Each time the keys of each tile are so many rows further as `shifts` says.
+    On repeat i, the keys of tile t start shifts[t] * i rows later.
     """
 
     tiles: tuple[Tile, ...]
@@ -44,17 +44,17 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """Query rows of each time."""
+        """Number of query rows of one repeat."""
         return _length(self.tiles[0].q)
 
     @property
     def q(self) -> tuple[int, int]:
-        """All its query rows."""
+        """The query rows of all repeats."""
         return self.tiles[0].q[0], self.tiles[0].q[0] + self.count * self.rows
 
     @property
     def k(self) -> tuple[Ranges, ...]:
-        """For each of `tiles`, the ranges of its key rows: one where they follow each other or are always the same."""
+        """For each of `tiles`, the ranges of its key rows: a single one if repeats are adjacent or equal."""
         return tuple(self._ranges(tile.k, shift) for tile, shift in zip(self.tiles, self.shifts, strict=True))
 
     def _ranges(self, k: tuple[int, int], shift: int) -> Ranges:
@@ -69,9 +69,9 @@ class Call:
         return f"{text}, {self.count} times: q by {self.rows}, k by {', '.join(map(str, self.shifts))}"
 
 
-def calls(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Call]:
-    """The kernel calls for `tiles`: joined to at most `most` keys, stacked to at most `stack` query rows (0: not)."""
-    out: list[Call] = []
+def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Launch]:
+    """The launches for `tiles`: joined up to `most` keys, stacked up to `stack` query rows (0: not stacked)."""
+    out: list[Launch] = []
     latest: dict[tuple[str, int, tuple[int, ...]], int] = {}
     for some in _of_same_rows(tiles, most):
         shape = some[0].kind, _length(some[0].q), tuple(_length(tile.k) for tile in some)
@@ -81,25 +81,25 @@ def calls(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[C
             out[at] = longer
         else:
             latest[shape] = len(out)
-            out.append(Call(some, 1, (0,) * len(some)))
+            out.append(Launch(some, 1, (0,) * len(some)))
     return out
 
 
-def _longer(call: Call, tiles: tuple[Tile, ...]) -> Call | None:
-    """`call` and, once more, `tiles`, which have its shape; None where they are not what it goes on to."""
-    if call.kind == PARTIAL or tiles[0].q[0] != call.q[1]:
+def _longer(launch: Launch, tiles: tuple[Tile, ...]) -> Launch | None:
+    """`launch` with one more repeat, `tiles`, which have its shape; None if they do not continue it."""
+    if launch.kind == PARTIAL or tiles[0].q[0] != launch.q[1]:
         return None
-    moved = [new.k[0] - old.k[0] for new, old in zip(tiles, call.tiles, strict=True)]
-    shifts = tuple(moved) if call.count == 1 else call.shifts
-    if min(shifts) < 0 or max(shifts) == 0 or moved != [call.count * shift for shift in shifts]:
+    moved = [new.k[0] - old.k[0] for new, old in zip(tiles, launch.tiles, strict=True)]
+    shifts = tuple(moved) if launch.count == 1 else launch.shifts
+    if min(shifts) < 0 or max(shifts) == 0 or moved != [launch.count * shift for shift in shifts]:
         return None
-    return Call(call.tiles, call.count + 1, shifts)
+    return Launch(launch.tiles, launch.count + 1, shifts)
 
 
 def _of_same_rows(tiles: Sequence[Tile], most: int) -> list[tuple[Tile, ...]]:
-    """A thin full tile joins others of the same rows, to `most` keys in all."""
+    """Thin full tiles of the same rows joined, up to `most` keys in all."""
     out: list[tuple[Tile, ...]] = []
-    latest: dict[tuple[int, int], int] = {}  # of full tiles, by their rows
+    latest: dict[tuple[int, int], int] = {}  # of full tiles, by rows
     for tile in tiles:
         at = latest.get(tile.q, -1) if tile.kind == FULL else -1
         widths = [sum(_length(t.k) for t in some) for some in ((tile,), out[at] if at >= 0 else ())]

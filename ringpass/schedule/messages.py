@@ -1,10 +1,11 @@
-"""The lanes of a dilated site as one sequence of exchanges: numpy, no tensors, any P on one machine.
+"""The exchanges of a dilated site, shared by all its head groups: numpy, no tensors, any P on one machine.
 
-A *parcel* is key tokens of those K/V heads that are sent the same ones; a *message* is the parcels that one rank sends
-to another in one exchange.  Each (token, K/V head) is in a message once, however many lanes and query heads read it.
+A *message* is what one rank sends another in one exchange.  Each of its *parts* holds the key tokens of all K/V heads
+that need the same tokens.  Each (token, K/V head) is in a message once, however many head groups and query heads read
+it.
 
-Contract: `joints` of all ranks fit together where the programs of each lane do (`ringpass.schedule.proof`): a message
-is a function of what its lanes transfer, which both ends know.
+Contract: the `exchanges` of all ranks match where the programs of each head group do (`ringpass.schedule.proof`): a
+message is a function of what its head groups transfer, which both ends know.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ringpass.schedule.program import Step, Transfer
 from ringpass.schedule.site import Site
 
 Array = NDArray[np.int64]
-Spans = tuple[int, ...]  # flat: start, stop, step, start, stop, step, ..
+StridedSpec = tuple[int, ...]  # flat: start, stop, step, start, stop, step, ..
 
 
 @dataclass(frozen=True, eq=False)
-class Parcel:
+class MessagePart:
     """`tokens`, ascending, of each of `heads`."""
 
     heads: tuple[int, ...]
@@ -40,30 +41,30 @@ class Parcel:
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What goes from rank `src` to rank `dst` in one exchange: parcel after parcel, in each head after head."""
+    """What rank `src` sends rank `dst` in one exchange, ordered by part, then by head."""
 
     src: int
     dst: int
-    parcels: tuple[Parcel, ...]
+    parts: tuple[MessagePart, ...]
 
     @property
     def rows(self) -> int:
         """(token, K/V head) pairs."""
-        return sum(parcel.rows for parcel in self.parcels)
+        return sum(part.rows for part in self.parts)
 
-    def find(self, heads: Sequence[int], tokens: Array) -> Spans:
-        """Where `tokens` of each of `heads` are, head after head."""
+    def find(self, heads: Sequence[int], tokens: Array) -> StridedSpec:
+        """The rows of `tokens` of each of `heads`, by head."""
         at, offset = {}, 0
-        for parcel in self.parcels:
-            for i, head in enumerate(parcel.heads):
-                at[head] = offset + i * len(parcel.tokens) + np.searchsorted(parcel.tokens, tokens)
-            offset += parcel.rows
-        return runs(np.concatenate([at[head] for head in heads]))
+        for part in self.parts:
+            for i, head in enumerate(part.heads):
+                at[head] = offset + i * len(part.tokens) + np.searchsorted(part.tokens, tokens)
+            offset += part.rows
+        return strided_ranges(np.concatenate([at[head] for head in heads]))
 
 
 @dataclass(frozen=True, eq=False)
-class Joint:
-    """One exchange of a bundle: the steps of its lanes, by number, and what travels for all of them together."""
+class Exchange:
+    """One exchange of a dilated site: the steps of its head groups, by index, and the messages that they share."""
 
     shift: int
     steps: tuple[tuple[int, Step], ...]
@@ -72,18 +73,18 @@ class Joint:
 
 
 @lru_cache(maxsize=64)
-def joints(site: Site, heads: int, groups: int) -> tuple[Joint, ...]:
-    """The exchanges of a dilated site's rank for `heads` query heads and `groups` K/V heads, the own keys first."""
-    lanes = site.lanes(heads)
+def exchanges(site: Site, heads: int, groups: int) -> tuple[Exchange, ...]:
+    """The exchanges of a rank of a dilated site with `heads` query heads and `groups` K/V heads, local keys first."""
+    group_sites = site.per_head_group(heads)
     by_shift: dict[int, list[tuple[int, Step]]] = {0: []}
-    for lane in lanes:
-        for step in lane.program.steps:
-            by_shift.setdefault(step.shift, []).append((lane.number, step))
+    for group_site in group_sites:
+        for step in group_site.program.steps:
+            by_shift.setdefault(step.shift, []).append((group_site.group_index, step))
     out = []
     for shift, steps in sorted(by_shift.items()):
-        received = [(lanes[i], step.receive) for i, step in steps if step.receive]
-        sent = [(lanes[i], step.send) for i, step in steps if step.send]
-        out.append(Joint(shift, tuple(steps), *(_message(moves, heads, groups) for moves in (received, sent))))
+        received = [(group_sites[i], step.receive) for i, step in steps if step.receive]
+        sent = [(group_sites[i], step.send) for i, step in steps if step.send]
+        out.append(Exchange(shift, tuple(steps), *(_message(moves, heads, groups) for moves in (received, sent))))
     return tuple(out)
 
 
@@ -91,58 +92,58 @@ def _message(moves: Sequence[tuple[Site, Transfer]], heads: int, groups: int) ->
     if not moves:
         return None
     readers: dict[int, list[int]] = {}
-    for i, (lane, _) in enumerate(moves):
-        for head in dict.fromkeys(key_heads(lane, heads, groups)):
+    for i, (group_site, _) in enumerate(moves):
+        for head in dict.fromkeys(key_heads(group_site, heads, groups)):
             readers.setdefault(head, []).append(i)
     alike: dict[tuple[int, ...], list[int]] = {}
     for head in sorted(readers):
         alike.setdefault(tuple(readers[head]), []).append(head)
-    sent = [tokens_of(lane, transfer.tokens) for lane, transfer in moves]
-    parcels = [Parcel(tuple(of), np.unique(np.concatenate([sent[i] for i in which]))) for which, of in alike.items()]
-    return Message(moves[0][1].src, moves[0][1].dst, tuple(parcels))
+    sent = [tokens_of(group_site, transfer.tokens) for group_site, transfer in moves]
+    parts = [MessagePart(tuple(of), np.unique(np.concatenate([sent[i] for i in which]))) for which, of in alike.items()]
+    return Message(moves[0][1].src, moves[0][1].dst, tuple(parts))
 
 
 def received(site: Site, heads: int, groups: int) -> int:
     """(token, K/V head) pairs that the rank receives."""
-    return sum(joint.receive.rows for joint in joints(site, heads, groups) if joint.receive)
+    return sum(exchange.receive.rows for exchange in exchanges(site, heads, groups) if exchange.receive)
 
 
-def key_heads(lane: Site, heads: int, groups: int) -> tuple[int, ...]:
-    """The K/V heads that a lane's query heads read: one for each of them, or one for each equal number of them."""
-    assert lane.lane is not None
-    each = tuple(j // (heads // groups) for j in lane.lane.members)
+def key_heads(group_site: Site, heads: int, groups: int) -> tuple[int, ...]:
+    """The K/V heads that a group's query heads read: one per query head, or one per equal number of query heads."""
+    assert group_site.head_group is not None
+    each = tuple(j // (heads // groups) for j in group_site.head_group.members)
     unique = tuple(dict.fromkeys(each))
     share = len(each) // len(unique)
     return unique if each == tuple(g for g in unique for _ in range(share)) else each
 
 
-def tokens_of(lane: Site, ranges: Ranges) -> Array:
-    """The tokens at rows `ranges` of a lane."""
-    assert lane.lane is not None
+def tokens_of(group_site: Site, ranges: Ranges) -> Array:
+    """The tokens at rows `ranges` of a head group."""
+    assert group_site.head_group is not None
     rows = [np.arange(a, b, dtype=np.int64) for a, b in ranges]
-    return lane.lane.residue.at(np.concatenate([np.arange(0, dtype=np.int64), *rows]))
+    return group_site.head_group.strided.at(np.concatenate([np.arange(0, dtype=np.int64), *rows]))
 
 
-def rows_of(site: Site, tokens: Array) -> Spans:
-    """Where `tokens`, which the rank owns, stand in its block of the whole site."""
+def rows_of(site: Site, tokens: Array) -> StridedSpec:
+    """The rows of `tokens`, which the rank holds, in its block of all tokens."""
     layout = Layout(site.key_layout, site.world)
-    ranges = layout.whole.ranges(site.rank, layout.residue.tokens if layout.residue else site.keys)
+    ranges = layout.unrestricted.ranges(site.rank, layout.strided.tokens if layout.strided else site.keys)
     owned = np.array(ranges, dtype=np.int64).reshape(-1, 2)
     lengths = owned[:, 1] - owned[:, 0]
     before = np.cumsum(lengths) - lengths
     at = np.searchsorted(owned[:, 0], tokens, side="right") - 1
-    return runs(tokens - owned[at, 0] + before[at])
+    return strided_ranges(tokens - owned[at, 0] + before[at])
 
 
-def runs(numbers: Array) -> Spans:
-    """Numbers as runs of equal steps.
+def strided_ranges(numbers: Array) -> StridedSpec:
+    """Ascending numbers as ranges of constant step.
 
-    >>> runs(np.array([0, 2, 4, 5, 6, 20]))
+    >>> strided_ranges(np.array([0, 2, 4, 5, 6, 20]))
     (0, 6, 2, 5, 7, 1, 20, 21, 1)
     """
     out: list[int] = []
     steps = np.diff(numbers)
-    changes = np.flatnonzero(np.diff(steps)) + 1  # where another step begins
+    changes = np.flatnonzero(np.diff(steps)) + 1  # where the step changes
     start, n = 0, len(numbers)
     while start < n:
         after = changes[np.searchsorted(changes, start, side="right") :][:1]

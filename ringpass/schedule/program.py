@@ -9,15 +9,16 @@
     receive 0:2 from rank 0, send 2:6 to rank 0: full q0:4 k0:2
 
 Terms: a *tile* is a (query rows, key rows) rectangle of a site, in rows of the local query block and of the received
-key block.  A *transfer* names the token ranges that travel, never a whole shard.  A *step* is one transfer in, one
-transfer out, and the tiles that the arrived keys serve; step 0 is the rank's own keys.  In step t, rank r receives from
-rank r - t and sends to rank r + t (mod P): each step is a matching, and the order of steps is the same on all ranks.
+key block.  A *transfer* names the token ranges that are sent, which may be less than a shard.  A *step* is one incoming
+and one outgoing transfer, and the tiles that use the received keys; step 0 uses the local keys.  In step t, rank r
+receives from rank r - t and sends to rank r + t (mod P): each step is a matching, and the order of steps is the same on
+all ranks.
 
-`tiling` finds the non-empty tiles of all ranks at once, as arrays; `program` reads one rank's steps out of it.
+`tiling` finds the non-empty tiles of all ranks at once, as arrays; `program` reads one rank's steps from it.
 
 Contract (proved by `ringpass.schedule.proof.prove` for all ranks together): each send has its receive, in the same
-order on both sides; nothing waits in a circle; each (query, key) pair that the mask may allow is in exactly one tile; a
-rank receives only tokens that a tile of its own uses.
+order on both sides; there is no deadlock; each (query, key) pair that the mask may allow is in exactly one tile; a rank
+receives only tokens that its tiles use.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 
 from ringpass.layouts.ranges import Ranges, size, tokens
 from ringpass.masks.expr import CAUSAL
-from ringpass.masks.intervals import FULL, Spans
+from ringpass.masks.intervals import FULL, IntervalArrays
 from ringpass.schedule.tiles import (
     CAUSAL_TILE,
     FINEST,
@@ -87,7 +88,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """One rank's steps for one site, the own keys first."""
+    """One rank's steps for one site, local keys first."""
 
     problem: Problem
     rank: int
@@ -105,19 +106,19 @@ class Program:
 
     @property
     def empty(self) -> list[Rectangle]:
-        """What no tile covers, as (queries, keys) in tokens: not computed, nor sent where nothing else needs it."""
-        own = self.problem.query_layout.ranges(self.rank, self.problem.queries)
+        """The rectangles (queries, keys), in tokens, that no tile covers and that are thus not computed."""
+        local = self.problem.query_layout.ranges(self.rank, self.problem.queries)
         tiles = [
             (q, k)
             for step in self.steps
             for tile in step.tiles
-            for q in tokens(own, tile.q)
+            for q in tokens(local, tile.q)
             for k in tokens(step.tokens, tile.k)
         ]
-        rows = np.unique([edge for span in (*own, *(q for q, _ in tiles)) for edge in span])
+        rows = np.unique([edge for span in (*local, *(q for q, _ in tiles)) for edge in span])
         columns = np.unique([0, self.problem.keys, *(edge for _, span in tiles for edge in span)])
         left = np.zeros((len(rows), len(columns)), dtype=bool)
-        for where, value in (*(((q, (0, self.problem.keys)), True) for q in own), *((tile, False) for tile in tiles)):
+        for where, value in (*(((q, (0, self.problem.keys)), True) for q in local), *((tile, False) for tile in tiles)):
             (q0, q1), (k0, k1) = np.searchsorted(rows, where[0]), np.searchsorted(columns, where[1])
             left[q0:q1, k0:k1] = value
         cells = np.argwhere(left).tolist()
@@ -126,23 +127,23 @@ class Program:
 
 
 _PROGRAMS: WeakKeyDictionary[Tiling, dict[int, Program]] = WeakKeyDictionary()
-"""The programs that have been read out of a tiling, by rank, for as long as the tiling is kept."""
+"""The programs read from a tiling so far, by rank, for as long as the tiling lives."""
 
 
 def program(problem: Problem, rank: int) -> Program:
     """The steps of `rank`."""
-    whole = tiling(problem)
-    programs = _PROGRAMS.setdefault(whole, {})
+    tiles = tiling(problem)
+    programs = _PROGRAMS.setdefault(tiles, {})
     if rank not in programs:
-        programs[rank] = _read(whole, problem, rank)
+        programs[rank] = _read(tiles, problem, rank)
     return programs[rank]
 
 
-def _read(whole: Tiling, problem: Problem, rank: int) -> Program:
-    mine, queries = whole.of(rank), problem.query_layout.ranges(rank, problem.queries)
-    own = problem.key_layout.ranges(rank, problem.keys)
-    steps = [Step(0, own, _local_tiles(problem, queries, own, _from(mine, rank)))]
-    incoming, outgoing = _by_peer(mine.used(), "src"), _by_peer(whole.serving(rank).used(), "dst")
+def _read(tiles: Tiling, problem: Problem, rank: int) -> Program:
+    mine, queries = tiles.of(rank), problem.query_layout.ranges(rank, problem.queries)
+    local = problem.key_layout.ranges(rank, problem.keys)
+    steps = [Step(0, local, _local_tiles(problem, queries, local, _from(mine, rank)))]
+    incoming, outgoing = _by_peer(mine.used(), "src"), _by_peer(tiles.serving(rank).used(), "dst")
     for shift in range(1, problem.world):
         src, dst = (rank - shift) % problem.world, (rank + shift) % problem.world
         receives, sends = incoming.get(src, ()), outgoing.get(dst, ())
@@ -160,12 +161,12 @@ def _read(whole: Tiling, problem: Problem, rank: int) -> Program:
 
 
 def _from(mine: Tiling, src: int) -> Tiling:
-    """Those of one rank's tiles whose keys are those of `src`."""
+    """The tiles of one rank that use keys of rank `src`."""
     return mine.take(slice(*np.searchsorted(mine.src, (src, src + 1))))
 
 
 def _by_peer(used: Tiling, side: str) -> dict[int, Ranges]:
-    """The runs of keys, by the rank that they come from (`src`) or go to (`dst`)."""
+    """The ranges of keys, by the rank that they come from (`src`) or go to (`dst`)."""
     out: dict[int, Ranges] = {}
     for peer, start, stop in zip(getattr(used, side).tolist(), *(x.tolist() for x in used.k), strict=True):
         out[peer] = (*out.get(peer, ()), (start, stop))
@@ -174,21 +175,21 @@ def _by_peer(used: Tiling, side: str) -> dict[int, Ranges]:
 
 def _local_tiles(problem: Problem, queries: Ranges, keys: Ranges, found: Tiling) -> tuple[Tile, ...]:
     if problem.expr == CAUSAL and queries == keys and queries and not problem.cut_all:
-        # positions ascend: the triangle in rows is that in positions
+        # positions ascend with rows, so a triangle in positions is one in rows
         return (Tile((0, size(queries)), (0, size(keys)), CAUSAL_TILE),)
     return _tiles(problem, queries, keys, found)
 
 
 def _tiles(problem: Problem, queries: Ranges, block: Ranges, found: Tiling) -> tuple[Tile, ...]:
-    """The tiles `found` in rows of the local queries and of `block`, the keys that they use."""
+    """The tiles `found`, in rows of the local queries and of `block`, the tokens of the key block."""
     q, k = _rows(found.q, queries), _rows(found.k, block)
     columns = [x.tolist() for x in (*q, *k, found.kind)]
     tiles = [Tile((a, b), (c, d), TILE_KINDS[kind]) for a, b, c, d, kind in zip(*columns, strict=True)]
     return tuple(tiles) if problem.cut_all else _merge(tiles)
 
 
-def _rows(spans: Spans, owned: Ranges) -> Spans:
-    """Where each of `spans`, each inside one range of `owned`, stands in a block that holds the tokens `owned`."""
+def _rows(spans: IntervalArrays, owned: Ranges) -> IntervalArrays:
+    """The rows of `spans`, each inside one range of `owned`, in a block that holds the tokens `owned`."""
     starts = np.array([a for a, _ in owned], dtype=np.int64)
     before = np.concatenate([[0], np.cumsum([b - a for a, b in owned])])[: len(owned)]
     shift = (before - starts)[np.searchsorted(starts, spans[0], side="right") - 1] if len(owned) else spans[0]
@@ -196,18 +197,18 @@ def _rows(spans: Spans, owned: Ranges) -> Spans:
 
 
 def _merge(tiles: list[Tile]) -> tuple[Tile, ...]:
-    """Joins full tiles that share an edge: one kernel call instead of several."""
+    """Joins full tiles that share an edge, so that one kernel launch replaces several."""
     rest = [t for t in tiles if t.kind != FULL]
-    whole = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
-    edges = sorted({edge for q, k in whole if FINEST <= q[1] - q[0] <= TILE and k[1] - k[0] <= TILE for edge in q})
-    full = [part for rectangle in whole for part in _lengths(*rectangle, edges)]
+    joined = _joined([(t.q, t.k) for t in tiles if t.kind == FULL])
+    edges = sorted({edge for q, k in joined if FINEST <= q[1] - q[0] <= TILE and k[1] - k[0] <= TILE for edge in q})
+    full = [part for rectangle in joined for part in _lengths(*rectangle, edges)]
     return tuple(sorted([*rest, *(Tile(q, k, FULL) for q, k in full)], key=lambda t: (t.q, t.k)))
 
 
 def _lengths(q: tuple[int, int], k: tuple[int, int], edges: Sequence[int] = ()) -> list[Rectangle]:
-    """A thin rectangle in parts of at most TILE: for the little that it computes, it gives all of its length.
+    """Splits a thin rectangle into parts of at most TILE: it computes little, but yields results of its full length.
 
-    Its rows are cut at `edges`, those of other tiles that it may share a call with.
+    Its rows are split at `edges`, those of other tiles that it may share a launch with.
 
     >>> _lengths((500, 2500), (0, 64))
     [((500, 1024), (0, 64)), ((1024, 2048), (0, 64)), ((2048, 2500), (0, 64))]
@@ -216,14 +217,14 @@ def _lengths(q: tuple[int, int], k: tuple[int, int], edges: Sequence[int] = ()) 
     """
     if min(stop - start for start, stop in (q, k)) >= THIN:
         return [(q, k)]
-    return list(product(pairwise(_cut_at(q, edges)), pairwise(_cut_at(k, ()))))
+    return list(product(pairwise(_boundaries(q, edges)), pairwise(_boundaries(k, ()))))
 
 
-def _cut_at(span: tuple[int, int], edges: Sequence[int]) -> list[int]:
-    """Where to cut a span: at `edges`, which ascend, and what is still longer than TILE at its multiples."""
+def _boundaries(span: tuple[int, int], edges: Sequence[int]) -> list[int]:
+    """Where to split a span: at `edges`, which ascend, and parts longer than TILE at multiples of TILE."""
     inside = edges[bisect_right(edges, span[0]) : bisect_left(edges, span[1])]
     parts = pairwise([span[0], *inside, span[1]])
-    return [cut for part in parts for cut in (part[0], *_multiples(*part))] + [span[1]]
+    return [boundary for part in parts for boundary in (part[0], *_multiples(*part))] + [span[1]]
 
 
 def _multiples(start: int, stop: int) -> range:
@@ -248,7 +249,7 @@ def _join(rectangles: list[Rectangle]) -> list[Rectangle]:
 
 
 def divided(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
-    """The tiles of a step in two parts; a tile that is alone and needs no mask is cut in the middle of its rows.
+    """The tiles of a step in two parts; a single tile that needs no mask is split in the middle of its rows.
 
     >>> for part in divided((Tile((0, 8), (0, 8), CAUSAL_TILE),)): print(*part, sep="; ")
     causal q0:4 k0:4

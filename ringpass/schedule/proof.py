@@ -1,22 +1,22 @@
-"""verify: proves the schedules of all ranks of one attention site together, before anything is sent.
+"""Proves the schedules of all ranks of one attention site together, before anything is sent.
 
     >>> from ringpass.layouts.layout import Layout
     >>> print(prove(Problem("k <= q", 8, 8, Layout("zigzag", 2), Layout("zigzag", 2))))
     2 ranks: 2 exchanges, 6 of 6 tokens moved, area 18 at most, 18 on average
 
-Terms: tokens *moved* cross between ranks; their *lower bound* counts the (rank, remote key) pairs such that a query of
-the rank may attend to the key.  A pair *may* attend where the mask holds for some value of what depends on data
-(leaves, batch, head); it *must* where the mask holds for every such value.
+Terms: *moved* tokens are sent between ranks; their *lower bound* counts the (rank, remote key) pairs such that a query
+of the rank may attend to the key.  A pair *may* attend if the mask holds for some value of its data (leaves, batch,
+head); it *must* if the mask holds for every such value.
 
 Contract: `prove` returns only if all of this holds, and raises ScheduleError for the first thing that does not.
 
-    wellformed   each step says what its rank does: own queries, own rows sent, tiles inside the block
+    wellformed   each step is about its rank: local queries, local rows sent, tiles inside the key block
     exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
-    waits        no circle, forward and backward: an exchange ends only after both its ends have started it
-    coverage     tiles are disjoint; pairs outside may not attend; in full tiles and triangles all must
-    thrift       each received token serves a tile, and no tile is provably empty or larger than it has to be
+    waits        no deadlock, forward and backward: an exchange completes only after both ends have started it
+    coverage     tiles are disjoint; pairs outside of tiles may not attend; in full tiles and triangles all must
+    thrift       each received token is used by a tile; no tile is provably empty or larger than necessary
 
-Coverage is checked for each element of a mask that has at most BRUTE of them, else by arithmetic (`cover`).
+Coverage is checked element by element if the mask has at most BRUTE elements, else by intervals (`cover`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof counted on its way.  Areas are (query, key) pairs of one rank, as `Program.area` counts them."""
+    """What the proof counted.  Areas are (query, key) pairs of one rank, as `Program.area` counts them."""
 
     world: int
     exchanges: int
@@ -63,16 +63,16 @@ class Proof:
 
 
 def prove(problem: Problem) -> Proof:
-    """Proves the programs of all ranks of `problem`; raises ScheduleError where one of them is wrong."""
+    """Proves the programs of all ranks of `problem`; raises ScheduleError if one is wrong."""
     return check([program(problem, rank) for rank in range(problem.world)])
 
 
 def prove_from(problem: Problem, rank: int) -> Proof:
-    """Proves the tiles of all ranks as arrays, and that the program of `rank` is what they say.
+    """Proves the tiles of all ranks as arrays, and that the program of `rank` agrees with them.
 
-    For schedules of many tiles, whose programs on all ranks would take minutes to write down.  That every send has its
-    receive follows, since both ends read one table; that nothing waits in a circle, since every rank's shifts ascend:
-    a wait for shift t only waits for what its peer does after the peer's own waits for shifts below t.
+    For schedules of many tiles, where building the programs of all ranks would take minutes.  Every send has a receive,
+    since both ends read one table.  There is no deadlock, since every rank's shifts ascend: a wait for shift t only
+    waits for what the peer does after its waits for shifts below t.
     """
     whole, one = tiling(problem), program(problem, rank)
     for index, step in enumerate(one.steps):
@@ -131,8 +131,8 @@ def lower_bound(problem: Problem, rank: int) -> int:
     """Number of distinct remote key tokens to which some query of `rank` may attend."""
     own = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
     remote = [(stop, start) for (_, stop), (start, _) in zip(own, own[1:], strict=False)]
-    pieces = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
-    return sum(_needed(problem, rank, piece) for piece in pieces)
+    parts = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
+    return sum(_needed(problem, rank, part) for part in parts)
 
 
 def _needed(problem: Problem, rank: int, keys: Span) -> int:
@@ -206,7 +206,7 @@ Event = tuple[int, str, int]  # (rank, what it does, index of the exchange)
 
 
 def _waits(programs: Sequence[Program]) -> None:
-    """Edges lead from what happens first.  Backward alone: it holds the forward's events, in the same order."""
+    """Edges point forward in time.  The backward alone: it holds the forward's events, in the same order."""
     graph: nx.DiGraph[Event] = nx.DiGraph()
     for one in programs:
         nx.add_path(graph, _events(one))
@@ -222,8 +222,8 @@ def _waits(programs: Sequence[Program]) -> None:
 
 
 def _events(one: Program) -> Iterator[Event]:
-    """What `ringpass.ops.ring` does, in order: an exchange starts once the last one is in, a return is a step late."""
-    late = None
+    """The events of `ringpass.ops.ring` in order: an exchange starts once the last is complete, returns lag a step."""
+    pending = None
     for index, step in enumerate(one.steps):
         if index:
             yield (one.rank, "wait", step.shift)
@@ -231,11 +231,11 @@ def _events(one: Program) -> Iterator[Event]:
             yield (one.rank, "start", following.shift)
         if index:
             yield (one.rank, "start return", step.shift)
-        if late is not None:
-            yield (one.rank, "wait return", late)
-        late = step.shift if index else None
-    if late is not None:
-        yield (one.rank, "wait return", late)
+        if pending is not None:
+            yield (one.rank, "wait return", pending)
+        pending = step.shift if index else None
+    if pending is not None:
+        yield (one.rank, "wait return", pending)
 
 
 def _coverage(one: Program) -> None:
@@ -247,7 +247,7 @@ def _coverage(one: Program) -> None:
     except ScheduleError:
         if without_data(expr, True) == expr:
             raise
-        _cover_rectangles(one)  # knows more where data and positions mix: k <= max(q, x0[b])
+        _cover_rectangles(one)  # proves more where data and positions mix: k <= max(q, x0[b])
 
 
 def _tiles(one: Program) -> Iterator[tuple[Step, Tile, Ranges, Ranges]]:
@@ -279,7 +279,7 @@ def _cover_elements(one: Program) -> None:
 
 
 def _shape(tile: Tile) -> Tensor:
-    """The pairs that a tile computes."""
+    """A mask of the pairs that a tile computes."""
     square = torch.ones(tile.q[1] - tile.q[0], tile.k[1] - tile.k[0], dtype=torch.bool)
     return {CAUSAL_TILE: square.tril, MIRRORED: square.triu}.get(tile.kind, square.clone)()
 
@@ -293,7 +293,7 @@ def _cover_rectangles(one: Program) -> None:
 
 
 def _parts(tile: Tile, q: Ranges, k: Ranges) -> Iterator[tuple[Span, Span, int]]:
-    """A tile in rows as tiles in tokens: each run of queries by each run of keys."""
+    """A tile in rows as tiles in tokens: each range of queries by each range of keys."""
     for i, queries in enumerate(q):
         for j, keys in enumerate(k):
             if tile.kind != CAUSAL_TILE or len(q) == len(k) == 1:
@@ -303,7 +303,7 @@ def _parts(tile: Tile, q: Ranges, k: Ranges) -> Iterator[tuple[Span, Span, int]]
 
 
 def _owner(one: Program, keys: Span) -> int:
-    """The rank that the program takes `keys` from: its own, or the sender of the step that brings them."""
+    """The rank that the program gets `keys` from: itself, or the sender of the step that receives them."""
     for step in one.steps[1:]:
         if step.receive and any(a <= keys[0] < b for a, b in step.receive.tokens):
             return step.receive.src
@@ -311,7 +311,7 @@ def _owner(one: Program, keys: Span) -> int:
 
 
 def _thrift(one: Program) -> None:
-    """With this, what a rank receives is the lower bound, at the granularity of tiles."""
+    """With this, a rank receives exactly the lower bound, at the granularity of tiles."""
     expr, edge = one.problem.expr, one.problem.tile
     for step, tile, q, k in _tiles(one):
         whole = tile.kind != PARTIAL and not one.problem.cut_all

@@ -1,4 +1,4 @@
-"""Where to cut a rectangle of (query, key) pairs so that its parts are full, empty or triangles.  No tensors.
+"""Where to split a rectangle of (query, key) pairs so that its parts are full, empty or triangles.  No tensors.
 
     >>> from ringpass.masks.expr import parse
     >>> window = parse("k <= q & q - k < 4")
@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringpass.masks.expr import FALSE, TRUE, Call, Const, Expr, Index, K, Q, call, parts, rebuilt
-from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, Spans, classify_all
+from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, IntervalArrays, classify_all
 from ringpass.masks.simplify import linear
 
 Array = NDArray[Any]
 NONE, LOWER, UPPER = range(3)
 DIAGONAL = "k - q"
-SMALLEST = 64  # rows or columns of a rectangle that is worth cutting for a triangle
+SMALLEST = 64  # fewest rows and columns of a rectangle that is split to get a triangle
 _EMPTY, _PARTIAL, _FULL = (KINDS.index(kind) for kind in (EMPTY, PARTIAL, FULL))
 
 
@@ -50,8 +50,8 @@ class Edge:
         return f"{self.line} {'<=' if self.below else '>='} {self.bound}"
 
     @property
-    def cut(self) -> int:
-        """Where a row or column edge divides the axis."""
+    def boundary(self) -> int:
+        """The first row or column behind a row or column edge."""
         return self.bound + 1 if self.below else self.bound
 
 
@@ -75,7 +75,7 @@ def grids(expr: Expr, axis: str) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=1024)
 def opened(expr: Expr) -> Expr:
-    """`expr` with `abs(x) < c` written as two comparisons."""
+    """`expr` with `abs(x) < c` as two comparisons."""
     if isinstance(expr, Call) and expr.op in ("lt", "le"):
         inner, most = expr.args
         if isinstance(inner, Call) and inner.op == "abs" and isinstance(most, Const) and linear(inner.args[0]):
@@ -122,18 +122,18 @@ def _forced(expr: Expr, comparison: Expr, value: bool) -> Expr:
     return force(opened(expr))
 
 
-def alone(expr: Expr, edge: Edge, q: Spans, k: Spans) -> Array:
+def alone(expr: Expr, edge: Edge, q: IntervalArrays, k: IntervalArrays) -> Array:
     """Whether, in each rectangle, the mask is `edge` and nothing else."""
     out: Array = classify_all(_forced(expr, edge.comparison, True), q, k) == _FULL
     out[out] = classify_all(_forced(expr, edge.comparison, False), *_some(q, k, out)) == _EMPTY
     return out
 
 
-def _some(q: Spans, k: Spans, where: Array) -> tuple[Spans, Spans]:
+def _some(q: IntervalArrays, k: IntervalArrays, where: Array) -> tuple[IntervalArrays, IntervalArrays]:
     return (q[0][where], q[1][where]), (k[0][where], k[1][where])
 
 
-def triangle(expr: Expr, q: Spans, k: Spans) -> Array:
+def triangle(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> Array:
     """NONE, LOWER or UPPER for each rectangle."""
     out = np.full(len(q[0]), NONE, np.int8)
     for edge in _diagonals(expr):
@@ -147,11 +147,11 @@ def _diagonals(expr: Expr) -> list[Edge]:
     return [edge for edge in edges(expr) if edge.line == DIAGONAL]
 
 
-# --- cuts -------------------------------------------------------------------------------------------------------------
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def cut(expr: Expr, q: Spans, k: Spans, tile: int) -> tuple[Array, Array]:
-    """Where to cut rectangles that the mask cuts through: by rows, or else by columns; -1 where it is not worth it.
+def split(expr: Expr, q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[Array, Array]:
+    """Where to split partial rectangles: by rows, or else by columns; -1 where it does not pay.
 
     larger than a tile   at a row or column edge; a strip of at most `tile` rows (columns) at a diagonal's ends; else
                          columns in the middle, where that leaves a half empty or full or there are few rows; else rows
@@ -175,52 +175,52 @@ def cut(expr: Expr, q: Spans, k: Spans, tile: int) -> tuple[Array, Array]:
     return rows, columns
 
 
-def middle(q: Spans, k: Spans, tile: int) -> tuple[Array, Array]:
-    """Cuts near the middle of the longer side, rows or else columns."""
+def middle(q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[Array, Array]:
+    """Splits near the middle of the longer side, rows or else columns."""
     tall = q[1] - q[0] >= k[1] - k[0]
     return np.where(tall, _middle(q, tile), -1), np.where(tall, -1, _middle(k, tile))
 
 
-def _inside(candidates: Spans, span: Spans) -> Array:
-    """The first of the candidates that is strictly inside of `span`; -1 where none is."""
+def _inside(candidates: IntervalArrays, span: IntervalArrays) -> Array:
+    """The first of the candidates strictly inside `span`; -1 if none is."""
     out = np.full(len(span[0]), -1)
     for at in candidates:
         out = np.where((out < 0) & (span[0] < at) & (at < span[1]), at, out)
     return out
 
 
-def _straight(expr: Expr, q: Spans, k: Spans, large: Array) -> tuple[Array, Array]:
+def _straight(expr: Expr, q: IntervalArrays, k: IntervalArrays, large: Array) -> tuple[Array, Array]:
     """Row and column edges inside the rectangles; in those of a tile's size only where a side is empty."""
     rows, columns = np.full(len(large), -1), np.full(len(large), -1)
     for edge in (edge for edge in edges(expr) if edge.line != DIAGONAL):
-        own, out = (q, rows) if edge.line == "q" else (k, columns)
-        inside = (own[0] < edge.cut) & (edge.cut < own[1]) & (rows < 0) & (columns < 0)
+        side, out = (q, rows) if edge.line == "q" else (k, columns)
+        inside = (side[0] < edge.boundary) & (edge.boundary < side[1]) & (rows < 0) & (columns < 0)
         small = np.flatnonzero(inside & ~large)
         inside[small] = _clears(expr, *_some(q, k, small), edge)
-        out[inside] = edge.cut
+        out[inside] = edge.boundary
     return rows, columns
 
 
-def _clears(expr: Expr, q: Spans, k: Spans, edge: Edge) -> Array:
-    """Whether a cut at the row or column `edge` leaves an empty side."""
+def _clears(expr: Expr, q: IntervalArrays, k: IntervalArrays, edge: Edge) -> Array:
+    """Whether a split at the row or column `edge` leaves an empty side."""
     out = np.zeros(len(q[0]), dtype=bool)
     start, stop = q if edge.line == "q" else k
-    for part in (start, np.full_like(start, edge.cut)), (np.full_like(start, edge.cut), stop):
+    for part in (start, np.full_like(start, edge.boundary)), (np.full_like(start, edge.boundary), stop):
         out |= classify_all(expr, *((part, k) if edge.line == "q" else (q, part))) == _EMPTY
     return out
 
 
-def _halved(expr: Expr, q: Spans, k: Spans, tile: int) -> tuple[Array, Array]:
-    """Cuts near the middle, rows or else columns."""
+def _halved(expr: Expr, q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[Array, Array]:
+    """Splits near the middle, rows or else columns."""
     row, column = _middle(q, tile, grids(expr, "q")), _middle(k, tile, grids(expr, "k"))
     wide = k[1] - k[0] > tile
-    known = [classify_all(expr, q, half) != _PARTIAL for half in ((k[0], column), (column, k[1]))]
-    by_columns = wide & (known[0] | known[1] | (q[1] - q[0] <= tile))
+    settled = [classify_all(expr, q, half) != _PARTIAL for half in ((k[0], column), (column, k[1]))]
+    by_columns = wide & (settled[0] | settled[1] | (q[1] - q[0] <= tile))
     return np.where(by_columns, -1, row), np.where(by_columns, column, -1)
 
 
-def _middle(span: Spans, tile: int, grid: tuple[tuple[int, int], ...] = ()) -> Array:
-    """Near the middle, at a line of the grid where one is inside, else at a multiple of `tile`."""
+def _middle(span: IntervalArrays, tile: int, grid: tuple[tuple[int, int], ...] = ()) -> Array:
+    """Near the middle: at a grid line inside the span, else at a multiple of `tile`."""
     start, stop = span
     middle, out = (start + stop) // 2, np.full(len(start), -1)
     for n, offset in (*((n * max(1, tile // n), c) for n, c in grid), *grid, (tile, 0)):

@@ -1,4 +1,4 @@
-"""The tiles of one attention on all ranks at once, as arrays: which pairs are computed, how the mask looks there.
+"""The tiles of one attention on all ranks at once, as arrays: which pairs are computed, under which kind of mask.
 
 Terms: a *problem* is one attention as the schedule sees it: a mask, lengths, layouts.  A *tile* is a rectangle of
 (query, key) pairs whose mask is full, partial or a triangle.
@@ -17,21 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringpass.layouts.layout import Layout
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import Expr, parse
-from ringpass.masks.intervals import KINDS, Spans, classify_all
+from ringpass.masks.intervals import KINDS, IntervalArrays, classify_all
 from ringpass.masks.rewrite import bind
-from ringpass.schedule import splitting as cuts
+from ringpass.schedule import splitting
 
 CAUSAL_TILE = "causal"  # query row i sees key rows 0..i: the kernels' own causal flag
-MIRRORED = "mirrored"  # query row i sees key rows i and after: the same, with all rows in reverse
+MIRRORED = "mirrored"  # query row i sees key rows i and after: causal, with all rows in reverse
 TRIANGLES = (CAUSAL_TILE, MIRRORED)
 TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
-FINEST = 64  # edge of the smallest tiles that pay: for fewer rows no other tile is cut
-THIN = TILE // 4  # a full tile narrower than this is no longer than TILE, and shares a kernel call with others
+FINEST = 64  # edge of the smallest tiles that pay
+THIN = TILE // 4  # a full tile narrower than this is at most TILE long, and shares a kernel launch with others
 TILE_KINDS = (*KINDS, *TRIANGLES)
 _EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
-TRIMMED = 1 << 17  # tiles of other ranks' keys whose ends are trimmed to the token; more are left as they are
+TRIMMED = 1 << 17  # with more partial tiles of remote keys than this, their ends are not trimmed to the token
 BATCH = 1 << 18  # rectangles classified at once
 Array = NDArray[Any]
 
@@ -40,7 +40,7 @@ Array = NDArray[Any]
 class Tile:
     """Query rows `q` (of the local block) x key rows `k` (of the step's key block), half-open.
 
-    `kind`: how the mask looks there: one of TILE_KINDS but empty.
+    `kind`: one of TILE_KINDS, but not empty.
     """
 
     q: tuple[int, int]
@@ -56,8 +56,8 @@ class Problem:
     """One site as the schedule sees it.
 
     `mask` is a boolean expression of `ringpass.masks.expr`; lengths are in tokens.  `cut_all`: no tile may be larger
-    than `tile`, full ones included, because the kernel holds a tile's scores in memory.  `known`: the values of some of
-    the mask's leaves, by number.
+    than `tile`, full ones included, because the kernel holds a tile's scores in memory.  `constants`: the values of
+    some of the mask's leaves, by number.
     """
 
     mask: str
@@ -67,7 +67,7 @@ class Problem:
     key_layout: Layout
     tile: int = TILE
     cut_all: bool = False
-    known: tuple[tuple[int, Known], ...] = ()
+    constants: tuple[tuple[int, ConstantArray], ...] = ()
 
     @property
     def world(self) -> int:
@@ -75,7 +75,7 @@ class Problem:
 
     @cached_property
     def expr(self) -> Expr:
-        return bind(parse(self.mask), dict(self.known))
+        return bind(parse(self.mask), dict(self.constants))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,8 @@ class Tiling:
 
     dst: Array
     src: Array
-    q: Spans
-    k: Spans
+    q: IntervalArrays
+    k: IntervalArrays
     kind: Array
 
     def __len__(self) -> int:
@@ -125,12 +125,12 @@ class Tiling:
 
     def received(self, world: int) -> Array:
         """Key tokens that each rank receives."""
-        runs = self.used()
-        remote = runs.src != runs.dst
-        return np.bincount(runs.dst[remote], (runs.k[1] - runs.k[0])[remote], world)
+        used = self.used()
+        remote = used.src != used.dst
+        return np.bincount(used.dst[remote], (used.k[1] - used.k[0])[remote], world)
 
     def used(self) -> Tiling:
-        """One entry per (dst, src, run of keys that tiles use): their queries and kinds mean nothing."""
+        """One entry per (dst, src, interval of keys that tiles use); its queries and kind have no meaning."""
         order = np.lexsort((self.k[0], self.src, self.dst))
         dst, src, start, stop = (x[order] for x in (self.dst, self.src, *self.k))
         pair = np.concatenate([[0], np.cumsum((np.diff(dst) != 0) | (np.diff(src) != 0))])[: len(dst)]
@@ -138,20 +138,20 @@ class Tiling:
         reached = np.maximum.accumulate(stop + offset)
         begins = np.concatenate([[True], (start + offset)[1:] > reached[:-1]])[: len(dst)]
         ends = np.concatenate([begins[1:], [True]])[: len(dst)]
-        runs = start[begins], (reached - offset)[ends]
-        return Tiling(dst[begins], src[begins], runs, runs, np.zeros(int(begins.sum()), np.int8))
+        intervals = start[begins], (reached - offset)[ends]
+        return Tiling(dst[begins], src[begins], intervals, intervals, np.zeros(int(begins.sum()), np.int8))
 
 
 @lru_cache(maxsize=64)
 def tiling(problem: Problem) -> Tiling:
-    """The non-empty tiles of all ranks: pairs of chunks, cut until each is full, empty, a triangle or small enough."""
+    """The non-empty tiles of all ranks: pairs of chunks, split until each is full, empty, a triangle or small."""
     q, k = chunks(problem.query_layout, problem.queries), chunks(problem.key_layout, problem.keys)
     found = []
     rows_at_once = max(1, BATCH // max(1, len(k[0])))
     for low in range(0, max(1, len(q[0])), rows_at_once):
         some = [x[low : low + rows_at_once] for x in q]
         pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
-        found += _cut_up(problem, *_with_ranks(problem, *pairs))
+        found += _split_up(problem, *_with_ranks(problem, *pairs))
     dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
     remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
     if len(remote) <= TRIMMED:
@@ -163,8 +163,8 @@ def tiling(problem: Problem) -> Tiling:
     return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
 
 
-def _trim(expr: Expr, q: Spans, k: Spans) -> Spans:
-    """The keys of each tile without those at either end that no query sees, by bisection: what is left travels."""
+def _trim(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> IntervalArrays:
+    """The keys of each tile without those at either end that no query sees, by bisection; the others are sent."""
     start = k[0] + _empty(lambda n: classify_all(expr, q, (k[0], k[0] + n)), k[1] - k[0])
     stop = k[1] - _empty(lambda n: classify_all(expr, q, (k[1] - n, k[1])), k[1] - start)
     return start, stop
@@ -189,17 +189,19 @@ def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:
 
 
 def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]:
-    """dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are each rank's own."""
+    """dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are local on each rank."""
     pairs = [q[0], k[0], *q[1:], *k[1:]]
     return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
 
 
-def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array) -> list[list[Array]]:
-    """Cuts rectangles by `cuts`; returns the columns of the tiles found at each size."""
+def _split_up(
+    problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: Array, k1: Array
+) -> list[list[Array]]:
+    """Splits rectangles until all are tiles; returns the columns of the tiles found in each round."""
     found = []
     while True:
         kind = _kinds(problem, (q0, q1), (k0, k1))
-        rows, columns, more = _cuts(problem, (q0, q1), (k0, k1), kind)
+        rows, columns, more = _boundaries(problem, (q0, q1), (k0, k1), kind)
         found.append([x[~more & (kind != _EMPTY)] for x in (dst, src, q0, q1, k0, k1, kind)])
         if not more.any():
             return found
@@ -210,28 +212,28 @@ def _cut_up(problem: Problem, dst: Array, src: Array, q0: Array, q1: Array, k0: 
         k0, k1 = np.concatenate([k0, np.where(rows >= 0, k0, columns)]), np.concatenate([k_end, k1])
 
 
-def _kinds(problem: Problem, q: Spans, k: Spans) -> Array:
-    """Indices into TILE_KINDS; where the scores of a tile stay in memory, only small tiles are triangles."""
+def _kinds(problem: Problem, q: IntervalArrays, k: IntervalArrays) -> Array:
+    """Indices into TILE_KINDS; where a tile's scores are held in memory, only small tiles are triangles."""
     kind = classify_all(problem.expr, q, k)
     some = np.flatnonzero(kind == _PARTIAL)
     some_q, some_k = _some(q, some), _some(k, some)
-    shape = cuts.triangle(problem.expr, some_q, some_k)
+    shape = splitting.triangle(problem.expr, some_q, some_k)
     if problem.cut_all:
-        shape[(shape == cuts.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = cuts.NONE
+        shape[(shape == splitting.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = splitting.NONE
     kind[some] = np.choose(shape, (_PARTIAL, _CAUSAL, _MIRRORED))
     return kind
 
 
-def _cuts(problem: Problem, q: Spans, k: Spans, kind: Array) -> tuple[Array, Array, Array]:
-    """Where to cut each rectangle, by rows or else by columns (-1: not), and which ones."""
+def _boundaries(problem: Problem, q: IntervalArrays, k: IntervalArrays, kind: Array) -> tuple[Array, Array, Array]:
+    """Where to split each rectangle, by rows or else by columns (-1: not), and which ones to split."""
     large = np.maximum(q[1] - q[0], k[1] - k[0]) > problem.tile
     rows, columns = np.full(len(kind), -1), np.full(len(kind), -1)
-    whole = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
-    rows[whole], columns[whole] = cuts.middle(_some(q, whole), _some(k, whole), problem.tile)
-    through = np.flatnonzero(kind == _PARTIAL)
-    rows[through], columns[through] = cuts.cut(problem.expr, _some(q, through), _some(k, through), problem.tile)
+    full = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
+    rows[full], columns[full] = splitting.middle(_some(q, full), _some(k, full), problem.tile)
+    partial = np.flatnonzero(kind == _PARTIAL)
+    rows[partial], columns[partial] = splitting.split(problem.expr, _some(q, partial), _some(k, partial), problem.tile)
     return rows, columns, (rows >= 0) | (columns >= 0)
 
 
-def _some(spans: Spans, where: Array) -> Spans:
+def _some(spans: IntervalArrays, where: Array) -> IntervalArrays:
     return spans[0][where], spans[1][where]

@@ -50,7 +50,7 @@ def shard_as_a_plain_slice() -> Iterator[None]:
         where = Shard(*args[:-1])
         full = grad.new_zeros(where.resized(grad.shape, where.length, where.tokens))
         offset = 0
-        for start, stop in where.placement.ranges(where.rank, where.tokens):
+        for start, stop in where.layout.ranges(where.rank, where.tokens):
             full.narrow(where.dim, start, stop - start).copy_(grad.narrow(where.dim, offset, stop - start))
             offset += stop - start
         return full

@@ -43,7 +43,7 @@ def counted() -> Iterator[list[int]]:
     """Bytes that this rank receives inside: of keys and values, and of their gradients."""
     totals, start = [0, 0], p2p.start
 
-    def counting(sent: Tensor, dst: Any, numel: int, src: Any, tag: int, name: str) -> p2p.Exchange:
+    def counting(sent: Tensor, dst: Any, numel: int, src: Any, tag: int, name: str) -> p2p.PendingExchange:
         totals[tag % 2] += numel * sent.element_size()
         return start(sent, dst, numel, src, tag, name)
 

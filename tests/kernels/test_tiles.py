@@ -60,13 +60,13 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def coins(*shape: int, rate: float = 0.6) -> Tensor:
+def keep_mask(*shape: int, rate: float = 0.6) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(2)) < rate
 
 
 def holes(*shape: int) -> Tensor:
     """A mask whose row 2 sees nothing."""
-    mask = coins(*shape)
+    mask = keep_mask(*shape)
     mask[..., 2, :] = False
     return mask
 
@@ -78,9 +78,9 @@ ARGS: dict[str, tuple[TileArgs, dict[str, Any]]] = {
     "causal": (TileArgs(SCALE, causal=True), {"lengths": (7, 7)}),
     "grouped heads": (TileArgs(SCALE), {"heads": (6, 2)}),
     "one key head": (TileArgs(SCALE, causal=True), {"heads": (4, 1), "lengths": (7, 7)}),
-    "mask": (TileArgs(SCALE, mask=coins(2, 4, 7, 9)), {}),
-    "key mask": (TileArgs(SCALE, mask=coins(2, 1, 1, 9)), {}),
-    "query mask": (TileArgs(SCALE, mask=coins(1, 1, 7, 1)), {}),
+    "mask": (TileArgs(SCALE, mask=keep_mask(2, 4, 7, 9)), {}),
+    "key mask": (TileArgs(SCALE, mask=keep_mask(2, 1, 1, 9)), {}),
+    "query mask": (TileArgs(SCALE, mask=keep_mask(1, 1, 7, 1)), {}),
     "one bit": (TileArgs(SCALE, mask=torch.ones(1, 1, 1, 1, dtype=torch.bool)), {}),
     "no bit": (TileArgs(SCALE, mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool)), {}),
     "bias": (TileArgs(SCALE, bias=noise(1, 4, 7, 9)), {}),
@@ -94,12 +94,14 @@ ARGS: dict[str, tuple[TileArgs, dict[str, Any]]] = {
     "learned bias": (TileArgs(SCALE, bias=noise(1, 4, 7, 9), learned=True), {}),
     "learned bias of heads": (TileArgs(SCALE, mask=holes(2, 1, 7, 9), bias=noise(1, 4, 1, 1), learned=True), {}),
     "learned bias of keys": (TileArgs(SCALE, causal=True, bias=noise(2, 1, 1, 7), learned=True), {"lengths": (7, 7)}),
-    "dropout": (TileArgs(SCALE, keep=coins(2, 4, 7, 9), dropout=0.4), {}),
+    "dropout": (TileArgs(SCALE, keep=keep_mask(2, 4, 7, 9), dropout=0.4), {}),
     "dropout, causal, grouped heads": (
-        TileArgs(SCALE, causal=True, keep=coins(2, 4, 7, 7), dropout=0.4), {"heads": (4, 2), "lengths": (7, 7)},
+        TileArgs(SCALE, causal=True, keep=keep_mask(2, 4, 7, 7), dropout=0.4), {"heads": (4, 2), "lengths": (7, 7)},
     ),
     "dropout, mask and learned bias": (
-        TileArgs(SCALE, False, holes(2, 1, 7, 9), noise(1, 4, 7, 9), coins(2, 4, 7, 9), dropout=0.4, learned=True), {},
+        TileArgs(
+            SCALE, False, holes(2, 1, 7, 9), noise(1, 4, 7, 9), keep_mask(2, 4, 7, 9), dropout=0.4, learned=True
+        ), {},
     ),
     "wide values": (TileArgs(SCALE, mask=holes(2, 1, 7, 9)), {"widths": (8, 5), "heads": (4, 2)}),
     "mirrored": (TileArgs(SCALE, mirrored=True), {"lengths": (7, 7), "heads": (4, 2)}),
@@ -226,7 +228,7 @@ WHOLE: dict[str, TileArgs] = {
     "plain": TileArgs(SCALE),
     "mask and bias": TileArgs(SCALE, mask=holes(2, 1, 8, 12), bias=noise(1, 4, 8, 12)),
     "key mask": TileArgs(SCALE, mask=torch.arange(12).view(1, 1, 1, 12) < torch.tensor([4, 12]).view(2, 1, 1, 1)),
-    "dropout": TileArgs(SCALE, mask=coins(2, 1, 8, 12), keep=coins(2, 4, 8, 12), dropout=0.4),
+    "dropout": TileArgs(SCALE, mask=keep_mask(2, 1, 8, 12), keep=keep_mask(2, 4, 8, 12), dropout=0.4),
 }
 
 
@@ -274,7 +276,7 @@ def strided(x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", range(4))
 def test_inputs_may_have_any_strides(layout: int, kernel: str) -> None:
-    args = TileArgs(SCALE, mask=coins(2, 1, 7, 9))
+    args = TileArgs(SCALE, mask=keep_mask(2, 1, 7, 9))
     q, k, v = tensors()
     grad = noise(2, 4, 7, 8, seed=3)
     out, lse = forward(q, k, v, args)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ringpass import ops
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
-from ringpass.layouts import redistribution as moves
+from ringpass.layouts import redistribution
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, spread
 from tests.support import thread_ranks
@@ -25,7 +25,7 @@ from tests.support.workers import Workers
 F64: Any = {"dtype": torch.float64}
 
 
-def dealt(world: int, tokens: int, seed: int) -> tuple[list[Ranges], list[Ranges]]:
+def random_assignment(world: int, tokens: int, seed: int) -> tuple[list[Ranges], list[Ranges]]:
     """Random ranges: what each rank holds, each token once, and what each wants, as it comes."""
     draw = random.Random(seed)
     owners = [draw.randrange(world) for _ in range(tokens)]
@@ -46,7 +46,7 @@ def pick(x: Tensor, ranges: Ranges) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("world", range(1, 6))
 def test_forth_and_back(world: int, seed: int) -> None:
-    held, wanted = dealt(world, 23, seed)
+    held, wanted = random_assignment(world, 23, seed)
     x = torch.randn(2, 23, 3, **F64)
     grads = [torch.randn_like(pick(x, ranges)) for ranges in wanted]
 
@@ -66,10 +66,10 @@ def test_forth_and_back(world: int, seed: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_nothing_travels_twice_or_in_vain(world: int) -> None:
     for seed in range(20):
-        held, wanted = dealt(world, 31, seed)
+        held, wanted = random_assignment(world, 31, seed)
         sides = [[{*spread(r)} for r in side] for side in (held, wanted)]
         for rank in range(world):
-            found = moves.among(tuple(held), tuple(wanted), rank)
+            found = redistribution.among(tuple(held), tuple(wanted), rank)
             needed = [len(sides[1][rank] & has) if other != rank else 0 for other, has in enumerate(sides[0])]
             assert list(found.received) == needed
 
@@ -85,7 +85,7 @@ def test_ranks_that_hold_what_they_want_send_nothing() -> None:
 
 def test_what_nobody_holds_cannot_be_wanted() -> None:
     with pytest.raises(AssertionError, match="nobody holds"):
-        moves.moves([np.arange(3), np.arange(4, 6)], [np.arange(4), np.arange(2)], 0)
+        redistribution.redistribution([np.arange(3), np.arange(4, 6)], [np.arange(4), np.arange(2)], 0)
 
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "zigzag along hilbert 4x5 after 3", "chunks 1,0,1")
@@ -93,22 +93,22 @@ LAYOUTS = ("contiguous", "zigzag", "striped", "zigzag along hilbert 4x5 after 3"
 
 @pytest.mark.parametrize("other", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_redeal(layout: str, other: str) -> None:
+def test_redistribute(layout: str, other: str) -> None:
     """Of a dim that is (2, S, 3) merged, on three ranks and two."""
     tokens, world = 23, 2 if "chunks" in layout + other else 3
     x = torch.randn(5, 2 * tokens * 3, **F64)
 
     def own(whole: Tensor, name: str, rank: int) -> Tensor:
-        at = torch.from_numpy(moves.held_by(Layout(name, world), rank, tokens))
+        at = torch.from_numpy(redistribution.held_by(Layout(name, world), rank, tokens))
         return whole.view(5, 2, tokens, 3)[:, :, at].reshape(5, -1)
 
     def job(rank: int, group: str) -> tuple[Tensor, Tensor]:
         local = own(x, layout, rank).requires_grad_()
-        out = ops.redeal(local, 1, 2, tokens, layout, other, world, rank, group)
+        out = ops.redistribute(local, 1, 2, tokens, layout, other, world, rank, group)
         out.backward(own(x, other, rank).square())
         assert local.grad is not None
         with FakeTensorMode() as mode:
-            fake = ops.redeal(mode.from_tensor(local), 1, 2, tokens, layout, other, world, rank, group)
+            fake = ops.redistribute(mode.from_tensor(local), 1, 2, tokens, layout, other, world, rank, group)
         assert fake.shape == out.shape
         return out.detach(), local.grad
 
@@ -121,25 +121,25 @@ def test_a_rank_without_tokens() -> None:
     x = torch.randn(2, 11, 3, **F64)
 
     def job(rank: int, group: str) -> tuple[Tensor, Tensor]:
-        local = x[:, moves.held_by(Layout("chunked", 5), rank, 11)].requires_grad_()
-        out = ops.redeal(local, 1, 1, 11, "chunked", "zigzag", 5, rank, group)
+        local = x[:, redistribution.held_by(Layout("chunked", 5), rank, 11)].requires_grad_()
+        out = ops.redistribute(local, 1, 1, 11, "chunked", "zigzag", 5, rank, group)
         out.sum().backward()
         assert local.grad is not None and torch.equal(local.grad, torch.ones_like(local))
         return out, collectives.gather(local.detach(), Shard(1, 1, 11, "chunked", 5, rank), group)
 
     for rank, (out, whole) in enumerate(thread_ranks.run(5, job)):
-        assert torch.equal(out, x[:, moves.held_by(Layout("zigzag", 5), rank, 11)]) and torch.equal(whole, x)
+        assert torch.equal(out, x[:, redistribution.held_by(Layout("zigzag", 5), rank, 11)]) and torch.equal(whole, x)
 
 
 def on_gloo(group: dist.ProcessGroup) -> float:
-    """The largest error of a redeal, complex and not."""
+    """The largest error of a redistribute, complex and not."""
     name, rank, worst = group.group_name, group.rank(), 0.0
     for dtype in (torch.float64, torch.complex64, torch.int64):
         x = torch.arange(46).view(2, 23).to(dtype)
         where = [Shard(1, 1, 23, layout, group.size(), rank) for layout in ("zigzag", "contiguous")]
         local, want = (collectives.take(x, shard) for shard in where)
         args = local, 1, 1, 23, "zigzag", "contiguous", group.size(), rank, name
-        worst = max(worst, (ops.redeal(*args) - want).abs().max().item())
+        worst = max(worst, (ops.redistribute(*args) - want).abs().max().item())
     return worst
 
 
@@ -152,5 +152,5 @@ def test_on_gloo(workers: Workers) -> None:
 def test_a_shift_by_one_moves_one_token_of_each_run(name: str, world: int, tokens: int = 1000) -> None:
     runs = [Layout(f"{name} cut {cut}", world) for cut in (-1, 1)]  # x[:, 1:] and x[:, :-1] of a line of 1,001
     for rank in range(world):
-        move = moves.between(runs[1].name, runs[0].name, world, tokens, rank)
+        move = redistribution.between(runs[1].name, runs[0].name, world, tokens, rank)
         assert sum(move.received) <= len(runs[0].ranges(rank, tokens))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 
 
 @st.composite
@@ -24,7 +24,7 @@ def arrays_and_boxes(draw: st.DrawFn) -> tuple[NDArray[np.generic], list[tuple[i
 @given(arrays_and_boxes())
 def test_bounds(drawn: tuple[NDArray[np.generic], list[tuple[int, int]]]) -> None:
     values, box = drawn
-    low, high = Known(values).bounds([(np.array([float(a)]), np.array([float(b)])) for a, b in box])
+    low, high = ConstantArray(values).bounds([(np.array([float(a)]), np.array([float(b)])) for a, b in box])
     inside = values[tuple(slice(a, b + 1) for a, b in box)]
     exact = values.dtype == bool or all(a == b for a, b in box[:-1])
     if exact:
@@ -35,17 +35,19 @@ def test_bounds(drawn: tuple[NDArray[np.generic], list[tuple[int, int]]]) -> Non
 
 
 def test_equal_contents_are_equal() -> None:
-    same = Known([0, 1, 1]), Known(torch.tensor([0, 1, 1]))
+    same = ConstantArray([0, 1, 1]), ConstantArray(torch.tensor([0, 1, 1]))
     assert same[0] == same[1] and hash(same[0]) == hash(same[1])
-    assert Known([0, 1, 1]) != Known([[0, 1, 1]]) and Known([0, 1]) != Known([False, True])
+    assert ConstantArray([0, 1, 1]) != ConstantArray([[0, 1, 1]]) and ConstantArray([0, 1]) != ConstantArray(
+        [False, True]
+    )
 
 
 def test_indices_from_the_end_are_unknown() -> None:
-    low, high = Known([3, 4]).bounds([(np.array([-1.0]), np.array([0.0]))])
+    low, high = ConstantArray([3, 4]).bounds([(np.array([-1.0]), np.array([0.0]))])
     assert (low, high) == (-np.inf, np.inf)
 
 
 @pytest.mark.parametrize("values", [[0.5], [], 3, ["a"]])
 def test_other_arrays_are_refused(values: object) -> None:
     with pytest.raises(ValueError, match="expected bools or integers"):
-        Known(values)
+        ConstantArray(values)

@@ -17,8 +17,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from ringpass import OptionError, RingConfig, top_blocks
 from ringpass.layouts.hilbert import Order, curve
 from ringpass.layouts.layout import Layout
-from ringpass.layouts.reindex import of_places
-from ringpass.masks.constants import Known
+from ringpass.layouts.reindex import of_curve_positions
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import Expr, parse, table
 from ringpass.masks.intervals import EMPTY, PARTIAL, classify
@@ -89,10 +89,10 @@ def test_squares_of_the_classical_curve_are_compact() -> None:
 def test_names() -> None:
     for order in (Order((3, 4)), Order((3, 4), 2), Order((2, 3, 4), 7)):
         assert Order.parse(str(order)) == order
-        assert np.array_equal(order.known.values[order.inverse.values], np.arange(order.tokens))
+        assert np.array_equal(order.permutation.values[order.inverse.values], np.arange(order.tokens))
         for name in ("contiguous", "zigzag", "chunks 0,1,1,0"):
             layout, plain = Layout(f"{name} along {order}", 2), Layout(name, 2)
-            assert layout.order == order and layout.map == name and not layout.replicated
+            assert layout.order == order and layout.scheme == name and not layout.replicated
             assert [layout.ranges(r, order.tokens) for r in (0, 1)] == [plain.ranges(r, order.tokens) for r in (0, 1)]
 
 
@@ -124,10 +124,10 @@ def values(expr: Expr, q: Tensor, k: Tensor, leaves: list[Tensor]) -> Tensor:
 def test_a_mask_at_places_is_the_mask_at_the_tokens_there(mask: str) -> None:
     order, at = Order(GRID, 2), torch.arange(32)
     leaves = [torch.rand(2, 32, generator=torch.Generator().manual_seed(0)) < 0.7, torch.arange(32) // 3 % 4]
-    there, expr = torch.from_numpy(order.known.values), parse(mask)
+    there, expr = torch.from_numpy(order.permutation.values), parse(mask)
     for orders in ({"q": order, "k": order}, {"q": order}, {"k": order}, {}):
         q, k = (there if name in orders else at for name in "qk")
-        moved = of_places(expr, orders)
+        moved = of_curve_positions(expr, orders)
         assert torch.equal(values(moved, at, at, leaves), values(expr, q, k, leaves))
         assert str(parse(str(moved))) == str(moved)
         assert orders or moved == expr
@@ -136,7 +136,7 @@ def test_a_mask_at_places_is_the_mask_at_the_tokens_there(mask: str) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_schedules_along_the_curve_are_proved(mask: str) -> None:
     order = Order(GRID, 2)
-    moved = str(of_places(parse(mask), {"q": order, "k": order}))
+    moved = str(of_curve_positions(parse(mask), {"q": order, "k": order}))
     for name, world in (("contiguous", 3), ("zigzag", 2)):
         prove(Problem(moved, 32, 32, Layout(name, world), Layout(name, world), 4))
 
@@ -145,10 +145,10 @@ def test_what_is_known_of_a_call_prunes_along_the_curve() -> None:
     """Two objects, the left and the right half of the image: along the curve each is few runs."""
     order = Order((8, 8))
     ids = np.arange(64) % 8 // 4
-    expr = of_places(parse("x0[b, q] == x0[b, k]"), {"q": order, "k": order})
+    expr = of_curve_positions(parse("x0[b, q] == x0[b, k]"), {"q": order, "k": order})
     assert classify(expr, (0, 8), (32, 40)) == PARTIAL
-    known = bind(expr, {0: Known(np.stack([ids, ids]))})
-    there = ids[order.known.values]
+    known = bind(expr, {0: ConstantArray(np.stack([ids, ids]))})
+    there = ids[order.permutation.values]
     for q in range(0, 64, 8):
         for k in range(0, 64, 8):
             apart = not set(there[q : q + 8]) & set(there[k : k + 8])
@@ -160,7 +160,7 @@ def test_what_is_known_of_a_call_prunes_along_the_curve() -> None:
 )
 def test_share_of_blocks(grid: tuple[int, int], radius: int, plain: float, along: float) -> None:
     expr, order = grid_window(grid, radius).expr, Order(grid)
-    moved = of_places(expr, {"q": order, "k": order})
+    moved = of_curve_positions(expr, {"q": order, "k": order})
     shares = [float(open_blocks(x, (order.tokens, order.tokens), 64).mean()) for x in (expr, moved)]
     assert shares == pytest.approx([plain, along], abs=5e-4)
 
@@ -169,7 +169,7 @@ def test_blocks_and_remote_keys_of_a_window() -> None:
     """128 x 128 tokens, radius 8, blocks of 64, 8 ranks: fewer blocks, fewer keys to receive, from more ranks."""
     expr, order, ranks = grid_window((128, 128), 8).expr, Order((128, 128)), Layout("contiguous", 8)
     found = []
-    for x in (expr, of_places(expr, {"q": order, "k": order})):
+    for x in (expr, of_curve_positions(expr, {"q": order, "k": order})):
         tiles = tiling(Problem(str(x), order.tokens, order.tokens, ranks, ranks, 64))
         remote = tiles.dst != tiles.src
         peers = len({*zip(tiles.dst[remote].tolist(), tiles.src[remote].tolist(), strict=True)}) / 8

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ringpass import OptionError, top_blocks
 from ringpass.layouts.layout import Layout
-from ringpass.masks.constants import Known
+from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import parse
 from ringpass.masks.intervals import FULL, KINDS, PARTIAL, classify_all
 from ringpass.masks.rewrite import bind
@@ -108,8 +108,8 @@ def test_schedules_of_any_data_are_proved(data: st.DataObject, world: int, layou
     exists = data.draw(st.lists(st.booleans(), min_size=24, max_size=24))
     sides = Layout(layout, world)
     mask = "k <= q & x0[b, q] == x0[b, k] & x1[b, k]"
-    known = (0, Known([ids, sorted(ids)])), (1, Known([exists, exists]))
-    prove(Problem(mask, 24, 24, sides, sides, tile, known=known))
+    constants = (0, ConstantArray([ids, sorted(ids)])), (1, ConstantArray([exists, exists]))
+    prove(Problem(mask, 24, 24, sides, sides, tile, constants=constants))
 
 
 # --- chosen blocks ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_wrong_selections_are_refused(wrong: dict[str, float], message: str) -> 
 
 def test_known_leaves_bound_the_tiling() -> None:
     sides = Layout("contiguous", 2)
-    one = Problem("x0[k]", 8, 8, sides, sides, 2, known=((0, Known([True] * 3 + [False] * 5)),))
+    one = Problem("x0[k]", 8, 8, sides, sides, 2, constants=((0, ConstantArray([True] * 3 + [False] * 5)),))
     assert program(one, 1).received == 3
     assert tiling(one).areas(2).tolist() == [16, 12]  # a tile of the own keys is not trimmed
 
@@ -208,10 +208,10 @@ def test_known_leaves_bound_the_tiling() -> None:
 def test_wide_and_wrapping_ids_are_never_taken_for_equal() -> None:
     """Ids that float64 rounds to one number, and differences that wrap in uint8, leave a tile partial."""
     q = k = (np.array([0]), np.array([8]))
-    wide = Known([2**62 + i // 4 for i in range(8)])
-    narrow = Known(torch.arange(8, dtype=torch.uint8))
-    for mask, known in (("x0[q] == x0[k]", wide), ("x0[q] - x0[k] <= 0", narrow), ("x0[k] - 1 >= 0", narrow)):
-        assert classify_all(bind(parse(mask), {0: known}), q, k) == KINDS.index(PARTIAL), mask
+    wide = ConstantArray([2**62 + i // 4 for i in range(8)])
+    narrow = ConstantArray(torch.arange(8, dtype=torch.uint8))
+    for mask, values in (("x0[q] == x0[k]", wide), ("x0[q] - x0[k] <= 0", narrow), ("x0[k] - 1 >= 0", narrow)):
+        assert classify_all(bind(parse(mask), {0: values}), q, k) == KINDS.index(PARTIAL), mask
     above = (np.array([0]), np.array([4])), (np.array([4]), np.array([8]))
     assert classify_all(bind(parse("x0[q] - x0[k] <= 0"), {0: narrow}), *above) == KINDS.index(PARTIAL)
     assert classify_all(bind(parse("x0[q] <= x0[k]"), {0: narrow}), *above) == KINDS.index(FULL)

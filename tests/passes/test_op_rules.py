@@ -346,7 +346,10 @@ def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Parti
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
     axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
-    axes = [replace(a, layout=a.layout.dealt(layout)) for a in aligned_axes({axis.factor: axis}, sweep, world).values()]
+    axes = [
+        replace(a, layout=a.layout.with_scheme(layout))
+        for a in aligned_axes({axis.factor: axis}, sweep, world).values()
+    ]
     plan = RingPlan(world, tuple(axes), (), "ring")
     placement = place(captured, plan, sweep, {})
     verify("place", placement)

@@ -25,7 +25,7 @@ LAST = torch.tensor([4, 22])
 def test_each_token_is_held_once_and_in_place(layout: str, world: int) -> None:
     x, positions = torch.randn(TOKENS), torch.tensor([[0, 22], [-1, 7]])
     order = Layout(layout, world).order
-    placed = x[order.known.values] if order else x
+    placed = x[order.permutation.values] if order else x
     total = torch.zeros(positions.shape)
     for rank in range(world):
         mine = torch.cat([placed[a:b] for a, b in Layout(layout, world).ranges(rank, TOKENS)])

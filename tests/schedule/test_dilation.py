@@ -215,9 +215,11 @@ def test_received_rows_follow_the_formula(length: int, rate: int) -> None:
 
 def test_no_exchange_within_a_shard() -> None:
     for rank in range(4):
-        lanes = site_of(Dilation((32, 64), (1, 2)), 256, rank, 4).lanes(4)
-        assert all(not step.receive and not step.tiles for lane in lanes for step in lane.program.steps[1:])
-        assert all(len(lane.program.steps) == 1 for lane in lanes)
+        group_sites = site_of(Dilation((32, 64), (1, 2)), 256, rank, 4).per_head_group(4)
+        assert all(
+            not step.receive and not step.tiles for group_site in group_sites for step in group_site.program.steps[1:]
+        )
+        assert all(len(group_site.program.steps) == 1 for group_site in group_sites)
 
 
 @pytest.mark.parametrize(("mask", "bound"), [("True", 2 * 2048), ("k <= q", 2048 + 512)])
@@ -228,7 +230,12 @@ def test_cost_is_linear_in_the_length(mask: str, bound: int) -> None:
         doubled = range((tokens // 2048).bit_length())
         d = Dilation(tuple(2048 << i for i in doubled), tuple(1 << i for i in doubled))
         sites = [site_of(d, tokens, rank, world, mask=mask) for rank in range(world)]
-        pairs = sum(len(x.lane.members) * x.program.area for site in sites for x in site.lanes(heads) if x.lane)
+        pairs = sum(
+            len(x.head_group.members) * x.program.area
+            for site in sites
+            for x in site.per_head_group(heads)
+            if x.head_group
+        )
         assert pairs <= bound * tokens * heads, tokens
         rows.append(max(received(site, heads, heads) for site in sites) / heads / (tokens // world))
     assert rows == sorted(rows, reverse=True) and rows[-1] < 0.1, rows

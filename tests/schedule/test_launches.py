@@ -20,8 +20,8 @@ from ringpass.masks.expr import parse
 from ringpass.masks.intervals import FULL, PARTIAL
 from ringpass.ops import primitives, ring
 from ringpass.ops.accumulate import LABEL
-from ringpass.schedule.cost import _begins_call, refine
-from ringpass.schedule.launches import STACK, Call, calls
+from ringpass.schedule.cost import _begins_launch, refine
+from ringpass.schedule.launches import STACK, Launch, launches
 from ringpass.schedule.program import program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.site import Site
@@ -57,7 +57,7 @@ def dense(kind: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, table: Tenso
     scores = scores - (0.1 * apart if kind == "a bias" else 0.0)
     weights = scores.masked_fill(~primitives.mask_tile([], q, COLUMNS, *spans), -torch.inf).softmax(-1)
     if kind == "dropout":
-        kept = primitives.keep_tile(SEED, whole.stream, whole.dropout, whole.coins, *spans)
+        kept = primitives.keep_tile(SEED, whole.stream, whole.dropout, whole.dropout_indices, *spans)
         weights = weights * kept / (1 - whole.dropout)
     out = weights @ inputs[2]
     return [out.detach(), *torch.autograd.grad(out, inputs, grad, materialize_grads=True)]
@@ -83,15 +83,16 @@ def test_they_give_the_same_numbers(kind: str, world: int) -> None:
     with one_thread():
         found, wanted = thread_ranks.run(world, job), dense(kind, q, k, v, grad, table)
     assert (
-        max(len(call.tiles) for rank in range(world) for call in of_site(site(kind, rank, world, "", "zigzag"), q)) > 1
+        max(len(launch.tiles) for rank in range(world) for launch in of_site(site(kind, rank, world, "", "zigzag"), q))
+        > 1
     )
     check_ranks([x[:4] for x in found], wanted[:4], "zigzag", 1e-11, kind)
     if "learned" in kind:
         torch.testing.assert_close(sum(x[4] for x in found), wanted[4])
 
 
-def of_site(here: Site, q: Tensor) -> list[Call]:
-    return [call for step in here.program.steps for call in ring._calls(here, step.tiles, q)]
+def of_site(here: Site, q: Tensor) -> list[Launch]:
+    return [launch for step in here.program.steps for launch in ring._launches(here, step.tiles, q)]
 
 
 def problem(mask: patterns.Pattern | str, tokens: int, tile: int, world: int = 1) -> Problem:
@@ -102,7 +103,7 @@ def problem(mask: patterns.Pattern | str, tokens: int, tile: int, world: int = 1
 def test_global_keys_join_the_window() -> None:
     p = problem(patterns.window(351, 351) | patterns.global_tokens(64), 8192, 512)
     prove(p)
-    together = [call.tiles for call in calls(program(p, 0).steps[0].tiles, stack=0)]
+    together = [launch.tiles for launch in launches(program(p, 0).steps[0].tiles, stack=0)]
     thin = [some for some in together if len(some) == 1 and some[0].k[1] - some[0].k[0] == 64 and some[0].q[1] > 64]
     assert sum(len(some) == 2 for some in together) > 10 and not [t for (t,) in thin if t.q[1] - t.q[0] == 512]
 
@@ -111,7 +112,7 @@ def test_global_keys_join_the_window() -> None:
 def test_no_call_is_larger_than_it_may_be(most: int) -> None:
     p = problem(patterns.random_blocks(4096, 64, 24), 4096, 64)
     tiles = program(p, 0).steps[0].tiles
-    together = [call.tiles for call in calls(tiles, most, stack=0)]
+    together = [launch.tiles for launch in launches(tiles, most, stack=0)]
     assert sorted(str(t) for some in together for t in some) == sorted(map(str, tiles))
     widths = [[t.k[1] - t.k[0] for t in some] for some in together]
     assert max(map(len, widths)) > 1 and all(len(some) == 1 or sum(some) <= most for some in widths)
@@ -124,15 +125,15 @@ def test_tiles_are_as_fine_as_blocks() -> None:
     p = problem(patterns.random_blocks(8192, 64, 8), 8192, TILE)
     assert refine([p], "cpu") == 64
     fine = replace(p, tile=64)
-    assert _begins_call(tiling(fine)).sum() == len(calls(program(fine, 0).steps[0].tiles, stack=0)) == 8192 // 64
+    assert _begins_launch(tiling(fine)).sum() == len(launches(program(fine, 0).steps[0].tiles, stack=0)) == 8192 // 64
 
 
 def test_the_price_counts_calls() -> None:
     lonely = tiling(problem("True", 4096, 64))
-    assert _begins_call(lonely).tolist() == [True]
-    assert _begins_call(tiling(problem("False", 4096, 64))).tolist() == []
+    assert _begins_launch(lonely).tolist() == [True]
+    assert _begins_launch(tiling(problem("False", 4096, 64))).tolist() == []
     columns = "k < 200 | " + " | ".join(f"k >= {i} & k < {i + 200}" for i in range(300, 2700, 300))
-    assert _begins_call(tiling(problem(columns, 4096, 64))).sum() == 2  # 1,800 keys, in calls of 1,024
+    assert _begins_launch(tiling(problem(columns, 4096, 64))).sum() == 2  # 1,800 keys, in calls of 1,024
 
 
 # --- stacks -----------------------------------------------------------------------------------------------------------
@@ -186,8 +187,8 @@ def test_stacks_give_the_same_numbers(batch: int, name: str, world: int) -> None
 
     with one_thread():
         found, wanted = thread_ranks.run(world, job), by_sdpa(mask, *whole)
-    every = [call for rank in range(world) for call in of_site(windowed(mask, rank, world, ""), whole[0])]
-    assert max(call.count for call in every) > (3 if "large" not in name else world < 3)
+    every = [launch for rank in range(world) for launch in of_site(windowed(mask, rank, world, ""), whole[0])]
+    assert max(launch.count for launch in every) > (3 if "large" not in name else world < 3)
     assert world > 1 or ("large" in name) == any(0 in x.shifts for x in every if x.count > 1), "keys that all share"
     check_ranks(found, wanted, "contiguous", 1e-11, mask)
 
@@ -201,7 +202,7 @@ def test_a_traced_graph_has_the_same_stacks(mask: str) -> None:
     tiles = [n for n in graph.graph.nodes if n.target == primitives.attention_tile]
     here = windowed(mask, 0, 1, "")
     stacks = of_site(here, whole[0])
-    assert [n.args[0].meta["val"].shape[0] for n in tiles] == [call.count for call in stacks]
+    assert [n.args[0].meta["val"].shape[0] for n in tiles] == [launch.count for launch in stacks]
     assert {n.meta[LABEL] for n in tiles} >= {f"attention_{ring._name(here, here.program.steps[0], x)}" for x in stacks}
     assert any("_stack" in n.meta[LABEL] for n in tiles)
     check_ranks([found], by_sdpa(mask, *whole), "contiguous", 1e-11, mask)
@@ -218,18 +219,18 @@ TILES = st.builds(
 def test_each_tile_is_in_one_call(some: list[Tile], times: int, by: int, stack: int) -> None:
     """Any tiles, and the same again on the rows that follow."""
     tiles = [moved(tile, i * (tile.q[1] - tile.q[0]), i * by) for tile in some for i in range(times)]
-    found = calls(tiles, stack=stack)
-    assert sorted(map(str, tiles)) == sorted(str(tile) for call in found for tile in one_by_one(call))
-    for call in found:
-        assert call.count == 1 or (call.kind != PARTIAL and call.q[1] - call.q[0] <= stack)
-        assert {row for tile in one_by_one(call) for row in range(*tile.q)} == {*range(*call.q)}
-        keys = [{row for spans in call.k for span in spans for row in range(*span)}]
-        assert keys == [{row for tile in one_by_one(call) for row in range(*tile.k)}]
+    found = launches(tiles, stack=stack)
+    assert sorted(map(str, tiles)) == sorted(str(tile) for launch in found for tile in one_by_one(launch))
+    for launch in found:
+        assert launch.count == 1 or (launch.kind != PARTIAL and launch.q[1] - launch.q[0] <= stack)
+        assert {row for tile in one_by_one(launch) for row in range(*tile.q)} == {*range(*launch.q)}
+        keys = [{row for spans in launch.k for span in spans for row in range(*span)}]
+        assert keys == [{row for tile in one_by_one(launch) for row in range(*tile.k)}]
 
 
-def one_by_one(call: Call) -> list[Tile]:
-    along = list(zip(call.tiles, call.shifts, strict=True))
-    return [moved(tile, i * call.rows, i * shift) for i in range(call.count) for tile, shift in along]
+def one_by_one(launch: Launch) -> list[Tile]:
+    along = list(zip(launch.tiles, launch.shifts, strict=True))
+    return [moved(tile, i * launch.rows, i * shift) for i in range(launch.count) for tile, shift in along]
 
 
 def moved(tile: Tile, rows: int, keys: int) -> Tile:
@@ -248,4 +249,4 @@ def test_no_stack_where_scores_depend_on_tokens() -> None:
     )
     for other, queries, count in cases:
         here = replace(plain, **other)
-        assert max(call.count for call in of_site(here, queries)) == count
+        assert max(launch.count for launch in of_site(here, queries)) == count

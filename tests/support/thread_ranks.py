@@ -60,7 +60,9 @@ class Mailboxes:
         self.letters: dict[tuple[int, int, int, int], Letter] = {}
         self.posted: dict[tuple[int, int, int, str], int] = {}
 
-    def start(self, sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.Exchange:
+    def start(
+        self, sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str
+    ) -> p2p.PendingExchange:
         """In place of `p2p.start`."""
         rank = int(group.removeprefix(NAME))
         received = sent.new_empty(numel if src is not None else 0)
@@ -71,7 +73,7 @@ class Mailboxes:
         if src is not None:
             works.append(self._letter(src, rank, tag, "received"))
             works[-1].post(received=received)
-        return p2p.Exchange(received, sent, works, (dst, src))
+        return p2p.PendingExchange(received, sent, works, (dst, src))
 
     def _letter(self, src: int, dst: int, tag: int, side: str) -> Letter:
         with self.lock:

@@ -8,18 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ringpass.kernels.blocks import cut
+from ringpass.kernels.blocks import row_slice
 from ringpass.layouts.ranges import Ranges
-from ringpass.ops.accumulate import Rows, add, fold_runs, label, running
+from ringpass.ops.accumulate import RowAccumulator, add, fold_ranges, label, row_accumulator
 from ringpass.ops.transports.base import Served, Transport, zero_block
 from ringpass.precision import accumulator
 from ringpass.schedule.site import Site
 
 
 class AllGather(Transport):
-    """Every rank gathers all keys before its first tile; one reduce-scatter brings the gradients home.
+    """Every rank gathers all keys before its first tile; one reduce-scatter returns their gradients.
 
-    The tiles are the ring's own.  Holds K, V and their gradients at full length.
+    The tiles are those of the ring.  Holds K, V and their gradients at full length.
     """
 
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
@@ -43,22 +43,22 @@ class AllGather(Transport):
             elif step.tokens:
                 yield [(0, step, (rows_at(full[0], step.tokens), rows_at(full[1], step.tokens)))], []
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         self.given.append((served[0][1].tokens, given[0]))
 
-    def finish(self, own: list[Rows]) -> None:
+    def finish(self, local_sums: list[RowAccumulator]) -> None:
         if not self.gathers:
             return
-        whole = running(self.site.keys, lambda: [span for runs, _ in self.given for span in runs])
-        for runs, grads in self.given:
-            fold_runs(whole, runs, grads, "add_gradients")
+        total = row_accumulator(self.site.keys, lambda: [span for ranges, _ in self.given for span in ranges])
+        for ranges, grads in self.given:
+            fold_ranges(total, ranges, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)
         with label("reduce_scatter_gradients"):
-            sums = whole.join(partial(zero_block, self.k, self.v, dtype))
+            sums = total.join(partial(zero_block, self.k, self.v, dtype))
             home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
-        own[0].fold((0, self.k.shape[2]), home, add, "add_gradients_home")
+        local_sums[0].fold((0, self.k.shape[2]), home, add, "add_gradients_home")
 
 
 def rows_at(x: Tensor, spans: Ranges) -> Tensor:
-    parts = [cut(x, span) for span in spans]
+    parts = [row_slice(x, span) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

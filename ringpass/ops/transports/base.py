@@ -11,20 +11,21 @@ from torch import Tensor
 
 from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
-from ringpass.ops.accumulate import Rows, label
+from ringpass.ops.accumulate import RowAccumulator, label
 from ringpass.precision import accumulator
 from ringpass.schedule.program import Step
 from ringpass.schedule.site import Site
 
-Block = tuple[int, Step, tuple[Tensor, Tensor]]  # number of a lane, its step, its keys and values
+Block = tuple[int, Step, tuple[Tensor, Tensor]]  # index of a site, its step, its keys and values
 Served = list[Block]
 
 
 class Transport:
-    """`blocks` yields the steps that are served together, the own keys first, and the buffers in flight.
+    """`blocks` yields the steps that share an exchange, local keys first, and the buffers in flight.
 
     After the tiles of each but the first, the backward calls `give_back` with the dK, dV of each block, and `finish` at
-    the end: then `collect` knows the gradients of the own keys, `own`, those of this rank's queries, and of others.
+    the end.  `collect` then returns dK and dV of the local keys: `local_sums` (from local queries) plus the gradients
+    that other ranks sent back.
     """
 
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
@@ -32,40 +33,40 @@ class Transport:
         self.returning: list[Tensor] = []  # buffers of gradients in flight
 
     @property
-    def lanes(self) -> tuple[Site, ...]:
-        """The sites whose loop this is: the one itself, or its lanes."""
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that the loop computes: the site itself, or those of its head groups."""
         return (self.site,)
 
-    def steps(self, number: int) -> tuple[Step, ...]:
-        """Those of one lane."""
-        return self.lanes[number].program.steps
+    def steps(self, index: int) -> tuple[Step, ...]:
+        """The steps of one site."""
+        return self.sites[index].program.steps
 
     @property
     def remote(self) -> bool:
-        """Whether keys of other ranks come."""
-        return any(len(self.steps(i)) > 1 for i in range(len(self.lanes)))
+        """Whether any keys are received."""
+        return any(len(self.steps(i)) > 1 for i in range(len(self.sites)))
 
     @property
     def returned_rows(self) -> Ranges:
-        """The rows of the own block as `own` receives them."""
+        """The ranges of rows at which `local_sums` gets gradients from other ranks."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
         raise NotImplementedError
 
-    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         raise NotImplementedError
 
-    def finish(self, own: list[Rows]) -> None:
+    def finish(self, local_sums: list[RowAccumulator]) -> None:
         raise NotImplementedError
 
-    def collect(self, own: list[Rows]) -> tuple[Tensor, ...]:
-        """(dk, dv) of the own keys, in the accumulator's dtype."""
-        return own[0].join(partial(zero_block, self.k, self.v, accumulator(self.k.dtype)))
+    def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
+        """(dk, dv) of the local keys, in the accumulator's dtype."""
+        return local_sums[0].join(partial(zero_block, self.k, self.v, accumulator(self.k.dtype)))
 
 
 def start_exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int | None, numel: int) -> Tensor:
-    """Starts an exchange; returns the buffer that will hold the `numel` numbers that arrive."""
+    """Starts an exchange; returns the buffer for the `numel` received elements."""
     ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
     with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"):
         received: Tensor = primitives.exchange([sent], numel, *ranks, tag, site.group)[0]

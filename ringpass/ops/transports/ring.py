@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringpass.layouts.ranges import Ranges, rows, size
 from ringpass.ops import primitives
-from ringpass.ops.accumulate import Rows, fold_runs, label
+from ringpass.ops.accumulate import RowAccumulator, fold_ranges, label
 from ringpass.ops.transports.base import Served, Transport, peer_label, start_exchange, unpack
 from ringpass.precision import accumulator
 from ringpass.schedule.program import Step, Transfer
@@ -17,9 +17,9 @@ from ringpass.schedule.site import Site
 
 
 class RingTransport(Transport):
-    """The ring: one exchange per step, started before the tiles of the step before; gradients return a step behind."""
+    """The ring: one exchange per step, started before the previous step's tiles; gradients return a step later."""
 
-    late: Step | None = None
+    pending: Step | None = None
 
     @property
     def returned_rows(self) -> Ranges:
@@ -35,20 +35,20 @@ class RingTransport(Transport):
                 arriving = self._start(steps[index + 1])
             yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], own: list[Rows]) -> None:
+    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         ((_, step, _),), (grads,) = served, given
         back, home = _reverse(step.receive), _reverse(step.send)
         with label(f"send_gradients_step{step.shift}_{peer_label('to', back.dst if back else None)}"):
             nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
             sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
         started = self._exchange(2 * step.shift + 1, sent, back, home)
-        self.finish(own)
-        self.returning, self.late = [started], step
+        self.finish(local_sums)
+        self.returning, self.pending = [started], step
 
-    def finish(self, own: list[Rows]) -> None:
+    def finish(self, local_sums: list[RowAccumulator]) -> None:
         for arriving in self.returning:
-            assert self.late is not None
-            self._take(arriving, self.late, own[0])
+            assert self.pending is not None
+            self._take(arriving, self.pending, local_sums[0])
         self.returning = []
 
     def _start(self, step: Step) -> Tensor:
@@ -62,13 +62,13 @@ class RingTransport(Transport):
         dst, src = send.dst if send else None, receive.src if receive else None
         return start_exchange(self.site, tag, sent, dst, src, numel)
 
-    def _take(self, arriving: Tensor, step: Step, own: Rows) -> None:
+    def _take(self, arriving: Tensor, step: Step, local_sums: RowAccumulator) -> None:
         with label(f"wait_gradients_step{step.shift}"):
             received = primitives.wait(arriving)
             if step.send is None:
                 return
             grads = unpack(received, step.send.size, self.k.shape[1], self.k, self.v)
-        fold_runs(own, sent_rows(self.site, step), grads, f"add_gradients_step{step.shift}")
+        fold_ranges(local_sums, sent_rows(self.site, step), grads, f"add_gradients_step{step.shift}")
 
 
 def _reverse(transfer: Transfer | None) -> Transfer | None:

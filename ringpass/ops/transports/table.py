@@ -1,4 +1,4 @@
-"""Key blocks on the move: how those of other ranks come, and how their gradients go home."""
+"""The choice of a transport: how keys of other ranks are received and their gradients returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringpass.schedule.site import Site
 
 
 def transport(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Transport:
-    """How the keys of other ranks come, and their gradients go home."""
+    """The transport of a site."""
     if site.dilation:
         return DilatedTransport(site, q.shape[1], k, v)
     return {"ring": RingTransport, "allgather": AllGather}[site.comm](site, k, v)
