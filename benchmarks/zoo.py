@@ -20,17 +20,18 @@ from tests.support.zoo_parity import LENGTH, Report, local_share, zoo_parity
 DOCUMENT = Path(__file__).parent.parent / "docs" / "zoo.md"
 HEAD = """# The zoo
 
-Tiny, randomly started models of public classes ({length} tokens, 2 layers, 2 rows, with labels, in training),
-partitioned over {ranks} gloo ranks, against eager on one device. Made by `python -m benchmarks.zoo`;
-`pytest tests/models/test_zoo.py -m slow` runs the same in evaluation, without labels, with padding, and over 3 ranks;
-`-k inductor`, with `-m slow`, each model once with code generation.
+Small, randomly initialised models of public classes ({length} tokens, 2 layers, batch of 2, with labels, in
+training mode), sharded over {ranks} gloo ranks and compared with eager PyTorch on one device. Made by `python -m
+benchmarks.zoo`; `pytest tests/models/test_zoo.py -m slow` runs the same in evaluation, without labels, with
+padding, and over 3 ranks; `-k inductor`, with `-m slow`, runs each model once with code generation.
 
-*error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in float32
-where a \\* stands, since an op of the model knows nothing wider. *on the ring*: attentions. *gathers*: values that had
-to be gathered in the forward, but for outputs, and their bytes. *local*: the share of the FLOPs of linear layers and
-convolutions that runs on local tokens; layers of one vector for each picture (of its step and class, in DiT and SD3)
-run on every rank. *peak*: what the second step holds at most on a rank, forward and backward, but for parameters and
-their gradients, against one device in eager mode; models so small keep mostly what does not depend on tokens.
+*error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in
+float32 where marked \\*, because an op of the model has no float64 version. *on the ring*: the number of attentions
+that run as ring attention. *gathers*: values that had to be gathered in the forward, outputs excepted, and their
+bytes. *local*: the fraction of the FLOPs of linear layers and convolutions that runs on local tokens; layers that
+work on one vector per picture (its step and class, in DiT and SD3) run on every rank. *peak*: the peak memory of a
+rank in the second step, forward and backward, without parameters and their gradients, against one device in eager
+mode; in models this small, most of it does not depend on tokens.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""What the documentation says runs: docstrings' examples, the README's script, its option table."""
+"""What the documentation says runs: docstrings' examples, the pages' snippets, their tables, links and layers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import default_data_collator
 
 import ringpass
 from benchmarks import bytes_received
@@ -25,8 +30,14 @@ from examples import simulate
 from ringpass import RingConfig, patterns
 from ringpass.schedule.dilation import AUTO, PRESETS
 from tests.support.torchrun import ROOT, torchrun
+from tests.test_layers import LAYERS
 
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
+PAGES["benchmarks/README.md"] = ROOT / "benchmarks" / "README.md"
+CONTINUED = {"docs/sharding.md"}  # whose snippets go on from one another
+ELSEWHERE = {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}  # run by tests of their own
 PACKAGES = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
 MODULES = [m.name for m in PACKAGES if ">>>" in (inspect.getsource(importlib.import_module(m.name)))]
 
@@ -40,13 +51,55 @@ def test_docstrings(name: str) -> None:
     assert found.attempted and not found.failed
 
 
-def test_readme_names_every_option() -> None:
-    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == {f.name for f in fields(RingConfig)}
+def snippets(page: str) -> list[str]:
+    """The Python snippets of a page."""
+    return re.findall(r"^```python\n(.*?)^```", PAGES[page].read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and snippets(page)])
+def test_snippets(page: str) -> None:
+    names: dict[str, Any] = {}
+    for snippet in snippets(page):
+        exec(snippet, names if page in CONTINUED else {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths(page: str) -> None:
+    """Relative links lead to files; so do the paths of code and results that a page names."""
+    text = PAGES[page].read_text()
+    linked = [PAGES[page].parent / link for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", text)]
+    named = re.findall(r"`((?:(?:ringpass|passes|tests|benchmarks)/[\w/]+|examples/\w+)(?:\.(?:py|json))?)`", text)
+    assert [path for path in [*linked, *(ROOT / name for name in named)] if not path.exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    index = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text()))
+    assert index == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+
+
+def test_the_page_on_options_names_every_option() -> None:
+    page = (DOCS / "options.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {f.name for f in fields(RingConfig)}
+
+
+def test_the_page_on_architecture() -> None:
+    """Its list of layers is the one that is checked, ground first; its picture and the README's exist."""
+    layers = LAYERS
+    listed = re.findall(r"^```text\n(.*?)^```", (DOCS / "architecture.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    assert [set(line.split()) for line in listed.splitlines()] == [set(rooms) for rooms in layers]
+
+
+@pytest.mark.parametrize("picture", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+def test_pictures(picture: Path) -> None:
+    """They are well formed, say in words what they show, need nothing from elsewhere, and are shown."""
+    text = picture.read_text()
+    tags = {node.tag.rpartition("}")[2] for node in ElementTree.fromstring(text).iter()}
+    assert {"title", "desc"} <= tags and not {"image", "script", "style"} & tags and "href" not in text
+    assert any(f"{picture.name})" in path.read_text() for path in PAGES.values())
 
 
 def test_readme_script(tmp_path: Path) -> None:
-    script, patterns = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(patterns, {})
+    (script,) = snippets("README.md")
     assert len([line for line in script.splitlines() if line and not line.startswith("#")]) <= 10
     small = script.replace("GPT2Config()", "GPT2Config(n_layer=1, n_embd=64, n_head=2, bos_token_id=0, eos_token_id=0)")
     path = tmp_path / "train.py"
@@ -59,10 +112,8 @@ def test_readme_script(tmp_path: Path) -> None:
 
 
 def test_the_page_on_masks() -> None:
-    """Its snippets run, its patterns exist, and its table is the one that was written last."""
-    page = (ROOT / "docs" / "masks.md").read_text()
-    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        exec(snippet, {})
+    """Its patterns exist, and its table of bytes is the one that was written last."""
+    page = (DOCS / "masks.md").read_text()
     named = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
     made = {name for name, value in vars(patterns).items() if isfunction(value) and _makes_a_pattern(value)}
     assert named == made - {"everything", "nothing"}
@@ -72,31 +123,44 @@ def test_the_page_on_masks() -> None:
         assert f"| {' | '.join(row)} |" in page
 
 
-def test_the_page_on_hilbert_order() -> None:
-    """Its snippets run; what it says of shares is tested in test_hilbert.py."""
-    page = (ROOT / "docs" / "hilbert.md").read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert snippets
-    for snippet in snippets:
-        exec(snippet, {})
-
-
-def test_the_page_on_shares() -> None:
-    """Its snippets run one after the other, and its table names every value of the option."""
-    page = (ROOT / "docs" / "shares.md").read_text()
-    names: dict[str, Any] = {}
-    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        exec(snippet, names)
+def test_the_page_on_sharding() -> None:
+    """Its table names every value of the option."""
+    page = (DOCS / "sharding.md").read_text()
     for value in re.findall(r'^\| `"(\w+)"` \|', page, re.MULTILINE):
         assert RingConfig(outputs=value).outputs == value
-    assert "docs/shares.md" in README
+    assert "docs/sharding.md" in README
+
+
+def test_the_page_on_meshes() -> None:
+    """Its snippet makes valid options, on rank 0 of a fake world of its size."""
+    (snippet,) = snippets("docs/mesh.md")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        names: dict[str, Any] = {}
+        exec(snippet, names)
+        assert RingConfig.from_options(names["options"]).ring is names["mesh"]["ring"].get_group()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_page_on_training() -> None:
+    """Its batches hold every row once, in one order; tests/models/test_training.py trains with a Trainer."""
+    trainer = SimpleNamespace(data_collator=default_data_collator)
+    (snippet,) = snippets("docs/training.md")
+    imported = "from transformers import Trainer\n"
+    assert imported in snippet
+    rows = [{"input_ids": torch.full((4,), i)} for i in range(4)]
+    args = SimpleNamespace(seed=3, per_device_train_batch_size=2)
+    names = {"Trainer": lambda *args, **kwargs: trainer, "model": torch.nn.Linear(1, 1), "args": args, "dataset": rows}
+    exec(snippet.replace(imported, ""), names)
+    batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in batches] == [2, 2]
+    assert sorted(torch.cat(batches)[:, 0].tolist()) == [0, 1, 2, 3]
 
 
 def test_the_page_on_dilation(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its snippets run, its names are the presets, its options exist, and it shows what the simulation prints."""
-    page = (ROOT / "docs" / "dilation.md").read_text()
-    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
-        exec(snippet, {})
+    """Its names are the presets, its options exist, and it shows what the simulation prints."""
+    page = (DOCS / "dilation.md").read_text()
     assert set(re.findall(r'^\| `"(\w+)"` \|', page, re.MULTILINE)) == {*PRESETS, AUTO}
     named = {
         name for row in re.findall(r"^\| (`\w+`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
@@ -133,7 +197,7 @@ def test_main_job_prints_what_the_readme_promises() -> None:
 
 def test_the_dump_that_the_documentation_reads(tmp_path: Path) -> None:
     """docs/lowered_graph.md shows the real dump of its own command; where it differs, paste the new one."""
-    page = (ROOT / "docs" / "lowered_graph.md").read_text()
+    page = (DOCS / "lowered_graph.md").read_text()
     blocks = re.findall(r"^```(?:python)?\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     command = re.search(r"^    torchrun (.*) --dump dump$", page, flags=re.MULTILINE)
     assert command and blocks[0] in (ROOT / "examples" / "attention.py").read_text()
