@@ -121,16 +121,18 @@ def reach_for(density: float, length: int, globals_: int) -> int:
 
 def attention(x: Sparse, length: int, args: argparse.Namespace) -> tuple[Step, int]:
     """Forward and backward of `x` on `length` tokens, and the tile."""
+    from ringpass.layouts.layout import Layout
     from ringpass.ops import ring
     from ringpass.schedule.cost import refine
+    from ringpass.schedule.dilation import Dilation
     from ringpass.schedule.site import Site
-    from ringpass.schedule.tiles import TILE
+    from ringpass.schedule.tiles import Problem
 
-    rest = {"rank": 0, "world": 1, "group": "", "dilation": x.dilation}
-    lengths, layouts = (length, length), ("contiguous", "contiguous")
-    site = Site(x.mask, "", args.width**-0.5, 0.0, 0, *lengths, *layouts, TILE, **rest)  # type: ignore[arg-type]
-    tile = refine([group_site.problem for group_site in site.per_head_group(args.heads)], "cpu")
-    site = replace(site, tile=tile)
+    dilation = Dilation.parse(x.dilation) if x.dilation else None
+    problem = Problem(x.mask, length, length, Layout("contiguous", 1), Layout("contiguous", 1))
+    site = Site(problem, rank=0, scale=args.width**-0.5, dilation=dilation, heads=args.heads)
+    tile = refine([group.problem for group in site.groups], "cpu")
+    site = replace(site, problem=replace(problem, tile=tile))
     # rows first in memory, as models' projections are
     q, k, v, grad = (torch.randn(1, length, args.heads, args.width).transpose(1, 2) for _ in range(4))
 

@@ -78,14 +78,16 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
 
 def ring_steps(heads: int, tokens: int) -> tuple[Step, Step]:
     """Forward and backward of ring attention over `tokens` tokens per rank."""
+    from ringpass.layouts.layout import Layout
     from ringpass.ops import ring
     from ringpass.schedule.site import Site
+    from ringpass.schedule.tiles import Problem
 
     rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None
-    layouts = {"query_layout": "contiguous", "key_layout": "contiguous", "group": group.group_name}
-    numbers = {"queries": world * tokens, "keys": world * tokens, "tile": tokens, "rank": rank, "world": world}
-    site = Site(mask="True", bias="", scale=WIDTH**-0.5, dropout=0.0, stream=0, **layouts, **numbers)  # type: ignore[arg-type]
+    layouts = Layout("contiguous", world), Layout("contiguous", world)
+    problem = Problem("True", world * tokens, world * tokens, *layouts, tile=tokens)
+    site = Site(problem, rank, group.group_name, scale=WIDTH**-0.5)
     q, k, v, grad = (torch.randn(1, heads, tokens, WIDTH) for _ in range(4))
     out, lse = ring.forward(site, q, k, v, [], None)
 

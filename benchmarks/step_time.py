@@ -70,15 +70,15 @@ def attention_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
     """Attention alone: (all tokens on this rank, this rank's tokens in the ring)."""
     from ringpass import ops
     from ringpass.layouts.layout import Layout
-    from ringpass.schedule.site import Site
+    from ringpass.schedule.site import Site, register
+    from ringpass.schedule.tiles import Problem
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    names = {"query_layout": "zigzag", "key_layout": "zigzag", "group": dist.group.WORLD.group_name}  # type: ignore[union-attr]
-    numbers = {"dropout": 0.0, "stream": 0, "queries": length, "keys": length, "tile": 1024}
-    site = Site(mask="k <= q", bias="", scale=64**-0.5, rank=rank, world=world, **names, **numbers)  # type: ignore[arg-type]
-    schema = [argument.name for argument in ops.ring_attention._schema.arguments]
-    fields = ["" if name in ("learned", "pruning") else getattr(site, name) for name in schema[schema.index("mask") :]]
-    local = Layout("zigzag", world).length(rank, length)
+    group, layout = dist.group.WORLD, Layout("zigzag", world)
+    assert group is not None
+    problem = Problem("k <= q", length, length, layout, layout, tile=1024)
+    key = register(Site(problem, rank, group.group_name, scale=64**-0.5))
+    local = layout.length(rank, length)
 
     def inputs(tokens: int) -> list[Tensor]:
         return [torch.randn(1, args.heads, tokens, 64) for _ in range(4)]
@@ -87,7 +87,7 @@ def attention_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def ring(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = ops.ring_attention(q, k, v, [], None, *fields)[0]
+        out: Tensor = ops.ring_attention(q, k, v, [], None, key, length, length)[0]
         return out
 
     return _training(alone, inputs(length)), _training(ring, inputs(local))

@@ -98,7 +98,7 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
     """What `rank` sends in a forward, exchange by exchange; a backward sends it again, and gradients the other way."""
     heads, groups = site.site.heads
     if site.dilation:
-        for exchange in exchanges(site.on(rank), heads, groups):
+        for exchange in exchanges(site.group_problems, rank if site.query_axis else 0, heads, groups):
             if exchange.send:
                 yield Sent(exchange.shift, rank, exchange.send.dst, _parts(exchange.send), exchange.send.rows)
     else:
@@ -109,7 +109,7 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
 
 def pairs_of(site: SitePlan, rank: int) -> int:
     """(query, key) pairs in tiles, over all heads."""
-    heads = [len(head_group.members) for head_group in site.head_groups] or [site.site.heads[0]]
+    heads = [len(group.head_group.members) for group in site.group_problems] or [site.site.heads[0]]
     return sum(n * program.area for n, program in zip(heads, site.programs(rank), strict=True))
 
 

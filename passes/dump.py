@@ -79,9 +79,9 @@ def schedule(plan: RingPlan, rank: int) -> str:
     lines = []
     for i, site in enumerate(plan.sites):
         programs = site.programs(rank)
-        for head_group, program in zip(site.head_groups or [None], programs, strict=False):
+        for group, program in zip(site.group_problems or [None], programs, strict=False):
             total = f": {program.area} pairs, {program.received} key tokens received"
-            name = f"site {i} on rank {rank} of {plan.world}{f', {head_group}' if head_group else ''}"
+            name = f"site {i} on rank {rank} of {plan.world}{f', {group.head_group}' if group else ''}"
             lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
             lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
         lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]

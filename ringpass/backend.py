@@ -35,6 +35,7 @@ from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import place
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.pipeline import Pipeline
+from ringpass.passes.plan.gradients import tracked
 from ringpass.passes.plan.plan import RingPlan, plan
 from ringpass.passes.plan.verify import prove_all
 from ringpass.passes.propagate.factors import propagate
@@ -69,7 +70,7 @@ def ring_dilated(
     sharded = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
     sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded])
-    planned = stages.run(plan, sites, sweep, ring.world, config)
+    planned = stages.run(plan, sites, sweep, ring.world, config, tracked(captured))
     _refuse_ignored_options(planned, config)
     stages.run(prove_all, planned, ring.rank)
     placement = stages.run(place, captured, planned, sweep, sharded)

@@ -15,7 +15,7 @@ from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
 from ringpass.masks.expr import parse
 from ringpass.reference import multiplicity
-from ringpass.schedule.dilation import parse as parse_dilation
+from ringpass.schedule.dilation import Dilation
 from tests.masks.test_patterns import dense
 
 NAMES = (
@@ -79,7 +79,7 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _last(capsys).startswith("time over density x dense: window 0.50")
     cases = json.loads((tmp_path / "found.json").read_text())["cases"]
     *masks, dilated = cases
-    joined = multiplicity(parse_dilation(dilated["dilation"]), heads=8, tokens=256)
+    joined = multiplicity(Dilation.parse(dilated["dilation"]), heads=8, tokens=256)
     assert joined.double().mean().item() == dilated["case"]["density"]
     drawn = [case for case in masks if "count" in case]
     for case, share in zip(drawn, (0.5, 0.25), strict=True):  # 2 of 4 blocks, and no less than one

@@ -32,7 +32,7 @@ from ringpass.errors import UnsupportedError
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import LABEL
 from ringpass.passes.op_rules.attention import attentions
-from ringpass.schedule.site import Site
+from ringpass.schedule.site import SITES, lookup
 
 ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
@@ -60,7 +60,7 @@ def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
             curve = str(node.args[LAYOUT]).replace(" after ", "_prefix").replace(" ", "_")
             node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
-    fixed = [n for n in sites if not _site(n).pruning]
+    fixed = [n for n in sites if not SITES[_key(n)[0]].pruning]
     if not any(_symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:
         traced: dict[str, GraphModule] = {}
         for node in fixed:
@@ -105,16 +105,16 @@ def _drop_replicate(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
-def _site(node: Node) -> Site:
-    return ops.site_of(node.args[SITE[node.target] :])[1]  # type: ignore[index]
+def _key(node: Node) -> tuple[str, Any, Any]:
+    """(key, queries, keys) of a ring operator: which planned site, for how many tokens."""
+    _, key, queries, keys = node.args[SITE[node.target] :]  # type: ignore[index]
+    return str(key), queries, keys
 
 
 def _size(node: Node) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
-    query: Any = node.args[1 if node.target is ops.ring_attention_backward else 0]
-    site = _site(node)
-    group_sites = site.per_head_group(int(query.meta["val"].shape[1]))
-    return max(site.world, sum(len(step.tiles) for group_site in group_sites for step in group_site.program.steps))
+    site = lookup(*_key(node))
+    return max(site.world, sum(len(step.tiles) for group in site.groups for step in group.program.steps))
 
 
 def _symbolic(node: Node) -> bool:
@@ -133,7 +133,7 @@ def _symbolic(node: Node) -> bool:
 def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
     """Replaces an operator by the nodes of its body."""
     operands = list(dict.fromkeys(node.all_input_nodes))
-    key = _key(node, operands)
+    key = _text(node, operands)
     if key not in traced:
         traced[key] = _trace(node, operands)
     body, copies = traced[key], dict[Node, Any]()
@@ -171,7 +171,7 @@ def _readable(text: str, inner: Node) -> str:
     return text if custom else f"{text}_{re.sub(r'_[0-9]+$', '', inner.name)}"
 
 
-def _key(node: Node, operands: list[Node]) -> str:
+def _text(node: Node, operands: list[Node]) -> str:
     """Text that is equal for calls whose traces are equal."""
     number = {n: i for i, n in enumerate(operands)}
     fakes = [(v.shape, v.stride(), v.dtype, v.device) for v in (n.meta["val"] for n in operands)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +13,11 @@ from ringpass import ops
 from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of
-from ringpass.passes.op_rules.spec import Writer
+from ringpass.passes.op_rules.spec import Rank, Writer
 from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
+from ringpass.schedule.site import Site, register
 
 aten = torch.ops.aten
 
@@ -38,7 +40,7 @@ class AttentionWriter(Writer, Protocol):
 
 def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     """Ring attention over the ranks; over this one alone where the site is replicated, all tokens on each."""
-    site, problem, reason = plan.placed, plan.problem, f"attention {plan.site.node.name}"
+    site, problem, reason = plan.ordered, plan.problem, f"attention {plan.site.node.name}"
     assert problem is not None
     q = writer.sharded(site.q, plan.query_axis) if plan.query_axis else writer.replicated(site.q, reason)
     k, v = (_keys(writer, x, plan, reason) for x in (site.k, site.v))
@@ -58,18 +60,19 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
         sides = list(zip((q, k, v), (0, 1, 1), strict=True))
         q, k, v = (writer.ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
     seed, stream = (writer.seed, writer.next_stream()) if site.dropout else (None, 0)
-    who = (writer.rank.rank if plan.query_axis else 0), problem.world, writer.rank.group
-    mask, pruning = site.mask, plan.pruning
+    rank = replace(writer.rank, rank=writer.rank.rank if plan.query_axis else 0, world=problem.world)
+    pruning = plan.pruning
     if writer.plan.approximate:
-        leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths, who))
-        mask, pruning = _chosen(writer, plan, len(leaves) - 1), (*pruning, len(leaves) - 1)
+        leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths, rank))
+        problem = replace(problem, mask=str(_chosen(writer, plan, len(leaves) - 1)))
+        pruning = *pruning, len(leaves) - 1
     bias, score, sink = ("" if x is None else str(x) for x in (site.bias, site.score, site.sink))
-    learned, pruned = (",".join(map(str, numbers)) for numbers in (writer.placement.learned(plan), pruning))
-    call = writer.emit(
-        ops.ring_attention, q, k, v, leaves, seed, str(mask), bias, site.scale, site.dropout, stream, *lengths,
-        *names, problem.tile, *who, writer.plan.comm, score, str(plan.dilation or ""), sink, learned, pruned,
-        name=f"ring_attention_{site.index}",
+    planned = Site(
+        problem, rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, writer.plan.comm,
+        plan.dilation, site.heads[0], plan.learned, pruning,
     )  # fmt: skip
+    name = f"ring_attention_{site.index}"
+    call = writer.emit(ops.ring_attention, q, k, v, leaves, seed, register(planned), *lengths, name=name)
     out = writer.emit(operator.getitem, call, 0, name=site.node.name)
     if plan.query_axis is None:
         out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
@@ -85,17 +88,16 @@ def _keys(writer: AttentionWriter, x: Node, plan: SitePlan, reason: str) -> Any:
 
 
 def _choose_blocks(
-    writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any, who: Any
+    writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any, rank: Rank
 ) -> Node:
-    """The pairs of blocks that attend, the same on every rank: blocks of tokens, or of places along the curve."""
-    rank, world, group = who
+    """The pairs of blocks that attend, the same on every rank: blocks of tokens, or of curve positions."""
     assert plan.problem is not None
     layouts = plan.problem.query_layout, plan.problem.key_layout
     names = [layout.assignment if writer.plan.along_curve else layout.name for layout in layouts]
-    site = plan.placed if writer.plan.along_curve else plan.site
+    site = plan.ordered if writer.plan.along_curve else plan.site
     means = []
     for side, x, tokens, layout in zip("qk", (q, k), lengths, names, strict=True):
-        where = 2, 1, tokens, layout, world, rank, group
+        where = 2, 1, tokens, layout, rank.world, rank.rank, rank.group
         detached = writer.emit(aten.detach.default, x)
         means.append(writer.emit(ops.block_means, detached, how.block, *where, name=f"block_means_{side}"))
     about = site.scale, str(site.mask), *lengths, how.block, how.density, how.mass
@@ -109,4 +111,4 @@ def _chosen(writer: AttentionWriter, plan: SitePlan, leaf: int) -> Expr:
     if not writer.plan.along_curve:
         layouts = (("q", plan.problem.query_layout), ("k", plan.problem.key_layout))
         chosen = of_curve_positions(chosen, {name: layout.order for name, layout in layouts if layout.order})
-    return call("and", plan.placed.mask, chosen)
+    return call("and", plan.ordered.mask, chosen)

@@ -27,6 +27,7 @@ from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.routing import closed
 from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import draws_shared, rule_for
+from ringpass.passes.plan.gradients import differentiable, tracked
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Note, Sweep
@@ -81,12 +82,8 @@ class PlacementPlan:
             return rule_for(node).weights(node)
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
-            return [*keys, *(site.site.leaves[i] for i in self.learned(site))]
+            return [*keys, *(site.site.leaves[i] for i in site.learned)]
         return [n for n in operands_of(node) if self.source(node, n, axis) is None]
-
-    def learned(self, site: SitePlan) -> list[int]:
-        """Numbers of the site's leaves that need a gradient."""
-        return [i for i, leaf in enumerate(site.site.leaves) if leaf in self.tracked]
 
     def axis_along(self, node: Node, dim: int) -> Axis | None:
         """The axis of one dim of `node`."""
@@ -132,7 +129,7 @@ def place(captured: Captured, plan: RingPlan, sweep: Sweep, sharded: Mapping[int
     live = _live(captured, sites)
     axis_of |= _rows(sweep, axis_of, [n for n in captured.gm.graph.nodes if n in live])
     modes: dict[Node, Axis | None] = {}
-    placement = PlacementPlan(sweep, axis_of, sites, live, _tracked(captured), modes, _kept(captured, sites))
+    placement = PlacementPlan(sweep, axis_of, sites, live, tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
         modes[node] = _decide(placement, node) if node in live else None
         if node in given and node in live:
@@ -157,11 +154,6 @@ def _rows(sweep: Sweep, axis_of: dict[Any, Axis], live: list[Node]) -> dict[Any,
         if len(axes) == 1 and closed(sweep, rows, live):
             found[rows] = axes[0]
     return found
-
-
-def differentiable(t: torch.Tensor) -> bool:
-    """Whether a tensor of this dtype can carry a gradient."""
-    return t.is_floating_point() or t.is_complex()
 
 
 def _live(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
@@ -192,22 +184,6 @@ def _kept(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
             kept.add(node)
             stack += node.all_input_nodes
     return frozenset(kept)
-
-
-def _tracked(captured: Captured) -> frozenset[Node]:
-    tracked: set[Node] = set()
-    fakes = iter(captured.inputs)
-    for node in captured.gm.graph.nodes if torch.is_grad_enabled() else ():
-        if node.op == "placeholder":
-            needs = getattr(next(fakes), "requires_grad", False)
-        elif node.op == "get_attr":
-            needs = getattr(getattr(captured.gm, str(node.target), None), "requires_grad", False)
-        else:
-            inherits = not rule_for(node).detaches and any(n in tracked for n in node.all_input_nodes)
-            needs = inherits and any(differentiable(t) for t in tensors_of(node))
-        if needs:
-            tracked.add(node)
-    return frozenset(tracked)
 
 
 def _decide(p: PlacementPlan, node: Node) -> Axis | None:

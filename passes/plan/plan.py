@@ -10,10 +10,12 @@ Contract: depends on the graph, the options and P alone, never on the rank, on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+from torch.fx import Node
 
 from ringpass.config import RingConfig
 from ringpass.layouts.hilbert import Order
@@ -28,10 +30,9 @@ from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
-from ringpass.schedule.dilation import Dilation, HeadGroup
+from ringpass.schedule.dilation import Dilation, GroupProblem, group_problems
 from ringpass.schedule.messages import received
 from ringpass.schedule.program import Program, program
-from ringpass.schedule.site import Site, of_head_group
 from ringpass.schedule.tiles import TILE, Problem
 
 SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
@@ -50,22 +51,21 @@ class SitePlan:
     query_axis: Axis | None
     key_axis: Axis | None
     problem: Problem | None
-    placed: AttentionSite  # the site as it runs: its expressions over places, where an order is not the tokens' own
+    ordered: AttentionSite  # the site as it runs: its expressions over curve positions, where tokens are along a curve
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
     dilation: Dilation | None = None
+    learned: tuple[int, ...] = ()  # the leaves that need a gradient
 
     @property
-    def head_groups(self) -> tuple[HeadGroup, ...]:
-        """Those of a dilated site."""
-        return (
-            self.dilation.head_groups(self.site.heads[0], self.problem.queries)
-            if self.dilation and self.problem
-            else ()
-        )
+    def group_problems(self) -> tuple[GroupProblem, ...]:
+        """The head groups of a dilated site, each with its problem."""
+        if self.dilation is None or self.problem is None:
+            return ()
+        return group_problems(self.problem, self.dilation, self.site.heads[0])
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What is scheduled: the problem, or, if the site is dilated, those of its lanes."""
+        """What is scheduled: the problem, or, if the site is dilated, those of its head groups."""
         return _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
 
     def programs(self, rank: int) -> tuple[Program, ...]:
@@ -86,18 +86,11 @@ class SitePlan:
         return lines
 
     def received(self, rank: int) -> int:
-        """(key token, K/V head) pairs that `rank` receives: of what lanes share, each once."""
+        """(key token, K/V head) pairs that `rank` receives: what head groups share, once."""
+        rank = rank if self.query_axis else 0
         if self.dilation is None or self.problem is None:
             return self.site.heads[1] * sum(one.received for one in self.programs(rank))
-        return received(self.on(rank), *self.site.heads)
-
-    def on(self, rank: int) -> Site:
-        """What is scheduled, as `rank` runs it: for `schedule.messages`, which reads neither biases nor groups."""
-        p = self.problem
-        assert p is not None, "runs as the model wrote it"
-        layouts, rank = (p.query_layout.name, p.key_layout.name), rank if self.query_axis else 0
-        lengths, how = (p.queries, p.keys), str(self.dilation or "")
-        return Site(p.mask, "", 1.0, 0.0, 0, *lengths, *layouts, p.tile, rank, p.world, "", dilation=how)
+        return received(self.group_problems, rank, *self.site.heads)
 
 
 @dataclass(frozen=True)
@@ -136,11 +129,17 @@ class RingPlan:
 def _problems(problem: Problem, dilation: Dilation | None, heads: int) -> tuple[Problem, ...]:
     if dilation is None:
         return (problem,)
-    return tuple(of_head_group(problem, head_group) for head_group in dilation.head_groups(heads, problem.queries))
+    return tuple(group.problem for group in group_problems(problem, dilation, heads))
 
 
-def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: RingConfig) -> RingPlan:
-    """Chooses the layouts and states each site's schedule problem."""
+def plan(
+    sites: tuple[AttentionSite, ...],
+    sweep: Sweep,
+    world: int,
+    config: RingConfig,
+    tracked: Collection[Node] = frozenset(),
+) -> RingPlan:
+    """Chooses the layouts and states each site's schedule problem.  `tracked`: nodes that may need a gradient."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
     order, dilated = find(sites, config), dilations(sites, config, remarks)
@@ -152,21 +151,31 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, along(site, orders, config), orders, pair))
-    laid = aligned_axes(axes, sweep, world)
+    aligned = aligned_axes(axes, sweep, world)
     planned = [
-        (site, placed, orders, [laid[a.factor] if a else None for a in pair]) for site, placed, orders, pair in planned
+        (site, ordered, orders, [aligned[a.factor] if a else None for a in pair])
+        for site, ordered, orders, pair in planned
     ]
-    placed_pairs = [(placed, how, pair) for (_, placed, _, pair), how in zip(planned, dilated, strict=True)]
-    chosen, weighed = _choose(placed_pairs, tuple(laid.values()), world, config)
-    final = {a.index: replace(a, layout=a.layout.with_scheme(chosen)) for a in laid.values()}
+    ordered_pairs = [(ordered, how, pair) for (_, ordered, _, pair), how in zip(planned, dilated, strict=True)]
+    chosen, weighed = _choose(ordered_pairs, tuple(aligned.values()), world, config)
+    final = {a.index: replace(a, layout=a.layout.with_scheme(chosen)) for a in aligned.values()}
     plans = []
-    for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
+    for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
-        make = partial(_problem, placed, query, key, world) if query else partial(_alone, placed, orders, world)
+        make = partial(_problem, ordered, query, key, world) if query else partial(_alone, ordered, orders, world)
         pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
-        plans.append(SitePlan(site, query, key, make(config, dilation), placed, pruning, dilation))
+        learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
+        problem = _with_learned_bias(make(config, dilation), ordered, learned)
+        plans.append(SitePlan(site, query, key, problem, ordered, pruning, dilation, learned))
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _with_learned_bias(problem: Problem | None, site: AttentionSite, learned: tuple[int, ...]) -> Problem | None:
+    """The problem, whose full tiles are split too where a learned bias makes kernels hold a tile's scores."""
+    if problem is None or site.bias is None or not loads(site.bias) & {*learned}:
+        return problem
+    return replace(problem, cut_all=True)
 
 
 def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> Order | None:
@@ -250,11 +259,11 @@ def _problem(
     return replace(problem, tile=min(config.approximate.block, edge) if config.approximate else edge)
 
 
-def _choose(placed: list[Any], axes: Sequence[Axis], world: int, config: RingConfig) -> tuple[str, list[str]]:
+def _choose(ordered: list[Any], axes: Sequence[Axis], world: int, config: RingConfig) -> tuple[str, list[str]]:
     """The layout's name, and a line on each layout that was weighed, the chosen one first."""
     if config.layout != "auto" or world == 1:
         return ("contiguous" if config.layout == "auto" else config.layout), []
-    sharded = [(site, query, key, how) for site, how, (query, key) in placed if query is not None]
+    sharded = [(site, query, key, how) for site, how, (query, key) in ordered if query is not None]
     loads = [
         x
         for site, query, key, how in sharded
@@ -266,7 +275,7 @@ def _choose(placed: list[Any], axes: Sequence[Axis], world: int, config: RingCon
 
 
 def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:
-    """FLOPs and bytes of a forward, lane by lane; those of a backward are in the same proportion."""
+    """FLOPs and bytes of a forward, one per head group; those of a backward are in the same proportion."""
     k, v = (x.meta["val"] for x in (site.k, site.v))
     heads, groups = site.heads
     widths = hint_of(k.shape[-1]) + hint_of(v.shape[-1])
@@ -274,9 +283,8 @@ def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> 
     if dilation is None:
         return [Load(problem, flops=2.0 * heads * widths, bytes=groups * token)]
     out = []
-    for head_group in dilation.head_groups(heads, problem.queries):
-        read = len({head // (heads // groups) for head in head_group.members})
-        out.append(
-            Load(of_head_group(problem, head_group), flops=2.0 * len(head_group.members) * widths, bytes=read * token)
-        )
+    for group in group_problems(problem, dilation, heads):
+        members = group.head_group.members
+        read = len({head // (heads // groups) for head in members})
+        out.append(Load(group.problem, flops=2.0 * len(members) * widths, bytes=read * token))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,10 @@ from ringpass.kernels.blocks import empty_rows_first, rows_first
 from ringpass.ops import ring
 from ringpass.ops.library import define, differentiate, implement
 from ringpass.precision import accumulator
-from ringpass.schedule.site import Site
+from ringpass.schedule.site import SITES, Site, lookup
 
-SITE = (
-    "Tensor? seed, str mask, str bias, float scale, float dropout, int stream, SymInt queries, SymInt keys, "
-    "str query_layout, str key_layout, int tile, int rank, int world, str group, str comm, str score, str dilation, "
-    "str sink, str learned, str pruning"
-)
+SITE = "Tensor? seed, str site, SymInt queries, SymInt keys"
+"""`site`: the key of what the plan decided (`ringpass.schedule.site`); the lengths in tokens, which may be symbolic."""
 define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
 define(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
@@ -28,19 +26,14 @@ ring_attention = torch.ops.ringpass.ring_attention.default
 ring_attention_backward = torch.ops.ringpass.ring_attention_backward.default
 
 
-def site_of(args: Any) -> tuple[Tensor | None, Site]:
+def site_of(args: Sequence[Any]) -> tuple[Tensor | None, Site]:
     """(seed, Site) from the arguments that follow the leaves."""
-    seed, *rest, learned, pruning = args
-    fields = [*rest, _numbers(learned), _numbers(pruning)]
-    return seed, Site(*fields)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Numbers of leaves from a text such as `0,2`: autograd takes no list of ints."""
-    return tuple(int(i) for i in text.split(",") if i)
+    seed, key, queries, keys = args
+    return seed, lookup(key, int(queries), int(keys))
 
 
 def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys."""
     seed, site = site_of(args)
     out, lse = ring.forward(site.with_constants(leaves), q, k, v, leaves, seed)
     return [rows_first(out), lse.contiguous()]
@@ -49,6 +42,7 @@ def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *
 def ring_attention_backward_body(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
+    """[dq, dk, dv, *gradients of the learned leaves] for the local tokens."""
     seed, site = site_of(args)
     dq, dk, dv, dleaves = ring.backward(site.with_constants(leaves), grad, q, k, v, out, lse, leaves, seed)
     return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
@@ -63,7 +57,7 @@ def _fake_ring_attention_backward(
 ) -> list[Tensor]:
     return [
         *(empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
-        *(leaves[i].new_empty(leaves[i].shape) for i in site_of(args)[1].learned),
+        *(leaves[i].new_empty(leaves[i].shape) for i in SITES[args[1]].learned),
     ]
 
 
@@ -85,7 +79,7 @@ def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
         return None, None, None, [None] * len(leaves), *unused
     dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest)
     dleaves: list[Tensor | None] = [None] * len(leaves)
-    for i, g in zip(site_of((None, *ctx.rest))[1].learned, dlearned, strict=True):
+    for i, g in zip(SITES[ctx.rest[0]].learned, dlearned, strict=True):
         dleaves[i] = g
     return dq, dk, dv, dleaves, *unused
 

@@ -35,7 +35,7 @@ from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import transport
 from ringpass.precision import accumulator
 from ringpass.schedule.launches import STACK, Launch, launches
-from ringpass.schedule.messages import rows_of, tokens_of
+from ringpass.schedule.messages import rows_of
 from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, Tile
@@ -47,7 +47,7 @@ def forward(
     site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
-    keys, dtype = transport(site, q, k, v), accumulator(q.dtype)
+    keys, dtype = transport(site, k, v), accumulator(q.dtype)
     queries = [_queries(group_site, q) for group_site in keys.sites]
     states = [row_accumulator(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
@@ -81,7 +81,7 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
-    keys = transport(site, q, k, v)
+    keys = transport(site, k, v)
     sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
     local_sums: list[RowAccumulator] = []
     local: Served = []
@@ -169,7 +169,7 @@ class _Gradients:
 def _launches(group_site: Site, tiles: Sequence[Tile], q: Tensor) -> list[Launch]:
     """The launches for `tiles`; if the site splits full tiles, to save memory, none is larger than a tile."""
     if group_site.problem.cut_all:
-        return launches(tiles, group_site.tile, stack=0)
+        return launches(tiles, group_site.problem.tile, stack=0)
     return launches(tiles, stack=0 if _depends_on_tokens(group_site) else STACK // max(1, q.shape[0]))
 
 
@@ -227,8 +227,10 @@ def _queries(group_site: Site, x: Tensor) -> Tensor:
 
 def _block_index(group_site: Site) -> BlockIndex:
     """A group's query heads, and the rows of its queries in the rank's block."""
-    assert group_site.head_group is not None
-    return list(group_site.head_group.members), rows_of(group_site, tokens_of(group_site, group_site.owned_queries))
+    head_group = group_site.head_group
+    assert head_group is not None
+    queries = head_group.tokens(group_site.owned_queries)
+    return list(head_group.members), rows_of(group_site.problem, group_site.rank, queries)
 
 
 def _merged(sites: Sequence[Site], parts: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, Tensor]:

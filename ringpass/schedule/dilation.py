@@ -23,13 +23,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ringpass.errors import OptionError
+from ringpass.layouts.layout import restricted
+from ringpass.layouts.ranges import Ranges, spread
 from ringpass.layouts.strided import StridedSegments
-from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, rebuilt
+from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, parse, rebuilt
 from ringpass.masks.simplify import linear, simplify
+from ringpass.schedule.tiles import Problem
 
 OFFSETS = ("mod", "block")
 ONE = Const(1)
@@ -48,6 +54,20 @@ class HeadGroup:
         """The query heads."""
         first, step, number = self.heads
         return range(first, first + step * number, step)
+
+    def key_heads(self, heads: int, kv_heads: int) -> tuple[int, ...]:
+        """The K/V heads that its query heads read: one per query head, or one per equal number of query heads.
+
+        `heads`, `kv_heads`: the numbers of query heads and of K/V heads of the attention.
+        """
+        each = tuple(j // (heads // kv_heads) for j in self.members)
+        unique = tuple(dict.fromkeys(each))
+        share = len(each) // len(unique)
+        return unique if each == tuple(g for g in unique for _ in range(share)) else each
+
+    def tokens(self, ranges: Ranges) -> NDArray[np.int64]:
+        """The tokens of the sequence at `ranges` of the group's own numbers."""
+        return self.strided.at(spread(ranges))
 
     def mask(self, expr: Expr) -> Expr:
         """The mask `expr` over the group's tokens and heads, False across segments."""
@@ -130,6 +150,17 @@ class Dilation:
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
         return f"{'+'.join(f'{w}/{r}' for w, r in pairs)} {self.head_offset}"
 
+    @staticmethod
+    def parse(text: str) -> Dilation:
+        """The dilation that `str` wrote.
+
+        >>> Dilation.parse("2048/1+4096/3 block").dilation_rates
+        (1, 3)
+        """
+        patterns, head_offset = text.split()
+        pairs = [pattern.split("/") for pattern in patterns.split("+")]
+        return Dilation(tuple(int(w) for w, _ in pairs), tuple(int(r) for _, r in pairs), head_offset)
+
     def head_groups(self, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
         """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern."""
         return _head_groups(self, heads, tokens)
@@ -151,14 +182,6 @@ class Dilation:
 
 
 @lru_cache(maxsize=1024)
-def parse(text: str) -> Dilation:
-    """The dilation that `str` wrote."""
-    patterns, head_offset = text.split()
-    pairs = [pattern.split("/") for pattern in patterns.split("+")]
-    return Dilation(tuple(int(w) for w, _ in pairs), tuple(int(r) for _, r in pairs), head_offset)
-
-
-@lru_cache(maxsize=1024)
 def _head_groups(dilation: Dilation, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
     out = []
     for i, (w, r) in enumerate(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True)):
@@ -170,6 +193,32 @@ def _head_groups(dilation: Dilation, heads: int, tokens: int) -> tuple[HeadGroup
             head_group = HeadGroup(i, StridedSegments(tokens, min(w, tokens), r, offset), progression)
             out += [head_group] if head_group.strided.length else []
     return tuple(out)
+
+
+@dataclass(frozen=True)
+class GroupProblem:
+    """A head group of a dilated attention, and what it schedules."""
+
+    head_group: HeadGroup
+    problem: Problem
+
+
+@lru_cache(maxsize=256)
+def group_problems(problem: Problem, dilation: Dilation, heads: int) -> tuple[GroupProblem, ...]:
+    """The head groups of a dilated problem with `heads` query heads, each with its problem."""
+    return tuple(
+        GroupProblem(head_group, _of_head_group(problem, head_group))
+        for head_group in dilation.head_groups(heads, problem.queries)
+    )
+
+
+def _of_head_group(problem: Problem, head_group: HeadGroup) -> Problem:
+    n = head_group.strided.length
+    query, key = (
+        replace(x, name=restricted(x.name, head_group.strided)) for x in (problem.query_layout, problem.key_layout)
+    )
+    mask = str(head_group.mask(parse(problem.mask)))
+    return replace(problem, mask=mask, queries=n, keys=n, query_layout=query, key_layout=key)
 
 
 def _ordinal(n: int) -> str:

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringpass.layouts.layout import Layout
-from ringpass.layouts.ranges import Ranges
-from ringpass.schedule.program import Step, Transfer
-from ringpass.schedule.site import Site
+from ringpass.schedule.dilation import GroupProblem, HeadGroup
+from ringpass.schedule.program import Step, Transfer, program
+from ringpass.schedule.tiles import Problem
 
 Array = NDArray[np.int64]
 StridedSpec = tuple[int, ...]  # flat: start, stop, step, start, stop, step, ..
@@ -36,6 +35,7 @@ class MessagePart:
 
     @property
     def rows(self) -> int:
+        """(token, K/V head) pairs."""
         return len(self.heads) * len(self.tokens)
 
 
@@ -73,61 +73,46 @@ class Exchange:
 
 
 @lru_cache(maxsize=64)
-def exchanges(site: Site, heads: int, groups: int) -> tuple[Exchange, ...]:
-    """The exchanges of a rank of a dilated site with `heads` query heads and `groups` K/V heads, local keys first."""
-    group_sites = site.per_head_group(heads)
+def exchanges(groups: tuple[GroupProblem, ...], rank: int, heads: int, kv_heads: int) -> tuple[Exchange, ...]:
+    """The exchanges of `rank` for these head groups, of `heads` query heads and `kv_heads` K/V heads, local keys
+    first."""
     by_shift: dict[int, list[tuple[int, Step]]] = {0: []}
-    for group_site in group_sites:
-        for step in group_site.program.steps:
-            by_shift.setdefault(step.shift, []).append((group_site.group_index, step))
+    for i, group in enumerate(groups):
+        for step in program(group.problem, rank).steps:
+            by_shift.setdefault(step.shift, []).append((i, step))
     out = []
     for shift, steps in sorted(by_shift.items()):
-        received = [(group_sites[i], step.receive) for i, step in steps if step.receive]
-        sent = [(group_sites[i], step.send) for i, step in steps if step.send]
-        out.append(Exchange(shift, tuple(steps), *(_message(moves, heads, groups) for moves in (received, sent))))
+        received = [(groups[i].head_group, step.receive) for i, step in steps if step.receive]
+        sent = [(groups[i].head_group, step.send) for i, step in steps if step.send]
+        out.append(Exchange(shift, tuple(steps), *(_message(moves, heads, kv_heads) for moves in (received, sent))))
     return tuple(out)
 
 
-def _message(moves: Sequence[tuple[Site, Transfer]], heads: int, groups: int) -> Message | None:
+def _message(moves: Sequence[tuple[HeadGroup, Transfer]], heads: int, kv_heads: int) -> Message | None:
     if not moves:
         return None
     readers: dict[int, list[int]] = {}
-    for i, (group_site, _) in enumerate(moves):
-        for head in dict.fromkeys(key_heads(group_site, heads, groups)):
+    for i, (head_group, _) in enumerate(moves):
+        for head in dict.fromkeys(head_group.key_heads(heads, kv_heads)):
             readers.setdefault(head, []).append(i)
     alike: dict[tuple[int, ...], list[int]] = {}
     for head in sorted(readers):
         alike.setdefault(tuple(readers[head]), []).append(head)
-    sent = [tokens_of(group_site, transfer.tokens) for group_site, transfer in moves]
+    sent = [head_group.tokens(transfer.tokens) for head_group, transfer in moves]
     parts = [MessagePart(tuple(of), np.unique(np.concatenate([sent[i] for i in which]))) for which, of in alike.items()]
     return Message(moves[0][1].src, moves[0][1].dst, tuple(parts))
 
 
-def received(site: Site, heads: int, groups: int) -> int:
-    """(token, K/V head) pairs that the rank receives."""
-    return sum(exchange.receive.rows for exchange in exchanges(site, heads, groups) if exchange.receive)
+def received(groups: tuple[GroupProblem, ...], rank: int, heads: int, kv_heads: int) -> int:
+    """(token, K/V head) pairs that `rank` receives."""
+    found = exchanges(groups, rank, heads, kv_heads)
+    return sum(exchange.receive.rows for exchange in found if exchange.receive)
 
 
-def key_heads(group_site: Site, heads: int, groups: int) -> tuple[int, ...]:
-    """The K/V heads that a group's query heads read: one per query head, or one per equal number of query heads."""
-    assert group_site.head_group is not None
-    each = tuple(j // (heads // groups) for j in group_site.head_group.members)
-    unique = tuple(dict.fromkeys(each))
-    share = len(each) // len(unique)
-    return unique if each == tuple(g for g in unique for _ in range(share)) else each
-
-
-def tokens_of(group_site: Site, ranges: Ranges) -> Array:
-    """The tokens at rows `ranges` of a head group."""
-    assert group_site.head_group is not None
-    rows = [np.arange(a, b, dtype=np.int64) for a, b in ranges]
-    return group_site.head_group.strided.at(np.concatenate([np.arange(0, dtype=np.int64), *rows]))
-
-
-def rows_of(site: Site, tokens: Array) -> StridedSpec:
-    """The rows of `tokens`, which the rank holds, in its block of all tokens."""
-    layout = Layout(site.key_layout, site.world)
-    ranges = layout.unrestricted.ranges(site.rank, layout.strided.tokens if layout.strided else site.keys)
+def rows_of(problem: Problem, rank: int, tokens: Array) -> StridedSpec:
+    """The rows of key `tokens`, which `rank` holds, in its block of all tokens; of a head group's problem too."""
+    layout = problem.key_layout
+    ranges = layout.unrestricted.ranges(rank, layout.strided.tokens if layout.strided else problem.keys)
     owned = np.array(ranges, dtype=np.int64).reshape(-1, 2)
     lengths = owned[:, 1] - owned[:, 0]
     before = np.cumsum(lengths) - lengths

@@ -1,63 +1,84 @@
-"""One attention call as one rank runs it: all of it but the tensors."""
+"""One attention call as one rank runs it: what the plan decided, without tensors.
+
+    >>> from ringpass.layouts.layout import Layout
+    >>> zigzag = Layout("zigzag", 2)
+    >>> site = Site(Problem("k <= q", 8, 8, zigzag, zigzag), rank=1, scale=0.5)
+    >>> key = register(site)                       # what the operator in the graph carries
+    >>> lookup(key, 8, 8) is site
+    True
+
+The operator `ring_attention` names its site by a key, and finds it in a table that the backend fills in every process
+before it compiles: nothing is parsed, rewritten or classified again when the graph runs.  The key is a digest of the
+site's contents, so that equal sites share one, in every process.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from torch import Tensor
 
-from ringpass.layouts.layout import Layout, restricted
 from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import H, K, Q, loads, parse, table
-from ringpass.schedule import dilation
-from ringpass.schedule.dilation import HeadGroup
+from ringpass.schedule.dilation import Dilation, GroupProblem, HeadGroup, group_problems
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.tiles import Problem
 
 
 @dataclass(frozen=True)
 class Site:
-    """Texts are expressions of `ringpass.masks.expr`, over tokens in the order of the layouts.
+    """`problem`: mask, lengths, layouts and tile of the call.  Texts are expressions of `ringpass.masks.expr`.
 
-    A dilated site consists of one site per head group, each over its own tokens and heads
-    (`ringpass.schedule.dilation`).
+    A dilated site consists of one site per head group (`groups`), each over its own tokens and heads.
     """
 
-    mask: str
-    bias: str
-    scale: float
-    dropout: float
-    stream: int
-    queries: int
-    keys: int
-    query_layout: str
-    key_layout: str
-    tile: int
+    problem: Problem
     rank: int
-    world: int
-    group: str
-    comm: str = "ring"
+    group: str = ""  # the process group's name
+    scale: float = 1.0
+    dropout: float = 0.0
+    stream: int = 0  # the number of its dropout mask among those of the graph
+    bias: str = ""
     score: str = ""  # any other function of the scaled scores, instead of a bias
-    dilation: str = ""  # as `str(Dilation)` writes it; none: every query sees every key that the mask allows
     sink: str = ""  # the score of one extra key per row, with value 0: an expression without k
+    comm: str = "ring"
+    dilation: Dilation | None = None  # None: every query sees every key that the mask allows
+    heads: int = 1  # query heads
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
-    constants: tuple[tuple[int, ConstantArray], ...] = ()  # the values of these leaves in this call
     head_group: HeadGroup | None = None  # of a dilated site, the group that this site is for
     group_index: int = 0  # the index of this group
 
     @property
-    def program(self) -> Program:
-        return program(self.problem, self.rank)
+    def mask(self) -> str:
+        """Which keys a query may attend to."""
+        return self.problem.mask
 
     @property
-    def problem(self) -> Problem:
-        layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        cut_all = self.dropout > 0 or self.learns or bool(self.score)
-        return Problem(self.mask, self.queries, self.keys, *layouts, self.tile, cut_all, self.constants)
+    def world(self) -> int:
+        """The number of ranks P."""
+        return self.problem.world
+
+    @cached_property
+    def program(self) -> Program:
+        """The steps of this rank."""
+        return program(self.problem, self.rank)
+
+    @cached_property
+    def groups(self) -> tuple[Site, ...]:
+        """The sites of the head groups of a dilated site; of any other, the site itself."""
+        if self.dilation is None:
+            return (self,)
+        return tuple(_of_group(self, i, x) for i, x in enumerate(self.group_problems))
+
+    @property
+    def group_problems(self) -> tuple[GroupProblem, ...]:
+        """The head groups of a dilated site, each with its problem."""
+        return group_problems(self.problem, self.dilation, self.heads) if self.dilation else ()
 
     @cached_property
     def learns(self) -> bool:
@@ -66,60 +87,76 @@ class Site:
 
     def with_constants(self, leaves: Sequence[Tensor]) -> Site:
         """The site in a call with these leaves, which are equal on all ranks, so that their schedules match."""
-        return replace(self, constants=tuple((i, ConstantArray(leaves[i])) for i in self.pruning))
+        if not self.pruning:
+            return self
+        constants = tuple((i, ConstantArray(leaves[i])) for i in self.pruning)
+        return replace(self, problem=replace(self.problem, constants=constants))
 
-    def per_head_group(self, heads: int) -> tuple[Site, ...]:
-        """The site itself, or, if it is dilated, the sites of its head groups, for `heads` query heads."""
-        return _per_head_group(self, heads) if self.dilation else (self,)
-
-    @property
+    @cached_property
     def dropout_indices(self) -> str:
         """Index expressions (head, query, key), in the model's original order, that seed the dropout mask."""
-        layouts = Layout(self.query_layout, self.world), Layout(self.key_layout, self.world)
-        tokens = [table(x.order.permutation.values, i) if x.order else i for x, i in zip(layouts, (Q, K), strict=True)]
+        orders = self.problem.query_layout.order, self.problem.key_layout.order
+        tokens = [table(order.permutation.values, i) if order else i for order, i in zip(orders, (Q, K), strict=True)]
         indices = [H, *tokens]
         return "; ".join(str(self.head_group.reindexed(x) if self.head_group else x) for x in indices)
 
     @property
     def owned_queries(self) -> Ranges:
-        return Layout(self.query_layout, self.world).ranges(self.rank, self.queries)
+        """The query tokens of this rank, as ranges."""
+        return self.problem.query_layout.ranges(self.rank, self.problem.queries)
 
     @property
     def owned_keys(self) -> Ranges:
-        return Layout(self.key_layout, self.world).ranges(self.rank, self.keys)
+        """The key tokens of this rank, as ranges."""
+        return self.problem.key_layout.ranges(self.rank, self.problem.keys)
+
+
+def _of_group(site: Site, index: int, group: GroupProblem) -> Site:
+    """The site of one head group."""
+    texts = (str(group.head_group.reindexed_in_segment(parse(x))) if x else "" for x in (site.bias, site.score))
+    bias, score = texts
+    return replace(
+        site,
+        problem=group.problem,
+        bias=bias,
+        score=score,
+        dilation=None,
+        head_group=group.head_group,
+        group_index=index,
+    )
+
+
+# --- the table of planned sites ---------------------------------------------------------------------------------------
+
+SITES: dict[str, Site] = {}
+"""Sites by key, for the life of the process: compiled graphs name them."""
+SHOWN = 40  # characters of a mask that stand in a key, for readers of graphs
+
+
+def register(site: Site) -> str:
+    """The key by which an operator names `site`: the beginning of its mask, and a digest of its contents."""
+    digest = hashlib.sha256(repr(site).encode()).hexdigest()[:16]
+    mask = site.mask if len(site.mask) <= SHOWN else f"{site.mask[:SHOWN]}.."
+    key = f"{mask} #{digest}"
+    SITES.setdefault(key, site)
+    return key
+
+
+def lookup(key: str, queries: int, keys: int) -> Site:
+    """The site of a key, for these numbers of tokens: where they are symbolic, each call may bring its own.
+
+    Raises LookupError for a graph that was not planned in this process.
+    """
+    if key not in SITES:
+        raise LookupError(
+            f"no attention is planned as {key!r} in this process: run torch.compile(.., backend='ring_dilated') here, "
+            "which fills the table before it loads a compiled graph"
+        )
+    site = SITES[key]
+    planned = site.problem.queries, site.problem.keys
+    return site if planned == (queries, keys) else _of_lengths(site, queries, keys)
 
 
 @lru_cache(maxsize=256)
-def _per_head_group(site: Site, heads: int) -> tuple[Site, ...]:
-    head_groups = dilation.parse(site.dilation).head_groups(heads, site.queries)
-    return tuple(_of_head_group(site, group_index, head_group) for group_index, head_group in enumerate(head_groups))
-
-
-def _of_head_group(site: Site, group_index: int, head_group: HeadGroup) -> Site:
-    bias, score = (
-        str(head_group.reindexed_in_segment(parse(text))) if text else "" for text in (site.bias, site.score)
-    )
-    p = of_head_group(replace(site.problem, constants=()), head_group)
-    return replace(
-        site,
-        mask=p.mask,
-        bias=bias,
-        score=score,
-        dilation="",
-        queries=p.queries,
-        keys=p.keys,
-        query_layout=p.query_layout.name,
-        key_layout=p.key_layout.name,
-        head_group=head_group,
-        group_index=group_index,
-    )
-
-
-def of_head_group(problem: Problem, head_group: HeadGroup) -> Problem:
-    """The problem of one head group of a dilated problem."""
-    n = head_group.strided.length
-    query, key = (
-        replace(x, name=restricted(x.name, head_group.strided)) for x in (problem.query_layout, problem.key_layout)
-    )
-    mask = str(head_group.mask(parse(problem.mask)))
-    return replace(problem, mask=mask, queries=n, keys=n, query_layout=query, key_layout=key)
+def _of_lengths(site: Site, queries: int, keys: int) -> Site:
+    return replace(site, problem=replace(site.problem, queries=queries, keys=keys))

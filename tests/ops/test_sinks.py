@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from ringpass.ops import ring
 from ringpass.reference import multiplicity
 from ringpass.schedule.dilation import Dilation
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread, site, tensors
+from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread, tensors
+from tests.support.sites import site
 
 S, TILE, EXACT = 37, 8, 1e-11
 SINKS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {  # shape of the leaf, its column of scores
@@ -30,7 +30,10 @@ def on_the_ring(
     *rows, leaf = inputs
 
     def job(rank: int, group: str) -> list[Tensor]:
-        here = replace(site(mask, layout, S, TILE, rank, world, group), sink=sink, learned=(0,), dilation=dilation)
+        here = site(
+            mask, S, layout, rank, world, TILE, group=group, scale=SCALE, sink=sink, learned=(0,),
+            dilation=Dilation.parse(dilation) if dilation else None, heads=rows[0].shape[1],
+        )  # fmt: skip
         q, k, v, grad = (of_rank(x, layout, rank, world) for x in rows)
         with torch.no_grad():
             out, lse = ring.forward(here, q, k, v, [leaf], None)

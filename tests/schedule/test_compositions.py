@@ -23,11 +23,11 @@ from ringpass.masks.expr import Expr, call, parse
 from ringpass.masks.simplify import simplify
 from ringpass.ops import ring
 from ringpass.patterns import Pattern
-from ringpass.schedule.site import Site
 from tests.masks.test_patterns import Attention, step
 from tests.support import thread_ranks
 from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
 from tests.support.parity import compiled, relative
+from tests.support.sites import site
 from tests.support.workers import Workers
 
 BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
@@ -243,13 +243,12 @@ def on_the_ring(c: Case) -> list[list[Tensor]]:
     parse(mask)  # once for all threads: CPython 3.11's parser is not safe in several at a time
 
     def job(rank: int, group: str) -> list[Tensor]:
-        layouts = c.layout, c.layout
-        site = Site(mask, "", SCALE, 0.0, 0, c.tokens, c.tokens, *layouts, c.tile, rank, c.world, group)
+        planned = site(mask, c.tokens, c.layout, rank, c.world, c.tile, group=group, scale=SCALE)
         q, k, v, grad = (of_rank(x, c.layout, rank, c.world) for x in c.inputs)
         leaves = [] if c.exists is None else [c.exists]
         with torch.no_grad():
-            out, lse = ring.forward(site, q, k, v, leaves, None)
-            return [out, *ring.backward(site, grad, q, k, v, out, lse, leaves, None)[:3]]
+            out, lse = ring.forward(planned, q, k, v, leaves, None)
+            return [out, *ring.backward(planned, grad, q, k, v, out, lse, leaves, None)[:3]]
 
     return thread_ranks.run(c.world, job)
 

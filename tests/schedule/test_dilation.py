@@ -13,11 +13,12 @@ from torch import Tensor
 from ringpass import Dilation, OptionError, RingConfig, reference
 from ringpass.layouts.layout import STRIPES, Layout
 from ringpass.ops import ring
-from ringpass.schedule.dilation import parse, preset
+from ringpass.schedule.dilation import preset
 from ringpass.schedule.messages import received
 from ringpass.schedule.site import Site
 from tests.support import thread_ranks
 from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
+from tests.support.sites import site
 
 BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
 FEW, ALL = 40, 1100  # cases of the default run, and with -m slow
@@ -29,12 +30,12 @@ def site_of(
     dilation: Dilation, tokens: int, rank: int, world: int, layout: str = "contiguous", mask: str = "True", **more: Any
 ) -> Site:
     """A site whose queries and keys are one sequence."""
-    given: dict[str, Any] = {"bias": "", "tile": 1024, "group": "", **more}
-    return Site(
-        mask, scale=SCALE, dropout=0.0, stream=0, queries=tokens, keys=tokens, rank=rank, world=world,
-        dilation=str(dilation), query_layout=layout,
-        key_layout=layout, **given,
-    )  # fmt: skip
+    return site(mask, tokens, layout, rank, world, scale=SCALE, dilation=dilation, **more)
+
+
+def received_rows(planned: Site, kv_heads: int) -> int:
+    """(token, K/V head) pairs that the site's rank receives."""
+    return received(planned.group_problems, planned.rank, planned.heads, kv_heads)
 
 
 # --- random cases -----------------------------------------------------------------------------------------------------
@@ -109,13 +110,16 @@ def on_the_ring(c: Case) -> list[list[Tensor]]:
     """[out, dq, dk, dv, and the rank's share of the bias' gradient] of each rank."""
     last = len(c.leaves) - 1
     more: dict[str, Any] = {"bias": LEARNED.format(last), "learned": (last,)} if c.learned else {}
+    heads = c.inputs[0].shape[1]
 
     def job(rank: int, group: str) -> list[Tensor]:
-        site = site_of(c.dilation, c.tokens, rank, c.world, c.layout, c.mask, tile=c.tile, group=group, **more)
+        planned = site_of(
+            c.dilation, c.tokens, rank, c.world, c.layout, c.mask, tile=c.tile, group=group, heads=heads, **more
+        )
         q, k, v, grad = (of_rank(x, c.layout, rank, c.world) for x in c.inputs)
         with torch.no_grad():
-            out, lse = ring.forward(site, q, k, v, c.leaves, None)
-            dq, dk, dv, learned = ring.backward(site, grad, q, k, v, out, lse, c.leaves, None)
+            out, lse = ring.forward(planned, q, k, v, c.leaves, None)
+            dq, dk, dv, learned = ring.backward(planned, grad, q, k, v, out, lse, c.leaves, None)
         return [out, dq, dk, dv, *learned]
 
     return thread_ranks.run(c.world, job)
@@ -198,7 +202,7 @@ def test_each_rank_receives_what_it_needs(
         for start, stop in Layout(layout, world).ranges(rank, tokens):
             own[start:stop] = True
         need = int((joined[:, :, own].any(2).any(1) & ~own).sum())
-        got = received(site_of(d, tokens, rank, world, layout), heads, groups)
+        got = received_rows(site_of(d, tokens, rank, world, layout, heads=heads), groups)
         assert need <= got <= 1.05 * need, (rank, need, got)
 
 
@@ -210,12 +214,12 @@ def test_received_rows_follow_the_formula(length: int, rate: int) -> None:
     shard = tokens // world
     want = heads * max(min(length, tokens) // shard - 1, 0) * shard // rate
     for rank in range(world):
-        assert received(site_of(Dilation((length,), (rate,)), tokens, rank, world), heads, heads) == want
+        assert received_rows(site_of(Dilation((length,), (rate,)), tokens, rank, world, heads=heads), heads) == want
 
 
 def test_no_exchange_within_a_shard() -> None:
     for rank in range(4):
-        group_sites = site_of(Dilation((32, 64), (1, 2)), 256, rank, 4).per_head_group(4)
+        group_sites = site_of(Dilation((32, 64), (1, 2)), 256, rank, 4, heads=4).groups
         assert all(
             not step.receive and not step.tiles for group_site in group_sites for step in group_site.program.steps[1:]
         )
@@ -229,15 +233,12 @@ def test_cost_is_linear_in_the_length(mask: str, bound: int) -> None:
     for tokens in [2**n for n in range(12, 21, 2)]:
         doubled = range((tokens // 2048).bit_length())
         d = Dilation(tuple(2048 << i for i in doubled), tuple(1 << i for i in doubled))
-        sites = [site_of(d, tokens, rank, world, mask=mask) for rank in range(world)]
+        sites = [site_of(d, tokens, rank, world, mask=mask, heads=heads) for rank in range(world)]
         pairs = sum(
-            len(x.head_group.members) * x.program.area
-            for site in sites
-            for x in site.per_head_group(heads)
-            if x.head_group
+            len(x.head_group.members) * x.program.area for planned in sites for x in planned.groups if x.head_group
         )
         assert pairs <= bound * tokens * heads, tokens
-        rows.append(max(received(site, heads, heads) for site in sites) / heads / (tokens // world))
+        rows.append(max(received_rows(planned, heads) for planned in sites) / heads / (tokens // world))
     assert rows == sorted(rows, reverse=True) and rows[-1] < 0.1, rows
 
 
@@ -288,4 +289,4 @@ def test_auto_keeps_to_the_budget_and_reaches_the_whole_sequence(tokens: int, bu
 
 def test_texts_are_read_back() -> None:
     for d in (Dilation((4,), (1,)), Dilation((2048, 4096), (1, 3), "block")):
-        assert parse(str(d)) == d
+        assert Dilation.parse(str(d)) == d

@@ -26,7 +26,7 @@ from ringpass.schedule.program import program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.site import Site
 from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile, tiling
-from tests.support import thread_ranks
+from tests.support import sites, thread_ranks
 from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
 
 TOKENS, HEADS, WIDTH, SEED = 43, 2, 4, torch.tensor(5)
@@ -36,9 +36,8 @@ KINDS = {"nothing": "", "a bias": "-0.1 * (q - k)", "a learned bias": f"x0[h, q 
 
 def site(kind: str, rank: int, world: int, group: str, layout: str) -> Site:
     learned, dropped = (0,) if "learned" in kind else (), 0.3 if kind == "dropout" else 0.0
-    layouts = layout, layout
-    scores = KINDS[kind], SCALE, dropped, 1
-    return Site(COLUMNS, *scores, TOKENS, TOKENS, *layouts, 12, rank, world, group, learned=learned)
+    scores = {"bias": KINDS[kind], "scale": SCALE, "dropout": dropped, "stream": 1, "learned": learned}
+    return sites.site(COLUMNS, TOKENS, layout, rank, world, 12, group=group, **scores)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -156,9 +155,8 @@ def step(mask: str, rank: int, world: int, group: str, q: Tensor, k: Tensor, v: 
 
 
 def windowed(mask: str, rank: int, world: int, group: str) -> Site:
-    layouts = "contiguous", "contiguous"
     tile = 64 if mask == STACKED["local + global, large tiles"] else 16
-    return Site(mask, "", SCALE, 0.0, 0, 8 * TOKENS, 8 * TOKENS, *layouts, tile, rank, world, group)
+    return sites.site(mask, 8 * TOKENS, "contiguous", rank, world, tile, group=group, scale=SCALE)
 
 
 def made(batch: int) -> list[Tensor]:
@@ -238,7 +236,7 @@ def moved(tile: Tile, rows: int, keys: int) -> Tile:
 
 
 def test_no_stack_where_scores_depend_on_tokens() -> None:
-    plain = Site("q // 8 == k // 8", "", SCALE, 0.0, 0, 64, 64, "contiguous", "contiguous", 8, 0, 1, "")
+    plain = sites.site("q // 8 == k // 8", 64, tile=8, scale=SCALE)
     q = random(1, 2, 64, 4, seed=0)
     batch = q.expand(STACK // 16, -1, -1, -1)  # is a stack itself
     cases: tuple[tuple[dict[str, Any], Tensor, int], ...] = (

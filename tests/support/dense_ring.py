@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ringpass.layouts.layout import Layout
 from ringpass.ops import ring
-from ringpass.schedule.site import Site
 from tests.support import thread_ranks
+from tests.support.sites import site
 
 SCALE = 0.3
 MASKS = ("True", "k <= q", "q - k < 7 & k <= q", "k <= q & bool(x0[b, k])", "bool(x0[b, k])")
@@ -26,11 +26,6 @@ def tensors(tokens: int, heads: tuple[int, int], width: int, dtype: torch.dtype,
     exists = torch.ones(2, tokens, dtype=torch.bool, device=device)
     exists[0, 0] = False
     return [*made, exists]
-
-
-def site(mask: str, layout: str, tokens: int, tile: int, rank: int, world: int, group: str) -> Site:
-    layouts = (layout, layout)
-    return Site(mask, "", SCALE, 0.0, 0, tokens, tokens, *layouts, tile, rank, world, group)
 
 
 @contextmanager
@@ -63,7 +58,7 @@ def ring_step(
     """[out, dq, dk, dv] of each rank."""
 
     def job(rank: int, group: str) -> list[Tensor]:
-        here = site(mask, layout, q.shape[2], tile, rank, world, group)
+        here = site(mask, q.shape[2], layout, rank, world, tile, group=group, scale=SCALE)
         mine = [of_rank(x, layout, rank, world) for x in (q, k, v, grad)]
         leaves = [exists] if "x0" in mask else []
         with torch.no_grad():

@@ -24,8 +24,9 @@ class AllGather(Transport):
 
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         super().__init__(site, k, v)
-        self.where = (2, 1, site.keys, site.key_layout, site.world, site.rank, site.group)
-        self.gathers = site.world > 1 and site.key_layout != "replicated"
+        layout = site.problem.key_layout
+        self.where = (2, 1, site.problem.keys, layout.name, site.world, site.rank, site.group)
+        self.gathers = site.world > 1 and not layout.replicated
         self.given: list[tuple[Ranges, tuple[Tensor, ...]]] = []
 
     @property
@@ -49,7 +50,7 @@ class AllGather(Transport):
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         if not self.gathers:
             return
-        total = row_accumulator(self.site.keys, lambda: [span for ranges, _ in self.given for span in ranges])
+        total = row_accumulator(self.site.problem.keys, lambda: [span for ranges, _ in self.given for span in ranges])
         for ranges, grads in self.given:
             fold_ranges(total, ranges, grads, "add_gradients")
         dtype = accumulator(self.k.dtype)

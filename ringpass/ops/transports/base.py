@@ -35,7 +35,7 @@ class Transport:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites that the loop computes: the site itself, or those of its head groups."""
-        return (self.site,)
+        return self.site.groups
 
     def steps(self, index: int) -> tuple[Step, ...]:
         """The steps of one site."""

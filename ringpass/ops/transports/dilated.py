@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ringpass.kernels.blocks import row_slice
@@ -14,7 +16,8 @@ from ringpass.ops.accumulate import RowAccumulator, label
 from ringpass.ops.row_ops import BlockIndex, added, flat, pack_rows, taken
 from ringpass.ops.transports.base import Served, Transport, peer_label, start_exchange, unpack, zero_block
 from ringpass.precision import accumulator
-from ringpass.schedule.messages import Exchange, Message, exchanges, key_heads, rows_of, tokens_of
+from ringpass.schedule.dilation import HeadGroup
+from ringpass.schedule.messages import Exchange, Message, StridedSpec, exchanges, rows_of
 from ringpass.schedule.program import Step
 from ringpass.schedule.site import Site
 
@@ -22,22 +25,28 @@ from ringpass.schedule.site import Site
 class DilatedTransport(Transport):
     """The ring of a dilated site: its head groups share one exchange, each (token, K/V head) is sent once."""
 
-    def __init__(self, site: Site, heads: int, k: Tensor, v: Tensor) -> None:
+    def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         super().__init__(site, k, v)
-        self.heads, self.exchanges = heads, exchanges(site, heads, k.shape[1])
+        self.exchanges = exchanges(site.group_problems, site.rank, site.heads, k.shape[1])
         self.pending: Exchange | None = None
         self.returned: list[tuple[BlockIndex, tuple[Tensor, ...]]] = []
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return self.site.per_head_group(self.heads)
 
     @property
     def returned_rows(self) -> Ranges:
         return ()
 
+    def _head_group(self, index: int) -> HeadGroup:
+        found = self.sites[index].head_group
+        assert found is not None
+        return found
+
     def key_heads(self, index: int) -> tuple[int, ...]:
-        return key_heads(self.sites[index], self.heads, self.k.shape[1])
+        """The K/V heads that the query heads of a group read."""
+        return self._head_group(index).key_heads(self.site.heads, self.k.shape[1])
+
+    def _rows(self, tokens: NDArray[np.int64]) -> StridedSpec:
+        """The rows of `tokens` in this rank's block."""
+        return rows_of(self.site.problem, self.site.rank, tokens)
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
         _, *remote = self.exchanges
@@ -55,10 +64,10 @@ class DilatedTransport(Transport):
     def _block(self, exchange: Exchange, index: int, step: Step, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The keys and values of a site's step, from the local ones or from a message."""
         k, v = block
-        heads, tokens = self.key_heads(index), tokens_of(self.sites[index], step.tokens)
+        heads, tokens = self.key_heads(index), self._head_group(index).tokens(step.tokens)
         with label(f"take_group{index}_step{step.shift}"):
             if exchange.receive is None or not len(tokens):
-                rows = rows_of(self.site, tokens)
+                rows = self._rows(tokens)
                 return taken(self.k, heads, rows), taken(self.v, heads, rows)
             rows = exchange.receive.find(heads, tokens)
             shapes = [(x.shape[0], len(heads), len(tokens), x.shape[3]) for x in (k, v)]
@@ -76,7 +85,7 @@ class DilatedTransport(Transport):
 
     def _block_indices(self, message: Message) -> list[BlockIndex]:
         """The block index of each part of a message that the rank sends."""
-        return [(part.heads, rows_of(self.site, part.tokens)) for part in message.parts]
+        return [(part.heads, self._rows(part.tokens)) for part in message.parts]
 
     def _numel(self, message: Message | None) -> int:
         """Number of elements of K and V, or of their gradients, in a message."""
@@ -90,7 +99,7 @@ class DilatedTransport(Transport):
                 block_indices, parts = [], []
                 for (i, step, _), grads in zip(served, given, strict=True):
                     if step.tokens:
-                        tokens = tokens_of(self.sites[i], step.tokens)
+                        tokens = self._head_group(i).tokens(step.tokens)
                         block_indices.append(([0], exchange.receive.find(self.key_heads(i), tokens)))
                         parts.append([g.flatten(1, 2).unsqueeze(1) for g in grads])
                 sums = [added(xs, block_indices, 1, exchange.receive.rows) for xs in zip(*parts, strict=True)]
@@ -125,7 +134,7 @@ class DilatedTransport(Transport):
             heads = self.key_heads(i)
             k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))
             parts = local_sums[i].join(partial(zero_block, k, v, dtype))
-            found.append(((heads, rows_of(self.site, tokens_of(group_site, group_site.owned_keys))), parts))
+            found.append(((heads, self._rows(self._head_group(i).tokens(group_site.owned_keys))), parts))
         found += self.returned
         block_indices = [block_index for block_index, _ in found]
         sums = zip(*(parts for _, parts in found), strict=True)

@@ -11,8 +11,8 @@ from ringpass.ops.transports.ring import RingTransport
 from ringpass.schedule.site import Site
 
 
-def transport(site: Site, q: Tensor, k: Tensor, v: Tensor) -> Transport:
+def transport(site: Site, k: Tensor, v: Tensor) -> Transport:
     """The transport of a site."""
     if site.dilation:
-        return DilatedTransport(site, q.shape[1], k, v)
+        return DilatedTransport(site, k, v)
     return {"ring": RingTransport, "allgather": AllGather}[site.comm](site, k, v)
