@@ -1,15 +1,13 @@
 """lower: the forward and backward graphs that AOTAutograd derived -> the graphs that are compiled.
 
-    replicate                 an identity once autograd has run: leaves the graph
-    ring_attention            traced through `ring.forward`: send, receive, wait, mask, attention, merge become nodes,
-    ring_attention_backward     named after the step and tile that they belong to
-    neither, above the unroll limit (over all sites, the larger of P and the number of tiles), where a length is
-                              symbolic, or where data of each call prunes the schedule: the op stays rolled, one node
-                              whose body runs the same code
-    pack, merge               nodes of the graph that is shown; `inline_arithmetic` then hands the compiler their
-    arithmetic
-    shard, gather             stay one node, named permute_<layout>, restore_<layout>
-    permute                   stays, named permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
+    replicate                 removed: it is an identity once autograd has run
+    ring_attention,           unrolled: traced through `ring.forward`, so that each send, receive, wait, mask, tile and
+    ring_attention_backward     merge is a node, named after its step and tile.  Rolled, one node whose body runs the
+                                same code: above the unroll limit (the larger of P and the number of tiles, summed over
+                                all sites), with a symbolic length, or where data of each call prunes the schedule
+    pack, merge               kept in the graph that is shown; `inline_arithmetic` then replaces them by ATen arithmetic
+    shard, gather             kept, renamed permute_<layout>, restore_<layout>
+    permute                   kept, renamed permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
 
 Contract: runs on the forward and on the backward graph of every compilation, nested graphs included.  No attention that
 the plan partitioned may be left; no `replicate` either.  Equal calls (same shapes, same constants) are traced once.
@@ -39,18 +37,18 @@ ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention_backward: ops.ring_attention_backward_body,
 }
 ARITHMETIC = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
-"""Ops that are the loop of a ring, and those that are arithmetic for the compiler to fuse."""
+"""`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
 
 
-def lower(graph: Graph, unroll_limit: int, whole: int) -> None:
-    """Rewrites `graph` in place.  `whole`: how many attentions the plan lets run replicated, as the model wrote them.
+def lower(graph: Graph, unroll_limit: int, left: int) -> None:
+    """Rewrites `graph` in place.  `left`: how many attentions the plan leaves replicated, as the model wrote them.
 
     Raises UnsupportedError where more are left: an attention that was not partitioned would see local tokens only.
     """
-    _refuse_leftovers(graph, whole)
+    _refuse_leftovers(graph, left)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is ops.replicate:
             _drop_replicate(graph, node)
@@ -77,21 +75,21 @@ def inline_arithmetic(graph: Graph) -> None:
     graph.lint()
 
 
-def lower_module(gm: GraphModule, unroll_limit: int, whole: int) -> GraphModule:
+def lower_module(gm: GraphModule, unroll_limit: int, left: int) -> GraphModule:
     """Lowers a graph module and every graph module inside it."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            lower(module.graph, unroll_limit, whole)
+            lower(module.graph, unroll_limit, left)
             module.recompile()
     return gm
 
 
-def _refuse_leftovers(graph: Graph, whole: int) -> None:
-    left = attentions(graph)
-    if len(left) > whole:
-        names = ", ".join(f"{n.name} ({n.target})" for n in left)
+def _refuse_leftovers(graph: Graph, left: int) -> None:
+    found = attentions(graph)
+    if len(found) > left:
+        names = ", ".join(f"{n.name} ({n.target})" for n in found)
         raise UnsupportedError(
-            f"{len(left)} attention ops are left after partitioning where the plan has {whole}: {names}. "
+            f"{len(found)} attention ops are left after partitioning where the plan has {left}: {names}. "
             "They would attend to this rank's tokens only. This is a fault of ringpass: please report it with the dump."
         )
 

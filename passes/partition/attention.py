@@ -39,7 +39,7 @@ class AttentionWriter(Writer, Protocol):
 
 
 def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
-    """Ring attention over the ranks; over this one alone where the site is replicated, all tokens on each."""
+    """Ring attention over the ranks; where the site is replicated, over this rank alone, which has all tokens."""
     site, problem, reason = plan.ordered, plan.problem, f"attention {plan.site.node.name}"
     assert problem is not None
     q = writer.sharded(site.q, plan.query_axis) if plan.query_axis else writer.replicated(site.q, reason)
@@ -105,7 +105,7 @@ def _choose_blocks(
 
 
 def _chosen(writer: AttentionWriter, plan: SitePlan, leaf: int) -> Expr:
-    """The mask of a site, and only the pairs of blocks that leaf number `leaf` keeps."""
+    """The mask of a site, restricted to the pairs of blocks that leaf number `leaf` keeps."""
     assert plan.problem is not None and writer.plan.approximate is not None
     chosen = chosen_blocks(TRUE, leaf, writer.plan.approximate)
     if not writer.plan.along_curve:

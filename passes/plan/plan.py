@@ -1,9 +1,9 @@
 """plan: sites + sequence axes -> one layout per axis and one schedule problem per site.  No tensors.
 
-    axes: the factor classes of the query and key dims of the sites, and, of `pieces`, other runs of the same tokens
-    one rank: no axis, each site whole
+    axes: the factor classes of the query and key dims of the sites, and of other slices of their sequences (`axes`)
+    one rank: no axis, each site replicated
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
-    layout of the axes: `balance`, along the curve that `curves` finds
+    layouts: the scheme of least estimated time (`schedule.cost`), along the curve that `curve_order` finds
 
 Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
 """
@@ -35,8 +35,8 @@ from ringpass.schedule.messages import received
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.tiles import TILE, Problem
 
-SHOWN_RANKS = 64  # the plan counts what each of so many ranks receives
-LOOKED_AT = 2**24  # elements of a leaf that may prune the schedule of each call
+SHOWN_RANKS = 64  # up to this many ranks, the plan's text says what each receives
+LOOKED_AT = 2**24  # leaves of at most this many elements may prune the schedule of each call
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RingPlan:
     sites: tuple[SitePlan, ...]
     comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
     approximate: TopBlocks | None = None
-    along_curve: bool = False  # whether the blocks of `approximate` are runs of places
+    along_curve: bool = False  # whether the blocks of `approximate` are intervals of curve positions
     weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
@@ -179,14 +179,14 @@ def _with_learned_bias(problem: Problem | None, site: AttentionSite, learned: tu
 
 
 def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> Order | None:
-    """The order of a site's queries or keys; of a replicated site, they are brought into it around the site."""
+    """The order of a site's queries or keys; those of a replicated site are permuted before it and back after it."""
     return axis.layout.order if axis else of_length(order, x) if replicated else None
 
 
 def _alone(
     site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig, dilation: Dilation | None
 ) -> Problem | None:
-    """The problem of a site that every rank computes whole, as if it were the only one; None: as the model wrote it."""
+    """The problem of a site that every rank computes alone, of all tokens; None: it runs as the model wrote it."""
     if not (world == 1 or config.altering or any(orders)) or not _plain(site, []):
         return None
     problem = _problem(site, None, None, 1, config, dilation)
@@ -195,14 +195,14 @@ def _alone(
 
 
 def _pruning(site: AttentionSite) -> tuple[int, ...]:
-    """The leaves of the mask that hold truth values or integers, few enough to be looked at in each call."""
+    """The leaves of the mask that hold booleans or integers, and are small enough to be read in each call."""
     values = [leaf.meta["val"] for leaf in site.leaves]
     fit = {i for i, x in enumerate(values) if not x.is_floating_point() and x.ndim and hint_of(x.numel()) <= LOOKED_AT}
     return tuple(sorted(fit & loads(site.mask)))
 
 
 def _plain(site: AttentionSite, remarks: list[str]) -> bool:
-    """Whether the site is read, and q, k, v have the shapes that the ring takes.
+    """Whether the site could be read, and q, k, v have the shapes that the ring takes.
 
     That is 2 to 4 dims, K/V heads that divide the query heads.
     """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ringpass.kernels.blocks import row_slice
 from ringpass.layouts.ranges import Ranges
+from ringpass.ops import boundary
 from ringpass.ops.accumulate import RowAccumulator, add, fold_ranges, label, row_accumulator
 from ringpass.ops.transports.base import Served, Transport, zero_block
 from ringpass.precision import accumulator
@@ -31,13 +32,15 @@ class AllGather(Transport):
 
     @property
     def returned_rows(self) -> Ranges:
+        """None: all gradients come at once, in `finish`."""
         return ()
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        """Gathers K and V, then yields the tokens of each step of the ring; nothing is in flight."""
         full = [self.k, self.v]
         if self.gathers:
             with label("gather_keys"):
-                full = [torch.ops.ringpass.gather(x, *self.where) for x in full]
+                full = [boundary.gather(x, *self.where) for x in full]
         for index, step in enumerate(self.steps(0)):
             if index == 0:
                 yield [(0, step, (self.k, self.v))], []
@@ -45,9 +48,11 @@ class AllGather(Transport):
                 yield [(0, step, (rows_at(full[0], step.tokens), rows_at(full[1], step.tokens)))], []
 
     def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+        """Keeps the gradients for `finish`."""
         self.given.append((served[0][1].tokens, given[0]))
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
+        """Reduce-scatters the gradients of all keys."""
         if not self.gathers:
             return
         total = row_accumulator(self.site.problem.keys, lambda: [span for ranges, _ in self.given for span in ranges])
@@ -56,10 +61,11 @@ class AllGather(Transport):
         dtype = accumulator(self.k.dtype)
         with label("reduce_scatter_gradients"):
             sums = total.join(partial(zero_block, self.k, self.v, dtype))
-            home = tuple(torch.ops.ringpass.reduce_scatter(x, *self.where) for x in sums)
+            home = tuple(boundary.reduce_scatter(x, *self.where) for x in sums)
         local_sums[0].fold((0, self.k.shape[2]), home, add, "add_gradients_home")
 
 
 def rows_at(x: Tensor, spans: Ranges) -> Tensor:
+    """The rows (dim 2) of `x` in `spans`."""
     parts = [row_slice(x, span) for span in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -1,8 +1,13 @@
-"""What every transport does, and how one exchange is started and unpacked."""
+"""The interface of a transport, and how one exchange is started and unpacked.
+
+A transport brings the keys and values of other ranks to the loop of ring attention, block by block, and returns their
+gradients.  Shapes: k (B, G, Lk, D), v (B, G, Lk, Dv) of the Lk local keys; a received block has the tokens of its step.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,12 +25,16 @@ Block = tuple[int, Step, tuple[Tensor, Tensor]]  # index of a site, its step, it
 Served = list[Block]
 
 
-class Transport:
-    """`blocks` yields the steps that share an exchange, local keys first, and the buffers in flight.
+class Transport(ABC):
+    """How the loop uses it, forward and backward (`site`: the call as this rank runs it):
 
-    After the tiles of each but the first, the backward calls `give_back` with the dK, dV of each block, and `finish` at
-    the end.  `collect` then returns dK and dV of the local keys: `local_sums` (from local queries) plus the gradients
-    that other ranks sent back.
+        for served, in_flight in transport.blocks():      # local keys first
+            compute the tiles of each served block
+            transport.give_back(served, grads, local_sums)    # backward, of every block but the local one
+        transport.finish(local_sums)                          # backward
+        dk, dv = transport.collect(local_sums)                # backward
+
+    `local_sums` accumulates dK and dV of the local keys, one accumulator per site of `sites`.
     """
 
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
@@ -47,18 +56,27 @@ class Transport:
         return any(len(self.steps(i)) > 1 for i in range(len(self.sites)))
 
     @property
+    @abstractmethod
     def returned_rows(self) -> Ranges:
         """The ranges of rows at which `local_sums` gets gradients from other ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
-        raise NotImplementedError
+        """(the blocks that one exchange brought, the buffers in flight while their tiles are computed), step by step.
 
+        The local keys are first.  The next exchange is started before a block is yielded.
+        """
+
+    @abstractmethod
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
-        raise NotImplementedError
+        """Starts the return of (dK, dV) of the served blocks to the ranks that hold the keys.
 
+        Gradients that arrived meanwhile, of keys that this rank sent, are added to `local_sums`.
+        """
+
+    @abstractmethod
     def finish(self, local_sums: list[RowAccumulator]) -> None:
-        raise NotImplementedError
+        """Waits for the gradients that are still under way, and adds them to `local_sums`."""
 
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the local keys, in the accumulator's dtype."""
@@ -74,6 +92,7 @@ def start_exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int
 
 
 def peer_label(way: str, rank: int | None) -> str:
+    """`from_rank3`, or `nothing`: the end of a node's name."""
     return "nothing" if rank is None else f"{way}_rank{rank}"
 
 

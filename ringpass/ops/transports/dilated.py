@@ -33,6 +33,7 @@ class DilatedTransport(Transport):
 
     @property
     def returned_rows(self) -> Ranges:
+        """None: returned gradients are added in `collect`."""
         return ()
 
     def _head_group(self, index: int) -> HeadGroup:
@@ -49,6 +50,7 @@ class DilatedTransport(Transport):
         return rows_of(self.site.problem, self.site.rank, tokens)
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        """The blocks of all head groups that one exchange brought; the next exchange is in flight."""
         _, *remote = self.exchanges
         block: tuple[Tensor, ...] = (self.k, self.v)
         arriving: Tensor | None = None
@@ -92,6 +94,7 @@ class DilatedTransport(Transport):
         return message.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if message else 0
 
     def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+        """Sends dK and dV of all head groups back in one message; those of the exchange before are waited for."""
         exchange = next(exchange for exchange in self.exchanges if exchange.shift == served[0][1].shift)
         sent = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
         with label(f"send_gradients_step{exchange.shift}"):
@@ -110,6 +113,7 @@ class DilatedTransport(Transport):
         self.returning, self.pending = [started], exchange
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
+        """Waits for the return that is pending."""
         for arriving in self.returning:
             assert self.pending is not None
             with label(f"wait_gradients_step{self.pending.shift}"):
@@ -128,6 +132,7 @@ class DilatedTransport(Transport):
             offset += part.rows
 
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
+        """(dk, dv) of the local keys: those of each head group's local queries, and those that came back."""
         dtype = accumulator(self.k.dtype)
         found: list[tuple[BlockIndex, tuple[Tensor, ...]]] = []
         for i, group_site in enumerate(self.sites):

@@ -1,4 +1,4 @@
-"""The ring: one exchange per step."""
+"""The ring: in step t, rank r receives from rank r - t and sends to rank r + t; one exchange per step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class RingTransport(Transport):
 
     @property
     def returned_rows(self) -> Ranges:
+        """Those that the rank sent, step by step."""
         return tuple(span for step in self.steps(0) for span in sent_rows(self.site, step))
 
     def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+        """One block per step; the exchange of the next step is in flight."""
         block, arriving = (self.k, self.v), None
         for index, step in enumerate(steps := self.steps(0)):
             if arriving is not None:
@@ -36,6 +38,7 @@ class RingTransport(Transport):
             yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
 
     def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+        """Sends dK and dV back to the owner of the block; those of the step before are waited for."""
         ((_, step, _),), (grads,) = served, given
         back, home = _reverse(step.receive), _reverse(step.send)
         with label(f"send_gradients_step{step.shift}_{peer_label('to', back.dst if back else None)}"):
@@ -46,6 +49,7 @@ class RingTransport(Transport):
         self.returning, self.pending = [started], step
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
+        """Waits for the return that is pending."""
         for arriving in self.returning:
             assert self.pending is not None
             self._take(arriving, self.pending, local_sums[0])
@@ -76,4 +80,5 @@ def _reverse(transfer: Transfer | None) -> Transfer | None:
 
 
 def sent_rows(site: Site, step: Step) -> Ranges:
+    """The local key rows that a step sends."""
     return rows(step.send.tokens, site.owned_keys) if step.send else ()
