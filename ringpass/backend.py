@@ -52,6 +52,8 @@ def ring_dilated(
 ) -> Callable[..., Any]:
     """Compiles `gm`, a graph of Dynamo's, for this rank.
 
+        model = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
+
     `options`: those of `RingConfig`; `mode`: one of Inductor's modes.  Raises OptionError for bad options and
     UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The compiled
     function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.

@@ -91,14 +91,13 @@ KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "
 """The entries of `meta` that a node takes over from the node that it replaces."""
 
 
+MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+"""Names of the functions that switch the grad and autocast modes of the nodes after them."""
+
+
 def has_effect(node: Node) -> bool:
     """Whether `node` stays though nothing reads it: it mutates an input, or switches grad mode or autocast."""
     if node.op != "call_function":
         return False
     schema = schema_of(node)
-    name = getattr(node.target, "__name__", "")
-    return (schema is not None and schema.is_mutable) or name in (
-        "_set_grad_enabled",
-        "_enter_autocast",
-        "_exit_autocast",
-    )
+    return (schema is not None and schema.is_mutable) or getattr(node.target, "__name__", "") in MODE_SWITCHES

@@ -121,9 +121,8 @@ def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int
 def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
     """The positions of this rank's rows of `output` along the sequence dim of the full tensor: (rows,), int64.
 
-    >>> import torch
-    >>> from ringpass.shards import on_all_ranks
-    >>> tokens_of(on_all_ranks(torch.zeros(2, 3, 8)))              # a replicated output holds all tokens
+    >>> output = on_all_ranks(torch.zeros(2, 3, 8))                # as on a single rank, which holds all tokens
+    >>> tokens_of(output)
     tensor([0, 1, 2])
 
     `output`: an output of a model that was compiled with the option outputs="local" or "dtensor", or a result of
@@ -139,7 +138,9 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
     """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`: (.., S, ..) to (.., rows, ..).
 
-        labels = ringpass.local(labels, like=logits)
+    >>> output = on_all_ranks(torch.zeros(2, 3, 8))                # as on a single rank, which holds all tokens
+    >>> local(torch.tensor([[0, 1, 2]]), like=output)
+    tensor([[0, 1, 2]])
 
     `like`: an output of a model that was compiled with the option outputs="local" or "dtensor", or a result of
     `sharded`.  The gradient of `x` is replicated: if `x` needs one, all ranks must call backward together.
@@ -183,7 +184,9 @@ def sharded(
 ) -> Tensor:
     """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
 
-        logits = model(inputs_embeds=ringpass.sharded(mine))       # mine: (B, L, D) of (B, S, D)
+    >>> mine = torch.zeros(2, 3, 8)                                # (B, L, D) of (B, S, D); a single rank has L = S
+    >>> sharded(mine, dim=1).shape
+    torch.Size([2, 3, 8])
 
     All ranks of the ring `group` (a process group, a mesh of one dimension, or None: the default group) call this
     together, each with its tokens along `dim`, as `layout` assigns them:
