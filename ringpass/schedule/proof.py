@@ -134,8 +134,8 @@ def check(programs: Sequence[Program]) -> Proof:
 
 def lower_bound(problem: Problem, rank: int) -> int:
     """Number of distinct remote key tokens to which some query of `rank` may attend."""
-    own = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
-    remote = [(stop, start) for (_, stop), (start, _) in zip(own, own[1:], strict=False)]
+    local = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
+    remote = [(stop, start) for (_, stop), (start, _) in zip(local, local[1:], strict=False)]
     parts = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
     return sum(_needed(problem, rank, part) for part in parts)
 
@@ -159,10 +159,10 @@ def _demand(fact: bool, rank: int, step: Step | None, complaint: str, *about: ob
 
 def _wellformed(one: Program, index: int, step: Step) -> None:
     problem, rank = one.problem, one.rank
-    _demand((index == 0) == (step.shift == 0), rank, step, "stands at place {}", index)
+    _demand((index == 0) == (step.shift == 0), rank, step, "is at index {}", index)
     if index == 0:
-        own = problem.key_layout.ranges(rank, problem.keys)
-        _demand(step.tokens == own, rank, step, "holds tokens {}, not the rank's own {}", step.tokens, own)
+        local = problem.key_layout.ranges(rank, problem.keys)
+        _demand(step.tokens == local, rank, step, "holds tokens {}, not the local tokens {}", step.tokens, local)
         _demand(step.send is None and step.receive is None, rank, step, "moves tokens, but its keys are local")
     else:
         _wellformed_transfers(one, step)
@@ -170,9 +170,9 @@ def _wellformed(one: Program, index: int, step: Step) -> None:
     for tile in step.tiles:
         _demand(0 <= tile.q[0] < tile.q[1] <= rows_q, rank, step, "tile {} is not in the {} query rows", tile, rows_q)
         _demand(0 <= tile.k[0] < tile.k[1] <= rows_k, rank, step, "tile {} is not in the {} key rows", tile, rows_k)
-        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of no known kind", tile)
+        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of an unknown kind", tile)
         square = tile.kind not in TRIANGLES or tile.q[1] - tile.q[0] == tile.k[1] - tile.k[0]
-        _demand(square, rank, step, "tile {} is a triangle, but no square", tile)
+        _demand(square, rank, step, "tile {} is a triangle, but not square", tile)
 
 
 def _wellformed_transfers(one: Program, step: Step) -> None:
