@@ -1,10 +1,14 @@
-"""ringpass: an unmodified PyTorch model over P ranks, its sequence partitioned.
+"""ringpass runs an unmodified PyTorch model on P ranks, with its sequence sharded over them.
 
     model = torch.compile(model, backend="ring_dilated")
 
-needs no import of this package.  What it offers beside the backend: `RingConfig`, the options; `patterns`,
-`top_blocks` and `Dilation`, values of options; `reference`, what they mean, dense and plain; `sharded`, `tokens_of` and
-`local`, for tensors of which each rank has its own tokens; `errors`.
+needs no import of this package.  Besides the backend it has
+
+    RingConfig                         the options of the backend, documented one by one
+    patterns, top_blocks, Dilation     values of options
+    reference                          dense attention on one device that defines what the options mean
+    sharded, local, tokens_of          tensors of which each rank holds its tokens
+    errors                             the errors that the package raises
 """
 
 from ringpass.config import RingConfig

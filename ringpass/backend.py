@@ -1,9 +1,9 @@
-"""The backend `ring_dilated`: from Dynamo's graph to one rank's compiled program, in one straight line.
+"""The backend `ring_dilated`: from Dynamo's graph to one rank's compiled program, stage by stage.
 
     model = torch.compile(model, backend="ring_dilated")
 
 Under torchrun every rank passes the same full batch and gets the same full result.  Importing this module tells Dynamo
-to skip logging calls in models, which would else break the graph in two
+to skip logging calls in models, which would otherwise break the graph
 (`torch._dynamo.config.ignore_logging_functions`).
 """
 
@@ -51,10 +51,13 @@ SHOWN = 4  # attentions that a message names
 def ring_dilated(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Compiles `gm` for this rank.  `options`: those of `RingConfig`; `mode`: Inductor's modes.
+    """Compiles `gm`, a graph of Dynamo's, for this rank.
 
-    Raises OptionError for bad options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`,
-    without a gather), and at the first call MismatchError where ranks differ.
+        model = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
+
+    `options`: those of `RingConfig`; `mode`: one of Inductor's modes.  Raises OptionError for bad options and
+    UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The compiled
+    function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
@@ -93,9 +96,9 @@ def _unpartitioned(
     config: RingConfig,
     inductor: dict[str, Any],
 ) -> Callable[..., Any] | None:
-    """What Dynamo calls where nothing is to be partitioned: one rank with nothing asked, or no attention; else None.
+    """The function that Dynamo calls if there is nothing to partition: one rank and no options, or no attention.
 
-    A graph that draws random numbers goes on: its dropout is that of every number of ranks, also one.
+    Else None; also for a graph that draws random numbers, since they must not depend on the number of ranks.
     """
     nodes = captured.gm.graph.nodes
     draws = any(draws_counter_based(n) or draws_shared(n) for n in nodes) or any(site.dropout for site in sites)
@@ -153,12 +156,12 @@ def _check_data_parallel_wrappers(ring: Ring, config: RingConfig) -> None:
 
 
 def _gathers_outputs(gm: GraphModule, config: RingConfig, ring: Ring) -> bool:
-    """Outputs are gathered in the graph when asked, and when a graph break feeds them to the next graph."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
+    """Whether outputs are gathered in the graph: by the option `outputs`, or since a graph break passes them on."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
     broken = bool(reason is not None and reason.graph_break)
     if broken:
-        why = str(reason.reason).splitlines()[0]  # type: ignore[union-attr]
-        _warn_rank0(ring, f"graph break ({why}): the outputs of this piece are gathered for the next one")
+        why = str(reason.reason).splitlines()[0]
+        _warn_rank0(ring, f"graph break ({why}): the outputs of this graph are gathered for the next one")
     return broken or config.outputs == "gathered"
 
 
@@ -169,7 +172,7 @@ def _refuse_ignored_options(planned: RingPlan, config: RingConfig) -> None:
 
 
 def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
-    """The options act on attentions that ringpass computes: one that runs as the model wrote it would ignore them."""
+    """Refuses options for an attention that runs as the model wrote it and would therefore ignore them."""
     for_all = config.altering.keys() - {"dilation"}
     left = [s.site.node.name for s in planned.sites if s.problem is None and (for_all or s.dilation)]
     if left:
@@ -181,7 +184,7 @@ def _refuse_unmasked(planned: RingPlan, config: RingConfig) -> None:
 
 
 def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
-    """A pattern that leaves an attention nothing to attend to is a mistake."""
+    """Refuses a pattern that leaves an attention nothing to attend to: it is a mistake."""
     for s in planned.sites if "mask" in config.altering else ():
         if s.problem and not len(tiling(s.problem)):
             raise OptionError(
@@ -200,7 +203,7 @@ def _report(planned: RingPlan, program: Partitioned, ring: Ring) -> None:
 
 
 def _dilated(planned: RingPlan) -> list[str]:
-    """A line for each dilation: in which attentions, and what they attend to."""
+    """A line of text for each dilation: the attentions that it dilates, and what they attend to."""
     alike: dict[tuple[Dilation, int], list[str]] = {}
     for s in planned.sites:
         if s.dilation and s.problem:
@@ -230,7 +233,7 @@ def _names(captured: Captured) -> tuple[str, ...]:
 def _facts(
     captured: Captured, planned: RingPlan, config: RingConfig, sharded: Collection[int]
 ) -> tuple[tuple[str, str], ...]:
-    """What must be equal on all ranks, in the order in which a difference is reported."""
+    """(name, text) pairs that must be equal on all ranks; the first one that differs is reported."""
     import ringpass
 
     nodes = captured.gm.graph.nodes
@@ -250,6 +253,6 @@ def _facts(
     )
 
 
-def _target_name(target: Any) -> str:
-    """A call's target without memory addresses, which differ between ranks."""
+def _target_name(target: object) -> str:
+    """The target of a node as text, without memory addresses, which differ between ranks."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))

@@ -1,4 +1,4 @@
-"""What Dynamo calls: the ranks agree, draw a seed, run the compiled program, and get outputs as the options say."""
+"""The function that Dynamo calls: checks that the ranks agree, runs the compiled program, returns outputs as asked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from ringpass.shards import as_dtensor, as_local, on_all_ranks
 def compiled_call(
     run: Callable[..., Any], program: Partitioned, agreement: Agreement, ring: Ring, config: RingConfig
 ) -> Callable[..., Any]:
-    """What Dynamo calls: agree, draw the seed, run, hand out local outputs as the options say."""
+    """The function that Dynamo calls for a partitioned program: `run` is the program compiled, on local arguments.
+
+    Each call checks that the ranks agree and shares one random seed, then runs, and returns sharded outputs as the
+    option `outputs` says.  The call raises MismatchError or PeerError on all ranks.
+    """
     sharded = {one.position: one for one in program.sharded_inputs}
 
     def call(*given: Any) -> Any:
@@ -39,12 +43,12 @@ def compiled_call(
 
 
 def replicated_call(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What Dynamo calls where every rank computes everything."""
+    """The function that Dynamo calls for a graph that every rank computes in full; `run` is that graph compiled."""
     return lambda *args: [on_all_ranks(o) for o in run(*(_argument(arg, None, None) for arg in args))]
 
 
 def _argument(arg: Any, spec: ShardedInput | None, ring: Ring | None) -> Any:
-    """An argument as the program reads it: a lazy one gathered, or, where it is read token by token, its tokens."""
+    """An argument as the program reads it; of a lazy one, its local tokens if `spec` says so, else all, gathered."""
     if spec is None or ring is None:
         return arg.full() if isinstance(arg, LazyOutput) else arg
     assert isinstance(arg, LazyOutput), "Dynamo guards on the kinds of its inputs"
@@ -53,7 +57,7 @@ def _argument(arg: Any, spec: ShardedInput | None, ring: Ring | None) -> Any:
 
 @contextmanager
 def _generator(seed: int) -> Iterator[None]:
-    """The default generators start from `seed` inside, and are as they were afterwards: all ranks draw alike."""
+    """Seeds the default generators inside, so that all ranks draw the same numbers, and restores them afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The options of the backend: validated once, none ignored.
+"""The options of the backend: validated when a model is compiled; none is ignored.
 
 >>> RingConfig.from_options({"layout": "zigzag"}).layout
 'zigzag'
@@ -29,40 +29,47 @@ DUMP_VARIABLE = "RINGPASS_DUMP"
 class RingConfig:
     """Options of `torch.compile(model, backend="ring_dilated", options={...})`.
 
+    >>> RingConfig(comm="allgather", tile=512).asked
+    True
+
+    Raises OptionError for an invalid value, or for options that contradict each other.
+
     layout: token -> rank map: "auto" (the one with the smallest estimated time), "contiguous", "zigzag" or "striped".
     mask: a `ringpass.patterns.Pattern`, ANDed with each attention's own mask: which keys a query may attend to.
-    approximate: `ringpass.top_blocks(..)`: attend only to the blocks of keys that promise most, chosen in each call.
-        An approximation, unlike all else; None: exact.
-    hilbert: (H, W) or (T, H, W): the tokens of that grid are held, and attended to, in the order of a Hilbert curve, in
-        which what is near on the grid is near in the sequence.  Exact: same results; masks that are windows on the
-        grid fall into few tiles.
-    hilbert_prefix: number of tokens (CLS, registers, text) before the grid, which stay there; None: inferred.
+    approximate: `ringpass.top_blocks(..)`: attend only to the most promising blocks of keys, chosen in each call.
+        None: attend to all.  The only option whose result depends on an estimate.
+    hilbert: (H, W) or (T, H, W): the tokens of this grid are sharded and tiled in the order of a Hilbert curve, so that
+        tokens that are near on the grid are near in the sequence.  The results are the same; masks that are windows on
+        the grid fall into fewer tiles.
+    hilbert_prefix: number of tokens (CLS, registers, text) before the grid, which stay in front; None: inferred.
     along_curve: True: `mask`, dilation and the blocks of `approximate` count positions along the curve, not tokens;
-        the model's own mask does not.  It changes what is attended to.
-    segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns the length of a segment and
-        the rate r, of which every r-th token attends to every r-th one (`ringpass.schedule.dilation`).  It changes what
-        is attended to, in attentions whose queries and keys are one sequence; others stay exact.
-    dilation: a name for both: "longnet", "longvit" or "gigapath", the published lists for the length of the sequence;
-        "auto", lists that double; or a `ringpass.Dilation`.
-    dilation_budget: the share of all pairs that "auto" may compute at most, above 0 and at most 1.
-    head_offset: where a head begins in each segment: "mod", head mod r; or "block", r groups of heads.
-    dilate: which attentions are dilated, None: all.  Or a list of indices in graph order, of module paths such as
-        "layers.*.attn", or of functions of a `ringpass.passes.detect.detect.AttentionSite`; or a dict from these to a
+        the model's own mask still counts tokens.  This changes the result.
+    segment_lengths, dilation_rates: LongNet's dilated attention: for each of its patterns, the length of a segment in
+        tokens and the rate r: in each segment, every r-th query attends to every r-th key.  This changes the result of
+        attentions whose queries and keys are one sequence, and of no others.  See `ringpass.schedule.dilation`.
+    dilation: both lists by name: "longnet", "longvit" or "gigapath", the published ones for the length of the sequence;
+        "auto", lists in which lengths and rates double; or a `ringpass.Dilation`.
+    dilation_budget: the largest fraction of all (query, key) pairs that "auto" may compute, above 0 and at most 1.
+    head_offset: the token of each segment at which a head begins.  "mod": head number mod r; "block": the heads form r
+        groups of neighbours, and group i begins at token i.
+    dilate: which attentions are dilated.  None: all; a list of indices in graph order, of module paths such as
+        "layers.*.attn", or of functions of a `ringpass.passes.detect.site.AttentionSite`; or a dict from these to a
         `ringpass.Dilation`, a name, or None.
-    runtime_pruning: True: padding masks and document ids of each call, where all ranks hold them, prune tiles and
-        transfers of that call; such attentions stay one node, and their masks are copied to the host.
+    runtime_pruning: True: padding masks and document ids that come with a call and are replicated prune the tiles and
+        transfers of that call.  Such attentions stay one node each, and their masks are copied to the host.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
-    strict: refuse, instead of gather and report, what has no rule.
+    strict: True: raise UnsupportedError for an op that has no rule, instead of gathering its inputs with a warning.
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph;
         "local": plain tensors of this rank's tokens (`ringpass.tokens_of`); "dtensor": DTensors over the ring's mesh.
-    tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated; None: chosen for each attention, 1024
-        or less where its mask is narrow.
-    unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph while the sites together have
-        at most this many steps (a site counts the larger of P and its number of tiles); above, and for symbolic
-        lengths, each attention is one node that runs the same code.  0: always one node.
-    timeout: seconds, more than 0, that ranks wait for each other where they compare notes (compile skew counts in).
+    tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated; None: chosen for each attention, 1024,
+        or less if its mask is narrow.
+    unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph if all attentions together
+        have at most this many steps (an attention counts the larger of P and its number of tiles); otherwise, and for
+        symbolic lengths, each attention is one node that runs the same code.  0: always one node.
+    timeout: seconds, more than 0, that ranks wait for each other at the checks before a call and when outputs are
+        gathered.  Differences in compile time count.
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"]; the default group if None.
     inductor: options passed on to Inductor as they are.
@@ -152,7 +159,11 @@ class RingConfig:
             )
 
     def dilation_of(self, wanted: str | Dilation | None, tokens: int) -> Dilation | None:
-        """What a value of the options means for a sequence of `tokens` tokens; None: what the lists say, if given."""
+        """The dilation that a value of an option stands for, for a sequence of `tokens` tokens.
+
+        `wanted` None: that of `segment_lengths` and `dilation_rates`; None if they are not given.
+        Raises OptionError for an unknown name, or if "auto" cannot meet `dilation_budget`.
+        """
         if isinstance(wanted, str):
             return preset(wanted, tokens, self.head_offset, self.dilation_budget)
         if wanted is None and self.segment_lengths is not None and self.dilation_rates is not None:
@@ -161,7 +172,7 @@ class RingConfig:
 
     @property
     def dilated(self) -> bool:
-        """Whether some option says how to dilate."""
+        """Whether some option dilates some attention."""
         by_site = isinstance(self.dilate, dict) and any(value is not None for value in self.dilate.values())
         return self.segment_lengths is not None or self.dilation is not None or by_site
 
@@ -191,7 +202,10 @@ class RingConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> RingConfig:
-        """The config that `options` spell.  Raises OptionError for an unknown name, with the nearest known one."""
+        """The config of a dict of options, as torch.compile passes it; None: the defaults.
+
+        Raises OptionError for an unknown name, with the nearest known one, or an invalid value.
+        """
         options = options or {}
         if not isinstance(options, Mapping):
             raise OptionError(f"options must be a dict of ring_dilated's options, got {type(options).__name__}")
@@ -213,7 +227,7 @@ class RingConfig:
 
     @property
     def asked(self) -> bool:
-        """Whether any option that changes what is computed, or how it is shown, was set."""
+        """Whether any option but `group`, `inductor` and `timeout` differs from its default."""
         return any(
             getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
             for f in fields(self)
@@ -222,7 +236,7 @@ class RingConfig:
 
     @property
     def altering(self) -> dict[str, object]:
-        """The options that are set and change what attention computes."""
+        """The options, with their values, that are set and change what attention computes."""
         return {name: value for name, value in self._altering().items() if value not in (everything(), None)}
 
     def _altering(self) -> dict[str, object]:
@@ -246,7 +260,10 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
 
 
 def group_of(given: object) -> dist.ProcessGroup | None:
-    """The process group that the option `group` names."""
+    """The process group that the option `group` stands for; None: the default group.
+
+    Raises OptionError for a mesh of several dimensions, or another type.
+    """
     if isinstance(given, DeviceMesh):
         names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
         _require("group", given, given.ndim == 1, f"one dimension of a mesh, the ring's, out of {names}")

@@ -1,8 +1,11 @@
-"""The errors that users see.  Each message says what was expected, what was given, and what to do."""
+"""The errors that users see.  Each message says what was expected, what was given, and what to do about it.
+
+All but ScheduleError and PeerError are also ValueErrors; PeerError is also a RuntimeError.
+"""
 
 
 class RingpassError(Exception):
-    """Base of every error that ringpass raises on purpose."""
+    """Base class of all errors of ringpass: catch it to catch any of them."""
 
 
 class OptionError(RingpassError, ValueError):
@@ -10,15 +13,18 @@ class OptionError(RingpassError, ValueError):
 
 
 class InputError(RingpassError, ValueError):
-    """A tensor passed to a function of ringpass is not valid for it."""
+    """An argument of `ringpass.sharded`, `local` or `tokens_of` is not valid."""
 
 
 class UnsupportedError(RingpassError, ValueError):
-    """The graph holds something that ringpass cannot partition, and `strict` (or exactness) forbids gathering it."""
+    """Something in the model cannot be partitioned exactly, or, under the option `strict`, not without a gather."""
 
 
 class MismatchError(RingpassError, ValueError):
-    """The ranks of a ring do not agree: on the model, the options, the shapes, the batch or the weights."""
+    """The ranks of a ring differ in the model, the options, the shapes, the batch or the weights.
+
+    All ranks raise it, before any token is sent.
+    """
 
 
 class PeerError(RingpassError, RuntimeError):
@@ -26,4 +32,4 @@ class PeerError(RingpassError, RuntimeError):
 
 
 class ScheduleError(RingpassError, AssertionError):
-    """A schedule fails its proof.  A defect of ringpass, never of its user."""
+    """A schedule fails its proof: a defect of ringpass, not of its user.  Please report it."""

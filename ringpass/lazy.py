@@ -1,13 +1,14 @@
 """Outputs and inputs that hold this rank's tokens and behave as tensors of global shape.
 
-A LazyOutput gathers on first use, once, above autograd: its gradient flows to the local tokens.  Reading its shape,
-dtype or device does not count as use.  Gathering is a collective: all ranks must use an output, or none; a rank that
-waits in vain gets a PeerError that names the output and the ranks.  A compiled model of the same ring that reads it
-token by token takes the local tokens instead.
+A LazyOutput is gathered at its first use, once; its gradient flows back to the local tokens.  Reading its shape, dtype
+or device is not a use.  Gathering is a collective: all ranks must use an output, or none of them; a rank that waits in
+vain gets a PeerError that names the output and the ranks.  A compiled model of the same ring that reads it token by
+token takes the local tokens instead, without a gather.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,10 @@ from ringpass.ops import boundary
 
 @dataclass(frozen=True)
 class Origin:
-    """Identifies an output of a call and how to gather it; `part`: the range of gathered tokens that it consists of."""
+    """Which output of which call a tensor is, and how to gather it.
+
+    `part`: the output is only this range of the gathered tokens; None: all.
+    """
 
     name: str
     call: int
@@ -39,7 +43,7 @@ class Origin:
     inner: int = 1  # the sequence dim has size outer * S * inner
 
     def shape(self, local: Tensor) -> list[Any]:
-        """The shape of the model's output."""
+        """The shape of the model's output, given the local tensor."""
         shape = self.shard.resized(local.shape, self.shard.length, self.shard.tokens)
         if self.part is not None:
             shape[self.shard.dim] = self.part[1] - self.part[0]
@@ -53,17 +57,17 @@ class Origin:
 
     @property
     def kind(self) -> str:
-        """What ranks must agree on if they pass it to a model."""
+        """A description that must be equal on all ranks if they pass the output to a model."""
         s = self.shard
         part = f", of which {self.part}" if self.part else ""
-        return f"own tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout_name}{part}"
+        return f"local tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout_name}{part}"
 
     def held(self, rank: int) -> Array:
         """The positions along the sequence dim of the model's output that `rank` holds, in the order of rows."""
         return held(self.shard, self.part, self.inner, rank)
 
     def local_rows(self, local: Tensor) -> Tensor:
-        """The rows of `local` that are in the model's output."""
+        """The rows of `local` that are in the model's output: all of them unless it is a `part`."""
         if self.part is None:
             return local
         tokens = held_by(self.shard.layout, self.shard.rank, self.shard.tokens)
@@ -71,13 +75,13 @@ class Origin:
         return local.index_select(self.shard.dim, torch.from_numpy(rows).to(local.device))
 
     def gather(self, local: Tensor) -> Tensor:
-        """The model's output, replicated."""
+        """The model's output, replicated, from the local tensors of all ranks: a collective."""
         full: Tensor = ops.gather(local, *_shard_args(self))
         full = self._ordered(full, inverse=True)
         return full if self.part is None else full.narrow(self.shard.dim, self.part[0], self.part[1] - self.part[0])
 
     def scatter(self, grad: Tensor) -> Tensor:
-        """The cotangent of the local tokens, from that of the model's output."""
+        """The gradient of the local tensor, from the replicated one of the model's output."""
         if self.part is not None:
             dim, (start, stop) = self.shard.dim, self.part
             full = grad.new_zeros((*grad.shape[:dim], self.shard.tokens, *grad.shape[dim + 1 :]))
@@ -97,7 +101,10 @@ class Origin:
 
 
 def held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> Array:
-    """The positions that `rank` holds along a dim of size outer * S * inner, or, if given, along `part` of it."""
+    """The positions that `rank` holds along a dim of size outer * S * inner, or along the range `part` of its tokens.
+
+    1-D, in the order of the rank's rows.
+    """
     tokens = held_by(shard.layout, rank, shard.tokens)
     if part is not None:
         return tokens[_inside(tokens, part)] - part[0]
@@ -121,11 +128,14 @@ _METHODS = (
     "is_contiguous", "is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_signed", "retain_grad",
     "register_hook", "__len__",
 )  # fmt: skip
-"""What can be read of a tensor without its elements."""
+"""What can be read of a tensor without reading its elements."""
 
 
 class LazyOutput(Tensor):
-    """A tensor of global shape, of which this rank holds `local`."""
+    """A tensor of global shape, of which this rank holds `local`.
+
+    `gathered`: the full tensor, after the first use.  `nothing`: an empty tensor, all that Dynamo sees of the elements.
+    """
 
     local: Tensor
     origin: Origin
@@ -142,17 +152,17 @@ class LazyOutput(Tensor):
 
     @property
     def kind(self) -> str:
-        """What ranks must agree on if they pass it to a model."""
+        """A description that must be equal on all ranks if they pass it to a model."""
         used = ", gathered" if self.gathered is not None else ", with hooks" if self._watched else ""
         return f"{self.origin.kind}{used}"
 
     @property
     def _watched(self) -> bool:
-        """Whether its gradient is observed, which must then be the full one."""
+        """Whether hooks or `retain_grad` observe its gradient, which must then be the full one."""
         return bool(self._backward_hooks) or self.retains_grad
 
     def tokens_in(self, layout: str, dim: int, ring: Ring) -> Tensor:
-        """This rank's tokens along `dim` in another layout, redistributed if necessary."""
+        """This rank's tokens along `dim` in the layout `layout`, redistributed, or gathered first, if necessary."""
         o, s = self.origin, self.origin.shard
         simple = (s.dim, s.outer, o.inner, o.part, o.ring) == (dim, 1, 1, None, ring)
         if simple and self.gathered is None and not self._watched:
@@ -166,7 +176,10 @@ class LazyOutput(Tensor):
         return Origin("", 0, 0, shard, ring).local_shard(self.full())
 
     def full(self) -> Tensor:
-        """The full tensor; gathers at the first call, on all ranks together."""
+        """The full tensor, replicated.  Gathers at the first call, which all ranks must make.
+
+        Raises PeerError if a rank does not make it within the option `timeout`.
+        """
         if self.gathered is None:
             o = self.origin
             missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
@@ -187,7 +200,7 @@ class LazyOutput(Tensor):
     )
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """To Dynamo, a plain tensor of global shape, equal on every rank: the local tokens are hidden."""
+        """Shows Dynamo a plain tensor of global shape, equal on every rank, and hides the local tokens."""
         return ["nothing"], None
 
     @staticmethod
@@ -195,7 +208,7 @@ class LazyOutput(Tensor):
         return inner["nothing"].new_empty_strided(size, stride)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         described = func is Tensor.untyped_storage and TracingContext.try_get() is not None  # by Dynamo, in a graph
         if func in cls.UNGATHERED or described:
@@ -206,16 +219,16 @@ class LazyOutput(Tensor):
 
     @classmethod  # torch's stub has the plain function that switches dispatch off in this place
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = pytree.tree_map_only(LazyOutput, LazyOutput.full, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Show(torch.autograd.Function):
-    """Makes the lazy output a node of the autograd graph, on which hooks see its full cotangent.
+    """Makes the lazy output a node of the autograd graph, so that hooks on it see its full gradient.
 
-    The cotangent has global shape and is equal on every rank; the local output gets that of its tokens.
+    The gradient has global shape and is equal on every rank; the local output gets that of its tokens.
     """
 
     @staticmethod
@@ -229,7 +242,7 @@ class _Show(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The gathered value of a lazy output; its cotangent is that of the lazy output."""
+    """The gathered value of a lazy output; both have the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyOutput) -> Tensor:
@@ -241,7 +254,7 @@ class _Gather(torch.autograd.Function):
 
 
 def show(local: Tensor, origin: Origin) -> LazyOutput:
-    """`local` as a tensor of global shape."""
+    """`local` as a tensor of global shape that is gathered at its first use."""
     lazy: LazyOutput = _Show.apply(local, origin)  # type: ignore[no-untyped-call]
     lazy.local = local
     return lazy

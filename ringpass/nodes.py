@@ -7,16 +7,17 @@ from typing import Any
 import sympy
 import torch
 import torch.utils._pytree as pytree
+from torch._ops import OpOverload
 from torch.fx import Node
 
 
-def size_of(n: Any) -> Any:
-    """A dim's size as a sympy expression."""
+def size_of(n: int | torch.SymInt) -> Any:
+    """The size of a dim as a sympy expression."""
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
 
 
-def hint_of(n: Any) -> int:
-    """The value of a length in this compilation."""
+def hint_of(n: int | torch.SymInt) -> int:
+    """The value of a size in this compilation."""
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
@@ -26,15 +27,21 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 
 
 def args_of(node: Node) -> tuple[Any, ...]:
-    """`node.args` for a rule that knows its op's signature; fx's own type for them is a union of all that can be."""
+    """`node.args` for code that knows the op's signature; fx types them as a union of everything they may be."""
     return node.args
 
 
 def bound_of(node: Node) -> dict[str, Any]:
-    """The arguments of an ATen op by name, but for those that have their default."""
-    schema: Any = node.target
-    names = [a.name for a in schema._schema.arguments]
+    """The arguments of an ATen op by name, without those that have their default."""
+    schema = schema_of(node)
+    assert schema is not None, node
+    names = [a.name for a in schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def schema_of(node: Node) -> torch.FunctionSchema | None:
+    """The schema of the op that `node` calls; None if it calls something else."""
+    return node.target._schema if isinstance(node.target, OpOverload) else None
 
 
 def first_of(node: Node) -> Node:
@@ -50,16 +57,20 @@ def operands_of(node: Node) -> list[Node]:
 
 
 def is_empty(node: Node) -> bool:
-    """Whether a tensor has no elements, whatever its symbolic sizes are."""
+    """Whether the tensor that `node` produces has no elements, whatever its symbolic sizes are."""
     return any(isinstance(n, int) and n == 0 for n in node.meta["val"].shape)
 
 
 def op_name(node: Node) -> str:
-    """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
+    """`add.Tensor` for aten.add.Tensor, `ringpass.gather.default` for an op of another library.
+
+    The `__name__` of a target that is a function; else the target as text.
+    """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
-        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+    if isinstance(target, OpOverload):
+        namespace, _, name = target.name().partition("::")
+        prefix = "" if namespace == "aten" else f"{namespace}."
+        return f"{prefix}{name}{'' if '.' in name else '.default'}"
     return getattr(target, "__name__", str(target))
 
 
@@ -72,17 +83,21 @@ def slice_of(node: Node) -> tuple[Any, ...]:
 
 
 def bytes_of(node: Node) -> int:
+    """Size in bytes of the tensors that `node` produces, in this compilation."""
     return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
 
 
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "ac_graph_id")
-"""What a node that replaces another one takes over from it."""
+"""The entries of `meta` that a node takes over from the node that it replaces."""
+
+
+MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+"""Names of the functions that switch the grad and autocast modes of the nodes after them."""
 
 
 def has_effect(node: Node) -> bool:
-    """Nodes that stay though nothing reads them: mutations of inputs, switches of the grad and autocast modes."""
+    """Whether `node` stays though nothing reads it: it mutates an input, or switches grad mode or autocast."""
     if node.op != "call_function":
         return False
-    schema = getattr(node.target, "_schema", None)
-    name = getattr(node.target, "__name__", "")
-    return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+    schema = schema_of(node)
+    return (schema is not None and schema.is_mutable) or getattr(node.target, "__name__", "") in MODE_SWITCHES

@@ -8,12 +8,15 @@
 
     run = torch.compile(model, backend="ring_dilated", options={"mask": causal() & window(4095)})
 
-A pattern is ANDed with the model's own mask.  Positions are in the model's original order, 0 to S - 1; b is the batch
-element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.  Empty tiles
-are neither computed nor sent.
+A pattern is ANDed with the model's own mask.  q and k are positions in the model's original order of tokens, 0 to
+S - 1; b is the batch element, h the query head.  `&`, `|` and `~` combine patterns; `from_function` takes a function.
+What a pattern leaves out is neither computed nor sent, tile by tile.
 
 Patterns made of arrays (document ids, block lists) are for one length.  Every rank must pass the same arrays; their
 digests are compared before the first step.
+
+All sizes and lengths are in tokens.  Each function raises OptionError for a number that is not an int, is negative (or
+0, where that makes no sense), or is 2**40 or more.
 """
 
 from __future__ import annotations
@@ -30,17 +33,22 @@ import torch
 from torch import Tensor
 
 from ringpass.errors import OptionError
+from ringpass.masks.constants import Array
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import FALSE, TRUE, B, Const, Expr, H, K, Q, call, parse, table, tables
 from ringpass.masks.intervals import bounds
 from ringpass.masks.simplify import simplify
 
+Values = Tensor | Array | Sequence[Any]  # what numpy takes as an array
 MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A boolean expression over b, h, q and k; `tokens`: the only length that it fits, or None."""
+    """A boolean expression over b, h, q and k, made by the functions of this module.
+
+    `tokens`: the only length S that it fits; None: any.  Combining patterns for different lengths raises OptionError.
+    """
 
     expr: Expr
     tokens: int | None = None
@@ -58,12 +66,12 @@ class Pattern:
         return str(self.expr)
 
     def __call__(self, q: int, k: int, b: int = 0, h: int = 0) -> bool:
-        """Whether query `q` may attend to key `k`."""
+        """Whether query `q` may attend to key `k`, in batch element `b` and query head `h`."""
         at = {name: torch.tensor(n).view(1, 1, 1, 1) for name, n in zip("bhqk", (b, h, q, k), strict=True)}
         return bool(evaluate(self.expr, at, []))
 
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        """Raises OptionError if the pattern is for another number of tokens, batch elements or heads."""
+        """Raises OptionError unless the pattern fits an attention of `queries` x `keys` tokens with these dims."""
         if self.tokens is not None and (queries, keys) != (self.tokens, self.tokens):
             raise OptionError(
                 f"the option 'mask' is for {self.tokens} tokens, and the attention has {queries} queries and {keys} "
@@ -104,73 +112,115 @@ def _natural(name: str, value: object, least: int = 0) -> int:
 
 
 def everything() -> Pattern:
-    """Every pair."""
+    """Every query may attend to every key: the default of the option `mask`."""
     return Pattern(TRUE)
 
 
 def nothing() -> Pattern:
-    """No pair."""
+    """No query may attend to any key: the neutral element of `|`."""
     return Pattern(FALSE)
 
 
 def causal() -> Pattern:
-    """Each query sees itself and all tokens before it."""
+    """Each query sees itself and all tokens before it.
+
+    >>> print(causal())
+    k <= q
+    """
     return _pattern("k <= q")
 
 
 def window(before: int, after: int | None = None) -> Pattern:
-    """At most `before` tokens back and `after` ahead; with `after` None no limit ahead (combine with `causal`)."""
+    """At most `before` tokens back and `after` ahead; with `after` None no limit ahead (combine with `causal`).
+
+    >>> print(causal() & window(4095))
+    k <= q & q - k < 4096
+    """
     back = _pattern(f"q - k <= {_natural('before', before)}")
     return back if after is None else back & _pattern(f"k - q <= {_natural('after', after)}")
 
 
 def dilated_window(count: int, rate: int) -> Pattern:
-    """Every `rate`-th token on both sides, `count` of them on each."""
+    """Every `rate`-th token on both sides, `count` of them on each.
+
+    >>> [k for k in range(12) if dilated_window(2, rate=3)(q=6, k=k)]
+    [0, 3, 6, 9]
+    """
     _natural("rate", rate, 1)
     reach = _natural("count", count) * rate
     return window(reach, reach) & _pattern(f"q % {rate} == k % {rate}")
 
 
 def sink(tokens: int) -> Pattern:
-    """The first `tokens` keys, for every query (attention sinks)."""
+    """The first `tokens` keys, for every query (attention sinks).
+
+    >>> print(causal() & (window(3) | sink(1)))
+    k <= q & (q - k < 4 | k < 1)
+    """
     return _pattern(f"k < {_natural('tokens', tokens, 1)}")
 
 
 def global_tokens(tokens: int) -> Pattern:
-    """The first `tokens` see all and are seen by all (Longformer, BigBird)."""
+    """The first `tokens` tokens see all and are seen by all (Longformer, BigBird).
+
+    >>> print(causal() & window(2) | global_tokens(1))
+    k <= q & q - k < 3 | k < 1 | q < 1
+    """
     return sink(tokens) | _pattern(f"q < {_natural('tokens', tokens, 1)}")
 
 
 def prefix(tokens: int) -> Pattern:
-    """Causal, except for a prefix of `tokens` tokens that all see each other (prefix-LM)."""
+    """Causal, except for a prefix of `tokens` tokens that all see each other (prefix-LM).
+
+    >>> pattern = prefix(4)
+    >>> pattern(q=1, k=3), pattern(q=1, k=4)
+    (True, False)
+    """
     return causal() | sink(tokens) if tokens else causal()
 
 
 def block_causal(block: int) -> Pattern:
-    """Causal by blocks: each query sees all of its block and all earlier blocks."""
+    """Causal by blocks of `block` tokens: each query sees all of its block and all earlier blocks.
+
+    >>> [k for k in range(9) if block_causal(3)(q=4, k=k)]
+    [0, 1, 2, 3, 4, 5]
+    """
     return _pattern(f"k // {_natural('block', block, 1)} <= q // {block}")
 
 
 def strided(stride: int) -> Pattern:
-    """Sparse Transformer, strided: the last `stride` tokens, and every `stride`-th one before."""
+    """Sparse Transformer, strided: the last `stride` tokens, and every `stride`-th one before.
+
+    >>> [k for k in range(12) if strided(4)(q=9, k=k)]
+    [1, 5, 6, 7, 8, 9]
+    """
     return causal() & (window(_natural("stride", stride, 1) - 1) | _pattern(f"(q - k) % {stride} == 0"))
 
 
 def fixed(block: int, summary: int) -> Pattern:
-    """Sparse Transformer, fixed: the query's block, and the last `summary` tokens of every block."""
+    """Sparse Transformer, fixed: the query's block, and the last `summary` tokens of every block, causal.
+
+    >>> [k for k in range(12) if fixed(4, summary=1)(q=9, k=k)]
+    [3, 7, 8, 9]
+
+    Raises OptionError if `summary` is larger than `block`.
+    """
     if _natural("summary", summary, 1) > _natural("block", block, 1):
         raise OptionError(f"summary must be at most the block, got {summary} of {block}")
     return causal() & (_pattern(f"q // {block} == k // {block}") | _pattern(f"k % {block} >= {block - summary}"))
 
 
-def documents(lengths: Sequence[int] | None = None, *, cu_seqlens: Any = None, ids: Any = None) -> Pattern:
+def documents(
+    lengths: Sequence[int] | None = None, *, cu_seqlens: Values | None = None, ids: Values | None = None
+) -> Pattern:
     """Documents packed into one sequence: each token sees its own document (combine with `causal`).
 
     >>> print(causal() & documents([3, 5]))
     k <= q & bucket(k, 3) == bucket(q, 3)
 
     Either the `lengths` of the documents, in tokens; or `cu_seqlens`, where they begin and the last one ends:
-    [0, 3, 8]; or `ids`, the document of each token, shape (S,) or (B, S), in any order.
+    [0, 3, 8]; or `ids`, the document of each token, ints of shape (S,) or (B, S), in any order.
+    Raises OptionError unless exactly one of them is given, for a length below 1, or for an array of another shape.
     """
     given = [x for x in (lengths, cu_seqlens, ids) if x is not None]
     if len(given) != 1:
@@ -192,7 +242,7 @@ def documents(lengths: Sequence[int] | None = None, *, cu_seqlens: Any = None, i
     return Pattern(_pattern(f"{q} == {k}").expr if ends else TRUE, total)
 
 
-def _documents_of(ids: np.ndarray[Any, Any]) -> Pattern:
+def _documents_of(ids: Array) -> Pattern:
     """Contiguous documents, equal in all rows, have a closed form; others become a table."""
     rows = np.atleast_2d(ids)
     edges = np.flatnonzero(np.diff(rows[0])) + 1
@@ -205,7 +255,7 @@ def _documents_of(ids: np.ndarray[Any, Any]) -> Pattern:
     return Pattern(call("eq", q, k), rows.shape[1])
 
 
-def blocks(listed: Any, size: int) -> Pattern:
+def blocks(listed: Values, size: int) -> Pattern:
     """The pairs in the listed blocks of `size` x `size` tokens: `listed[.., q // size, k // size]`.
 
     >>> pattern = blocks([[True, False], [True, True]], size=4)
@@ -213,6 +263,7 @@ def blocks(listed: Any, size: int) -> Pattern:
     (False, True)
 
     `listed`: bools of shape (Nq, Nk); or (H, Nq, Nk), a list for each query head; or (B, H, Nq, Nk).
+    Raises OptionError for an array of another shape or dtype.
     """
     _natural("size", size, 1)
     array = _array("listed", listed, "(Nq, Nk), (H, Nq, Nk) or (B, H, Nq, Nk)", (2, 3, 4), bool)
@@ -224,7 +275,12 @@ def blocks(listed: Any, size: int) -> Pattern:
 def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int = 1) -> Pattern:
     """Each block of `size` queries sees `count` blocks of keys, drawn without replacement (BigBird).
 
-    Equal on every rank and machine for equal `seed`.  `heads` above 1: drawn separately for each query head.
+    >>> pattern = random_blocks(tokens=16, size=4, count=2)
+    >>> sum(pattern(q=0, k=k) for k in range(16))
+    8
+
+    For a sequence of `tokens` tokens.  Equal on every rank and machine for equal `seed`.  `heads` above 1: drawn
+    separately for each query head.  Raises OptionError if there are fewer than `count` blocks.
     """
     wide = -(-_natural("tokens", tokens, 1) // _natural("size", size, 1))
     if not 1 <= _natural("count", count, 1) <= wide:
@@ -235,7 +291,7 @@ def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int 
     return Pattern(blocks(listed, size).expr, tokens)
 
 
-def _array(name: str, values: Any, shapes: str, dims: tuple[int, ...], dtype: type = int) -> np.ndarray[Any, Any]:
+def _array(name: str, values: Values, shapes: str, dims: tuple[int, ...], dtype: type = int) -> Array:
     found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     kinds = "b" if dtype is bool else "iu"
     if found.ndim not in dims or found.dtype.kind not in kinds or not found.size:
@@ -246,7 +302,11 @@ def _array(name: str, values: Any, shapes: str, dims: tuple[int, ...], dtype: ty
 def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
     """Tokens of an (H, W) or (T, H, W) grid, in row-major order, that are at most `radius` apart in every direction.
 
-    The first `skip` tokens are not on the grid: they see all and are seen by all.
+    >>> [k for k in range(12) if grid_window((3, 4), radius=1)(q=0, k=k)]
+    [0, 1, 4, 5]
+
+    `sizes`: of the grid, in tokens.  The first `skip` tokens are not on the grid: they see all and are seen by all.
+    Raises OptionError unless the grid has one to three sizes of at least 1.
     """
     if not 1 <= len(sizes) <= 3:
         raise OptionError(f"a grid has one to three sizes, got {list(sizes)}")
@@ -264,13 +324,14 @@ def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
 
 
 def from_function(allowed: Callable[..., Any]) -> Pattern:
-    """Any `mask_mod(b, h, q, k)` made of comparisons and arithmetic on its four indices, as FlexAttention takes it.
+    """The pattern of a function `allowed(b, h, q, k)`, as FlexAttention takes it for a mask_mod.
 
     >>> print(from_function(lambda b, h, q, k: (k <= q) & (q - k < 16)))
     k <= q & q - k < 16
 
-    It may read tensors of bools or integers that it captures at these indices: `ids[q] == ids[k]`.
-    Raises OptionError where the function branches on its arguments or is not elementwise.
+    The function consists of comparisons and arithmetic on its four indices, and may read tensors of bools or integers
+    that it captures, at these indices: `ids[q] == ids[k]`.
+    Raises OptionError if it takes other arguments, branches on them, is not elementwise, or does not return a bool.
     """
     from ringpass.masks.from_function import scalar_function
 

@@ -1,9 +1,9 @@
-"""Dense attention on one device: the meaning of each option, for tests and for users who want to check.
+"""Dense attention on one device: defines what the options of the backend compute, for tests and for users.
 
     >>> q = k = v = torch.randn(1, 2, 10, 4, dtype=torch.float64)
     >>> out = attention(q, k, v, Dilation((4, 8), (1, 2)), causal=True)
 
-Memory and time grow with all S x S pairs.
+Memory and time grow with the number of (query, key) pairs, S x S.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from ringpass.schedule.dilation import Dilation
 
 
 def multiplicity(dilation: Dilation, heads: int, tokens: int) -> Tensor:
-    """m (H, S, S): how many patterns join query and key (LongNet, arXiv 2307.02486, eqs. 3-10)."""
+    """m (H, S, S), int64: how many patterns of `dilation` hold a query and a key (arXiv 2307.02486, eqs. 3-10).
+
+    `heads`: number of query heads H; `tokens`: length of the sequence S.
+    """
     p = torch.arange(tokens)
     m = torch.zeros(heads, tokens, tokens, dtype=torch.int64)
     for w, r in zip(dilation.segment_lengths, dilation.dilation_rates, strict=True):
@@ -43,9 +46,10 @@ def attention(
 ) -> Tensor:
     """O[p] = sum_c m exp(s_pc) v_c / sum_c m exp(s_pc), s the scaled, biased scores: (B, H, S, Dv), differentiable.
 
-    q is (B, H, S, D), k and v (B, G, S, D), H a multiple of G; `mask` (bool: may attend) and `bias` broadcast to
-    (B, H, S, S).  A query that sees no key gives 0.  `order`: the patterns count positions along it, `order[i]` the
-    token at position i; causal, mask and bias are over tokens.
+    q is (B, H, S, D), k (B, G, S, D), v (B, G, S, Dv), H a multiple of G; `mask` (bool, True: may attend) and `bias`
+    broadcast to (B, H, S, S); `scale` None: 1 / sqrt(D).  A query that sees no key gives 0.  `order` (S,): the patterns
+    of `dilation` count positions along it, and `order[i]` is the token at position i; causal, mask and bias count
+    tokens.
     """
     heads, tokens = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))

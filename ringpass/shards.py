@@ -8,16 +8,20 @@
     embeds = ringpass.sharded(mine)                               # of global shape; each rank passes its tokens
     logits = model(inputs_embeds=embeds)
 
-The shard of a rank has the cotangent of its local tokens.  A rank that calls backward on the sum over its tokens,
-divided by the count over all ranks, gets the full gradients of the compiled model's parameters.
+The gradient of a shard is that of its local tokens.  If each rank calls backward on the loss summed over its tokens and
+divided by the count over all ranks, all ranks get the full gradients of the compiled model's parameters.
+
+`sharded`, `local` and `tokens_of` are for users; the other functions return outputs of compiled models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -37,27 +41,32 @@ from ringpass.lazy import LazyOutput, Origin, held, show
 
 LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
 
+Output = TypeVar("Output")
+Carry = Callable[[Tensor, Redistribution, str], Tensor]
 _HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; None: replicated
 
 # --- outputs of a model -----------------------------------------------------------------------------------------------
 
 
 def as_local(local: Tensor, origin: Origin) -> Tensor:
-    """An output as a plain tensor of this rank's tokens."""
+    """An output as a plain tensor of this rank's tokens, for the option outputs="local"."""
     rows = origin.local_rows(local)
     _HELD[rows] = origin
     return rows
 
 
-def on_all_ranks(output: Any) -> Any:
-    """A replicated output."""
+def on_all_ranks(output: Output) -> Output:
+    """A replicated output, returned as it is: `tokens_of` and `local` then know that it holds all tokens."""
     if isinstance(output, Tensor):
         _HELD[output] = None
     return output
 
 
-def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTensor:
-    """An output as a DTensor on the mesh of the ring, sharded along its sequence dim as by torch.chunk."""
+def as_dtensor(local: Tensor, origin: Origin, group: object) -> DTensor:
+    """An output as a DTensor on the mesh of the ring, sharded along its sequence dim as torch.chunk splits.
+
+    `group`: the option of that name.
+    """
     mesh = _mesh(group, origin, local.device.type)
     shape, dim = torch.Size(origin.shape(local)), origin.shard.dim
     rows = origin.local_rows(local)
@@ -70,7 +79,7 @@ def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTenso
     return out
 
 
-def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
+def _mesh(group: object, origin: Origin, device: str) -> DeviceMesh:
     """The option `group` if it is a mesh, else a mesh of its ranks."""
     if isinstance(group, DeviceMesh):
         return group
@@ -79,7 +88,7 @@ def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
 
 
 class _Redistribute(torch.autograd.Function):
-    """Sends rows along a dim to the ranks that want them, and their cotangents back."""
+    """Sends rows along a dim to the ranks that want them; the backward sends their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, plan: Redistribution, group: str) -> Tensor:
@@ -92,15 +101,15 @@ class _Redistribute(torch.autograd.Function):
         return _along(grad, dim, collectives.carry_back, plan, group), None, None, None
 
 
-def _along(x: Tensor, dim: int, carry: Any, plan: Redistribution, group: str) -> Tensor:
+def _along(x: Tensor, dim: int, carry: Carry, plan: Redistribution, group: str) -> Tensor:
     before, n, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
-    rows: Tensor = carry(x.reshape(before.numel(), n, after.numel()), plan, group)
+    rows = carry(x.reshape(before.numel(), n, after.numel()), plan, group)
     return rows.reshape(*before, rows.shape[1], *after)
 
 
 @lru_cache(maxsize=64)
 def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int) -> Redistribution:
-    """From the shards of a dim of global size `size` to DTensor's chunks of it."""
+    """The redistribution from the shards of a dim of global size `size` to DTensor's chunks of it."""
     ranks = range(shard.world)
     chunks = [spread(Layout(CHUNKED, shard.world).ranges(rank, size)) for rank in ranks]
     return redistribution([held(shard, part, inner, rank) for rank in ranks], chunks, shard.rank)
@@ -110,10 +119,15 @@ def _to_chunks(shard: Shard, part: tuple[int, int] | None, inner: int, size: int
 
 
 def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
-    """The positions of the rows of `output` along the sequence dim of the full tensor.
+    """The positions of this rank's rows of `output` along the sequence dim of the full tensor: (rows,), int64.
 
-    `output` is an output of a model with the option outputs="local", or a result of `sharded`.  `dim` is read only if
-    the output is replicated.
+    >>> output = on_all_ranks(torch.zeros(2, 3, 8))                # as on a single rank, which holds all tokens
+    >>> tokens_of(output)
+    tensor([0, 1, 2])
+
+    `output`: an output of a model that was compiled with the option outputs="local" or "dtensor", or a result of
+    `sharded`.  `dim`: its sequence dim, used only if the output is replicated.
+    Raises InputError for any other tensor, also for one computed from an output.
     """
     origin = _origin(output)
     if origin is None:
@@ -122,9 +136,15 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 
 
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
-    """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`.
+    """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`: (.., S, ..) to (.., rows, ..).
 
-    The gradient of `x` is replicated.
+    >>> output = on_all_ranks(torch.zeros(2, 3, 8))                # as on a single rank, which holds all tokens
+    >>> local(torch.tensor([[0, 1, 2]]), like=output)
+    tensor([[0, 1, 2]])
+
+    `like`: an output of a model that was compiled with the option outputs="local" or "dtensor", or a result of
+    `sharded`.  The gradient of `x` is replicated: if `x` needs one, all ranks must call backward together.
+    Raises InputError for another `like`, or if `x` does not have as many tokens as the full `like`.
     """
     origin = _origin(like)
     if origin is None:
@@ -138,7 +158,7 @@ def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
         sizes = {origin.size, shard.tokens} if origin.part is None else {origin.size}
         raise InputError(
             f"expected a tensor of {' or '.join(map(str, sorted(sizes)))} tokens in dim {dim}, as those of `like`, got "
-            f"{list(x.shape)}: pass the whole tensor, and the dim of its sequence"
+            f"{list(x.shape)}: pass the replicated tensor, and the dim of its sequence"
         )
     full = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
     return full.index_select(dim, torch.from_numpy(positions).to(x.device))
@@ -151,16 +171,22 @@ def _origin(output: Tensor) -> Origin | None:
         found: Origin | None = _HELD[output]
         return found
     raise InputError(
-        f"a tensor of shape {list(output.shape)} is no output of a model compiled with outputs='local', and what ops "
-        "make of one does not know its tokens: pass the output itself"
+        f"a tensor of shape {list(output.shape)} is no output of a model compiled with outputs='local', and a tensor "
+        "computed from one does not know its tokens: pass the output itself"
     )
 
 
 # --- inputs to a model ------------------------------------------------------------------------------------------------
 
 
-def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = None) -> Tensor:
+def sharded(
+    x: Tensor, dim: int = 1, layout: str = "contiguous", group: dist.ProcessGroup | DeviceMesh | None = None
+) -> Tensor:
     """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
+
+    >>> mine = torch.zeros(2, 3, 8)                                # (B, L, D) of (B, S, D); a single rank has L = S
+    >>> sharded(mine, dim=1).shape
+    torch.Size([2, 3, 8])
 
     All ranks of the ring `group` (a process group, a mesh of one dimension, or None: the default group) call this
     together, each with its tokens along `dim`, as `layout` assigns them:
@@ -171,7 +197,11 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
         "striped"       of 8P chunks, rank r holds every P-th from r on
 
     A floating-point tensor that the model reads token by token is never gathered; its gradient is that of the local
-    tokens.  For a DTensor that is sharded over a mesh of one dimension, the other arguments are taken from it.
+    tokens.  If `x` is a DTensor that is sharded over a mesh of one dimension, the other arguments are taken from it.
+
+    Raises InputError for a bad argument, and on all ranks MismatchError if dtypes, other dims or arguments differ, or
+    if the lengths are not those of `layout`; PeerError if a rank does not arrive within its time limit (300 s unless a
+    model of this ring has set the option `timeout`).
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)
@@ -180,7 +210,7 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]
     kind = f"{x.dtype} [{', '.join(map(str, rest))}], {layout}{', needs a gradient' if x.requires_grad else ''}"
-    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("share", kind)), ()).numbers((), mine)
+    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("shard", kind)), ()).numbers((), mine)
     tokens, world = sum(lengths), ring.world
     if world == 1:
         return x
@@ -196,7 +226,7 @@ def _of_dtensor(x: DTensor) -> tuple[Tensor, int, str, DeviceMesh]:
     if len(placements) != 1 or not isinstance(placements[0], DTensorShard):
         raise InputError(
             f"expected a DTensor that is sharded over a mesh of one dimension, got placements {list(placements)}: "
-            "redistribute it to [Shard(dim)] over the ring's dimension of the mesh, or pass a whole tensor to the model"
+            "redistribute it to [Shard(dim)] over the ring's dimension of the mesh, or pass the model a replicated one"
         )
     return x.to_local(), placements[0].dim, CHUNKED, x.device_mesh
 
@@ -212,7 +242,7 @@ def _check(x: Tensor, dim: int, layout: str) -> None:
 
 def _unfit(lengths: list[int], fitting: dict[str, list[int]], layout: str) -> str:
     others = [name for name, found in fitting.items() if found == lengths]
-    what = f"these are the lengths of layout={others[0]!r}: pass that" if others else "cut the whole tensor so"
+    what = f"these are the lengths of layout={others[0]!r}: pass that" if others else "split the full tensor like this"
     return (
         f"the ranks hold {', '.join(map(str, lengths))} tokens of {sum(lengths)}, and in layout {layout!r} they hold "
         f"{', '.join(map(str, fitting[layout]))}: {what}"

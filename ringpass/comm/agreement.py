@@ -1,20 +1,19 @@
 """The ranks of a ring check that they agree before anything is sent.
 
-Every call of a compiled graph starts with one small collective, in which each rank sends a digest of the graph that it
-is about to run, a checksum of its inputs and a random seed, and in a graph's first call also a checksum of the weights.
-All ranks see all headers, so they all decide alike: continue with rank 0's seed, or raise the same MismatchError.  On a
-mismatch they exchange details through the store, to name the ranks and the first difference.  Every wait is limited to
-`timeout` seconds.
+Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
+graph that it is about to run, a checksum of its inputs, a checksum of the weights (in a graph's first call) and a
+random seed.  All ranks see all headers, so they reach the same decision: continue with rank 0's seed, or raise the same
+MismatchError.  On a mismatch they exchange details through the store, to name the ranks and the first difference.
+Every wait is limited to `timeout` seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +21,17 @@ from torch import Tensor
 
 from ringpass.errors import MismatchError, PeerError
 
-HEADER = ("graph", "inputs", "weights", "seed")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 65536
 
 
 @dataclass
 class Ring:
-    """The ranks that share a sequence, seen from one of them.  `pg` is None for a single process without a group."""
+    """The ranks that share a sequence, seen from one of them.
+
+    `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
+    seconds.  `calls`: number of compared calls so far.
+    """
 
     pg: dist.ProcessGroup | None
     timeout: float
@@ -37,27 +39,32 @@ class Ring:
 
     @property
     def rank(self) -> int:
+        """This process's rank in the ring; 0 without a process group."""
         return self.pg.rank() if self.pg else 0
 
     @property
     def world(self) -> int:
+        """Number of ranks P in the ring; 1 without a process group."""
         return self.pg.size() if self.pg else 1
 
     @property
     def name(self) -> str:
+        """The name of the process group, by which operators in a graph refer to it."""
         return self.pg.group_name if self.pg else "alone"
 
     @property
     def limit(self) -> timedelta:
+        """`timeout` as the type that torch.distributed takes."""
         return timedelta(seconds=self.timeout)
 
     @property
     def store(self) -> dist.distributed_c10d.Store:
-        c10d = dist.distributed_c10d
-        return c10d.PrefixStore(f"ringpass/{self.name}", c10d._get_default_store())
+        """The part of the process group's key-value store that ringpass uses."""
+        assert self.pg is not None, "a single process waits for nobody"
+        return dist.distributed_c10d.PrefixStore("ringpass", self.pg.get_group_store())
 
     def await_everyone(self, key: str) -> list[int]:
-        """Waits until all ranks have reached `key`; returns the ranks that did not in time."""
+        """Waits until all ranks have reached `key`; returns the ranks that did not within `timeout` seconds."""
         store = self.store
         store.set(f"{key}/{self.rank}", "here")
         missing: list[int] = []
@@ -74,9 +81,9 @@ RINGS: dict[str, Ring] = {}
 
 
 def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
-    """The Ring of a process group: one per group and process, so that calls are counted alike on all ranks.
+    """The Ring of a process group, None for the default group: one per group, so that all ranks count the same calls.
 
-    `timeout` None: its limit so far, or the default.
+    `timeout`: its limit in seconds from now on; None: its limit so far, or the default.
     """
     if pg is None and dist.is_available() and dist.is_initialized():
         pg = dist.group.WORLD
@@ -89,7 +96,11 @@ def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
 
 @dataclass
 class Agreement:
-    """What the ranks compare for one compiled graph.  `facts` are (name, text) pairs that must be equal everywhere."""
+    """What the ranks compare for one compiled graph.
+
+    `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.  `first`:
+    no call was compared yet, so weights are compared too.
+    """
 
     ring: Ring
     facts: tuple[tuple[str, str], ...]
@@ -99,16 +110,21 @@ class Agreement:
 
     @property
     def graph(self) -> int:
+        """A digest of `facts`."""
         return _digest(json.dumps(self.facts))
 
-    def seed(self, args: Sequence[Any], seed: int) -> int:
-        """The seed that all ranks use in this call.  Raises MismatchError or PeerError, on all ranks."""
+    def seed(self, args: Sequence[object], seed: int) -> int:
+        """The seed that all ranks use in this call: rank 0's, from the `seed` of each.
+
+        Raises MismatchError, on all ranks, if the calls differ, and PeerError if a rank does not arrive in time.
+        """
         return self.numbers(args, seed)[0]
 
-    def numbers(self, args: Sequence[Any], mine: int) -> list[int]:
-        """Each rank's number, once all ranks have shown that they make the same call.
+    def numbers(self, args: Sequence[object], mine: int) -> list[int]:
+        """The number `mine` of each rank, by rank, after a check that all ranks make the same call.
 
-        `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.
+        `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.  Raises
+        MismatchError, on all ranks, if the calls differ, and PeerError if a rank does not arrive in time.
         """
         if self.ring.world == 1:
             return [mine]
@@ -131,7 +147,7 @@ class Agreement:
         return [h[3] for h in headers]
 
     def _exchange(self, mine: list[int]) -> list[list[int]]:
-        """Every rank's header."""
+        """The headers of all ranks, by rank, given this rank's."""
         ring = self.ring
         device = (
             torch.device("cpu")
@@ -150,7 +166,7 @@ class Agreement:
         return [x.tolist() for x in received]
 
     def _absent(self) -> str:
-        """Which ranks did not reach this call."""
+        """A message that says which ranks did not reach this call."""
         absent = []
         for rank in range(self.ring.world):
             key = f"at/{rank}"
@@ -165,7 +181,7 @@ class Agreement:
         )
 
     def _mismatch(self, inputs: list[tuple[str, int | str]], weights: list[tuple[str, int]]) -> MismatchError:
-        """The error that says which ranks differ, and where first."""
+        """The error that names the first rank that differs from rank 0, and its first difference."""
         store, key = self.ring.store, f"differ/{self.ring.calls}"
         mine = [
             *self.facts,
@@ -176,7 +192,7 @@ class Agreement:
         sheets = []
         for rank in range(self.ring.world):
             store.wait([f"{key}/{rank}"], self.ring.limit)
-            sheets.append([tuple(x) for x in json.loads(store.get(f"{key}/{rank}"))])
+            sheets.append([(name, text) for name, text in json.loads(store.get(f"{key}/{rank}"))])
         for other, sheet in enumerate(sheets):
             found = _first_difference(sheets[0], sheet)
             if found:
@@ -184,7 +200,8 @@ class Agreement:
         return MismatchError("the ranks' checksums differ, their details do not: this is a defect of ringpass")
 
 
-def _first_difference(a: list[Any], b: list[Any]) -> tuple[str, str, str] | None:
+def _first_difference(a: Iterable[tuple[str, str]], b: Iterable[tuple[str, str]]) -> tuple[str, str, str] | None:
+    """(name, text in `a`, text in `b`) of the first pair that differs."""
     ours, theirs = dict(a), dict(b)
     for name in [*ours, *(n for n in theirs if n not in ours)]:
         if ours.get(name) != theirs.get(name):
@@ -199,9 +216,9 @@ ADVICE = {
     "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
     "model, or broadcast the state dict from rank 0.",
     "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments.",
-    "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a share of it, or "
-    "every rank its share, by ringpass.sharded.",
-    "share": "Every rank must pass its own tokens of one tensor to ringpass.sharded, with the same dim and layout.",
+    "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a shard of it, or "
+    "every rank its shard, by ringpass.sharded.",
+    "shard": "Every rank must pass its own tokens of one tensor to ringpass.sharded, with the same dim and layout.",
     "options": "Every rank must pass the same options to torch.compile.",
 }
 
@@ -219,8 +236,11 @@ def _excerpt(text: str, first: str, second: str, width: int = 100) -> str:
     return f"{'...' if start else ''}{text[start : start + width]}{'...' if len(text) > start + width else ''}"
 
 
-def checksum(x: Any) -> int:
-    """A 63-bit checksum that almost certainly differs if a tensor's bits differ; cheap, independent of threads."""
+def checksum(x: object) -> int:
+    """A 63-bit checksum of a tensor's bits, or of another value's repr.
+
+    Cheap, and the same for any number of threads; two tensors that differ almost certainly have different checksums.
+    """
     if not isinstance(x, Tensor):
         return _digest(repr(x))
     if not x.numel():

@@ -1,15 +1,18 @@
 """Converts a tensor between replicated and sharded form: the eager bodies of the boundary operators.
 
-`dim` of the tensor has size outer * S * inner: the sequence may be merged with other dims, `view(B * S, V)`.  The
-sharded tensor has outer * L * inner there.  Torch's all-gather needs equal sizes, so uneven shards are padded; no
-padded tensor leaves this file.
+The sequence dim of a tensor has size outer * S * inner, since the sequence may be merged with other dims, as by
+`view(B * S, V)`.  The sharded tensor has outer * L * inner there, L the number of local tokens.  Torch's all-gather
+needs equal sizes, so uneven shards are padded; no padded tensor leaves this file.
 
 `move` sends each rank exactly the tokens that it wants and does not hold.
+
+All functions are collective: every rank of the process group `group` calls them in the same order.  They raise
+PeerError if a rank died or did not arrive within the time limit of the process group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +30,11 @@ from ringpass.precision import accumulator
 
 @dataclass(frozen=True)
 class Shard:
-    """Where the sequence is in a tensor, and which tokens of it this rank holds.  `tokens` is S, maybe symbolic."""
+    """Where the sequence is in a tensor, and which tokens of it this rank holds.
+
+    `dim` has size outer * S * inner; `tokens` is S, maybe symbolic; `layout_name` and `world` say which tokens each
+    rank holds, `rank` which rank this is.
+    """
 
     dim: int
     outer: Any
@@ -38,6 +45,7 @@ class Shard:
 
     @property
     def layout(self) -> Layout:
+        """The token -> rank map."""
         return Layout(self.layout_name, self.world)
 
     @property
@@ -45,7 +53,7 @@ class Shard:
         """L, the number of local tokens."""
         return self.layout.length(self.rank, self.tokens)
 
-    def resized(self, shape: Any, old: Any, new: Any) -> list[Any]:
+    def resized(self, shape: Sequence[Any], old: Any, new: Any) -> list[Any]:
         """`shape` with `old` tokens in the sequence dim replaced by `new`; a rank without tokens gets size `new`."""
         rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
         return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
@@ -62,7 +70,7 @@ class Shard:
 
 
 def take(x: Tensor, shard: Shard) -> Tensor:
-    """The local tokens of the full-length `x`."""
+    """The local tokens of the full-length `x`: (.., outer * S * inner, ..) to (.., outer * L * inner, ..)."""
     parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.layout.ranges(shard.rank, shard.tokens)]
     parts = parts or [shard.split(x, shard.tokens)[:, :0]]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -70,7 +78,7 @@ def take(x: Tensor, shard: Shard) -> Tensor:
 
 
 def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
-    """All tokens in original order, from every rank's local `x`."""
+    """All tokens in original order, from the local `x` of all ranks: the inverse of `take`."""
     if x.is_complex():
         return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
     ranks = range(shard.world)
@@ -101,9 +109,8 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
             padded[rank, :, offset : offset + stop - start] = full[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
-    sum_and_scatter = getattr(
-        dist, "reduce_scatter_single", dist.reduce_scatter_tensor
-    )  # the former is torch 2.13's name
+    # torch 2.13 renamed reduce_scatter_tensor
+    sum_and_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     run_collective(sum_and_scatter, mine.view(-1), padded.view(-1), group=group)
     return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
 
@@ -150,8 +157,9 @@ def redistribute(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
 def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:
     """Each range of local tokens with `left` elements before it and `right` after it; zeros beyond the sequence.
 
-    The sequence dim has S * each elements, which are counted one by one.  There is room for `most` ranges; at lengths
-    where there are fewer, zeros follow.
+    The sequence dim has S * each elements (`each` per token), and `left` and `right` count elements.  The result has
+    room for `most` ranges: its sequence dim grows by most * (left + right).  At lengths with fewer ranges, zeros
+    follow.
     """
     halo_ranges = HaloRanges(shard, x.shape[shard.dim] // shard.length, left, right)
     rows = move(shard.split(x, x.shape[shard.dim]), halo_ranges.held, halo_ranges.wanted, shard.rank, group)
@@ -163,7 +171,7 @@ def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) 
 
 
 def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
-    """The transpose of `halo`."""
+    """The transpose of `halo`: sums the cotangents of each element on the rank that holds it."""
     halo_ranges = HaloRanges(shard, each, left, right)
     inside = halo_ranges.inside(grad)
     rows = shard.split(grad, grad.shape[shard.dim])[:, : len(inside)][:, inside]
@@ -182,10 +190,12 @@ class HaloRanges:
 
     @property
     def held(self) -> list[Ranges]:
+        """The elements that each rank holds."""
         return [tuple((a * self.each, b * self.each) for a, b in self._ranges(r)) for r in range(self.shard.world)]
 
     @property
     def wanted(self) -> list[Ranges]:
+        """The elements that each rank wants: those of its extended ranges that are in the sequence."""
         most = self.shard.tokens * self.each
         return [
             tuple((max(a, 0), min(b, most)) for a, b in self._wider(rank) if min(b, most) > max(a, 0))
@@ -193,7 +203,7 @@ class HaloRanges:
         ]
 
     def inside(self, like: Tensor) -> Tensor:
-        """Which elements of this rank's extended ranges are in the sequence."""
+        """(n,) bools: which elements of this rank's extended ranges, concatenated, are in the sequence."""
         wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
         at = torch.cat(wider)
         found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
@@ -207,7 +217,7 @@ class HaloRanges:
 
 
 def carry(x: Tensor, plan: Redistribution, group: str) -> Tensor:
-    """(before, rows, after): the rows that this rank wants."""
+    """(before, wanted rows, after) from `x`, (before, held rows, after)."""
     rows = x.transpose(0, 1)
     received = _exchanged(rows.index_select(0, _index(plan.rows, x)), plan, False, group)
     found: Tensor = torch.cat([rows, received]).index_select(0, _index(plan.found, x)).transpose(0, 1)
@@ -226,7 +236,7 @@ def carry_back(grad: Tensor, plan: Redistribution, group: str) -> Tensor:
 
 
 def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Tensor:
-    """The rows that other ranks send: one message per pair of ranks, no communication if the plan is idle."""
+    """The rows that other ranks send: at most one message per pair of ranks and direction, none if the plan is idle."""
     sent, received = (plan.received, plan.sent) if back else (plan.sent, plan.received)
     out = rows.new_empty((sum(received), *rows.shape[1:]))
     if not plan.idle:
@@ -239,9 +249,9 @@ def _index(rows: Array, like: Tensor) -> Tensor:
     return torch.from_numpy(rows).to(like.device)
 
 
-def run_collective(collective: Any, *tensors: Any, group: str) -> None:
-    """Runs a torch.distributed collective; a broken group becomes a PeerError."""
+def run_collective(collective: Callable[..., object], *args: object, group: str) -> None:
+    """Runs a torch.distributed collective.  Raises PeerError if the process group is broken."""
     try:
-        collective(*tensors, group=process_group(group))
+        collective(*args, group=process_group(group))
     except RuntimeError as error:
         raise lost((), error) from error

@@ -1,7 +1,7 @@
 """Checks DDP and FSDP2 around a compiled model for settings that conflict with its ring.
 
-Gradients are replicated, equal on all ranks of a ring, so a reduction over several of them must average.  This is
-checked when a graph is compiled; later changes are not seen.
+Gradients are replicated, that is, equal on all ranks of a ring, so a reduction over several of these ranks must
+average.  The check is made when a graph is compiled; later changes are not seen.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def concerns(pg: dist.ProcessGroup) -> Iterator[str]:
 
 
 def _refuse_sums(ring: set[int]) -> None:
+    """Raises UnsupportedError if FSDP2 sums the gradients of a running module over ranks of the ring."""
     for module in list(_module_state_mapping):
         state: Any = _get_module_state(module)
         running = isinstance(state, FSDPState) and state._training_state == TrainingState.FORWARD

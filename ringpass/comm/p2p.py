@@ -24,7 +24,10 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 @dataclass
 class PendingExchange:
-    """An exchange that has been started.  Keeps the sent buffer alive until `wait`."""
+    """An exchange that has been started.  Keeps the sent buffer alive until `wait`.
+
+    `peers`: the ranks sent to and received from; None: there is none.
+    """
 
     received: Tensor
     sent: Tensor | None
@@ -44,7 +47,8 @@ class PendingExchange:
 def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> PendingExchange:
     """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements of its dtype from `src`.
 
-    None: nothing to send, nothing to receive.
+    `dst` None: nothing to send; `src` None: nothing to receive.  Messages between two ranks match by `tag`.
+    Raises PeerError if another rank died.
     """
     pg = process_group(group)
     received = sent.new_empty(numel if src is not None else 0)
@@ -60,7 +64,7 @@ def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, 
 
 
 def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
-    """The error for an exchange whose other end is gone."""
+    """The error for an exchange that broke with `error`; `peers`: the ranks at its other ends, if known."""
     names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
     return PeerError(
         f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, "

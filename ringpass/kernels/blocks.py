@@ -1,9 +1,8 @@
-"""Blocks of rows, (B, H, n, D) tensors laid out rows first in memory: sliced, joined and stacked without copies."""
+"""Blocks of rows, (B, H, L, D) tensors in the memory order B, L, H, D: sliced, joined and stacked without copies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +31,13 @@ def empty_rows(x: Tensor, length: int, heads: int | None = None) -> Tensor:
     return x.new_empty((x.shape[0], heads, length))
 
 
-def empty_rows_first(x: Tensor, width: Any, dtype: torch.dtype | None = None) -> Tensor:
+def empty_rows_first(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, H, L, width) for B, H, L of `x`, rows first."""
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1], width), dtype=dtype or x.dtype).transpose(1, 2)
 
 
 def row_slice(x: Tensor, span: tuple[int, int]) -> Tensor:
-    """Rows `span` (dim 2) of `x`."""
+    """Rows span[0]:span[1] (dim 2) of `x`; `x` itself if these are all."""
     return x if span == (0, x.shape[2]) else x.narrow(2, span[0], span[1] - span[0])
 
 

@@ -27,7 +27,7 @@ SMALLEST, LARGEST = 128, 1024  # rows: of the smallest triangles, of the largest
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one tile."""
+    """(out, lse) of one tile, (B, H, Lq, D) and (B, H, Lq)."""
     if not _divided(q, k, args):
         return _flash(q, k, v, args)
     return _triangle(_views(q, k, v), args)

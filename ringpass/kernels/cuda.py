@@ -19,13 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ringpass.kernels.tile import Grads, TileArgs, above_diagonal, additive, per_key_head, per_query_head, sees_nothing
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 aten = torch.ops.aten
 BLOCK = 128  # edge of the squares that flex classifies as empty, mixed or full
@@ -37,7 +40,7 @@ BIAS_COLUMNS = 16  # efficient's additive mask has rows that start at multiples 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability, read once per device; (0, 0) where there is none, on ROCm too.
 
-    The ranks of a ring are assumed to have equal devices.
+    Ranks choose kernels by it, so the ranks of a ring are assumed to have equal devices.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return 0, 0
@@ -70,7 +73,7 @@ def flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def _flash_width(q: Tensor) -> int:
-    """A multiple of 8; above 192 it is 256, for some devices have no backward of the widths between."""
+    """A multiple of 8; above 192 it is 256, since some devices have no backward for the widths between."""
     return 256 if q.shape[3] > 192 else _padded(q.shape[3], 8)
 
 
@@ -193,8 +196,11 @@ def flex_attention() -> Callable[..., Any]:
     return torch.compile(attention, fullgraph=True)
 
 
-def block_mask(mask: Tensor, mask_mod: Callable[..., Tensor]) -> Any:
-    """The BlockMask of an evaluated mask (B or 1, H or 1, Lq, Lk): which squares are empty, mixed, full."""
+def block_mask(mask: Tensor, mask_mod: Callable[..., Tensor]) -> BlockMask:
+    """The BlockMask of an evaluated mask (B or 1, H or 1, Lq, Lk): which squares are empty, mixed or full.
+
+    `mask_mod`: the same mask as a function of (b, h, q, k).
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, columns = mask.shape[2:]

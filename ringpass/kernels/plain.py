@@ -1,4 +1,4 @@
-"""Attention of one tile in ATen arithmetic: every device and dtype, any bias, dropout or score function."""
+"""Attention of one tile in ATen arithmetic, for every device and dtype, any bias, dropout and score function."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from ringpass.kernels.tile import Grads, TileArgs, above_diagonal, per_key_head, per_query_head
 from ringpass.precision import accumulator
 
-# --- plain ------------------------------------------------------------------------------------------------------------
-
 
 def _products(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
     """Scaled scores (B, H, Lq, Lk) in the accumulator's dtype."""
@@ -21,12 +19,12 @@ def _products(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
 
 
 def _scored(scores: Tensor, *parameters: Tensor, args: TileArgs) -> Tensor:
-    """The scores through the tile's score function, in their own shape and dtype."""
+    """The tile's score function of the scores, in their shape and dtype."""
     return scores if args.score is None else args.score(scores, *parameters).to(scores.dtype).expand(scores.shape)
 
 
 def _pulled(products: Tensor, args: TileArgs) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
-    """The scores, and how their gradient becomes that of the products and of the parameters."""
+    """The scores, and the function from their gradient to those of the products and of the parameters."""
     if args.score is None:
         return products, lambda grad: (grad,)
     scores, pull, *_ = torch.func.vjp(partial(_scored, args=args), products, *args.parameters)
@@ -43,6 +41,7 @@ def _masked(scores: Tensor, q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile, (B, H, Lq, Dv) and (B, H, Lq), in the accumulator's dtype."""
     scores = _masked(_scored(_products(q, k, args), *args.parameters, args=args), q, k, args)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
@@ -50,6 +49,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tens
 
 
 def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
+    """(dq, dk, dv, dbias, *dparameters) of one tile from the rows' global `out` and `lse`."""
     scores, pull = _pulled(_products(q, k, args), args)
     weights = torch.exp(_masked(scores, q, k, args) - lse.unsqueeze(-1))
     grad = grad.to(weights.dtype)
@@ -60,7 +60,7 @@ def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     dbias = dscores.sum_to_size(args.bias.shape) if args.learned and args.bias is not None else None
     dscores, *dparameters = pull(dscores)
     if args.score is not None:
-        dscores = torch.where(weights == 0, 0.0, dscores)  # a slope without bound, where nothing is seen
+        dscores = torch.where(weights == 0, 0.0, dscores)  # where a pair is masked, its slope may be infinite
     dq = torch.matmul(dscores, per_query_head(k, q).to(grad.dtype)) * args.scale
     dk = torch.matmul(dscores.transpose(-1, -2), q.to(grad.dtype)) * args.scale
     return dq, per_key_head(dk, k), per_key_head(dv, v), dbias, *dparameters

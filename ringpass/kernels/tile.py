@@ -1,4 +1,4 @@
-"""The arguments of a tile, and helpers that its kernels share: grouped heads, additive masks, rows without keys."""
+"""The arguments of a tile, and what its kernels share: grouped heads, additive masks, rows that see no key."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from ringpass.precision import accumulator
 
 @dataclass(frozen=True)
 class TileArgs:
-    """Everything that is applied to a tile's scores.
+    """Everything that is applied to a tile's scores, (B, H, Lq, Lk).
 
-    `mask` (bool), `bias` (float) broadcast to (B, H, Lq, Lk); `keep`: dropout's mask.  `score`: any other
-    function of the scaled scores and of `parameters`, through which all of these get their gradients.
+    `mask` (bool, True: may attend), `bias` (float) and `keep` (bool, dropout's keep mask) broadcast to their shape;
+    `dropout` is the probability that a weight is dropped.  `score`: any other function of the scaled scores and of
+    `parameters`, through which all of these get their gradients.
     """
 
     scale: float
@@ -37,12 +38,12 @@ Grads = tuple[Any, ...]
 
 
 def per_query_head(kv: Tensor, q: Tensor) -> Tensor:
-    """Keys or values, with each head repeated for the query heads that read it."""
+    """Keys or values (B, G, Lk, D) as (B, H, Lk, D): each head repeated for the query heads of `q` that read it."""
     return kv if kv.shape[1] == q.shape[1] else kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
 
 
 def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
-    """The gradient of `kv` from that of its repeated heads, summed in the accumulator's dtype."""
+    """The gradient of `kv` (B, G, Lk, D) from that of its repeated heads (B, H, Lk, D), summed in the accumulator."""
     if grad.shape[1] == kv.shape[1]:
         return grad
     grouped: Tensor = grad.unflatten(1, (kv.shape[1], -1))
@@ -50,7 +51,7 @@ def per_key_head(grad: Tensor, kv: Tensor) -> Tensor:
 
 
 def additive(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
-    """Mask, bias and mirrored triangle as one additive mask in q's dtype, of their broadcast shape."""
+    """Mask, bias and mirrored triangle as one additive mask in q's dtype, 4-D, of their broadcast shape; None: none."""
     mask = args.mask
     if args.mirrored:
         causal = above_diagonal(q, k).logical_not().flip(0, 1)
@@ -63,7 +64,7 @@ def additive(q: Tensor, k: Tensor, args: TileArgs) -> Tensor | None:
 
 
 def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
-    """Rows whose scores are all -inf; with `causal`, those inside the triangle."""
+    """Bools (.., Lq): rows whose scores are all -inf by the additive mask and, with `causal`, the triangle."""
     closed = added == -torch.inf
     if causal:
         closed = closed | above_diagonal(q, k)
@@ -71,7 +72,7 @@ def sees_nothing(added: Tensor, causal: bool, q: Tensor, k: Tensor) -> Tensor:
 
 
 def above_diagonal(q: Tensor, k: Tensor) -> Tensor:
-    """(Lq, Lk), True where a causal tile is masked."""
+    """(Lq, Lk) bools: True where a causal tile is masked."""
     return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
 
 
@@ -80,10 +81,9 @@ def merge_by_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from attention over each: the log-sum-exp merge of flash attention.
 
-    `in_place`: the result is written to `out` and `lse`.
+    `out`, `more`: (B, H, L, D); `lse`, `more_lse`: (B, H, L).  `in_place`: the result is written to `out` and `lse`.
     """
-    share = torch.sigmoid(more_lse - lse).masked_fill(
-        more_lse == -torch.inf, 0.0
-    )  # also for a row without keys in both sets
+    # the weight of `more`; 0 also for a row that sees no key in either set, where the difference is NaN
+    share = torch.sigmoid(more_lse - lse).masked_fill(more_lse == -torch.inf, 0.0)
     into, into_lse = (out, lse) if in_place else (None, None)
     return torch.lerp(out, more, share.unsqueeze(-1), out=into), torch.logaddexp(lse, more_lse, out=into_lse)

@@ -44,7 +44,7 @@ class Order:
 
     @staticmethod
     def parse(text: str) -> Order:
-        """The order that `str` wrote."""
+        """The order whose `str` is `text`."""
         match = NAME.fullmatch(text)
         assert match, text
         return Order(tuple(map(int, match[1].split("x"))), int(match[2] or 0))
@@ -89,9 +89,10 @@ def curve(sizes: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Boxes:
-    """N boxes: the curve position where each one starts, its first corner, and its edges a, b and c from there.
+    """N boxes: the curve position (N,) where each one starts, its first corner (N, 3), and its edges from there.
 
-    The curve runs from the corner to the other end of edge a.  `edges` is (N, 3, 3): which edge, which direction.
+    `edges` is (N, 3, 3): for edges a, b and c, their extent in each direction.  The curve runs from the corner to the
+    other end of edge a.
     """
 
     start: Array
@@ -100,23 +101,24 @@ class Boxes:
 
     @property
     def sides(self) -> Array:
-        """(N, 3): the lengths of a, b and c."""
+        """(N, 3): the lengths of edges a, b and c, in cells."""
         lengths: Array = np.abs(self.edges).sum(2)
         return lengths
 
     def take(self, where: Array) -> Boxes:
+        """The boxes at the indices, or where the bools, `where`."""
         return Boxes(self.start[where], self.corner[where], self.edges[where])
 
 
 def _grid(box: tuple[int, ...]) -> Boxes:
-    """The whole grid as one box, edge a along its longest side; of equal sides, the fastest in row-major order."""
+    """The whole grid as one box, edge a along its longest side; among equal sides, the last one."""
     longest = max(range(3), key=lambda i: (box[i], i))
     sides = [longest, *sorted(set(range(3)) - {longest}, reverse=True)]
     return Boxes(np.zeros(1, np.int64), np.zeros((1, 3), np.int64), np.diag(box)[sides][None])
 
 
 def _walk(lines: Boxes, cells: Array) -> None:
-    """Writes the cells of boxes with one edge of more than one cell: straight lines."""
+    """Writes to `cells` those of boxes that are straight lines: at most one edge is longer than one cell."""
     length = lines.sides.prod(1)
     longest = lines.edges[np.arange(len(length)), lines.sides.argmax(1)]
     line = np.repeat(np.arange(len(length)), length)
@@ -125,7 +127,7 @@ def _walk(lines: Boxes, cells: Array) -> None:
 
 
 def _split(boxes: Boxes) -> Boxes:
-    """The parts of each box."""
+    """The parts of all boxes, without empty ones."""
     parts = []
     for where, shapes in _shapes(boxes):
         start = boxes.start[where]

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from ringpass.masks.constants import Array
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open token ranges, ascending and disjoint."""
@@ -69,6 +70,6 @@ def contains(outer: Ranges, inner: Ranges) -> bool:
     return sum(max(0, min(stop, b) - max(start, a)) for start, stop in inner for a, b in outer) == size(inner)
 
 
-def spread(ranges: Ranges) -> NDArray[np.int64]:
-    """The tokens in `ranges`, one by one."""
+def spread(ranges: Ranges) -> Array:
+    """The tokens in `ranges`, one by one, as a 1-D array."""
     return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in ranges)])

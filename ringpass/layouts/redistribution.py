@@ -27,8 +27,8 @@ from ringpass.masks.constants import Array
 class Redistribution:
     """What one rank sends and receives.
 
-    `held`: the number of local rows; `found`: the row of each wanted token among the local rows, followed by the
-    received ones in the order of ranks; `idle`: no two ranks exchange anything.
+    `held`: the number of local rows; `found`: the row of each wanted token among the local rows followed by the
+    received ones, in the order of ranks; `idle`: no two ranks exchange anything.
     """
 
     held: int
@@ -40,7 +40,10 @@ class Redistribution:
 
 
 def redistribution(held: Sequence[Array], wanted: Sequence[Array], rank: int) -> Redistribution:
-    """From the tokens that each rank holds to those that it wants, both in the order of rows."""
+    """What `rank` sends and receives so that each rank gets the tokens that it wants.
+
+    `held`, `wanted`: for each rank, the tokens in the order of its rows.
+    """
     held, wanted = ([np.asarray(x, dtype=np.int64) for x in side] for side in (held, wanted))
     ranks = range(len(held))
     sent = [_travelling(held[rank], wanted[other]) if other != rank else _NONE for other in ranks]
@@ -52,13 +55,13 @@ def redistribution(held: Sequence[Array], wanted: Sequence[Array], rank: int) ->
 
 @lru_cache(maxsize=256)
 def among(held: tuple[Ranges, ...], wanted: tuple[Ranges, ...], rank: int) -> Redistribution:
-    """`redistribution` of tokens given as ranges."""
+    """`redistribution` of tokens that are given as ranges, by rank."""
     return redistribution([spread(x) for x in held], [spread(x) for x in wanted], rank)
 
 
 @lru_cache(maxsize=256)
 def between(layout: str, other: str, world: int, tokens: int, rank: int) -> Redistribution:
-    """`redistribution` from one layout of `tokens` tokens to another."""
+    """`redistribution` from `layout` to the layout `other`, for a sequence of `tokens` tokens on `world` ranks."""
     held, wanted = ([held_by(Layout(x, world), i, tokens) for i in range(world)] for x in (layout, other))
     return redistribution(held, wanted, rank)
 
@@ -80,7 +83,7 @@ def _rows(tokens: Array, chosen: Array) -> Array:
     """The index of each of `chosen` in `tokens`."""
     order = np.argsort(tokens, kind="stable")
     at = np.searchsorted(tokens, chosen, sorter=order)
-    assert len(tokens) or not len(chosen), "nobody holds what is wanted"
+    assert len(tokens) or not len(chosen), "no rank holds a wanted token"
     rows = order[np.minimum(at, len(tokens) - 1)]
-    assert np.array_equal(tokens[rows], chosen), "nobody holds what is wanted"
+    assert np.array_equal(tokens[rows], chosen), "no rank holds a wanted token"
     return rows

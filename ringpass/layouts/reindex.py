@@ -5,9 +5,9 @@
     >>> column.array.values.tolist() == (Order((2, 3)).permutation.values % 3).tolist()
     True
 
-The largest parts that depend on q alone, or on k alone, without data, become tables of their values at all curve
-positions, so that interval arithmetic knows their exact range over an interval of the curve.  Reads of data use the
-token at the position.
+The largest subexpressions that depend on q alone, or on k alone, and on no data become tables of their values at all
+curve positions, so that interval arithmetic knows their exact range over an interval of the curve.  Reads of data use
+the token at the position.
 
 Contract: `of_curve_positions(expr, orders)` at positions i and j is `expr` at the tokens at these positions.
 """
@@ -30,7 +30,7 @@ Orders = Mapping[str, Order]  # by index, q or k; absent: the original order of 
 
 
 def of_curve_positions(expr: Expr, orders: Orders) -> Expr:
-    """`expr`, a function of tokens, as a function of positions along `orders`."""
+    """`expr`, a function of tokens, as a function of positions along `orders`, for the indices named there."""
     alone = _alone(expr)
     if alone in orders and kind_of(expr) != "float":
         return _tabled(expr, alone, orders[alone])

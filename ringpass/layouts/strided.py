@@ -17,8 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
+from ringpass.masks.constants import Array
 
 StridedRanges = tuple[tuple[int, int, int], ...]  # (start, stop, step) of each
 
@@ -34,26 +33,26 @@ class StridedSegments:
 
     @property
     def width(self) -> int:
-        """Number of its tokens in a complete segment."""
+        """Number of tokens in a complete segment."""
         return max(0, -((self.offset - self.segment) // self.rate))
 
     @property
     def length(self) -> int:
-        """Number of its tokens."""
+        """Number of tokens in all segments."""
         return self.before(self.tokens)
 
     @property
     def everything(self) -> bool:
-        """Whether it holds every token."""
+        """Whether these are all tokens of the sequence."""
         return self.rate == 1
 
     def before(self, token: int) -> int:
-        """Number of its tokens before `token`."""
+        """Number of tokens of the segments that come before `token` of the sequence."""
         full, rest = divmod(token, self.segment)
         return full * self.width + min(self.width, max(0, -((self.offset - rest) // self.rate)))
 
     def spans(self, rows: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """The tokens of `rows`, as (start, stop, step); consecutive segments with a constant step are joined."""
+        """The tokens of rows[0]:rows[1], as (start, stop, step); adjacent segments are joined if the step is kept."""
         out: list[tuple[int, int, int]] = []
         start, stop = rows
         while start < stop:
@@ -67,10 +66,10 @@ class StridedSegments:
             start += n
         return out
 
-    def at(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens of `rows`."""
+    def at(self, rows: Array) -> Array:
+        """The token of each of `rows`, an array of row numbers."""
         skipped = self.segment - self.width * self.rate
-        found: NDArray[np.int64] = rows * self.rate + self.offset + rows // max(1, self.width) * skipped
+        found: Array = rows * self.rate + self.offset + rows // max(1, self.width) * skipped
         return found
 
     def __str__(self) -> str:
@@ -78,7 +77,7 @@ class StridedSegments:
 
     @staticmethod
     def parse(text: str) -> StridedSegments:
-        """The strided segments that `str` wrote."""
+        """The strided segments whose `str` is `text`."""
         return _parsed(text)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Array = NDArray[Any]
+"""A numpy array of any dtype and number of dims; docstrings say which."""
 Interval = tuple[Any, Any]
 
 
@@ -54,10 +55,11 @@ class ConstantArray:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Known({self.digest}, {self.values.dtype}{list(self.values.shape)})"
+        return f"ConstantArray({self.digest}, {self.values.dtype}{list(self.values.shape)})"
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The lengths of its dims."""
         return self.values.shape
 
     def tensor(self, like: Tensor) -> Tensor:

@@ -19,16 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ringpass.masks.constants import outward
+from ringpass.masks.constants import Array, outward
 from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, tables
 from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS, REAL_FUNCTIONS, UNKNOWN, Interval
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
+EMPTY_CODE, PARTIAL_CODE, FULL_CODE = range(len(KINDS))  # indices into KINDS, as `classify_all` returns them
 Box = dict[str, Interval]  # closed intervals
-IntervalArrays = tuple[NDArray[Any], NDArray[Any]]  # starts and stops of half-open ranges
+IntervalArrays = tuple[Array, Array]  # starts and stops of half-open ranges
+
+
+def selected(intervals: IntervalArrays, where: Array | slice) -> IntervalArrays:
+    """The intervals at the indices, or where the bools, `where`."""
+    return intervals[0][where], intervals[1][where]
 
 
 # --- classification ---------------------------------------------------------------------------------------------------
@@ -139,7 +144,7 @@ def classify(expr: Expr, queries: tuple[int, int], keys: tuple[int, int]) -> str
     return KINDS[int(classify_all(expr, q, k)[0])]
 
 
-def classify_all(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> NDArray[Any]:
+def classify_all(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> Array:
     """`classify` of many tiles at once, as indices into KINDS: tile i is q[0][i]:q[1][i] x k[0][i]:k[1][i]."""
     box = {"q": (q[0].astype(float), q[1] - 1.0), "k": (k[0].astype(float), k[1] - 1.0)}
     full = empty = np.asarray(True)

@@ -3,28 +3,29 @@
 The invariant of a partitioned graph: *a replicated value has the full, equal cotangent on every rank; a sharded value
 has the cotangent of its local tokens.*  Each operator's autograd formula keeps it:
 
-    operator         forward                                   backward
-    shard            take the local tokens                     all-gather
-    gather           all-gather, in original order             take the local tokens
-    redistribute           from the own tokens in one layout to those in another     back
-    permute          all tokens, in the order of a curve       the inverse
-    reduce_scatter   the local tokens of the sum over ranks    (in backward graphs only)
-    halo             each range of local tokens with its neighbours   the sum of both, on the holder of each token
-    interior_rows    the row of each local token in the output of `halo`   none
-    reduce           all-reduce (sum)                          identity
-    replicate        identity                                  all-reduce (sum), in float32
-    ring_attention   local rows of attention over all keys     ring_attention_backward
-    block_means      means over blocks of all tokens           none: no gradient flows through the choice
-    choose_blocks    the pairs of blocks that attend           none
-    locate           the local row of each position, -1 where this rank does not hold it    none
-    dropout          the element's keep bit, scaled            the same keep bit
+    operator         forward                                           backward
+    shard            takes the local tokens                            all-gather
+    gather           all-gather, in original order                     takes the local tokens
+    redistribute     local tokens in one layout to those in another    the inverse
+    permute          all tokens, in the order of a curve               the inverse
+    reduce_scatter   the local tokens of the sum over ranks            (in backward graphs only)
+    halo             ranges of local tokens with their neighbours      sums on the rank that holds the token
+    interior_rows    the row of each local token in `halo`'s output    none
+    reduce           all-reduce (sum)                                  identity
+    replicate        identity                                          all-reduce (sum), in float32
+    ring_attention   local rows of attention over all keys             ring_attention_backward
+    block_means      means over blocks of all tokens                   none: the choice has no gradient
+    choose_blocks    the pairs of blocks that attend                   none
+    locate           the local row of each position, -1 if remote      none
+    keep             the keep mask of local elements                   none
+    dropout          the kept elements, scaled                         the same with the same keep mask
 
 `replicate` follows each replicated value that needs a gradient and has sharded consumers; it takes a list, so that the
-gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse],
-its backward [dq, dk, dv, *gradients of the learned leaves].  None of the operators aliases its inputs.
+gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse], its backward [dq, dk, dv,
+*gradients of the learned leaves].  None of the operators aliases its inputs.
 
-If a layout names a curve, `permute` comes before `shard` and, inverse, after `gather`, which both ignore the curve.
-Dropout, block means and `locate` use the original order of tokens, so that no layout changes a result.
+`shard` and `gather` ignore the curve of a layout: `permute` comes before `shard`, and its inverse after `gather`.
+Dropout, block means and `locate` use the original order of tokens, so that results do not depend on the layout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accumulators over blocks of rows, and the names of the nodes that the loop traces."""
+"""Accumulates partial results over blocks of rows, in place while the loop runs and functionally while it is traced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Combine = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 @contextmanager
 def label(text: str) -> Iterator[None]:
-    """While the loop is traced, nodes created inside carry `text`, from which the lowered graph gets their names."""
+    """While the loop is traced, nodes that are created inside carry `text`: the lowered graph names them by it."""
     mode = get_proxy_mode()
     if mode is None:
         yield
@@ -39,16 +39,16 @@ class RowAccumulator:
     """Accumulates values over a block of `length` rows.  A value is a tuple of tensors with the rows in dim 2."""
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
-        """Combines `new`, the values of rows `span`, with the values so far; `text` labels the nodes."""
+        """Combines `new`, the value of rows `span`, with the value of these rows so far; `text` labels the nodes."""
         raise NotImplementedError
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """All rows in order; `missing(n)` gives the values of n rows that nothing was folded into."""
+        """The value of all rows; `missing(n)` gives that of n rows that nothing was folded into."""
         raise NotImplementedError
 
 
 def row_accumulator(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> RowAccumulator:
-    """An accumulator for values of rows `spans()`, which are only computed when the loop is traced."""
+    """An accumulator over `length` rows; `spans()`, those it will be given, is only called when the loop is traced."""
     return _InPlace(length) if get_proxy_mode() is None else _Traced(length, spans())
 
 
@@ -58,7 +58,7 @@ class _InPlace(RowAccumulator):
     def __init__(self, length: int) -> None:
         self.length = length
         self.values: tuple[Tensor, ...] = ()
-        self.edges: list[int] = []  # the starts and stops of rows that hold a value, in turn
+        self.edges: list[int] = []  # start, stop, start, stop, .. of the ranges of rows that hold a value
 
     def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
         start, stop = span
@@ -114,6 +114,7 @@ class _Traced(RowAccumulator):
 
 
 def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Combines (out, lse) of the same rows by their log-sum-exp; `old` may be overwritten while the loop runs."""
     if get_proxy_mode() is None:
         (out, lse), (more, more_lse) = old, new
         return merge_by_lse(out, lse, more, more_lse, in_place=True)
@@ -121,13 +122,14 @@ def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Combines gradients of the same rows by their sums; `old` may be overwritten while the loop runs."""
     if get_proxy_mode() is None:
         return tuple(a.add_(b) for a, b in zip(old, new, strict=True))
     return tuple(a + b for a, b in zip(old, new, strict=True))
 
 
 def fold_ranges(into: RowAccumulator, ranges: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds `grads`, whose rows are the concatenated `ranges` of rows of `into`."""
+    """Adds gradients, (B, G, n, D) each, whose rows are the concatenated `ranges` of rows of `into`."""
     offset = 0
     for start, stop in ranges:
         into.fold((start, stop), tuple(row_slice(x, (offset, offset + stop - start)) for x in grads), add, text)

@@ -1,4 +1,4 @@
-"""Operators between replicated and sharded values."""
+"""Operators between replicated and sharded values: shard, gather, redistribute, permute, reduce, replicate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
 from ringpass.layouts.hilbert import Order
-from ringpass.ops.library import SHARD, define, differentiate, implement, save_arguments, unchanged
+from ringpass.ops.library import SHARD, Context, define, differentiate, implement, save_arguments, unchanged
 
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
 define(f"gather(Tensor x, {SHARD}, str group) -> Tensor")
@@ -63,14 +63,14 @@ def _fake_redistribute(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(old.resized(x.shape, old.length, new.length))
 
 
-def _redeal_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _redistribute_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
     *where, layout, other, world, rank, group = ctx.arguments
-    return _redeal_back(grad, *where, other, layout, world, rank, group), *unchanged(ctx)
+    return redistribute_back(grad, *where, other, layout, world, rank, group), *unchanged(ctx)
 
 
 implement("redistribute", _redistribute, _fake_redistribute)
-_redeal_back = redistribute
-differentiate("redistribute", _redeal_backward, save_arguments)
+redistribute_back = redistribute
+differentiate("redistribute", _redistribute_backward, save_arguments)
 
 
 def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:
@@ -79,7 +79,7 @@ def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: 
     return split.index_select(1, (curve.inverse if inverse else curve.permutation).tensor(x)).reshape(x.shape)
 
 
-def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _permute_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
     *where, inverse = ctx.arguments
     return permute(grad, *where, not inverse), *unchanged(ctx)
 
@@ -92,7 +92,7 @@ implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.sh
 implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
 
 
-def _replicate_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None]:
+def _replicate_backward(ctx: Context, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None]:
     present = [g for g in grads if g is not None]
     if not present:
         return grads, None

@@ -1,4 +1,4 @@
-"""Operators that bring each rank the neighbours of its local tokens."""
+"""Operators that give each rank the tokens next to its ranges of local tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
-from ringpass.ops.library import SHARD, define, differentiate, implement, unchanged
+from ringpass.ops.library import SHARD, Context, define, differentiate, implement, unchanged
 
 define(f"halo(Tensor x, {SHARD}, int most, int left, int right, str group) -> Tensor")
 define(f"halo_backward(Tensor grad, {SHARD}, int each, int left, int right, str group) -> Tensor")
@@ -42,13 +42,13 @@ def _fake_halo_backward(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty((*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :]))
 
 
-def _save_halo(ctx: Any, inputs: Any, output: Any) -> None:
+def _save_halo(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
     x, *where, _, left, right, group = inputs
     shard = Shard(*where)
     ctx.arguments = *where, x.shape[shard.dim] // shard.length, left, right, group
 
 
-def _halo_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _halo_grad(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
     return halo_backward(grad, *ctx.arguments), *unchanged(ctx)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -12,27 +13,36 @@ SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
+class Context(Protocol):
+    """The context of an autograd formula, as `save_arguments` leaves it."""
+
+    arguments: tuple[Any, ...]
+
+
 def define(schema: str) -> None:
-    """Declares an operator."""
+    """Declares the operator of the given schema, `name(arguments) -> result`."""
     LIBRARY.define(schema, tags=TAGS)
 
 
-def implement(name: str, body: Any, fake: Any) -> None:
-    """Registers an operator's body and its fake, which computes shapes only."""
+def implement(name: str, body: Callable[..., object], fake: Callable[..., object]) -> None:
+    """Registers an operator's body, for all devices, and its fake, which computes shapes and dtypes only."""
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
 
 
-def differentiate(name: str, backward: Any, setup: Any) -> None:
-    """Registers an operator's autograd formula."""
+def differentiate(name: str, backward: Callable[..., object], setup: Callable[..., None]) -> None:
+    """Registers an operator's autograd formula.
+
+    `setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` needs to compute the gradients of the inputs.
+    """
     torch.library.register_autograd(f"ringpass::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
-def save_arguments(ctx: Any, inputs: Any, output: Any) -> None:
-    """Keeps all arguments but the first, a tensor, for the autograd formula."""
+def save_arguments(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
+    """Saves all arguments but the first, which is a tensor, for the autograd formula."""
     ctx.arguments = inputs[1:]
 
 
-def unchanged(ctx: Any) -> tuple[None, ...]:
-    """The gradients of the arguments that `save_arguments` keeps: none."""
+def unchanged(ctx: Context) -> tuple[None, ...]:
+    """The gradients of the arguments that `save_arguments` saves: None for each."""
     return (None,) * len(ctx.arguments)

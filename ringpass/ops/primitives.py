@@ -1,4 +1,4 @@
-"""The steps of ring attention as operators: each is a node of the unrolled graph and a call in the rolled loop.
+"""The steps of ring attention as operators: each is a node of the unrolled graph, or a call in the rolled loop.
 
     pack                rows of K and V (dK and dV) as one message
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
@@ -10,7 +10,7 @@
     keep_tile           the keep mask of attention dropout on one tile
 
 `pack` and `merge` are arithmetic: the compiler gets their bodies, to fuse.  `after` lists buffers that are in flight
-while a tile is computed: the op does not read them, but they make code generation start those exchanges before the
+while a tile is computed: the op does not read them, but through them code generation starts these exchanges before the
 tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..], in curve positions if the layout names a
 curve.  The keep mask of dropout depends on the original index of a token, not on its position.
 """
@@ -69,7 +69,7 @@ NOBODY = -1
 
 
 def pack_body(tensors: list[Tensor], rows: list[int]) -> Tensor:
-    """The given rows (dim 2; start, stop, start, stop, ..) of each tensor, flat and concatenated."""
+    """The given rows (start, stop, start, stop, ..) of each (B, G, L, D) tensor, flattened and concatenated: 1-D."""
     spans = list(zip(rows[::2], rows[1::2], strict=True))
     return torch.cat([torch.cat([x[:, :, a:b] for a, b in spans], dim=2).reshape(-1) for x in tensors])
 
@@ -81,18 +81,18 @@ def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
 
 implement("pack", pack_body, _fake_pack)
 
-_under_way: dict[int, p2p.PendingExchange] = {}
+_in_flight: dict[int, p2p.PendingExchange] = {}
 
 
 def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
     (message,) = sent
     started = p2p.start(message, dst if dst != NOBODY else None, numel, src if src != NOBODY else None, tag, group)
-    _under_way[_key(started.received)] = started
+    _in_flight[_key(started.received)] = started
     return [started.received]
 
 
 def _wait(received: Tensor) -> Tensor:
-    _under_way.pop(_key(received)).wait()
+    _in_flight.pop(_key(received)).wait()
     return received
 
 
@@ -122,7 +122,7 @@ def _args(q: Tensor, args: Sequence[Any]) -> TileArgs:
 
 
 def _swapped(leaves: Sequence[Tensor], numbers: Sequence[int], changed: Sequence[Tensor]) -> list[Tensor]:
-    """`leaves` with those of the given numbers replaced."""
+    """`leaves` with leaf numbers[i] replaced by changed[i]."""
     given = dict(zip(numbers, changed, strict=True))
     return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
 
@@ -132,7 +132,7 @@ def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]
     return [rows_first(out.to(q.dtype)), lse.contiguous()]
 
 
-def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
+def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: object) -> list[Tensor]:
     return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
 
 
@@ -159,7 +159,7 @@ for _kind in ("attention", "scored"):
 
 
 def merge_body(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> list[Tensor]:
-    """`kernels.merge` in the accumulator's dtype; the merged out is rows first."""
+    """[out, lse]: the log-sum-exp merge, (B, H, L, D) and (B, H, L), in the dtype of `out`, rows first."""
     merged, total = merge_by_lse(out, lse, more.to(out.dtype), more_lse)
     return [rows_first(merged), total]
 
@@ -183,11 +183,11 @@ def _mask_tile_backward(
     def value(*changed: Tensor) -> Tensor:
         return evaluate(parse(expr), where, _swapped(leaves, learned, changed)).to(grad.dtype)
 
-    pull: Any = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))[1]
+    _, pull, *_ = torch.func.vjp(value, *(leaves[i].to(grad.dtype) for i in learned))
     return [g.contiguous() for g in pull(grad)]
 
 
-def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[int], *args: Any) -> list[Tensor]:
+def _fake_mask_tile_backward(grad: Tensor, leaves: list[Tensor], learned: list[int], *args: object) -> list[Tensor]:
     return [leaves[i].new_empty(leaves[i].shape, dtype=grad.dtype) for i in learned]
 
 
@@ -220,7 +220,10 @@ implement("keep_tile", _keep_tile, _fake_keep_tile)
 def indices(
     device: torch.device, batch: int, heads: int, queries: Sequence[int], keys: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Global b, h, q, k indices of a tile, as `evaluate` takes them."""
+    """The indices b, h, q, k of a tile, each of its own dim of (B, H, Lq, Lk), as `evaluate` takes them.
+
+    `queries`, `keys`: token ranges, [start, stop, start, stop, ..].
+    """
     return {
         "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
         "h": torch.arange(heads, device=device).view(1, -1, 1, 1),

@@ -1,4 +1,4 @@
-"""Dropout whose mask depends on the element alone, however the tensor is sharded."""
+"""Dropout whose keep mask depends on an element's global index alone, however the tensor is sharded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any)
 
 
 def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:
-    """Index along the full dim of each local element: outer * S * inner, S in the middle."""
+    """(size,): the index of each local element along the full dim, of size outer * S * inner."""
     inner = size // (where.outer * where.length)
     spans = where.layout.ranges(where.rank, where.tokens)
     tokens = torch.cat([torch.arange(a, b, device=device) for a, b in spans])

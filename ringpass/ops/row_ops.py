@@ -41,13 +41,16 @@ pack_rows = _ops.pack_rows.default
 
 
 def taken(x: Tensor, heads: Sequence[int], rows: Sequence[int]) -> Tensor:
-    """Some rows of some heads; `x` itself if these are all."""
+    """Some rows of some heads of `x` (B, G, L, D) as (B, heads, rows, D); `x` itself if these are all."""
     found: Tensor = x if _is_all((heads, rows), *x.shape[1:3]) else _ops.take_rows(x, heads, rows)
     return found
 
 
 def added(parts: Sequence[Tensor], block_indices: Sequence[BlockIndex], groups: int, length: int) -> Tensor:
-    """The sum of parts, which may be overwritten, as a block of `groups` heads of `length` rows."""
+    """The sum of parts as (B, groups, length, D).
+
+    Part i has the heads and rows block_indices[i] of the result.  The parts may be overwritten.
+    """
     args = list(parts), *flat(block_indices), groups, length
     total: Tensor = _sum(*args, given=True) if get_proxy_mode() is None else _ops.add_rows(*args)
     return total
@@ -56,7 +59,11 @@ def added(parts: Sequence[Tensor], block_indices: Sequence[BlockIndex], groups: 
 def merged(
     parts: Sequence[Sequence[Tensor]], block_indices: Sequence[BlockIndex], disjoint: int, groups: int, length: int
 ) -> list[Tensor]:
-    """The log-sum-exp merge of (out, lse) parts, which may be overwritten; the first `disjoint` share no row."""
+    """The log-sum-exp merge of (out, lse) parts: [out (B, groups, length, D), lse (B, groups, length)].
+
+    Part i has the heads and rows block_indices[i] of the result; the first `disjoint` parts have no row in common.
+    The parts may be overwritten.
+    """
     outs, lses = ([part[i] for part in parts] for i in range(2))
     args = outs, lses, *flat(block_indices), disjoint, groups, length
     total: list[Tensor] = _merge(*args, given=True) if get_proxy_mode() is None else _ops.merge_rows(*args)
@@ -64,7 +71,7 @@ def merged(
 
 
 def flat(block_indices: Sequence[BlockIndex]) -> tuple[list[int], list[int], list[int]]:
-    """(heads, rows, sizes) of several parts, the arguments of the operators."""
+    """(heads, rows, sizes) of several parts, as the operators take them."""
     heads = [head for part, _ in block_indices for head in part]
     rows = [number for _, part in block_indices for number in part]
     return heads, rows, [len(x) for block_index in block_indices for x in block_index]

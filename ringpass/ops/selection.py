@@ -1,4 +1,4 @@
-"""Operators that select tokens or blocks of them."""
+"""Operators that find the local rows of tokens, and that choose the blocks of keys of approximate attention."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _choose_blocks(
     return selection.choose(q, k, scale, mask, (queries, keys), TopBlocks(block, *target))
 
 
-def _fake_choose_blocks(q: Tensor, k: Tensor, *args: Any) -> Tensor:
+def _fake_choose_blocks(q: Tensor, k: Tensor, *args: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], k.shape[2]), dtype=torch.bool)
 
 

@@ -9,10 +9,10 @@ of their means, with softmax over key blocks and mean over heads.  Each block of
     mass       the fewest key blocks that hold this fraction of the weight, up to rounding
 
 and, in any case, the key block of the same tokens.  Under the option `along_curve`, blocks are intervals of the curve.
-The part of the mask that does not depend on data is respected; padding that comes with the batch is masked, but its
-blocks may be chosen.  One selection serves all heads of a batch element.  It is made in each forward from means summed
-over all ranks, so all ranks choose alike; the backward reuses it.  No gradient flows through the choice.  Blocks that
-are not selected are neither computed nor sent.
+The part of the mask that does not depend on data is respected.  Padding that comes with the batch is masked too, but
+its blocks may be chosen.  All heads of a batch element share one selection.  It is made in each forward, from block
+means summed over all ranks, so all ranks choose the same blocks; the backward reuses it.  No gradient flows through the
+choice.  Blocks that are not selected are neither computed nor sent.
 
 Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (2503.16428).
 """
@@ -29,14 +29,18 @@ from ringpass.errors import OptionError
 from ringpass.kernels.tile import per_query_head
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.ranges import Ranges
+from ringpass.masks.constants import Array
 from ringpass.masks.expr import B, Const, Expr, K, Load, Q, call, parse
-from ringpass.masks.intervals import EMPTY, KINDS, classify_all
+from ringpass.masks.intervals import EMPTY_CODE, classify_all
 from ringpass.precision import accumulator
 
 
 @dataclass(frozen=True)
 class TopBlocks:
-    """Blocks of `block` tokens; exactly one of `density` and `mass` is set."""
+    """The value of the option `approximate`, made by `top_blocks`.
+
+    `block`: edge of a block in tokens; exactly one of `density` and `mass` is set.
+    """
 
     block: int
     density: float | None
@@ -56,6 +60,8 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
     block: edge of a block, in tokens, at least 1.
     density: fraction of the blocks to keep, above 0 and at most 1.
     mass: fraction of the estimated attention weight to keep, above 0 and at most 1.
+
+    Raises OptionError if an argument is out of range, or unless exactly one of `density` and `mass` is given.
     """
     if type(block) is not int or block < 1:
         raise OptionError(f"top_blocks: block must be an int of at least 1, got {block!r}")
@@ -69,9 +75,9 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
 
 
 def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order | None = None) -> Tensor:
-    """(B, H, N, D): for each block, the sum of its tokens in `x` (B, H, L, D), which holds the tokens `owned`.
+    """(B, H, N, D): for each of N blocks, the sum of its tokens in `x` (B, H, L, D), which holds the tokens `owned`.
 
-    With an `order`, `owned` are positions along it; blocks are still of tokens.
+    With an `order`, `owned` are positions along it; blocks are still of tokens.  Summed in the accumulator's dtype.
     """
     spans = [torch.arange(start, stop, device=x.device) for start, stop in owned]
     at = torch.cat([torch.arange(0, device=x.device), *spans])
@@ -81,13 +87,16 @@ def block_sums(x: Tensor, block: int, owned: Ranges, tokens: int, order: Order |
 
 
 def means(sums: Tensor, block: int, tokens: int) -> Tensor:
-    """The means of blocks, of which the last may be short, from their sums."""
+    """(B, H, N, D): the means of blocks, of which the last may be short, from their `sums` of the same shape."""
     starts = torch.arange(0, tokens, block, device=sums.device)
     return sums / (starts + block).clamp(max=tokens).sub(starts).unsqueeze(-1)
 
 
 def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int], selection: TopBlocks) -> Tensor:
-    """(B, Nq, Nk), True where a pair of blocks is kept, from means q (B, H, Nq, D) and k (B, G, Nk, D)."""
+    """(B, Nq, Nk) bools: True where a pair of blocks is kept, from block means q (B, H, Nq, D) and k (B, G, Nk, D).
+
+    `tokens`: number of queries and of keys.
+    """
     allowed = torch.from_numpy(open_blocks(parse(mask), tokens, selection.block)).to(q.device)
     scores = (q @ per_query_head(k, q).mT * scale).masked_fill(~allowed, -torch.inf)
     weight = scores.softmax(-1).nan_to_num(0.0).mean(1)
@@ -111,11 +120,11 @@ def chosen_blocks(mask: Expr, leaf: int, selection: TopBlocks) -> Expr:
     return call("and", mask, Load(leaf, (B, *at)))
 
 
-def open_blocks(expr: Expr, tokens: tuple[int, int], block: int) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """(Nq, Nk), False where the mask is empty in all of a pair of blocks."""
+def open_blocks(expr: Expr, tokens: tuple[int, int], block: int) -> Array:
+    """(Nq, Nk) bools: False where the mask of `tokens` (queries, keys) is empty in all of a pair of blocks."""
     edges = [(np.arange(0, n, block), np.minimum(np.arange(0, n, block) + block, n)) for n in tokens]
     (q, k), shape = edges, (len(edges[0][0]), len(edges[1][0]))
     pairs = [np.repeat(x, shape[1]) for x in q], [np.tile(x, shape[0]) for x in k]
     kinds = classify_all(expr, (pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1]))
-    found: np.ndarray[tuple[int, int], np.dtype[np.bool_]] = (kinds != KINDS.index(EMPTY)).reshape(shape)
+    found: Array = (kinds != EMPTY_CODE).reshape(shape)
     return found

@@ -20,13 +20,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ringpass.layouts.layout import STRIPES, assigned
+from ringpass.masks.constants import Array
 from ringpass.masks.expr import Expr, parts
-from ringpass.masks.intervals import FULL, PARTIAL
-from ringpass.schedule.tiles import FINEST, THIN, TILE, TILE_KINDS, TRIANGLES, Array, Problem, Tiling, tiling
+from ringpass.masks.intervals import FULL_CODE, PARTIAL_CODE
+from ringpass.schedule.tiles import CAUSAL_CODE, FINEST, MIRRORED_CODE, THIN, TILE, Problem, Tiling, tiling
 
 CANDIDATES = ("contiguous", "zigzag", "striped")
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
-SPARED = 0.05
+SPARED = 0.05  # relative difference in price that larger tiles may cost
 MANY = 1 << 13  # with at least this many tiles of a site, all partial, no finer ones are tried
 GOOD = 1.02  # largest over mean FLOPs of a rank
 MOST_CHUNKS, SHORTEST = 1024, 8  # layouts of more chunks, or of chunks of fewer tokens, are not tried
@@ -50,9 +51,9 @@ class Price:
     operation: float
 
     def of(self, tiles: Tiling, mask: Expr) -> float:
-        """The price of all `tiles` of `mask`."""
-        n, m, partial = tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0], tiles.kind == TILE_KINDS.index(PARTIAL)
-        seen = np.where(np.isin(tiles.kind, [TILE_KINDS.index(kind) for kind in TRIANGLES]), (m + self.skip) / 2, m)
+        """The price of all `tiles` of `mask`, in (query, key) pairs of a large full tile."""
+        n, m, partial = tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0], tiles.kind == PARTIAL_CODE
+        seen = np.where(np.isin(tiles.kind, [CAUSAL_CODE, MIRRORED_CODE]), (m + self.skip) / 2, m)
         pair = np.where(partial, self.mask, 1.0)
         for rows, factor in self.few:
             pair = np.where(n < rows, np.maximum(pair, factor), pair)
@@ -68,7 +69,7 @@ def _operations(expr: Expr) -> int:
 def _begins_launch(tiles: Tiling) -> Array:
     """Whether a tile is the first of its launch: thin full ones of the same rows share launches of TILE keys."""
     width = tiles.k[1] - tiles.k[0]
-    thin = np.flatnonzero((tiles.kind == TILE_KINDS.index(FULL)) & (width < THIN))
+    thin = np.flatnonzero((tiles.kind == FULL_CODE) & (width < THIN))
     rows = np.stack([x[thin] for x in (tiles.dst, tiles.src, *tiles.q)])
     other = np.concatenate([[True], (np.diff(rows) != 0).any(0)])[: len(thin)]
     before = np.cumsum(width[thin]) - width[thin]
@@ -87,7 +88,7 @@ PRICES = {
 
 @dataclass(frozen=True)
 class Load:
-    """The cost of one site: its schedule problem, FLOPs per (query, key) pair, bytes per key token."""
+    """What the cost of a site depends on: its problem, FLOPs per (query, key) pair, bytes sent per key token."""
 
     problem: Problem
     flops: float
@@ -96,7 +97,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout costs: FLOPs of the busiest rank and of the mean one, bytes received by the rank with most."""
+    """What a layout costs, all sites together.
+
+    `flops`: of the busiest rank; `mean_flops`: of the mean rank; `bytes`: received by the rank that receives most;
+    `time`: estimated, of the slowest rank, in FLOPs of a device.
+    """
 
     layout: str
     flops: float
@@ -106,6 +111,7 @@ class Estimate:
 
     @property
     def imbalance(self) -> float:
+        """FLOPs of the busiest rank over those of the mean one; 1 is perfect balance."""
         return self.flops / self.mean_flops if self.mean_flops else 1.0
 
     def __str__(self) -> str:
@@ -114,10 +120,10 @@ class Estimate:
 
 
 def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
-    """The layouts tried, the chosen one first.
+    """Estimates of the layouts tried for `loads` on `world` ranks, the chosen one first.
 
-    `fixed`: all calls have these lengths.  With other lengths, chunks that are assigned one by one could leave a rank
-    without tokens.
+    `fixed`: all calls have the lengths of `loads`.  At other lengths, chunks that are assigned one by one could leave a
+    rank without tokens.
     """
     shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
     chunks = STRIPES * world
@@ -146,7 +152,9 @@ def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
 
 
 def refine(problems: Sequence[Problem], device: str) -> int:
-    """The largest tile edge whose price is within SPARED of the best; `problems`: one per head group of a site.
+    """The largest tile edge, in tokens, whose price on `device` ("cpu" or "cuda") is within SPARED of the best.
+
+    `problems`: one per head group of a site.
 
     A partial tile is computed in full, so small tiles waste less on a narrow mask; but kernels run them slower, and
     each costs a launch and a merge.  The edge is halved, starting from the default, until the tiles are many and their
@@ -172,7 +180,7 @@ def with_layout(problem: Problem, layout: str, world: int) -> Problem:
 
 
 def solve(loads: Sequence[Load], world: int) -> str:
-    """A layout with STRIPES chunks per rank that gives all ranks about equal FLOPs."""
+    """The name of a layout with STRIPES chunks per rank that gives all ranks about equal FLOPs."""
     chunks = STRIPES * world
     cost: Array = np.zeros(chunks)
     for load in loads:

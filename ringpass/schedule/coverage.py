@@ -1,19 +1,19 @@
-"""Proves by intervals that the tiles of a site compute every pair that its mask allows, once.
+"""Proves by intervals that the tiles of a site compute every pair that its mask allows, exactly once.
 
     >>> from ringpass.layouts.layout import Layout
     >>> from ringpass.schedule.program import Problem, tiling
     >>> problem = Problem("k <= q", 8, 8, Layout("zigzag", 2), Layout("zigzag", 2))
     >>> cover(problem, 1, tiling(problem).of(1))
 
-Contract: `cover` returns only if all of this holds for the tiles of one rank, and raises ScheduleError for the first
-thing that does not.
+Contract: `cover` returns only if the tiles of one rank have all of these properties, and raises ScheduleError for the
+first that they lack.
 
     owned      queries lie in the ranges of the rank, keys in one range of their owner
     once       no two tiles share a pair; what no tile covers is empty, by the mask's intervals
     kinds      full tiles are full, triangles are one diagonal of the mask and nothing else
     thrift     no tile is provably empty; none whose mask is evaluated is larger than the problem's tile
 
-Pairs are counted on the grid of all edges, in a table of differences: a tile changes its four corners.
+Pairs are counted on the grid of all tile boundaries, in a difference table: a tile changes its four corners.
 """
 
 from __future__ import annotations
@@ -23,30 +23,40 @@ from functools import lru_cache
 import numpy as np
 
 from ringpass.errors import ScheduleError
+from ringpass.masks.constants import Array
 from ringpass.masks.expr import Expr
-from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, IntervalArrays, classify_all
+from ringpass.masks.intervals import (
+    EMPTY,
+    EMPTY_CODE,
+    FULL,
+    FULL_CODE,
+    KINDS,
+    PARTIAL_CODE,
+    IntervalArrays,
+    classify_all,
+    selected,
+)
 from ringpass.schedule.splitting import LOWER, UPPER, triangle
-from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, Array, Problem, Tiling, chunks
+from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, Problem, Tiling, chunks
 
 
 def cover(problem: Problem, rank: int, tiles: Tiling) -> None:
-    """Proves `tiles`, all those of the queries of `rank`."""
+    """Proves `tiles`, which must be all those of the queries of `rank`.  Raises ScheduleError if they are wrong."""
     _owned(problem, rank, tiles)
     _once(problem, rank, tiles)
     _kinds(problem, rank, tiles)
 
 
 def proved(expr: Expr, q: IntervalArrays, k: IntervalArrays, kind: str) -> Array:
-    """Whether the mask is `kind` in all of each q x k: halved until each part is classified."""
+    """(n,) bools: whether the mask is `kind` in all of each rectangle q x k, halved until each part is classified."""
     out = np.ones(len(q[0]), dtype=bool)
     which = np.arange(len(q[0]))
     while len(which):
         found = classify_all(expr, q, k)
-        settled = (found != KINDS.index(PARTIAL)) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
+        settled = (found != PARTIAL_CODE) | (np.maximum(q[1] - q[0], k[1] - k[0]) <= 1)
         out[which[settled & (found != KINDS.index(kind))]] = False
         which = np.concatenate([which[~settled], which[~settled]])
-        rest_q, rest_k = ((x[0][~settled], x[1][~settled]) for x in (q, k))
-        q, k = halves(rest_q, rest_k)
+        q, k = halves(selected(q, ~settled), selected(k, ~settled))
     return out
 
 
@@ -80,7 +90,7 @@ def _key_chunks(problem: Problem, rank: int) -> tuple[Array, Array, Array]:
 
 
 def _within(inner: IntervalArrays, outer: IntervalArrays) -> Array:
-    """Whether each of `inner`, which are not empty, lies in one of `outer`, which ascend."""
+    """Whether each interval of `inner` (not empty) lies in one interval of `outer` (ascending)."""
     if not len(outer[0]):
         return np.zeros(len(inner[0]), dtype=bool)
     at = np.searchsorted(outer[0], inner[0], side="right") - 1
@@ -111,7 +121,7 @@ def _once(problem: Problem, rank: int, tiles: Tiling) -> None:
 
 
 def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
-    full, triangles = tiles.kind == TILE_KINDS.index(FULL), np.zeros(len(tiles), dtype=bool)
+    full, triangles = tiles.kind == FULL_CODE, np.zeros(len(tiles), dtype=bool)
     shape = triangle(problem.expr, tiles.q, tiles.k)
     for kind, expected in ((CAUSAL_TILE, LOWER), (MIRRORED, UPPER)):
         of_kind = tiles.kind == TILE_KINDS.index(kind)
@@ -120,7 +130,7 @@ def _kinds(problem: Problem, rank: int, tiles: Tiling) -> None:
     some = tiles.take(full)
     _refuse(~proved(problem.expr, some.q, some.k, FULL), rank, some, "the mask is not full in tile {}")
     found = classify_all(problem.expr, tiles.q, tiles.k)
-    _refuse(found == KINDS.index(EMPTY), rank, tiles, "the mask is empty in tile {}")
+    _refuse(found == EMPTY_CODE, rank, tiles, "the mask is empty in tile {}")
     edge = np.maximum(tiles.q[1] - tiles.q[0], tiles.k[1] - tiles.k[0])
     evaluated = ~(full | triangles) | problem.cut_all
     _refuse(evaluated & (edge > problem.tile), rank, tiles, f"tile {{}} is larger than {problem.tile}")

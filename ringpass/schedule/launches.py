@@ -40,6 +40,7 @@ class Launch:
 
     @property
     def kind(self) -> str:
+        """The kind of all its tiles, one of TILE_KINDS."""
         return self.tiles[0].kind
 
     @property
@@ -70,7 +71,7 @@ class Launch:
 
 
 def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Launch]:
-    """The launches for `tiles`: joined up to `most` keys, stacked up to `stack` query rows (0: not stacked)."""
+    """The launches for the `tiles` of a step: joined up to `most` keys, stacked up to `stack` query rows (0: never)."""
     out: list[Launch] = []
     latest: dict[tuple[str, int, tuple[int, ...]], int] = {}
     for some in _of_same_rows(tiles, most):

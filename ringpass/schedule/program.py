@@ -52,7 +52,7 @@ Rectangle = tuple[tuple[int, int], tuple[int, int]]  # half-open rows, half-open
 
 @dataclass(frozen=True)
 class Transfer:
-    """K and V of `tokens` (of one axis, original order) go from rank `src` to rank `dst`."""
+    """K and V of `tokens` (positions in the layout's order) go from rank `src` to rank `dst`."""
 
     src: int
     dst: int
@@ -60,6 +60,7 @@ class Transfer:
 
     @property
     def size(self) -> int:
+        """Number of tokens that are sent."""
         return size(self.tokens)
 
 
@@ -106,7 +107,7 @@ class Program:
 
     @property
     def empty(self) -> list[Rectangle]:
-        """The rectangles (queries, keys), in tokens, that no tile covers and that are thus not computed."""
+        """The rectangles (queries, keys), in tokens, that no tile covers and that are therefore not computed."""
         local = self.problem.query_layout.ranges(self.rank, self.problem.queries)
         tiles = [
             (q, k)
@@ -131,7 +132,7 @@ _PROGRAMS: WeakKeyDictionary[Tiling, dict[int, Program]] = WeakKeyDictionary()
 
 
 def program(problem: Problem, rank: int) -> Program:
-    """The steps of `rank`."""
+    """The steps of `rank` for `problem`; the same object as long as the tiling of `problem` is cached."""
     tiles = tiling(problem)
     programs = _PROGRAMS.setdefault(tiles, {})
     if rank not in programs:

@@ -8,7 +8,8 @@ Terms: *moved* tokens are sent between ranks; their *lower bound* counts the (ra
 of the rank may attend to the key.  A pair *may* attend if the mask holds for some value of its data (leaves, batch,
 head); it *must* if the mask holds for every such value.
 
-Contract: `prove` returns only if all of this holds, and raises ScheduleError for the first thing that does not.
+Contract: `prove` returns only if the programs have all of these properties, and raises ScheduleError for the first that
+they lack.
 
     wellformed   each step is about its rank: local queries, local rows sent, tiles inside the key block
     exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
@@ -34,7 +35,7 @@ from ringpass.errors import ScheduleError
 from ringpass.layouts.ranges import Ranges, contains, size, tokens
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import Expr
-from ringpass.masks.intervals import EMPTY, FULL, PARTIAL, classify, extents
+from ringpass.masks.intervals import EMPTY, FULL, FULL_CODE, PARTIAL, classify, extents
 from ringpass.masks.rewrite import without_data
 from ringpass.schedule.coverage import cover
 from ringpass.schedule.program import Program, Step, Transfer, program
@@ -47,7 +48,11 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Proof:
-    """What the proof counted.  Areas are (query, key) pairs of one rank, as `Program.area` counts them."""
+    """What the proof counted.
+
+    `exchanges`: messages between two ranks, of all ranks together; `moved`, `lower_bound`: tokens, of all ranks
+    together; areas: (query, key) pairs of one rank, as `Program.area` counts them.
+    """
 
     world: int
     exchanges: int
@@ -63,7 +68,7 @@ class Proof:
 
 
 def prove(problem: Problem) -> Proof:
-    """Proves the programs of all ranks of `problem`; raises ScheduleError if one is wrong."""
+    """Proves the programs of all ranks of `problem`.  Raises ScheduleError if one is wrong."""
     return check([program(problem, rank) for rank in range(problem.world)])
 
 
@@ -72,7 +77,7 @@ def prove_from(problem: Problem, rank: int) -> Proof:
 
     For schedules of many tiles, where building the programs of all ranks would take minutes.  Every send has a receive,
     since both ends read one table.  There is no deadlock, since every rank's shifts ascend: a wait for shift t only
-    waits for what the peer does after its waits for shifts below t.
+    depends on what the peer does after its waits for shifts below t.  Raises ScheduleError if something is wrong.
     """
     whole, one = tiling(problem), program(problem, rank)
     for index, step in enumerate(one.steps):
@@ -92,7 +97,7 @@ def prove_from(problem: Problem, rank: int) -> Proof:
         if other != rank:
             cover(problem, other, whole.of(other))
     remote = whole.take(whole.dst != whole.src)
-    certain = remote.take(remote.kind == TILE_KINDS.index(FULL))
+    certain = remote.take(remote.kind == FULL_CODE)
     areas = whole.areas(problem.world)
     return Proof(
         world=problem.world,
@@ -105,7 +110,7 @@ def prove_from(problem: Problem, rank: int) -> Proof:
 
 
 def check(programs: Sequence[Program]) -> Proof:
-    """Proves `programs`, those of ranks 0, 1, ... of one problem."""
+    """Proves `programs`, those of ranks 0, 1, ... of one problem.  Raises ScheduleError if one is wrong."""
     problem = programs[0].problem
     for rank, one in enumerate(programs):
         _demand((one.problem, one.rank) == (problem, rank), rank, None, "the program is another rank's or problem's")
@@ -129,8 +134,8 @@ def check(programs: Sequence[Program]) -> Proof:
 
 def lower_bound(problem: Problem, rank: int) -> int:
     """Number of distinct remote key tokens to which some query of `rank` may attend."""
-    own = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
-    remote = [(stop, start) for (_, stop), (start, _) in zip(own, own[1:], strict=False)]
+    local = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
+    remote = [(stop, start) for (_, stop), (start, _) in zip(local, local[1:], strict=False)]
     parts = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
     return sum(_needed(problem, rank, part) for part in parts)
 
@@ -154,10 +159,10 @@ def _demand(fact: bool, rank: int, step: Step | None, complaint: str, *about: ob
 
 def _wellformed(one: Program, index: int, step: Step) -> None:
     problem, rank = one.problem, one.rank
-    _demand((index == 0) == (step.shift == 0), rank, step, "stands at place {}", index)
+    _demand((index == 0) == (step.shift == 0), rank, step, "is at index {}", index)
     if index == 0:
-        own = problem.key_layout.ranges(rank, problem.keys)
-        _demand(step.tokens == own, rank, step, "holds tokens {}, not the rank's own {}", step.tokens, own)
+        local = problem.key_layout.ranges(rank, problem.keys)
+        _demand(step.tokens == local, rank, step, "holds tokens {}, not the local tokens {}", step.tokens, local)
         _demand(step.send is None and step.receive is None, rank, step, "moves tokens, but its keys are local")
     else:
         _wellformed_transfers(one, step)
@@ -165,9 +170,9 @@ def _wellformed(one: Program, index: int, step: Step) -> None:
     for tile in step.tiles:
         _demand(0 <= tile.q[0] < tile.q[1] <= rows_q, rank, step, "tile {} is not in the {} query rows", tile, rows_q)
         _demand(0 <= tile.k[0] < tile.k[1] <= rows_k, rank, step, "tile {} is not in the {} key rows", tile, rows_k)
-        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of no known kind", tile)
+        _demand(tile.kind in (FULL, PARTIAL, *TRIANGLES), rank, step, "tile {} is of an unknown kind", tile)
         square = tile.kind not in TRIANGLES or tile.q[1] - tile.q[0] == tile.k[1] - tile.k[0]
-        _demand(square, rank, step, "tile {} is a triangle, but no square", tile)
+        _demand(square, rank, step, "tile {} is a triangle, but not square", tile)
 
 
 def _wellformed_transfers(one: Program, step: Step) -> None:

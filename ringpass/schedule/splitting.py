@@ -21,20 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ringpass.masks.constants import Array
 from ringpass.masks.expr import FALSE, TRUE, Call, Const, Expr, Index, K, Q, call, parts, rebuilt
-from ringpass.masks.intervals import EMPTY, FULL, KINDS, PARTIAL, IntervalArrays, classify_all
+from ringpass.masks.intervals import EMPTY_CODE, FULL_CODE, PARTIAL_CODE, IntervalArrays, classify_all, selected
 from ringpass.masks.simplify import linear
 
-Array = NDArray[Any]
 NONE, LOWER, UPPER = range(3)
 DIAGONAL = "k - q"
 SMALLEST = 64  # fewest rows and columns of a rectangle that is split to get a triangle
-_EMPTY, _PARTIAL, _FULL = (KINDS.index(kind) for kind in (EMPTY, PARTIAL, FULL))
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def edges(expr: Expr) -> tuple[Edge, ...]:
 
 @lru_cache(maxsize=1024)
 def grids(expr: Expr, axis: str) -> tuple[tuple[int, int], ...]:
-    """(n, c) of each `(axis + c) // n`, the coarsest first."""
+    """(n, c) of each `(axis + c) // n` in `expr`, the coarsest first; `axis` is "q" or "k"."""
     found = []
     for part in _walk(expr):
         if isinstance(part, Call) and part.op == "floordiv" and isinstance(part.args[1], Const):
@@ -75,7 +72,7 @@ def grids(expr: Expr, axis: str) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=1024)
 def opened(expr: Expr) -> Expr:
-    """`expr` with `abs(x) < c` as two comparisons."""
+    """`expr` with each `abs(x) < c` as two comparisons of x, so that both are edges."""
     if isinstance(expr, Call) and expr.op in ("lt", "le"):
         inner, most = expr.args
         if isinstance(inner, Call) and inner.op == "abs" and isinstance(most, Const) and linear(inner.args[0]):
@@ -123,22 +120,18 @@ def _forced(expr: Expr, comparison: Expr, value: bool) -> Expr:
 
 
 def alone(expr: Expr, edge: Edge, q: IntervalArrays, k: IntervalArrays) -> Array:
-    """Whether, in each rectangle, the mask is `edge` and nothing else."""
-    out: Array = classify_all(_forced(expr, edge.comparison, True), q, k) == _FULL
-    out[out] = classify_all(_forced(expr, edge.comparison, False), *_some(q, k, out)) == _EMPTY
+    """(n,) bools: whether, in each rectangle q x k, the mask is `edge` and nothing else."""
+    out: Array = classify_all(_forced(expr, edge.comparison, True), q, k) == FULL_CODE
+    out[out] = classify_all(_forced(expr, edge.comparison, False), selected(q, out), selected(k, out)) == EMPTY_CODE
     return out
 
 
-def _some(q: IntervalArrays, k: IntervalArrays, where: Array) -> tuple[IntervalArrays, IntervalArrays]:
-    return (q[0][where], q[1][where]), (k[0][where], k[1][where])
-
-
 def triangle(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> Array:
-    """NONE, LOWER or UPPER for each rectangle."""
+    """(n,) of NONE, LOWER or UPPER: which triangle the mask is in each rectangle q x k."""
     out = np.full(len(q[0]), NONE, np.int8)
     for edge in _diagonals(expr):
         fits = (q[1] - q[0] == k[1] - k[0]) & (k[0] - q[0] == edge.bound) & (out == NONE)
-        fits[fits] = alone(expr, edge, *_some(q, k, fits))
+        fits[fits] = alone(expr, edge, selected(q, fits), selected(k, fits))
         out[fits] = LOWER if edge.below else UPPER
     return out
 
@@ -151,7 +144,7 @@ def _diagonals(expr: Expr) -> list[Edge]:
 
 
 def split(expr: Expr, q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[Array, Array]:
-    """Where to split partial rectangles: by rows, or else by columns; -1 where it does not pay.
+    """(rows, columns): where to split partial rectangles, by rows or else by columns; -1 where it does not pay.
 
     larger than a tile   at a row or column edge; a strip of at most `tile` rows (columns) at a diagonal's ends; else
                          columns in the middle, where that leaves a half empty or full or there are few rows; else rows
@@ -165,18 +158,18 @@ def split(expr: Expr, q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[
         strip = open_ & large & (np.minimum(n, m) <= tile)
         small = np.flatnonzero(open_ & ~large & (np.minimum(n, m) >= min(SMALLEST, tile // 2)))
         pure = np.zeros_like(strip)
-        pure[small] = alone(expr, edge, *_some(q, k, small))
+        pure[small] = alone(expr, edge, selected(q, small), selected(k, small))
         across = _inside((q[0] + edge.bound, q[1] + edge.bound), k)
         down = _inside((k[0] - edge.bound, k[1] - edge.bound), q)
         columns = np.where(pure | (strip & (n <= m)), across, columns)
         rows = np.where((columns < 0) & (pure | (strip & (m < n))), down, rows)
     left = np.flatnonzero(large & (rows < 0) & (columns < 0))
-    rows[left], columns[left] = _halved(expr, *_some(q, k, left), tile)
+    rows[left], columns[left] = _halved(expr, selected(q, left), selected(k, left), tile)
     return rows, columns
 
 
 def middle(q: IntervalArrays, k: IntervalArrays, tile: int) -> tuple[Array, Array]:
-    """Splits near the middle of the longer side, rows or else columns."""
+    """(rows, columns): where to split rectangles near the middle of the longer side; -1: not in this direction."""
     tall = q[1] - q[0] >= k[1] - k[0]
     return np.where(tall, _middle(q, tile), -1), np.where(tall, -1, _middle(k, tile))
 
@@ -196,7 +189,7 @@ def _straight(expr: Expr, q: IntervalArrays, k: IntervalArrays, large: Array) ->
         side, out = (q, rows) if edge.line == "q" else (k, columns)
         inside = (side[0] < edge.boundary) & (edge.boundary < side[1]) & (rows < 0) & (columns < 0)
         small = np.flatnonzero(inside & ~large)
-        inside[small] = _clears(expr, *_some(q, k, small), edge)
+        inside[small] = _clears(expr, selected(q, small), selected(k, small), edge)
         out[inside] = edge.boundary
     return rows, columns
 
@@ -206,7 +199,7 @@ def _clears(expr: Expr, q: IntervalArrays, k: IntervalArrays, edge: Edge) -> Arr
     out = np.zeros(len(q[0]), dtype=bool)
     start, stop = q if edge.line == "q" else k
     for part in (start, np.full_like(start, edge.boundary)), (np.full_like(start, edge.boundary), stop):
-        out |= classify_all(expr, *((part, k) if edge.line == "q" else (q, part))) == _EMPTY
+        out |= classify_all(expr, *((part, k) if edge.line == "q" else (q, part))) == EMPTY_CODE
     return out
 
 
@@ -214,7 +207,7 @@ def _halved(expr: Expr, q: IntervalArrays, k: IntervalArrays, tile: int) -> tupl
     """Splits near the middle, rows or else columns."""
     row, column = _middle(q, tile, grids(expr, "q")), _middle(k, tile, grids(expr, "k"))
     wide = k[1] - k[0] > tile
-    settled = [classify_all(expr, q, half) != _PARTIAL for half in ((k[0], column), (column, k[1]))]
+    settled = [classify_all(expr, q, half) != PARTIAL_CODE for half in ((k[0], column), (column, k[1]))]
     by_columns = wide & (settled[0] | settled[1] | (q[1] - q[0] <= tile))
     return np.where(by_columns, -1, row), np.where(by_columns, column, -1)
 

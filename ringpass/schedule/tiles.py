@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ringpass.layouts.layout import Layout
-from ringpass.masks.constants import ConstantArray
+from ringpass.masks.constants import Array, ConstantArray
 from ringpass.masks.expr import Expr, parse
-from ringpass.masks.intervals import KINDS, IntervalArrays, classify_all
+from ringpass.masks.intervals import EMPTY_CODE, FULL_CODE, KINDS, PARTIAL_CODE, IntervalArrays, classify_all, selected
 from ringpass.masks.rewrite import bind
 from ringpass.schedule import splitting
 
@@ -30,10 +28,9 @@ TILE = 1024  # default edge, in tokens, of a tile whose mask must be evaluated
 FINEST = 64  # edge of the smallest tiles that pay
 THIN = TILE // 4  # a full tile narrower than this is at most TILE long, and shares a kernel launch with others
 TILE_KINDS = (*KINDS, *TRIANGLES)
-_EMPTY, _PARTIAL, _FULL, _CAUSAL, _MIRRORED = range(5)  # indices into TILE_KINDS
+CAUSAL_CODE, MIRRORED_CODE = range(len(KINDS), len(TILE_KINDS))  # with the codes of KINDS, indices into TILE_KINDS
 TRIMMED = 1 << 17  # with more partial tiles of remote keys than this, their ends are not trimmed to the token
 BATCH = 1 << 18  # rectangles classified at once
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,12 @@ class Problem:
 
     @property
     def world(self) -> int:
+        """Number of ranks P."""
         return self.query_layout.world
 
     @cached_property
     def expr(self) -> Expr:
+        """`mask` parsed, with the values of `constants` in place of their leaves."""
         return bind(parse(self.mask), dict(self.constants))
 
 
@@ -97,7 +96,7 @@ class Tiling:
 
     def take(self, where: Array | slice) -> Tiling:
         """The tiles at the indices `where`."""
-        q, k = ((x[0][where], x[1][where]) for x in (self.q, self.k))
+        q, k = selected(self.q, where), selected(self.k, where)
         return Tiling(self.dst[where], self.src[where], q, k, self.kind[where])
 
     def of(self, dst: int) -> Tiling:
@@ -114,23 +113,23 @@ class Tiling:
 
     @cached_property
     def area(self) -> Array:
-        """(query, key) pairs of each tile; a triangle counts as one."""
+        """(n,): number of (query, key) pairs of each tile; a triangle counts as one, not as its square."""
         n, m = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        pairs: Array = np.where(self.kind >= _CAUSAL, n * (n + 1) // 2, n * m)
+        pairs: Array = np.where(self.kind >= CAUSAL_CODE, n * (n + 1) // 2, n * m)
         return pairs
 
     def areas(self, world: int) -> Array:
-        """(query, key) pairs of each rank."""
+        """(world,): number of (query, key) pairs in the tiles of each rank."""
         return np.bincount(self.dst, self.area, world)
 
     def received(self, world: int) -> Array:
-        """Key tokens that each rank receives."""
+        """(world,): number of key tokens that each rank receives."""
         used = self.used()
         remote = used.src != used.dst
         return np.bincount(used.dst[remote], (used.k[1] - used.k[0])[remote], world)
 
     def used(self) -> Tiling:
-        """One entry per (dst, src, interval of keys that tiles use); its queries and kind have no meaning."""
+        """One entry per (dst, src, interval of keys that tiles use), as a Tiling whose queries and kinds are unused."""
         order = np.lexsort((self.k[0], self.src, self.dst))
         dst, src, start, stop = (x[order] for x in (self.dst, self.src, *self.k))
         pair = np.concatenate([[0], np.cumsum((np.diff(dst) != 0) | (np.diff(src) != 0))])[: len(dst)]
@@ -144,7 +143,7 @@ class Tiling:
 
 @lru_cache(maxsize=64)
 def tiling(problem: Problem) -> Tiling:
-    """The non-empty tiles of all ranks: pairs of chunks, split until each is full, empty, a triangle or small."""
+    """The non-empty tiles of `problem` on all ranks: pairs of chunks, split until each is full, a triangle or small."""
     q, k = chunks(problem.query_layout, problem.queries), chunks(problem.key_layout, problem.keys)
     found = []
     rows_at_once = max(1, BATCH // max(1, len(k[0])))
@@ -153,18 +152,18 @@ def tiling(problem: Problem) -> Tiling:
         pairs = [np.repeat(x, len(k[0])) for x in some], [np.tile(x, len(some[0])) for x in k]
         found += _split_up(problem, *_with_ranks(problem, *pairs))
     dst, src, q0, q1, k0, k1, kind = (np.concatenate(x) for x in zip(*found, strict=True))
-    remote = np.flatnonzero((kind == _PARTIAL) & (dst != src))
+    remote = np.flatnonzero((kind == PARTIAL_CODE) & (dst != src))
     if len(remote) <= TRIMMED:
         by = q0[remote], q1[remote]
         k0[remote], k1[remote] = _trim(problem.expr, by, (k0[remote], k1[remote]))
         kind[remote] = _kinds(problem, by, (k0[remote], k1[remote]))
     order = np.lexsort((k0, q0, src, dst))
-    order = order[kind[order] != _EMPTY]
+    order = order[kind[order] != EMPTY_CODE]
     return Tiling(dst[order], src[order], (q0[order], q1[order]), (k0[order], k1[order]), kind[order])
 
 
 def _trim(expr: Expr, q: IntervalArrays, k: IntervalArrays) -> IntervalArrays:
-    """The keys of each tile without those at either end that no query sees, by bisection; the others are sent."""
+    """The keys of each tile without those at either end that no query sees, found by bisection: they are not sent."""
     start = k[0] + _empty(lambda n: classify_all(expr, q, (k[0], k[0] + n)), k[1] - k[0])
     stop = k[1] - _empty(lambda n: classify_all(expr, q, (k[1] - n, k[1])), k[1] - start)
     return start, stop
@@ -175,21 +174,21 @@ def _empty(kind_of_strip: Callable[[Array], Array], width: Array) -> Array:
     low, high = np.zeros_like(width), width
     while (high - low > 1).any():
         middle = np.where(high - low > 1, (low + high) // 2, np.maximum(low, 1))
-        empty = kind_of_strip(middle) == _EMPTY
+        empty = kind_of_strip(middle) == EMPTY_CODE
         found = high - low > 1
         low, high = np.where(found & empty, middle, low), np.where(found & ~empty, middle, high)
     return low
 
 
 def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:
-    """(rank, start, stop) of each range of each rank; a replicated sequence belongs to all ranks."""
+    """Arrays rank, start, stop of the token ranges of all ranks; a replicated sequence belongs to each rank."""
     spans = [(rank, *span) for rank in range(layout.world) for span in layout.ranges(rank, tokens)]
     table = np.array(spans, dtype=np.int64).reshape(-1, 3)
     return table[:, 0], table[:, 1], table[:, 2]
 
 
 def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]:
-    """dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are local on each rank."""
+    """Columns dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are local on each rank."""
     pairs = [q[0], k[0], *q[1:], *k[1:]]
     return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
 
@@ -202,7 +201,7 @@ def _split_up(
     while True:
         kind = _kinds(problem, (q0, q1), (k0, k1))
         rows, columns, more = _boundaries(problem, (q0, q1), (k0, k1), kind)
-        found.append([x[~more & (kind != _EMPTY)] for x in (dst, src, q0, q1, k0, k1, kind)])
+        found.append([x[~more & (kind != EMPTY_CODE)] for x in (dst, src, q0, q1, k0, k1, kind)])
         if not more.any():
             return found
         dst, src, q0, q1, k0, k1, rows, columns = (x[more] for x in (dst, src, q0, q1, k0, k1, rows, columns))
@@ -215,12 +214,12 @@ def _split_up(
 def _kinds(problem: Problem, q: IntervalArrays, k: IntervalArrays) -> Array:
     """Indices into TILE_KINDS; where a tile's scores are held in memory, only small tiles are triangles."""
     kind = classify_all(problem.expr, q, k)
-    some = np.flatnonzero(kind == _PARTIAL)
-    some_q, some_k = _some(q, some), _some(k, some)
+    some = np.flatnonzero(kind == PARTIAL_CODE)
+    some_q, some_k = selected(q, some), selected(k, some)
     shape = splitting.triangle(problem.expr, some_q, some_k)
     if problem.cut_all:
         shape[(shape == splitting.UPPER) | (some_q[1] - some_q[0] > problem.tile)] = splitting.NONE
-    kind[some] = np.choose(shape, (_PARTIAL, _CAUSAL, _MIRRORED))
+    kind[some] = np.choose(shape, (PARTIAL_CODE, CAUSAL_CODE, MIRRORED_CODE))
     return kind
 
 
@@ -228,12 +227,10 @@ def _boundaries(problem: Problem, q: IntervalArrays, k: IntervalArrays, kind: Ar
     """Where to split each rectangle, by rows or else by columns (-1: not), and which ones to split."""
     large = np.maximum(q[1] - q[0], k[1] - k[0]) > problem.tile
     rows, columns = np.full(len(kind), -1), np.full(len(kind), -1)
-    full = np.flatnonzero((kind == _FULL) & large & problem.cut_all)
-    rows[full], columns[full] = splitting.middle(_some(q, full), _some(k, full), problem.tile)
-    partial = np.flatnonzero(kind == _PARTIAL)
-    rows[partial], columns[partial] = splitting.split(problem.expr, _some(q, partial), _some(k, partial), problem.tile)
+    full = np.flatnonzero((kind == FULL_CODE) & large & problem.cut_all)
+    rows[full], columns[full] = splitting.middle(selected(q, full), selected(k, full), problem.tile)
+    partial = np.flatnonzero(kind == PARTIAL_CODE)
+    rows[partial], columns[partial] = splitting.split(
+        problem.expr, selected(q, partial), selected(k, partial), problem.tile
+    )
     return rows, columns, (rows >= 0) | (columns >= 0)
-
-
-def _some(spans: IntervalArrays, where: Array) -> IntervalArrays:
-    return spans[0][where], spans[1][where]

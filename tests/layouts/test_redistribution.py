@@ -84,7 +84,7 @@ def test_ranks_that_hold_what_they_want_send_nothing() -> None:
 
 
 def test_what_nobody_holds_cannot_be_wanted() -> None:
-    with pytest.raises(AssertionError, match="nobody holds"):
+    with pytest.raises(AssertionError, match="no rank holds"):
         redistribution.redistribution([np.arange(3), np.arange(4, 6)], [np.arange(4), np.arange(2)], 0)
 
 

@@ -341,9 +341,9 @@ def test_shares_that_do_not_fit_are_refused_on_every_rank(workers: Workers) -> N
 REFUSED = (
     "hold 5, 6, 7 tokens of 18, and in layout 'contiguous' they hold 6, 6, 6",
     "these are the lengths of layout='chunked'",
-    "differ in share: rank 0 has torch.float64",
+    "differ in shard: rank 0 has torch.float64",
     "got 'zigzak'",
     "outputs='local'",
     "differ in call: rank 0 has a compiled model, rank 1 has ringpass.sharded",
-    "in shares",
+    "[2, 23, 8] sharded",
 )
