@@ -1,21 +1,26 @@
-"""Reading FX nodes: their arguments, operands, values and sizes."""
+"""Reading FX nodes: their arguments, operands, values and sizes; and writing a traced function before a node."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 import torch.utils._pytree as pytree
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Size = int | torch.SymInt
+"""The size of a dim of a fake tensor."""
 
 
-def size_of(n: Any) -> Any:
+def size_of(n: Size) -> sympy.Expr:
     """A dim's size as a sympy expression."""
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
 
 
-def hint_of(n: Any) -> int:
+def hint_of(n: Size) -> int:
     """The value of a length in this compilation."""
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
@@ -72,6 +77,7 @@ def slice_of(node: Node) -> tuple[Any, ...]:
 
 
 def bytes_of(node: Node) -> int:
+    """The bytes of all tensors that `node` produces, at this compilation's lengths."""
     return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
 
 
@@ -86,3 +92,22 @@ def has_effect(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     name = getattr(node.target, "__name__", "")
     return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def traced(function: Callable[..., torch.Tensor], operands: Sequence[Node], pre_dispatch: bool = False) -> Graph:
+    """The ATen graph of `function` on the fake values of `operands`, which are its placeholders in that order."""
+    fakes = [n.meta["val"] for n in operands]
+    with fakes[0].fake_mode, torch.no_grad():
+        return make_fx(function, pre_dispatch=pre_dispatch)(*fakes).graph
+
+
+def insert_before(node: Node, graph: Graph, operands: Sequence[Node]) -> Node:
+    """Copies `graph`, with `operands` for its placeholders, before `node`; returns the node of its result."""
+    placeholders = graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        out = node.graph.graph_copy(graph, dict(zip(placeholders, operands, strict=True)))
+    assert isinstance(out, Node)
+    return out

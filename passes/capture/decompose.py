@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.nodes import KEPT_META, args_of, bound_of
+from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, traced
 from ringpass.passes.capture.capture import Captured
 
 aten = torch.ops.aten
@@ -33,7 +32,10 @@ HasRule = Callable[[Node], bool]
 
 
 def decompose(captured: Captured, has_rule: HasRule) -> Captured:
-    """`captured` with its graph rewritten in place.  `has_rule`: whether the dims of a node's op are understood."""
+    """Rewrites the graph of `captured` in place, and returns `captured`.
+
+    `has_rule`: whether the dims of a node's op are understood.
+    """
     gm = captured.gm
     for node in list(gm.graph.nodes):
         if node.target is aten._transformer_encoder_layer_fwd.default:
@@ -67,23 +69,14 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
         return function(**dict(zip(nodes, tensors, strict=True)), **rest)
 
     given = list(nodes.values())
-    return _put(node, _traced(run, given, pre_dispatch=True), given)
-
-
-def _traced(run: Callable[..., Tensor], given: Sequence[Node], pre_dispatch: bool) -> Graph:
-    fakes = [n.meta["val"] for n in given]
-    with fakes[0].fake_mode, torch.no_grad():
-        return make_fx(run, pre_dispatch=pre_dispatch)(*fakes).graph
+    return _put(node, traced(run, given, pre_dispatch=True), given)
 
 
 def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
     """`graph` of the values `given` in the place of `node`."""
     for inner in graph.nodes:
         inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
-    places = graph.find_nodes(op="placeholder")
-    with node.graph.inserting_before(node):
-        out = node.graph.graph_copy(graph, dict(zip(places, given, strict=True)))
-    assert isinstance(out, Node)
+    out = insert_before(node, graph, given)
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
     return out
@@ -110,7 +103,7 @@ def _inline_composite(node: Node, has_rule: HasRule) -> None:
         out: Tensor = target(*args, **kwargs)
         return out
 
-    graph = _traced(run, given, pre_dispatch=False)
+    graph = traced(run, given)
     if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
         _put(node, graph, given)
 
@@ -124,7 +117,7 @@ def encoder_layer(
     norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
     ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """One layer of nn.TransformerEncoder."""
+    """One layer of nn.TransformerEncoder on `src` (B, S, embed_dim), with the arguments of the fused op."""
 
     def first(x: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
@@ -164,7 +157,7 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
 def _sliced(node: Node) -> None:
-    """The parts of a split as slices, which have a run of tokens each; channels, in the last dim, stay as they are."""
+    """The parts of a split as slices, each of consecutive tokens; channels, in the last dim, stay as they are."""
     parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
     sizes = [part.shape[dim] for part in parts]
     if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
@@ -210,7 +203,10 @@ def _each(value: Any, kernel: list[int]) -> list[int]:
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..), by a linear layer of each patch."""
+    """A convolution whose stride is its kernel (k1, ..), as a linear layer of each patch.
+
+    (B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..); `weight` is (D, C, k1, ..), `bias` (D,).
+    """
     kernel, dims = weight.shape[2:], range(weight.ndim - 2)
     counts = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
     for d in dims:
@@ -256,7 +252,10 @@ def _sides(node: Node) -> tuple[int, int] | None:
 
 
 def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor | None = None, **how: Any) -> Tensor:
-    """A conv1d of a batch; its padding is an op of its own, unless it is the same on both sides and adds no tokens."""
+    """A conv1d of (B, C, S), or of (C, S), with `padding` tokens of zeros before and after.
+
+    The padding is an op of its own, unless it is the same on both sides and adds no tokens.
+    """
     if input.ndim == 2:
         return padded(input.unsqueeze(0), weight, padding, bias, **how).squeeze(0)
     low, high = padding
@@ -267,7 +266,7 @@ def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor
 
 
 def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
-    """`torch.roll` of some dims."""
+    """`torch.roll` along `dims` by `shifts` elements, as a concatenation of two slices for each dim."""
     for by, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
         by = by if abs(by) < size else by % size
