@@ -5,7 +5,7 @@
     propagate            one list of factors for each dim of each tensor, whose sizes multiply to the dim's
     plan                 every layout is of P ranks; a site with a schedule has the layouts of its axes
     place                nodes run on axes of the plan, and what needs an axis replicated does not run on it
-    partition            a call has its fake value, an input its place; descriptions fit outputs
+    partition            a call has its fake value, an input its value; descriptions fit outputs
     lower                no `replicate` is left; each exchange that was started is waited for, once
 
 Contract: a check reads, and costs less than the stage.  It refuses with the name of the stage and the node.
@@ -31,6 +31,9 @@ from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.factors import Sweep, product
 
+PYTHON_MODULES = ("_operator", "torch", "math", "torch._C", "torch.amp.autocast_mode")
+"""Where functions come from that a captured graph calls though they are no ops: on sizes, and mode switches."""
+
 
 class VerificationError(AssertionError):
     """A stage broke its contract: a fault of ringpass, not of the model."""
@@ -51,13 +54,7 @@ def _captured(captured: Captured) -> Sequence[str]:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             wrong.append(f"{node.name} is a {node.op}")
         elif node.op == "call_function":
-            python = getattr(node.target, "__module__", "") in (
-                "_operator",
-                "torch",
-                "math",
-                "torch._C",
-                "torch.amp.autocast_mode",
-            )
+            python = getattr(node.target, "__module__", "") in PYTHON_MODULES
             if not isinstance(node.target, kinds) and not python and not has_effect(node):
                 wrong.append(f"{node.name} calls {node.target}")
             if _mutates(node) and node.target is not torch.ops.aten.copy_.default:
