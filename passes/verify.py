@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringpass import ops
 from ringpass.masks.expr import Expr, Index, Load, parts
-from ringpass.nodes import has_effect, size_of, tensors_of
+from ringpass.nodes import has_effect, mutates, size_of, tensors_of
 from ringpass.ops import primitives
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
@@ -57,16 +57,11 @@ def _captured(captured: Captured) -> Sequence[str]:
             python = getattr(node.target, "__module__", "") in PYTHON_MODULES
             if not isinstance(node.target, kinds) and not python and not has_effect(node):
                 wrong.append(f"{node.name} calls {node.target}")
-            if _mutates(node) and node.target is not torch.ops.aten.copy_.default:
+            if mutates(node) and node.target is not torch.ops.aten.copy_.default:
                 wrong.append(f"{node.name} changes a tensor in place")
             if "val" not in node.meta and not has_effect(node):
                 wrong.append(f"{node.name} has no value")
     return wrong
-
-
-def _mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _sites(sites: Sequence[AttentionSite]) -> Sequence[str]:

@@ -63,8 +63,7 @@ def op_name(node: Node) -> str:
     """`add.Tensor` for aten.add.Tensor; other targets by their full name."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        prefix = "" if target.namespace == "aten" else f"{target.namespace}."
-        return f"{prefix}{target._schema.name.split('::')[1]}.{target._overloadname}"
+        return str(target).removeprefix("aten.")
     return getattr(target, "__name__", str(target))
 
 
@@ -85,13 +84,23 @@ KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "recompute", "
 """What a node that replaces another one takes over from it."""
 
 
+def tags_of(node: Node) -> Sequence[torch.Tag]:
+    """What torch says of a node's op, such as that it is pointwise."""
+    return getattr(node.target, "tags", ())
+
+
+def mutates(node: Node) -> bool:
+    """Whether a node's op changes one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def has_effect(node: Node) -> bool:
-    """Nodes that stay though nothing reads them: mutations of inputs, switches of the grad and autocast modes."""
+    """Whether a node stays though nothing reads it: it mutates an input, or switches the grad or autocast mode."""
     if node.op != "call_function":
         return False
-    schema = getattr(node.target, "_schema", None)
     name = getattr(node.target, "__name__", "")
-    return bool(schema and schema.is_mutable) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+    return mutates(node) or name in ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

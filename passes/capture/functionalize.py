@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ringpass.errors import UnsupportedError
+from ringpass.nodes import mutates
 
 aten = torch.ops.aten
 
@@ -46,20 +47,18 @@ _IDENTITIES = {"alias", "detach", "contiguous", "to", "type_as", "dropout", "exp
 
 
 def _op_name(target: object) -> str:
-    return str(target._schema.name).split("::")[-1] if isinstance(target, OpOverload) else str(target)
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
+    """`add_` for aten.add_.Tensor; other targets as they print."""
+    return str(target).split(".")[1] if isinstance(target, OpOverload) else str(target)
 
 
 def functional_twin(op: OpOverload) -> OpOverload:
     """The op that returns what `op` writes into its first argument.  Raises MutationError where there is none."""
     writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
-    name = _TWIN_NAMES.get(_op_name(op), _op_name(op).removesuffix("_"))
-    packet = getattr(getattr(torch.ops, op.namespace), name, None)
-    overload = _TWIN_OVERLOADS.get(op.name(), op._overloadname)
-    found = packet is not None and overload in packet.overloads() and name != _op_name(op)
+    namespace, in_place, own_overload = str(op).split(".")
+    name = _TWIN_NAMES.get(in_place, in_place.removesuffix("_"))
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    overload = _TWIN_OVERLOADS.get(op.name(), own_overload)
+    found = packet is not None and overload in packet.overloads() and name != in_place
     if not found or writes != [True] + [False] * (len(writes) - 1) or torch.Tag.inplace_view in op.tags:
         raise MutationError(f"{op} changes a tensor in place and has no functional form; use an op that has a result")
     twin: OpOverload = getattr(packet, overload)
@@ -97,7 +96,7 @@ class Functionaliser:
 
     def run(self) -> None:
         """Rewrites the graph, if any of its ops changes a tensor.  Raises MutationError."""
-        if not any(map(_mutates, self.graph.nodes)):
+        if not any(map(mutates, self.graph.nodes)):
             return
         self.grad_enabled = torch.is_grad_enabled()
         for node in list(self.graph.nodes):
@@ -116,7 +115,7 @@ class Functionaliser:
         elif node.target is torch.amp.autocast_mode._exit_autocast:
             self.autocasts.pop()
         original = node.args, node.kwargs
-        if _mutates(node):
+        if mutates(node):
             self.rewrite(node)
             return
         node.args, node.kwargs = fx.map_arg(original, self.read)

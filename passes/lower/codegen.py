@@ -32,11 +32,12 @@ from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
 
 Show = Callable[[str, GraphModule], None]
+"""Is given the stage, "forward" or "backward", and its lowered graph."""
+Compiled = Callable[..., Any]
+"""What a backend returns to Dynamo: the graph's inputs -> its outputs."""
 
 
-def compile_unpartitioned(
-    gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str
-) -> Callable[..., Any]:
+def compile_unpartitioned(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Compiled:
     """Compiles `gm` as torch would without ringpass; `inductor`: patches of Inductor's configuration."""
     if compiler == "aot_eager":
         return aot_eager(gm, inputs, 0, sys.maxsize, _unseen)
@@ -51,7 +52,7 @@ def compile_partitioned(
     left: int,
     show: Show,
     shown: bool,
-) -> Callable[..., Any]:
+) -> Compiled:
     """Compiles one rank's program.  `show` sees the lowered forward and backward.
 
     `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
@@ -70,7 +71,7 @@ def compile_partitioned(
         return _inductor(gm, inputs, patches)
 
 
-def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Callable[..., Any]:
+def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
@@ -80,16 +81,17 @@ def _unseen(stage: str, graph: GraphModule) -> None:
     """A `Show` that looks at nothing."""
 
 
-def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: int, show: Show) -> Callable[..., Any]:
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: int, show: Show) -> Compiled:
     """Runs the lowered forward and backward graphs as they are, without code generation.
 
     `unroll_limit`: as in RingConfig; `left`: how many attentions stay as the model wrote them.
     """
 
-    def compiler(stage: str) -> Callable[..., Any]:
-        def compile_graph(graph: GraphModule, _: Any) -> Any:
+    def compiler(stage: str) -> Callable[[GraphModule, Any], Compiled]:
+        def compile_graph(graph: GraphModule, _: Any) -> Compiled:
             show(stage, lower_module(graph, unroll_limit, left))
-            return make_boxed_func(graph.forward)
+            boxed: Compiled = make_boxed_func(graph.forward)
+            return boxed
 
         return compile_graph
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import args_of, first_of, op_name, operands_of
+from ringpass.nodes import args_of, first_of, op_name, operands_of, tags_of
 from ringpass.passes.op_rules.spec import OpRule, Placed, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factor, Factors, Note, Sweep, product
@@ -121,13 +121,9 @@ def _reads_well(sweep: Sweep, rows: Factor, node: Node) -> bool:
     operands = operands_of(node)
     if node.target is SORT or not any(_of(sweep, rows, n) for n in operands):
         return True
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if (
-        node.op == "output"
-        or random
-        or not note.known
-        or rows in sweep.resolve([*note.need_replication, *note.reduction])
-    ):
+    random = torch.Tag.nondeterministic_seeded in tags_of(node)
+    mixed = rows in sweep.resolve([*note.need_replication, *note.reduction])
+    if node.op == "output" or random or mixed or not note.known:
         return False
     if any(n in routing.order for n in operands):
         put = node in routing.back or node in routing.order or node.target is aten.empty_like.default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import op_name
+from ringpass.nodes import mutates, op_name, tags_of
 from ringpass.passes.op_rules import (
     attention,
     contractions,
@@ -30,14 +30,8 @@ UNKNOWN = OpRule(not_understood)
 def rule_for(node: Node) -> OpRule:
     """The record of a node's op; `UNKNOWN` where nothing is known."""
     rule = RULES.get(op_name(node))
-    return rule or (pointwise.POINTWISE if _tagged_pointwise(node.target) else UNKNOWN)
-
-
-def _tagged_pointwise(target: object) -> bool:
-    """Whether torch says of an op that it is pointwise, and it changes none of its operands."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return torch.Tag.pointwise in target.tags and not target._schema.is_mutable
+    tagged = torch.Tag.pointwise in tags_of(node) and not mutates(node)
+    return rule or (pointwise.POINTWISE if tagged else UNKNOWN)
 
 
 def has_rule(node: Node) -> bool:
@@ -53,7 +47,6 @@ def draws_counter_based(node: Node) -> bool:
 
 def draws_shared(node: Node) -> bool:
     """Whether `node` draws from the default generator, which then starts from the same seed on every rank."""
-    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
     rule = rule_for(node)
     by_counters = rule.draws is not None or rule.attention  # an attention's dropout is its site's
-    return torch.Tag.nondeterministic_seeded in tags and not by_counters
+    return torch.Tag.nondeterministic_seeded in tags_of(node) and not by_counters

@@ -209,11 +209,11 @@ class Sweep:
 
     def slice_of(self, source: Factors, offset: sympy.Expr, size: sympy.Expr, new: bool) -> Factors | None:
         """The slice of `size` of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
-        whole = self.index(source)
-        found = self.alignment.slice(whole, offset, size)
+        tokens = self.index(source)
+        found = self.alignment.slice(tokens, offset, size)
         if found is None and new:
             found = Factor(size)
-            self.alignment.join(whole, found, offset)
+            self.alignment.join(tokens, found, offset)
         return None if found is None else self.resolve([found])
 
     def joined(self, parts: Sequence[tuple[Factors, sympy.Expr]], note: Note) -> Factors:
@@ -225,11 +225,11 @@ class Sweep:
         total = sum((n for _, n in parts), sympy.Integer(0))
         located = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
         first, before = located[0]
-        whole = self.alignment.slice(first, -before, total) or Factor(total)
+        joined = self.alignment.slice(first, -before, total) or Factor(total)
         for part, at in located:
-            if not self.alignment.join(whole, part, at):
+            if not self.alignment.join(joined, part, at):
                 note.need_replication.append(part)
-        return self.resolve([whole])
+        return self.resolve([joined])
 
     def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
         """Dims of a pointwise op: right-aligned dims are tied, size-1 dims follow the others."""
