@@ -24,7 +24,7 @@ _numbers = count()
 
 
 class Dump:
-    """The texts of one rank and graph: kept until `open`, then files."""
+    """The texts of one rank and graph: kept until `open`, then files under `directory`, or where RINGPASS_DUMP says."""
 
     def __init__(self, directory: str | None, rank: int) -> None:
         self.folder = directory or os.environ.get(DUMP_VARIABLE) or None
@@ -33,7 +33,7 @@ class Dump:
         self.kept: dict[str, str] = {}
 
     def open(self) -> None:
-        """Numbers the graph, and writes what is kept."""
+        """Makes the folder of this graph, which gets the next number, and writes what is kept."""
         if self.folder is None:
             return
         self.path = Path(self.folder) / f"rank{self.rank}" / f"graph{next(_numbers)}"
@@ -42,19 +42,19 @@ class Dump:
             self.write(name, text)
 
     def write(self, name: str, text: str) -> None:
-        """The file `name` of this rank and graph."""
+        """Writes the file `name` of this rank and graph, or keeps its text until `open`."""
         if self.path is None:
             self.kept[name] = text
         else:
             (self.path / name).write_text(text + "\n")
 
     def graph(self, name: str, gm: GraphModule) -> None:
-        """A graph, as the file `name`.py."""
+        """Writes a graph as the file `name`.py."""
         self.write(f"{name}.py", readable(gm))
 
 
 def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
-    """(file, text) of what a stage handed on."""
+    """(file name, text) of each file that shows the `result` of a stage."""
     if stage == "decompose":
         yield "captured.py", readable(result.gm)
     elif stage == "detect":

@@ -38,7 +38,7 @@ class Pipeline:
 
     @property
     def dumps(self) -> bool:
-        """Whether someone looks at the stages."""
+        """Whether texts are written."""
         return self.dump.folder is not None
 
     def run(self, stage: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,7 +53,10 @@ class Pipeline:
         return result
 
     def lowered(self, name: str, gm: GraphModule) -> None:
-        """The lowered `forward` or `backward` graph, which torch asks for when it compiles it."""
+        """Checks and dumps the lowered `forward` or `backward` graph, when torch compiles it.
+
+        Raises VerificationError where an exchange is not waited for once.
+        """
         verify("lower", gm)
         self._note(name, None, gm)
         if self.dumps:

@@ -5,7 +5,7 @@
     propagate            one list of factors for each dim of each tensor, whose sizes multiply to the dim's
     plan                 every layout is of P ranks; a site with a schedule has the layouts of its axes
     place                nodes run on axes of the plan, and what needs an axis replicated does not run on it
-    partition            a call has its fake value, an input its place; descriptions fit outputs
+    partition            a call has its fake value, an input its value; descriptions fit outputs
     lower                no `replicate` is left; each exchange that was started is waited for, once
 
 Contract: a check reads, and costs less than the stage.  It refuses with the name of the stage and the node.
@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringpass import ops
 from ringpass.masks.expr import Expr, Index, Load, parts
-from ringpass.nodes import has_effect, size_of, tensors_of
+from ringpass.nodes import has_effect, mutates, size_of, tensors_of
 from ringpass.ops import primitives
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
@@ -30,6 +30,9 @@ from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.factors import Sweep, product
+
+PYTHON_MODULES = ("_operator", "torch", "math", "torch._C", "torch.amp.autocast_mode")
+"""Where functions come from that a captured graph calls though they are no ops: on sizes, and mode switches."""
 
 
 class VerificationError(AssertionError):
@@ -51,25 +54,14 @@ def _captured(captured: Captured) -> Sequence[str]:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             wrong.append(f"{node.name} is a {node.op}")
         elif node.op == "call_function":
-            python = getattr(node.target, "__module__", "") in (
-                "_operator",
-                "torch",
-                "math",
-                "torch._C",
-                "torch.amp.autocast_mode",
-            )
+            python = getattr(node.target, "__module__", "") in PYTHON_MODULES
             if not isinstance(node.target, kinds) and not python and not has_effect(node):
                 wrong.append(f"{node.name} calls {node.target}")
-            if _mutates(node) and node.target is not torch.ops.aten.copy_.default:
+            if mutates(node) and node.target is not torch.ops.aten.copy_.default:
                 wrong.append(f"{node.name} changes a tensor in place")
             if "val" not in node.meta and not has_effect(node):
                 wrong.append(f"{node.name} has no value")
     return wrong
-
-
-def _mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _sites(sites: Sequence[AttentionSite]) -> Sequence[str]:

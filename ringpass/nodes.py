@@ -1,23 +1,28 @@
-"""Reading FX nodes: their arguments, operands, values and sizes."""
+"""Reading FX nodes: their arguments, operands, values and sizes; and writing a traced function before a node."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Size = int | torch.SymInt
+"""The size of a dim of a fake tensor."""
 
 
-def size_of(n: int | torch.SymInt) -> Any:
-    """The size of a dim as a sympy expression."""
+def size_of(n: Size) -> sympy.Expr:
+    """A dim's size as a sympy expression."""
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
 
 
-def hint_of(n: int | torch.SymInt) -> int:
-    """The value of a size in this compilation."""
+def hint_of(n: Size) -> int:
+    """The value of a length in this compilation."""
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
@@ -68,9 +73,7 @@ def op_name(node: Node) -> str:
     """
     target = node.target
     if isinstance(target, OpOverload):
-        namespace, _, name = target.name().partition("::")
-        prefix = "" if namespace == "aten" else f"{namespace}."
-        return f"{prefix}{name}{'' if '.' in name else '.default'}"
+        return str(target).removeprefix("aten.")
     return getattr(target, "__name__", str(target))
 
 
@@ -95,9 +98,38 @@ MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 """Names of the functions that switch the grad and autocast modes of the nodes after them."""
 
 
+def tags_of(node: Node) -> Sequence[torch.Tag]:
+    """What torch says of a node's op, such as that it is pointwise."""
+    return getattr(node.target, "tags", ())
+
+
+def mutates(node: Node) -> bool:
+    """Whether a node's op changes one of its operands."""
+    schema = schema_of(node)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def has_effect(node: Node) -> bool:
     """Whether `node` stays though nothing reads it: it mutates an input, or switches grad mode or autocast."""
     if node.op != "call_function":
         return False
-    schema = schema_of(node)
-    return (schema is not None and schema.is_mutable) or getattr(node.target, "__name__", "") in MODE_SWITCHES
+    return mutates(node) or getattr(node.target, "__name__", "") in MODE_SWITCHES
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def traced(function: Callable[..., torch.Tensor], operands: Sequence[Node], pre_dispatch: bool = False) -> Graph:
+    """The ATen graph of `function` on the fake values of `operands`, which are its placeholders in that order."""
+    fakes = [n.meta["val"] for n in operands]
+    with fakes[0].fake_mode, torch.no_grad():
+        return make_fx(function, pre_dispatch=pre_dispatch)(*fakes).graph
+
+
+def insert_before(node: Node, graph: Graph, operands: Sequence[Node]) -> Node:
+    """Copies `graph`, with `operands` for its placeholders, before `node`; returns the node of its result."""
+    placeholders = graph.find_nodes(op="placeholder")
+    with node.graph.inserting_before(node):
+        out = node.graph.graph_copy(graph, dict(zip(placeholders, operands, strict=True)))
+    assert isinstance(out, Node)
+    return out

@@ -32,19 +32,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._functorch.vmap as functorch_vmap
 import torch.fx.traceback as fx_traceback
 from torch import fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._guards import TracingContext, detect_fake_mode
+from torch._functorch.predispatch import lazy_load_decompositions
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ringpass.errors import UnsupportedError
+from ringpass.passes.capture.dynamo import fakify, inherit, restart_with_constant_floats
 from ringpass.passes.capture.functionalize import Functionaliser
 
 aten = torch.ops.aten
@@ -69,63 +67,20 @@ class Captured:
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
-    """Re-trace the graph that Dynamo hands a backend; see the module's contract."""
+    """The graph that Dynamo hands a backend, traced again as the module says; `gm` and its inputs are not changed.
+
+    Raises CaptureError and MutationError for what has no functional form with the same meaning.
+    """
     restart_with_constant_floats(gm)
     fake_mode, inputs = fakify(example_inputs)
     flat = flatten_checkpoints(gm)
     outline_transforms(flat)
     traced = _trace(flat, inputs, fake_mode)
-    _inherit(traced, gm, inputs)
+    inherit(traced, gm, inputs)
     Functionaliser(traced, fake_mode).run()
     traced.graph.lint()
     traced.recompile()
     return Captured(traced, inputs, fake_mode)
-
-
-def restart_with_constant_floats(gm: fx.GraphModule) -> None:
-    """Makes Dynamo trace anew with a module's floats as constants, where `dynamic=True` made them inputs.
-
-    A softmax scale or a dropout rate is a constant of the plan.  This is the way in which Inductor, too, sends back the
-    floats that it cannot keep.
-    """
-    from torch._dynamo.symbolic_convert import TensorifyState
-
-    memos = [getattr(n.meta.get("example_value"), "item_memo", None) for n in gm.graph.nodes if n.op == "placeholder"]
-    names = [m.node._expr.name for m in memos if isinstance(m, torch.SymFloat) and hasattr(m.node._expr, "name")]
-    fresh = [name for name in names if not TensorifyState.should_specialize(name)]
-    for name in fresh:
-        TensorifyState.specialize(name)
-    if fresh:
-        raise TensorifyScalarRestartAnalysis
-
-
-# -- inputs ------------------------------------------------------------------------------------------------------------
-
-
-def fakify(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, tuple[Any, ...]]:
-    """Fake the inputs exactly as AOTAutograd will, so that both see one set of symbols and no new guard arises."""
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else detect_fake_mode(example_inputs)
-    if mode is None:
-        mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-
-    def fake(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or (isinstance(x, FakeTensor) and x.fake_mode is mode):
-            return x
-        symbols = context.tensor_to_context.get(x) if context is not None else None
-        if symbols is None:
-            return mode.from_tensor(x, static_shapes=True)
-        return mode.from_tensor(x, symbolic_context=symbols, source=symbols.tensor_source, trace=False)
-
-    return mode, tuple(fake(x) for x in example_inputs)
-
-
-def _own_copy(x: Any) -> Any:
-    """A fake that tracing may mutate: the one that AOTAutograd gets must keep its autograd state."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    mine = x.detach().requires_grad_(x.requires_grad)
-    return mine if x.is_leaf or not x.requires_grad else mine.clone()
 
 
 # -- structure: checkpoints and functorch transforms -------------------------------------------------------------------
@@ -211,21 +166,25 @@ def _function_name(node: fx.Node) -> str:
 def outline_transforms(gm: fx.GraphModule) -> None:
     """Replace each outermost region of a functorch transform (vmap, grad, jvp) by a call of a submodule."""
     for region in _regions(gm.graph):
-        inside = set(region)
-        ins = list(dict.fromkeys(i for node in region for i in node.all_input_nodes if i not in inside))
-        outs = [node for node in region if any(user not in inside for user in node.users)]
-        name = f"region_{region[0].name}"
-        gm.add_submodule(name, _region_body(gm, region, ins, outs))
-        with gm.graph.inserting_after(region[-1]):
-            call = last = gm.graph.call_module(name, tuple(ins))
-        for i, out in enumerate(outs):
-            with gm.graph.inserting_after(last):
-                last = gm.graph.call_function(operator.getitem, (call, i))
-            last.meta = dict(out.meta)
-            out.replace_all_uses_with(last, delete_user_cb=lambda user, inside=inside: user not in inside)  # type: ignore[misc]
-        for node in reversed(region):
-            gm.graph.erase_node(node)
+        _outline(gm, region)
     gm.recompile()
+
+
+def _outline(gm: fx.GraphModule, region: list[fx.Node]) -> None:
+    inside = set(region)
+    ins = list(dict.fromkeys(i for node in region for i in node.all_input_nodes if i not in inside))
+    outs = [node for node in region if any(user not in inside for user in node.users)]
+    name = f"region_{region[0].name}"
+    gm.add_submodule(name, _region_body(gm, region, ins, outs))
+    with gm.graph.inserting_after(region[-1]):
+        call = last = gm.graph.call_module(name, tuple(ins))
+    for i, out in enumerate(outs):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.call_function(operator.getitem, (call, i))
+        last.meta = dict(out.meta)
+        out.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(region):
+        gm.graph.erase_node(node)
 
 
 def _regions(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -293,7 +252,9 @@ class _Recorder(fx.Interpreter):
 
     def keep(self, hop: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a higher-order operator as one node, whatever is in its bodies."""
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
         proxy_args, proxy_kwargs = pytree.tree_map(lambda x: self.proxy(x, tracer), (args, kwargs))
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -315,6 +276,7 @@ class _Recorder(fx.Interpreter):
         return fx.Proxy(self.bodies[id(x)], tracer)
 
     def enter_autocast(self, *args: Any) -> Any:
+        """Enters the region really, so that casts are recorded where torch makes them."""
         self.autocasts.append(torch.autocast(*args))
         return self.autocasts[-1].__enter__()  # sets the flags, and records the node
 
@@ -328,7 +290,7 @@ class _Recorder(fx.Interpreter):
 
     def load_decompositions(self) -> None:
         with _unrecorded():
-            functorch_vmap.lazy_load_decompositions()  # type: ignore[attr-defined]
+            lazy_load_decompositions()
 
 
 def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -352,6 +314,14 @@ def _check_region(region: fx.GraphModule, args: Sequence[Any]) -> None:
             )
 
 
+def _own_copy(x: Any) -> Any:
+    """A fake that tracing may mutate: the one that AOTAutograd gets must keep its autograd state."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    mine = x.detach().requires_grad_(x.requires_grad)
+    return mine if x.is_leaf or not x.requires_grad else mine.clone()
+
+
 def _trace(flat: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
     autocasts: list[Any] = []
     allowed, fake_mode.allow_non_fake_inputs = fake_mode.allow_non_fake_inputs, True  # constants of the graph are real
@@ -363,20 +333,3 @@ def _trace(flat: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMod
         fake_mode.allow_non_fake_inputs = allowed
         while autocasts:
             autocasts.pop().__exit__(None, None, None)
-
-
-def _inherit(traced: fx.GraphModule, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Give the traced graph the names, sources and module metadata of Dynamo's, which AOTAutograd reads."""
-    olds, news = gm.graph.find_nodes(op="placeholder"), traced.graph.find_nodes(op="placeholder")
-    for old, new, value in zip(olds, news, inputs, strict=True):
-        new._rename(old.name)
-        new.target = old.target
-        new.meta.update({k: v for k, v in old.meta.items() if k not in ("example_value", "grapharg")}, val=value)
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    traced.meta.update(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        from torch._dynamo.source import ConstantSource
-
-        constants = itertools.chain(traced.named_parameters(), traced.named_buffers())
-        traced._param_name_to_source = {name: ConstantSource(name) for name, _ in constants}  # type: ignore[assignment]

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node, map_arg
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.nodes import KEPT_META, args_of, bound_of
+from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, traced
 from ringpass.passes.capture.capture import Captured
 
 aten = torch.ops.aten
@@ -33,26 +32,16 @@ HasRule = Callable[[Node], bool]
 
 
 def decompose(captured: Captured, has_rule: HasRule) -> Captured:
-    """`captured` with its graph rewritten in place.  `has_rule`: whether the dims of a node's op are understood."""
+    """Rewrites the graph of `captured` in place, and returns `captured`.
+
+    `has_rule`: whether the dims of a node's op are understood.
+    """
     gm = captured.gm
     for node in list(gm.graph.nodes):
-        if node.target is aten._transformer_encoder_layer_fwd.default:
-            _replace(node, encoder_layer, bound_of(node))
-        elif node.target is aten.einsum.default and (product := _product(*args_of(node)[:2])) is not None:
-            _replace(node, product, dict(zip("ab", args_of(node)[1], strict=True)))
-        elif node.target in SPLITS:
-            _sliced(node)
-        elif node.target is aten.narrow.default:
-            _narrowed(node)
-        elif node.target in CONVOLUTIONS and _of_patches(node):
-            _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
-        elif node.target in PADDED and (sides := _sides(node)) is not None:
-            _replace(node, padded, {**bound_of(node), "padding": sides})
-        elif _is_composite(node) and not has_rule(node):
+        rewrite = REWRITES.get(node.target)
+        rewritten = rewrite is not None and rewrite(node)
+        if not rewritten and _is_composite(node) and not has_rule(node):
             _inline_composite(node, has_rule)
-        elif node.target is aten.roll.default and bound_of(node).get("dims"):
-            bound = bound_of(node)
-            _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
     gm.graph.lint()
     gm.recompile()
     return captured
@@ -67,23 +56,14 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
         return function(**dict(zip(nodes, tensors, strict=True)), **rest)
 
     given = list(nodes.values())
-    return _put(node, _traced(run, given, pre_dispatch=True), given)
-
-
-def _traced(run: Callable[..., Tensor], given: Sequence[Node], pre_dispatch: bool) -> Graph:
-    fakes = [n.meta["val"] for n in given]
-    with fakes[0].fake_mode, torch.no_grad():
-        return make_fx(run, pre_dispatch=pre_dispatch)(*fakes).graph
+    return _put(node, traced(run, given, pre_dispatch=True), given)
 
 
 def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
     """`graph` of the values `given` in the place of `node`."""
     for inner in graph.nodes:
         inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
-    places = graph.find_nodes(op="placeholder")
-    with node.graph.inserting_before(node):
-        out = node.graph.graph_copy(graph, dict(zip(places, given, strict=True)))
-    assert isinstance(out, Node)
+    out = insert_before(node, graph, given)
     node.replace_all_uses_with(out)
     node.graph.erase_node(node)
     return out
@@ -110,12 +90,17 @@ def _inline_composite(node: Node, has_rule: HasRule) -> None:
         out: Tensor = target(*args, **kwargs)
         return out
 
-    graph = _traced(run, given, pre_dispatch=False)
+    graph = traced(run, given)
     if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
         _put(node, graph, given)
 
 
 # --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------
+
+
+def _layer(node: Node) -> bool:
+    _replace(node, encoder_layer, bound_of(node))
+    return True
 
 
 def encoder_layer(
@@ -124,7 +109,7 @@ def encoder_layer(
     norm_weight_2: Tensor, norm_bias_2: Tensor, ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor,
     ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """One layer of nn.TransformerEncoder."""
+    """One layer of nn.TransformerEncoder on `src` (B, S, embed_dim), with the arguments of the fused op."""
 
     def first(x: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
@@ -160,15 +145,13 @@ def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
-
-def _sliced(node: Node) -> None:
-    """The parts of a split as slices, which have a run of tokens each; channels, in the last dim, stay as they are."""
+def _sliced(node: Node) -> bool:
+    """The parts of a split as slices, each of consecutive tokens; channels, in the last dim, stay as they are."""
     parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
     sizes = [part.shape[dim] for part in parts]
     if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
-        return
+        return True
     for user in list(node.users):
         start = sum(sizes[: args_of(user)[1]])
         with node.graph.inserting_before(user):
@@ -178,19 +161,28 @@ def _sliced(node: Node) -> None:
         user.replace_all_uses_with(part)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+    return True
 
 
-def _narrowed(node: Node) -> None:
+def _narrowed(node: Node) -> bool:
     """A narrow as the slice that it is, where it starts at a known token."""
     x, dim, start, length = args_of(node)
     if all(isinstance(n, int) for n in (start, length)) and start >= 0:
         node.target, node.args = aten.slice.Tensor, (x, dim, start, start + length)
+    return True
 
 
 # --- convolutions of patches ------------------------------------------------------------------------------------------
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 FLATTENING = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+
+
+def _patched(node: Node) -> bool:
+    """A convolution of patches as a linear layer of each."""
+    if _of_patches(node):
+        _flattened(_replace(node, patches, dict(zip(("x", "weight", "bias"), node.args, strict=False))))
+        return True
+    return False
 
 
 def _of_patches(node: Node) -> bool:
@@ -210,7 +202,10 @@ def _each(value: Any, kernel: list[int]) -> list[int]:
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..), by a linear layer of each patch."""
+    """A convolution whose stride is its kernel (k1, ..), as a linear layer of each patch.
+
+    (B, C, n1 * k1 + rest, ..) -> (B, D, n1, ..); `weight` is (D, C, k1, ..), `bias` (D,).
+    """
     kernel, dims = weight.shape[2:], range(weight.ndim - 2)
     counts = [n // k for n, k in zip(x.shape[2:], kernel, strict=True)]
     for d in dims:
@@ -237,7 +232,13 @@ def _flattened(grid: Node) -> None:
 
 # --- convolutions that pad, rolls -------------------------------------------------------------------------------------
 
-PADDED = (aten.conv1d.default, aten.conv1d.padding)
+
+def _padded(node: Node) -> bool:
+    """A conv1d that makes more tokens than it reads, or names its padding by a word, as a pad and a conv1d."""
+    sides = _sides(node)
+    if sides is not None:
+        _replace(node, padded, {**bound_of(node), "padding": sides})
+    return sides is not None
 
 
 def _sides(node: Node) -> tuple[int, int] | None:
@@ -245,7 +246,7 @@ def _sides(node: Node) -> tuple[int, int] | None:
     bound = bound_of(node)
     (kernel,) = bound["weight"].meta["val"].shape[2:]
     (stride,), (dilation,) = (_each(bound.get(name, 1), [kernel]) for name in ("stride", "dilation"))
-    more, given = dilation * (kernel - 1), bound.get("padding", 0 if node.target is PADDED[0] else "valid")
+    more, given = dilation * (kernel - 1), bound.get("padding", 0 if node.target is aten.conv1d.default else "valid")
     if stride != 1 and given != "valid":
         return None
     if isinstance(given, str):
@@ -256,7 +257,10 @@ def _sides(node: Node) -> tuple[int, int] | None:
 
 
 def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor | None = None, **how: Any) -> Tensor:
-    """A conv1d of a batch; its padding is an op of its own, unless it is the same on both sides and adds no tokens."""
+    """A conv1d of (B, C, S), or of (C, S), with `padding` tokens of zeros before and after.
+
+    The padding is an op of its own, unless it is the same on both sides and adds no tokens.
+    """
     if input.ndim == 2:
         return padded(input.unsqueeze(0), weight, padding, bias, **how).squeeze(0)
     low, high = padding
@@ -266,8 +270,16 @@ def padded(input: Tensor, weight: Tensor, padding: tuple[int, int], bias: Tensor
     return F.conv1d(F.pad(input, padding), weight, bias, **how)
 
 
+def _rolled(node: Node) -> bool:
+    """A roll of some dims as concatenations; one of all elements, without dims, stays."""
+    bound = bound_of(node)
+    if bound.get("dims"):
+        _replace(node, rolled, {"x": bound["self"], "shifts": bound["shifts"], "dims": bound["dims"]})
+    return bool(bound.get("dims"))
+
+
 def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
-    """`torch.roll` of some dims."""
+    """`torch.roll` along `dims` by `shifts` elements, as a concatenation of two slices for each dim."""
     for by, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
         by = by if abs(by) < size else by % size
@@ -276,6 +288,15 @@ def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------
+
+
+def _multiplied(node: Node) -> bool:
+    """An einsum of two tensors as a batched product, if it is one."""
+    equation, operands = args_of(node)[:2]
+    product = _product(equation, operands)
+    if product is not None:
+        _replace(node, product, dict(zip("ab", operands, strict=True)))
+    return product is not None
 
 
 def _product(equation: str, operands: Sequence[Node]) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -301,3 +322,16 @@ def _product(equation: str, operands: Sequence[Node]) -> Callable[[Tensor, Tenso
 
 def _permuted(x: Tensor, order: list[int]) -> Tensor:
     return x if order == sorted(order) else x.permute(order)
+
+
+REWRITES: dict[Any, Callable[[Node], bool]] = {
+    aten._transformer_encoder_layer_fwd.default: _layer,
+    aten.einsum.default: _multiplied,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _sliced),
+    aten.narrow.default: _narrowed,
+    aten.conv1d.default: lambda node: _patched(node) or _padded(node),
+    aten.conv1d.padding: _padded,
+    **dict.fromkeys((aten.conv2d.default, aten.conv3d.default), _patched),
+    aten.roll.default: _rolled,
+}
+"""By op: rewrites a node; False where it leaves the node to torch's own decomposition, if that is understood."""

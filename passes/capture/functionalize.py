@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ringpass.errors import UnsupportedError
+from ringpass.nodes import mutates
 
 aten = torch.ops.aten
 
@@ -45,28 +46,26 @@ _RESHAPES = {"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten
 _IDENTITIES = {"alias", "detach", "contiguous", "to", "type_as", "dropout", "expand", "expand_as", "lift_fresh"}
 
 
-def _op_name(target: Any) -> str:
-    return str(target._schema.name).split("::")[-1] if isinstance(target, OpOverload) else str(target)
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
+def _op_name(target: object) -> str:
+    """`add_` for aten.add_.Tensor; other targets as they print."""
+    return str(target).split(".")[1] if isinstance(target, OpOverload) else str(target)
 
 
 def functional_twin(op: OpOverload) -> OpOverload:
-    """The op that returns what `op` writes into its first argument."""
+    """The op that returns what `op` writes into its first argument.  Raises MutationError where there is none."""
     writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
-    name = _TWIN_NAMES.get(_op_name(op), _op_name(op).removesuffix("_"))
-    packet = getattr(getattr(torch.ops, op.namespace), name, None)
-    overload = _TWIN_OVERLOADS.get(op.name(), op._overloadname)
-    found = packet is not None and overload in packet.overloads() and name != _op_name(op)
+    namespace, in_place, own_overload = str(op).split(".")
+    name = _TWIN_NAMES.get(in_place, in_place.removesuffix("_"))
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    overload = _TWIN_OVERLOADS.get(op.name(), own_overload)
+    found = packet is not None and overload in packet.overloads() and name != in_place
     if not found or writes != [True] + [False] * (len(writes) - 1) or torch.Tag.inplace_view in op.tags:
         raise MutationError(f"{op} changes a tensor in place and has no functional form; use an op that has a result")
     twin: OpOverload = getattr(packet, overload)
     return twin
 
 
-def _storages(value: Any) -> set[int]:
+def _storages(value: object) -> set[int]:
     tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor) and x.layout is torch.strided]
     return {x.untyped_storage()._cdata for x in tensors}
 
@@ -96,7 +95,8 @@ class Functionaliser:
         self.autocasts: list[Any] = []  # the arguments of the regions that are open here
 
     def run(self) -> None:
-        if not any(map(_mutates, self.graph.nodes)):
+        """Rewrites the graph, if any of its ops changes a tensor.  Raises MutationError."""
+        if not any(map(mutates, self.graph.nodes)):
             return
         self.grad_enabled = torch.is_grad_enabled()
         for node in list(self.graph.nodes):
@@ -107,6 +107,7 @@ class Functionaliser:
                 self.graph.erase_node(node)
 
     def step(self, node: fx.Node) -> None:
+        """Rewrites one node: its operands become present values, itself, if it changes a tensor, its twin."""
         if node.target is torch._C._set_grad_enabled:
             self.grad_enabled = bool(node.args[0])
         elif node.target is torch.amp.autocast_mode._enter_autocast:
@@ -114,7 +115,7 @@ class Functionaliser:
         elif node.target is torch.amp.autocast_mode._exit_autocast:
             self.autocasts.pop()
         original = node.args, node.kwargs
-        if _mutates(node):
+        if mutates(node):
             self.rewrite(node)
             return
         node.args, node.kwargs = fx.map_arg(original, self.read)
@@ -125,7 +126,7 @@ class Functionaliser:
             self.views.setdefault(source, []).append(node)
 
     def viewed(self, node: fx.Node, original: Any) -> fx.Node | None:
-        """The tensor that `node` is a view of."""
+        """The tensor that `node` is a view of, among its recorded arguments `original`; None: it has its own memory."""
         if node.op != "call_function":
             return None
         if node.target is operator.getitem and node.args[0] not in self.base:
@@ -135,6 +136,7 @@ class Functionaliser:
         return self.same.get(found[0], found[0]) if found else None
 
     def note_gradient(self, node: fx.Node) -> None:
+        """Notes whether `node` needs a gradient, as autograd will see it."""
         value = node.meta.get("val")
         if node.op in ("placeholder", "get_attr"):
             needs = isinstance(value, torch.Tensor) and value.requires_grad
@@ -201,6 +203,7 @@ class Functionaliser:
             self.present[key] = self.emit(node, aten.detach.default, (value,), {})
 
     def check_gradient(self, node: fx.Node, key: fx.Node) -> None:
+        """Raises MutationError where the in-place op `node` hides from autograd that it changes `key`."""
         root = key
         while root in self.base:
             if _op_name(root.target) == "detach" and self.read(self.base[root]) in self.needs_grad:
@@ -210,7 +213,7 @@ class Functionaliser:
         if not self.grad_enabled and not outside and self.read(key) in self.needs_grad:
             raise MutationError(f"{node.target} under no_grad changes a tensor that needs a gradient; use torch.where")
 
-    def write(self, node: fx.Node, key: fx.Node, value: Any, through: fx.Node | None = None) -> None:
+    def write(self, node: fx.Node, key: fx.Node, value: fx.Node, through: fx.Node | None = None) -> None:
         """Give `key` a new value; `node` is the op that does it, `through` the view of `key` that it came by."""
         outside = key.op in ("placeholder", "get_attr")
         if outside:
@@ -228,6 +231,7 @@ class Functionaliser:
             self.write(node, base, self.scattered(node, key, self.read(base), value), through=key)
 
     def make_stale(self, view: fx.Node) -> None:
+        """From now on, `view` and its views are taken anew from their base when they are used."""
         self.stale.add(view)
         for inner in self.views.get(view, ()):
             self.make_stale(inner)
@@ -253,7 +257,8 @@ class Functionaliser:
             return value
         raise MutationError(f"{node.target} changes a tensor through {name}; change the tensor itself, or clone first")
 
-    def sizes(self, node: fx.Node, tensor: fx.Node) -> list[Any]:
+    def sizes(self, node: fx.Node, tensor: fx.Node) -> list[int | fx.Node]:
+        """The shape of `tensor`, with a node for each symbolic size."""
         shape = tensor.meta["val"].shape
         return [
             size if isinstance(size, int) else self.emit(node, aten.sym_size.int, (tensor, dim), {})
@@ -261,7 +266,7 @@ class Functionaliser:
         ]
 
     def emit(self, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        """Add a node here, with its fake value and with the source lines of `like`."""
+        """Adds a call here, with its fake value and with the source lines of `like`."""
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name=_op_name(target))
         node.meta = dict(like.meta)
         fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -31,7 +31,7 @@ from ringpass.masks.expr import FALSE, SCORE, B, Const, Expr, H, K, Q, call
 from ringpass.masks.from_graph import Puller, numbered
 from ringpass.masks.scores import separated
 from ringpass.masks.simplify import simplify
-from ringpass.nodes import args_of
+from ringpass.nodes import args_of, insert_before, traced
 from ringpass.precision import accumulator
 
 FLEX = torch.ops.higher_order.flex_attention
@@ -81,12 +81,12 @@ def _named(nodes: Sequence[Node]) -> str:
 def _body(puller: Puller, node: Node, holder: Node, indices: dict[Any, torch.dtype], buffers: Sequence[Any]) -> Expr:
     """The expression of a body of the call `node`, over `indices` and the captured `buffers`."""
     gm: Any = node.graph.owning_module
-    traced = _traced(getattr(gm, str(holder.target)), node.args[0].meta["val"], [*indices.values()], buffers)  # type: ignore[union-attr]
-    places = traced.graph.find_nodes(op="placeholder")
+    body = _traced(getattr(gm, str(holder.target)), node.args[0].meta["val"], [*indices.values()], buffers)  # type: ignore[union-attr]
+    places = body.graph.find_nodes(op="placeholder")
     for place, index in zip(places, indices, strict=False):
         puller.known[place, ()] = index
     puller.bound.update(zip(places[len(indices) :], buffers, strict=True))
-    return puller.element(traced.graph.output_node().args[0], ())
+    return puller.element(body.graph.output_node().args[0], ())
 
 
 def _traced(body: GraphModule, q: Any, dtypes: Sequence[torch.dtype], buffers: Sequence[Any]) -> GraphModule:
@@ -120,7 +120,7 @@ def _listed(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[i
     """Whether the block of (q, k) is in one of the call's lists."""
     q, k = (x.meta["val"].shape for x in args_of(node)[:2])
     width = -(-k[-2] // sizes[1])
-    table = _written_before(node, lambda counts, columns: block_table(counts, columns, width), lists)
+    table = insert_before(node, traced(lambda counts, columns: block_table(counts, columns, width), lists), lists)
     lead = [
         index if n in (1, full) else call("mod", index, Const(n))
         for index, n, full in zip((B, H), table.meta["val"].shape, q, strict=False)
@@ -140,15 +140,3 @@ def block_table(counts: Tensor, columns: Tensor, width: int) -> Tensor:
     at = torch.where(listed, columns, width).long()
     table = torch.zeros((*counts.shape, width + 1), dtype=torch.bool, device=counts.device)
     return table.scatter(-1, at, True)[..., :width]
-
-
-def _written_before(node: Node, function: Any, args: Sequence[Node]) -> Node:
-    """`function` of `args` as nodes before `node`."""
-    values = [a.meta["val"] for a in args]
-    with values[0].fake_mode, torch.no_grad():
-        traced = make_fx(function)(*values)
-    places = traced.graph.find_nodes(op="placeholder")
-    with node.graph.inserting_before(node):
-        out = node.graph.graph_copy(traced.graph, dict(zip(places, args, strict=True)))
-    assert isinstance(out, Node)
-    return out

@@ -32,17 +32,16 @@ from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
 
 Show = Callable[[str, GraphModule], None]
+"""Is given the stage, "forward" or "backward", and its lowered graph."""
+Compiled = Callable[..., Any]
+"""What a backend returns to Dynamo: the graph's inputs -> its outputs."""
 
 
-def compile_unpartitioned(
-    gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str
-) -> Callable[..., Any]:
-    """Compiles `gm` as torch would without ringpass."""
+def compile_unpartitioned(gm: GraphModule, inputs: Sequence[Any], inductor: dict[str, Any], compiler: str) -> Compiled:
+    """Compiles `gm` as torch would without ringpass; `inductor`: patches of Inductor's configuration."""
     if compiler == "aot_eager":
-        return aot_eager(gm, inputs, 0, sys.maxsize, lambda stage, graph: None)
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(gm, list(inputs), config_patches=inductor or None)  # type: ignore[return-value]
+        return aot_eager(gm, inputs, 0, sys.maxsize, _unseen)
+    return _inductor(gm, inputs, inductor or None)
 
 
 def compile_partitioned(
@@ -53,7 +52,7 @@ def compile_partitioned(
     left: int,
     show: Show,
     shown: bool,
-) -> Callable[..., Any]:
+) -> Compiled:
     """Compiles one rank's program.  `show` sees the lowered forward and backward.
 
     `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
@@ -62,25 +61,37 @@ def compile_partitioned(
     gm, inputs = program.gm, list(program.inputs)
     if config.compiler == "aot_eager":
         return aot_eager(gm, inputs, config.unroll_limit, left, show)
-    from torch._inductor.compile_fx import compile_fx
-
     _register_collectives()
     key = rank.rank, rank.world, rank.group, config.unroll_limit, left
     patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
     if not shown:
-        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+        return _inductor(gm, inputs, patches)
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value]
+        return _inductor(gm, inputs, patches)
 
 
-def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, whole: int, show: Show) -> Callable[..., Any]:
-    """Runs the lowered forward and backward graphs as they are, without code generation."""
+def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
 
-    def compiler(stage: str) -> Callable[..., Any]:
-        def compile_graph(graph: GraphModule, _: Any) -> Any:
-            show(stage, lower_module(graph, unroll_limit, whole))
-            return make_boxed_func(graph.forward)
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+
+
+def _unseen(stage: str, graph: GraphModule) -> None:
+    """A `Show` that looks at nothing."""
+
+
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: int, show: Show) -> Compiled:
+    """Runs the lowered forward and backward graphs as they are, without code generation.
+
+    `unroll_limit`: as in RingConfig; `left`: how many attentions stay as the model wrote them.
+    """
+
+    def compiler(stage: str) -> Callable[[GraphModule, Any], Compiled]:
+        def compile_graph(graph: GraphModule, _: Any) -> Compiled:
+            show(stage, lower_module(graph, unroll_limit, left))
+            boxed: Compiled = make_boxed_func(graph.forward)
+            return boxed
 
         return compile_graph
 
@@ -116,7 +127,7 @@ class _Lower(CustomGraphPass):
         return self.key
 
     def __setstate__(self, key: Any) -> None:
-        self.__init__(key, lambda stage, graph: None)  # type: ignore[misc]
+        self.key, self.show, self.seen = key, _unseen, 0
 
 
 def source_files() -> list[Path]:

@@ -40,6 +40,6 @@ def attentions(graph: Graph) -> list[Node]:
 
 
 RULES = {
-    "scaled_dot_product_attention.default": OpRule(_attention, computes=True, attention=True, counter_based=True),
+    "scaled_dot_product_attention.default": OpRule(_attention, computes=True, attention=True),
     "flex_attention": OpRule(_flex_attention, attention=True),
 }

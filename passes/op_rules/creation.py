@@ -13,7 +13,7 @@ SHAPE = {
     "zeros.default": 0, "ones.default": 0, "full.default": 0,
     "new_zeros.default": 1, "new_ones.default": 1, "new_full.default": 1,
 }  # fmt: skip
-"""Ops whose every element is the same, and the position of their sizes among the arguments."""
+"""Ops that make tensors of one number, and the position of their sizes among the arguments."""
 
 
 def _fresh(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -37,8 +37,9 @@ RULES = {
     **dict.fromkeys((
         "arange.default", "arange.start", "arange.start_step", "empty.memory_format", "new_empty.default",
         "scalar_tensor.default", "eye.default", "eye.m", "linspace.default", "randn.default", "rand.default",
-    ), OpRule(_fresh, Reads.NONE, write_replicated=_write_replicated)),
+    ), OpRule(_fresh, reads=Reads.NONE, write_replicated=_write_replicated)),
     **dict.fromkeys(SHAPE, OpRule(
-        _fresh, Reads.NONE, constant=True, expands=True, write=_write_constant, write_replicated=_write_replicated,
+        _fresh, reads=Reads.NONE, expands=True, write=_write_constant, write_replicated=_write_replicated,
+        constant=True,
     )),
 }  # fmt: skip

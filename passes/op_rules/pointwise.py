@@ -1,4 +1,4 @@
-"""Pointwise ops: each element of the result depends on the elements at its place alone.
+"""Pointwise ops: each element of the result depends on the elements at its index alone.
 
 Ops that torch tags as pointwise need no entry here; `NAMES` are those without the tag.
 """
@@ -14,7 +14,7 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.nodes import args_of, first_of, op_name, operands_of
 from ringpass.passes.op_rules import routing
-from ringpass.passes.op_rules.spec import OpRule, Reads, Writer
+from ringpass.passes.op_rules.spec import OpRule, Reads, ShardArgs, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep
 
@@ -40,7 +40,7 @@ ELEMENTWISE = {
 
 
 def pointwise(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Dims of the operands, broadcast."""
+    """The dims of the operands, broadcast against each other; a dim that none of them has is new."""
     if len(operands_of(node)) == 1:
         routing.counts_too(sweep, node)
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
@@ -107,7 +107,7 @@ def _drops(node: Node) -> bool:
     return bool(train and rate != 0)
 
 
-def _write_dropout(writer: Writer, node: Node, axis: Axis) -> Any:
+def _write_dropout(writer: Writer, node: Node, axis: Axis) -> Node:
     x = writer.sharded(first_of(node), axis)
     return _emit_dropout(writer, node, x, writer.shard_args(node, axis)) if _drops(node) else x
 
@@ -119,14 +119,14 @@ def _write_replicated_dropout(writer: Writer, node: Node, reason: str) -> Node:
     return _emit_dropout(writer, node, args[0], writer.replicated_args())
 
 
-def _emit_dropout(writer: Writer, node: Node, x: Node, shard_args: tuple[Any, ...]) -> Node:
-    """A dropout whose mask depends on the place of each element in the whole tensor, not on the rank."""
+def _emit_dropout(writer: Writer, node: Node, x: Node, shard_args: ShardArgs) -> Node:
+    """A dropout whose mask depends on the index of each element in the full tensor, not on the rank."""
     rate = float(args_of(node)[1])
     return writer.emit(ops.dropout, x, writer.seed, rate, writer.next_stream(), *shard_args, name=node.name)
 
 
 POINTWISE = OpRule(pointwise)
-_CAST = OpRule(_first_operand, Reads.FIRST, write=_write_cast, write_replicated=_write_replicated_cast)
+_CAST = OpRule(_first_operand, reads=Reads.FIRST, write=_write_cast, write_replicated=_write_replicated_cast)
 RULES = {
     **dict.fromkeys(NAMES, POINTWISE),
     "detach.default": OpRule(pointwise, detaches=True),
@@ -137,7 +137,6 @@ RULES = {
     "autograd_function_apply": OpRule(_function, write=_write_function),
     "dropout.default": OpRule(
         pointwise,
-        counter_based=True,
         draws=_drops,
         write=_write_dropout,
         write_replicated=_write_replicated_dropout,

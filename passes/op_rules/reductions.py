@@ -23,7 +23,7 @@ from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of, si
 from ringpass.passes.op_rules.normalization import dims_of
 from ringpass.passes.op_rules.spec import OpRule, Writer
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Dims, Note, Sweep
+from ringpass.passes.propagate.factors import Dims, Factors, Note, Results, Sweep
 from ringpass.precision import accumulator
 
 aten = torch.ops.aten
@@ -33,30 +33,30 @@ SUM = 2  # the `reduction` of a loss that is a sum; 1 is a mean, 0 none
 # --- reductions -------------------------------------------------------------------------------------------------------
 
 
-def _reduced(sweep: Sweep, node: Node) -> tuple[Any, Any]:
+def _reduced(sweep: Sweep, node: Node) -> tuple[Results, Factors]:
     """(dims of the result, the factors that are reduced)."""
     dims, reduced = sweep.dims(first_of(node)), dims_of(node)
     values = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
     keeps = values[0].ndim == len(dims)
     out = tuple(() if d in reduced else f for d, f in enumerate(dims) if keeps or d not in reduced)
-    factors = [f for d in reduced for f in dims[d]]
+    factors = tuple(f for d in reduced for f in dims[d])
     return out if isinstance(node.meta["val"], Tensor) else (out,) * len(values), factors
 
 
-def _reduction(sweep: Sweep, node: Node, note: Note) -> Any:
+def _reduction(sweep: Sweep, node: Node, note: Note) -> Results:
     out, factors = _reduced(sweep, node)
     note.need_replication += factors
     return out
 
 
-def _sum(sweep: Sweep, node: Node, note: Note) -> Any:
+def _sum(sweep: Sweep, node: Node, note: Note) -> Results:
     out, factors = _reduced(sweep, node)
     note.reduction += factors
     return out
 
 
 def _write_sum(writer: Writer, node: Node, axis: Axis) -> Node:
-    """The local part of a sum, added over ranks.  A mean divides by the full number of elements."""
+    """The sum of local tokens, added over ranks.  A mean divides by the full number of elements."""
     args, _ = writer.operands(node, axis, f"operand of {op_name(node)}")
     value, result = first_of(node).meta["val"], node.meta["val"]
     dims, keepdim = dims_of(node), bound_of(node).get("keepdim", False)

@@ -1,10 +1,10 @@
-"""routing: pairs of (token, expert) that are sorted by expert, worked on in groups, and put back in their places.
+"""Expert routing: pairs of (token, expert) that are sorted by expert, multiplied in groups, and put back in order.
 
     ids, order = sort(experts)                         rows: the pairs in an order that each rank has of its own
     rows = x[order // k]                               k experts per token
     rows = grouped_mm(rows, weights, cumsum(histc(ids)))
     back[order] = arange(n)
-    y = rows[back]                                     the pairs again, in their places
+    y = rows[back]                                     the pairs again, in their first order
 
 Each row depends on its own pair alone, so on shards of the pairs this gives shards of y, whatever the order of rows.
 Rows are a factor of their own; `order`, `back` and the counts of each expert are numbers that mean something on their
@@ -15,12 +15,13 @@ Contract: rows that are not closed are no axis, and the sort needs all pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import args_of, first_of, op_name, operands_of
+from ringpass.nodes import args_of, first_of, op_name, operands_of, tags_of
 from ringpass.passes.op_rules.spec import OpRule, Placed, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factor, Factors, Note, Sweep, product
@@ -31,7 +32,7 @@ GROUPED = ("_grouped_mm.default", "transformers.grouped_mm_fallback.default")
 READERS_OF_ORDER = (aten.floor_divide.default, aten.empty_like.default, BACK, INDEX)
 
 
-def sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
+def _sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """Values and indices: rows, if there is one dim; else as the operand, whose sorted dim is needed replicated."""
     dims, routing = sweep.dims(first_of(node)), sweep.routing
     if len(dims) == 1 and len(args_of(node)) < 3:
@@ -48,7 +49,7 @@ def sort(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 
 
 def divided(sweep: Sweep, node: Node, note: Note) -> Dims | None:
-    """order // k: the token of each row.  None: another division."""
+    """The dims of order // k, the token of each row.  None: another division."""
     x, k = args_of(node)
     if x not in sweep.routing.order or not isinstance(k, int):
         return None
@@ -58,7 +59,7 @@ def divided(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 
 def picked(sweep: Sweep, source: Node, pick: Node) -> Dims | None:
-    """x[order // k] of tokens, or rows[back].  None: another index."""
+    """The dims of x[order // k], of tokens, or of rows[back].  None: another index."""
     routing, dims = sweep.routing, sweep.dims(source)
     if pick in routing.order:
         rows, k = routing.order[pick]
@@ -69,7 +70,7 @@ def picked(sweep: Sweep, source: Node, pick: Node) -> Dims | None:
     return None
 
 
-def put_back(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+def _put_back(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """back[order] = arange(n).  None: another write."""
     given: list[Any] = [*args_of(node), False]
     _, at, values, accumulate, *_ = given
@@ -83,7 +84,7 @@ def put_back(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     return (sweep.resolve(sweep.routing.pairs[rows]),)
 
 
-def count(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+def _count(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """histc: how many rows each expert has.  None: of other tensors."""
     dims = sweep.dims(first_of(node))
     if len(dims) != 1 or len(dims[0]) != 1 or dims[0][0] not in sweep.routing.pairs:
@@ -93,13 +94,13 @@ def count(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 
 def counts_too(sweep: Sweep, node: Node) -> None:
-    """What is made of the counts alone is counts."""
+    """Notes that `node`, made of the counts alone, is counts too."""
     source = first_of(node)
     if source in sweep.routing.counts:
         sweep.routing.counts[node] = sweep.routing.counts[source]
 
 
-def grouped(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+def _grouped(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """Rows times the matrix of their expert.  None: not of rows."""
     named: dict[str, Any] = {**dict(zip(("x", "weights", "offs"), node.args, strict=False)), **node.kwargs}
     x, weights = sweep.dims(named["x"]), sweep.dims(named["weights"])
@@ -110,8 +111,8 @@ def grouped(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     return (x[0], weights[2])
 
 
-def closed(sweep: Sweep, rows: Factor, nodes: Any) -> bool:
-    """Whether nothing reads rows, or what is known of them, in another way than above."""
+def closed(sweep: Sweep, rows: Factor, nodes: Iterable[Node]) -> bool:
+    """Whether no node reads `rows`, or what is known of them, in another way than the module says."""
     return all(_reads_well(sweep, rows, node) for node in nodes)
 
 
@@ -120,13 +121,9 @@ def _reads_well(sweep: Sweep, rows: Factor, node: Node) -> bool:
     operands = operands_of(node)
     if node.target is SORT or not any(_of(sweep, rows, n) for n in operands):
         return True
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if (
-        node.op == "output"
-        or random
-        or not note.known
-        or rows in sweep.resolve([*note.need_replication, *note.reduction])
-    ):
+    random = torch.Tag.nondeterministic_seeded in tags_of(node)
+    mixed = rows in sweep.resolve([*note.need_replication, *note.reduction])
+    if node.op == "output" or random or mixed or not note.known:
         return False
     if any(n in routing.order for n in operands):
         put = node in routing.back or node in routing.order or node.target is aten.empty_like.default
@@ -181,8 +178,8 @@ def _write_put_back(writer: Writer, node: Node, axis: Axis) -> Node:
 
 
 RULES = {
-    "sort.default": OpRule(sort, may_shard=_order_is_local),
-    "histc.default": OpRule(count),
-    "index_put.default": OpRule(put_back, write=_write_put_back),
-    **dict.fromkeys(GROUPED, OpRule(grouped)),
+    "sort.default": OpRule(_sort, may_shard=_order_is_local),
+    "histc.default": OpRule(_count),
+    "index_put.default": OpRule(_put_back, write=_write_put_back),
+    **dict.fromkeys(GROUPED, OpRule(_grouped)),
 }

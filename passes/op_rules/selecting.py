@@ -1,13 +1,11 @@
 """Ops that pick elements: a few tokens of a sharded value become replicated, without moving the others.
 
-x[:, 0]                    each rank looks up where it holds token 0; the one that does gives it, the others zeros;
-x[:, -3:]                  the sum over ranks is the tokens
-x[arange(B), last]         the same with positions that are data
+x[:, 0]               each rank looks up where it holds token 0; the one that does gives it, the others give zeros;
+x[:, -3:]             the sum over ranks is the tokens
+x[arange(B), last]    the same with positions that are data
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -15,7 +13,7 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.nodes import args_of, bound_of, first_of, operands_of, size_of, slice_of
 from ringpass.passes.op_rules import routing
-from ringpass.passes.op_rules.spec import OpRule, Writer, not_understood
+from ringpass.passes.op_rules.spec import GraphSize, OpRule, Writer, not_understood
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
 
@@ -71,22 +69,22 @@ def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 
 
 def select_tokens(writer: Writer, x: Node, dim: int, axis: Axis, positions: Node, name: str) -> Node:
-    """The tokens at `positions`, 1-D, along `dim` of the shard `x`, from the rank that holds each."""
+    """The tokens at `positions` (n,), along `dim` of the shard `x`, each from the rank that holds it."""
     held, at = _located(writer, positions, axis)
     part = writer.emit(aten.index_select.default, x, dim, at, name=name)
     held = writer.emit(aten.view.default, held, [-1] + [1] * (x.meta["val"].ndim - dim - 1))
     return _from_holders(writer, part, held)
 
 
-def positions_from(writer: Writer, node: Node, start: int, step: int, count: Any) -> Node:
-    """start, start + step, .."""
+def positions_from(writer: Writer, node: Node, start: int, step: int, count: GraphSize) -> Node:
+    """start, start + step, ..: (count,) positions, on the device of `node`."""
     first = writer.emit(aten.arange.default, count, device=node.meta["val"].device)
     scaled = writer.emit(aten.mul.Tensor, first, step) if step != 1 else first
     return writer.emit(aten.add.Tensor, scaled, start)
 
 
 def write_slice(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
-    """x[:, a:b:c]; None where the bounds are not plain numbers."""
+    """x[:, a:b:c] along `dim` of the shard `x`, replicated; None where the bounds are not plain numbers."""
     along, start, _, step = slice_of(node)
     count = writer.size(size_of(node.meta["val"].shape[dim]))
     start = start or 0
@@ -109,7 +107,7 @@ def _write_index_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axi
     _, along, positions, *_ = args_of(node)
     if along % first_of(node).meta["val"].ndim != dim:
         return None
-    return select_tokens(writer, x, dim, axis, writer.operand(positions, None, "positions"), node.name)
+    return select_tokens(writer, x, dim, axis, writer.replicated(positions, "positions"), node.name)
 
 
 def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
@@ -117,8 +115,8 @@ def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> N
     picks = list(args_of(node)[1])
     if dim >= len(picks) or picks[dim] is None or any(writer.is_sharded(p) for p in picks if p is not None):
         return None
-    given: list[Any] = [None if p is None else writer.operand(p, None, "positions") for p in picks]
-    held, given[dim] = _located(writer, given[dim], axis)
+    given = [None if p is None else writer.replicated(p, "positions") for p in picks]
+    held, given[dim] = _located(writer, writer.replicated(picks[dim], "positions"), axis)
     part = writer.emit(aten.index.Tensor, x, given, name=node.name)
     after = x.meta["val"].ndim - len(picks) + sum(p is None for p in picks[dim:])
     held = writer.emit(aten.view.default, held, [*held.meta["val"].shape, *[1] * after])

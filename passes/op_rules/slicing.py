@@ -3,7 +3,7 @@
     x[:, 1:]                  the local rows but the first, on the rank that holds token 0; all of them elsewhere
     cat([cls, patches])       the local patches, after the CLS token on the rank that holds it
     cat([text, image])        the local text, then the local image: each part is assigned to ranks by itself
-    pad(x, (0, 0, 0, 5))      the local tokens, then this rank's share of the five
+    pad(x, (0, 0, 0, 5))      the local tokens, then those of the five that this rank holds
     conv1d(x, w, padding=1)   conv1d(halo(x, 1, 1), w), and of what it gives, the rows of local tokens
     pad(x, (0, 0, 1, -1))     halo(x, 1, 0), without the last row of each range of tokens
     conv1d(pad(x, (2, 0)), w) conv1d(halo(padded, 2, 0), w), and of what it gives for all of `padded`, the rows of x
@@ -16,7 +16,7 @@ rank takes its shard.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -36,7 +36,7 @@ from ringpass.nodes import (
     slice_of,
 )
 from ringpass.passes.op_rules.selecting import write_slice
-from ringpass.passes.op_rules.spec import OpRule, Placed, Writer, same_call
+from ringpass.passes.op_rules.spec import GraphSize, OpRule, Placed, Writer, same_call
 from ringpass.passes.propagate.alignment import same
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factors, Note, Sweep, product
@@ -79,7 +79,7 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (first_of(node), node))
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
     if begin.is_negative:
-        begin = old + begin if many + int(begin) >= 0 else size_of(0)
+        begin = old + begin if many + int(begin) >= 0 else sympy.Integer(0)
     found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many)
     if found is None:
         return _passing_dims(sweep, node, note)
@@ -110,7 +110,7 @@ def _padded(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Tokens put before and after a slice of a sequence, if it holds computed values."""
     rank, source = node.meta["val"].ndim, first_of(node)
     changed = _padded_dims(node, rank)
-    amounts: Any = node.args[1]
+    amounts = args_of(node)[1]
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
     computed = source in sweep.computed or any(op_name(user) == CONV1D for user in node.users)
@@ -171,15 +171,14 @@ def _halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
         low = _shift_of(node)
         return max(low, 0), max(-low, 0), 1
     bound = bound_of(node)
-    weight: Any = bound["weight"]
     step, padding, apart = (_single(bound.get(name, n)) for name, n in (("stride", 1), ("padding", 0), ("dilation", 1)))
     before = padding + offset
-    after = max(apart * (int(weight.meta["val"].shape[2]) - 1) - before + 1 - step, 0)
+    after = max(apart * (int(bound["weight"].meta["val"].shape[2]) - 1) - before + 1 - step, 0)
     return before, after + -(before + after) % step, step
 
 
-def _single(value: Any) -> int:
-    return int(value[0]) if isinstance(value, list | tuple) else int(value)
+def _single(value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else int(value[0])
 
 
 def _shift_of(node: Node) -> int:
@@ -195,7 +194,7 @@ def _shift_of(node: Node) -> int:
     return low if fixed and _fill(node) == 0 else 0
 
 
-def _fill(node: Node) -> Any:
+def _fill(node: Node) -> float | None:
     """The number that a pad fills in; None where it repeats what is there."""
     bound = bound_of(node)
     return (bound.get("value") or 0) if bound.get("mode", "constant") == "constant" else None
@@ -205,14 +204,14 @@ def _padded_dims(node: Node, rank: int) -> set[int]:
     """Dims that a pad changes: also one that it pads on one side and crops on the other, to the same size."""
     if op_name(node) not in PADS:
         return set()
-    amounts: Any = node.args[1]
+    amounts = args_of(node)[1]
     return {rank - 1 - i // 2 for i, amount in enumerate(amounts) if not (isinstance(amount, int) and amount == 0)}
 
 
 # --- placement --------------------------------------------------------------------------------------------------------
 
 
-def _parts_of(node: Node, dim: int) -> list[tuple[Node, Any]]:
+def _parts_of(node: Node, dim: int) -> list[tuple[Node, sympy.Expr]]:
     """The operands of a slice, cat or pad along `dim`, and where their tokens begin in what a cat makes."""
     given = args_of(node)[0]
     parts = [n for n in given if not is_empty(n)] if isinstance(given, list | tuple) else [given]
@@ -233,7 +232,7 @@ def _axis_of_joined(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis
     if found is None:
         return None
     parts = zip(_parts_of(node, dim), found, strict=True)
-    holders = [placement.holder(axis, offset, part, dim) for (part, offset), own in parts if own is None]
+    holders = [placement.holder(axis, offset, part, dim) for (part, offset), sharded in parts if sharded is None]
     return None if None in holders else axis
 
 
@@ -251,43 +250,48 @@ def _axis_of_convolution(placement: Placed, node: Node, axis: Axis, dim: int) ->
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_slice(writer: Writer, node: Node, axis: Axis) -> Any:
+def _write_slice(writer: Writer, node: Node, axis: Axis) -> Node:
     """The local tokens of a slice of the sequence; a slice of all elements is its operand."""
     if node in writer.placement.slices:
-        around = writer.placement.modes[first_of(node)]
-        assert around is not None
-        dim = writer.placement.sweep.slices[node]
-        return _rows_of(writer, writer.sharded(first_of(node), around), around, node, axis, dim)
+        source = _axis_of_operand(writer, node)
+        return _slice_of(writer, writer.sharded(first_of(node), source), source, node, axis)
     if first_of(node).meta["val"].shape == node.meta["val"].shape:
         return writer.sharded(first_of(node), axis)
     return same_call(writer, node, axis)
 
 
-def _rows_of(writer: Writer, x: Node, around: Axis, node: Node, axis: Axis, dim: int) -> Node:
-    """Of the local tokens `x` of axis `around`, those of its slice `axis`."""
-    start = _before(writer, around, axis.offset)
+def _axis_of_operand(writer: Writer, node: Node) -> Axis:
+    """The axis on which the operand of a slice or convolution runs."""
+    axis = writer.placement.modes[first_of(node)]
+    assert axis is not None
+    return axis
+
+
+def _slice_of(writer: Writer, x: Node, source: Axis, node: Node, axis: Axis) -> Node:
+    """Of the local tokens `x` of the axis `source`, those of its slice `axis`, which `node` makes."""
+    start = _before(writer, source, axis.offset)
     stop = writer.compute(operator.add, start, writer.length(axis))
-    return writer.emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
+    return writer.emit(aten.slice.Tensor, x, writer.placement.sweep.slices[node], start, stop, name=node.name)
 
 
 def _write_cat(writer: Writer, node: Node, axis: Axis) -> Node:
     if node not in writer.placement.slices:
         return same_call(writer, node, axis)
-    dim, rows = writer.placement.sweep.slices[node], []
+    dim, parts = writer.placement.sweep.slices[node], []
     for part, offset in _parts_of(node, dim):
-        own = writer.placement.axis_along(part, dim)
-        rows.append(writer.sharded(part, own) if own else _held(writer, part, axis, dim, offset))
-    return writer.emit(aten.cat.default, rows, dim, name=node.name)
+        source = writer.placement.axis_along(part, dim)
+        parts.append(writer.sharded(part, source) if source else _held(writer, part, axis, dim, offset))
+    return writer.emit(aten.cat.default, parts, dim, name=node.name)
 
 
-def _held(writer: Writer, part: Node, axis: Axis, dim: int, offset: Any) -> Node:
+def _held(writer: Writer, part: Node, axis: Axis, dim: int, offset: sympy.Expr) -> Node:
     """Of a few replicated tokens at `offset` of the axis: all, on the rank that holds them there, none elsewhere."""
     holder = writer.placement.holder(axis, offset, part, dim)
     assert holder is not None
     size = writer.size(size_of(part.meta["val"].shape[dim]))
     args = dim, 1, size, assigned([holder]), writer.rank.world, writer.rank.rank, writer.rank.group
-    whole = writer.replicated(part, "a part of a sequence")
-    return writer.emit(ops.shard, whole, *args, name=f"{part.name}_local")
+    replicated = writer.replicated(part, "a part of a sequence")
+    return writer.emit(ops.shard, replicated, *args, name=f"{part.name}_local")
 
 
 def _write_pad(writer: Writer, node: Node, axis: Axis) -> Node:
@@ -296,22 +300,21 @@ def _write_pad(writer: Writer, node: Node, axis: Axis) -> Node:
         return _write_halo(writer, node, axis) if reads_neighbours else same_call(writer, node, axis)
     dim = writer.placement.sweep.slices[node]
     source, amounts = first_of(node), list(args_of(node)[1])
-    own = writer.placement.axis_along(source, dim)
-    assert own is not None
-    low = _before(writer, axis, own.offset)
-    rest = writer.compute(operator.sub, writer.length(axis), writer.length(own))
+    inner = writer.placement.axis_along(source, dim)
+    assert inner is not None
+    low = _before(writer, axis, inner.offset)
+    rest = writer.compute(operator.sub, writer.length(axis), writer.length(inner))
     at = 2 * (node.meta["val"].ndim - 1 - dim)
     amounts[at : at + 2] = low, writer.compute(operator.sub, rest, low)
-    return writer.copy(node, (writer.sharded(source, own), amounts, *args_of(node)[2:]), node.kwargs)
+    return writer.copy(node, (writer.sharded(source, inner), amounts, *args_of(node)[2:]), node.kwargs)
 
 
 def _write_convolution(writer: Writer, node: Node, axis: Axis) -> Node:
     """A conv1d of more tokens than it gives: as if it gave as many, and of these the slice that it gives."""
     if node in writer.placement.slices:
-        around = writer.placement.modes[first_of(node)]
-        assert around is not None
-        every = _write_halo(writer, node, around, int(axis.offset - around.offset))
-        return _rows_of(writer, every, around, node, axis, writer.placement.sweep.slices[node])
+        source = _axis_of_operand(writer, node)
+        every = _write_halo(writer, node, source, int(axis.offset - source.offset))
+        return _slice_of(writer, every, source, node, axis)
     reads_neighbours = writer.placement.reads_neighbours(node, axis)
     return _write_halo(writer, node, axis) if reads_neighbours else same_call(writer, node, axis)
 
@@ -319,29 +322,28 @@ def _write_convolution(writer: Writer, node: Node, axis: Axis) -> Node:
 def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node:
     """A conv1d or a shift, of the local tokens and their halo; what it gives begins at `offset`."""
     source, (low, high, step) = first_of(node), _halo_of(node, offset)
-    around = writer.shard_args(source, axis)
-    dim, layout = around[0], axis.layout
+    where, layout = writer.shard_args(source, axis), axis.layout
     ranges = layout.ranges if isinstance(axis.tokens, int) else layout.spans  # as many as any length has
     most = len(list(ranges(writer.rank.rank, axis.hint)))
-    size = size_of(source.meta["val"].shape[dim])
+    size = size_of(source.meta["val"].shape[where.dim])
     each = writer.size(sympy.cancel(size / step / size_of(axis.tokens)))
     x = writer.sharded(source, axis)
-    rows = writer.emit(ops.halo, x, *around, most, low, high, writer.rank.group, name=f"{source.name}_around")
+    rows = writer.emit(ops.halo, x, *where, most, low, high, writer.rank.group, name=f"{source.name}_around")
     if op_name(node) == CONV1D:
         given = {**writer.operands_by_name(node, axis, "weights"), "input": rows, "padding": [0]}
         rows, before, after = writer.emit_by_name(node.target, given), 0, (low + high) // step
     else:
         before, after = high, low
-    at = writer.emit(ops.interior_rows, rows, *around, each, before, after)
-    return writer.emit(aten.index_select.default, rows, dim, at, name=node.name)
+    at = writer.emit(ops.interior_rows, rows, *where, each, before, after)
+    return writer.emit(aten.index_select.default, rows, where.dim, at, name=node.name)
 
 
-def _before(writer: Writer, axis: Axis, place: Any) -> Any:
-    """How many local tokens of `axis` are before a place of its sequence, which is one of its split points."""
-    size, at = size_of(axis.tokens), sympy.expand(place - axis.offset)
+def _before(writer: Writer, axis: Axis, offset: sympy.Expr) -> GraphSize:
+    """How many local tokens of `axis` are before `offset` of its sequence, which is one of its split points."""
+    size, at = size_of(axis.tokens), sympy.expand(offset - axis.offset)
     ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.split_points)}
     point = next((point for point, end in ends.items() if same(end, at)), None)
-    assert point is not None or same(at, size), (axis, place)
+    assert point is not None or same(at, size), (axis, offset)
     return writer.compute(lambda s: axis.layout.before(writer.rank.rank, s, point), writer.tokens(axis))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import op_name
+from ringpass.nodes import mutates, op_name, tags_of
 from ringpass.passes.op_rules import (
     attention,
     contractions,
@@ -29,11 +29,9 @@ UNKNOWN = OpRule(not_understood)
 
 def rule_for(node: Node) -> OpRule:
     """The record of a node's op; `UNKNOWN` where nothing is known."""
-    rule, target = RULES.get(op_name(node)), node.target
-    tagged = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    if rule is None and tagged and not target._schema.is_mutable:  # type: ignore[union-attr]
-        return pointwise.POINTWISE
-    return rule or UNKNOWN
+    rule = RULES.get(op_name(node))
+    tagged = torch.Tag.pointwise in tags_of(node) and not mutates(node)
+    return rule or (pointwise.POINTWISE if tagged else UNKNOWN)
 
 
 def has_rule(node: Node) -> bool:
@@ -43,10 +41,12 @@ def has_rule(node: Node) -> bool:
 
 def draws_counter_based(node: Node) -> bool:
     """Whether `node` draws random numbers by counters, so that they are the same for any number of ranks."""
-    return node.op == "call_function" and rule_for(node).draws(node)
+    draws = rule_for(node).draws if node.op == "call_function" else None
+    return draws is not None and draws(node)
 
 
 def draws_shared(node: Node) -> bool:
     """Whether `node` draws from the default generator, which then starts from the same seed on every rank."""
-    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
-    return torch.Tag.nondeterministic_seeded in tags and not rule_for(node).counter_based
+    rule = rule_for(node)
+    by_counters = rule.draws is not None or rule.attention  # an attention's dropout is its site's
+    return torch.Tag.nondeterministic_seeded in tags_of(node) and not by_counters

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+OutputSize = int | tuple[str, int]
+
 
 @dataclass(frozen=True)
 class ShardedOutput:
-    """An output that holds this rank's tokens; `dim` has size outer * L * inner.
+    """An output that holds this rank's L tokens of all `tokens`; `dim` has size outer * L * inner.
 
     `outer` and `tokens` are ints, or `("extra", i)`: the value of extra output i, where they are symbolic.  `part`: the
     model returns these tokens alone (start, stop), such as the last ones for a cache.
@@ -18,8 +20,8 @@ class ShardedOutput:
 
     name: str
     dim: int
-    outer: Any
-    tokens: Any
+    outer: OutputSize
+    tokens: OutputSize
     layout: str
     part: tuple[int, int] | None = None
 
@@ -35,7 +37,7 @@ class ShardedInput:
 
 @dataclass(frozen=True)
 class Gather:
-    """A value that had to be gathered: which, why, at how many bytes, for which line of the model."""
+    """A value that had to be gathered: which, why, its bytes at full length, and the model's line that reads it."""
 
     value: str
     reason: str

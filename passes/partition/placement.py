@@ -13,10 +13,9 @@ about an op is in the op's record (`passes.op_rules`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
 
 import sympy
 import torch
@@ -30,20 +29,25 @@ from ringpass.passes.op_rules.table import draws_shared, rule_for
 from ringpass.passes.plan.gradients import differentiable, tracked
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Note, Sweep
+from ringpass.passes.propagate.factors import Factor, Note, Sweep
 
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """The analysis of one graph.  `live`: needed by an output; `tracked`: may need a gradient."""
+    """Where each node of one graph runs.
+
+    `live`: nodes that an output needs; `tracked`: those that may need a gradient; `kept`: those that masks and biases
+    are made of without any floating-point input, which stay replicated; `slices`: those that slice or join sequences on
+    local tokens.
+    """
 
     sweep: Sweep
-    axis_of: dict[Any, Axis]
+    axis_of: dict[Factor, Axis]
     sites: dict[Node, SitePlan]
     live: frozenset[Node]
     tracked: frozenset[Node]
     modes: dict[Node, Axis | None]
-    kept: frozenset[Node] = frozenset()  # replicated, as masks read them, and small: they derive from integers alone
+    kept: frozenset[Node] = frozenset()
     slices: set[Node] = field(default_factory=set)
 
     def on(self, node: Node, axis: Axis) -> bool:
@@ -53,18 +57,18 @@ class PlacementPlan:
         return any(axis in self.axes(d) for d in self.sweep.operand_dims(node))
 
     def source(self, node: Node, operand: Node, axis: Axis) -> Axis | None:
-        """The axis on which `operand` has the tokens that `node` reads on `axis`: another one, if they are moved."""
+        """The axis of `operand` whose tokens `node` reads on `axis`: another one, if they are redistributed."""
         if self.on(operand, axis):
             return axis
-        moved = self.moved(node)
+        wanted = self.redistributed(node)
         candidates = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
-        return next((a for a in candidates if moved.get(a) is axis), None)
+        return next((a for a in candidates if wanted.get(a) is axis), None)
 
-    def moved(self, node: Node) -> dict[Axis, Axis | None]:
-        """The axis to which `node` moves the tokens of each axis that it moves; None where that is not partitioned."""
+    def redistributed(self, node: Node) -> dict[Axis, Axis | None]:
+        """Each axis whose tokens `node` redistributes, and the axis to whose ranks; None where that is no axis."""
         pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].redistributed]
         found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
-        for y, x in reversed(found.items()):  # what is moved to where it is moved on from
+        for y, x in reversed(found.items()):  # where the target is redistributed too: to the last one
             found[y] = found.get(x, x)
         return found
 
@@ -99,8 +103,8 @@ class PlacementPlan:
         dim = {**self.sweep.slices, **self.sweep.halos}[node]
         return bool(self.axes(self.sweep.dims(node)[dim][:1])) and not axis.layout.order
 
-    def holder(self, axis: Axis, offset: Any, part: Node, dim: int) -> int | None:
-        """The rank that holds all tokens of `part`, which are at `offset` of `axis`; None: several ranks."""
+    def holder(self, axis: Axis, offset: sympy.Expr, part: Node, dim: int) -> int | None:
+        """The rank that holds all tokens of `part`, which begin at `offset` of `axis`; None: several ranks."""
         size = size_of(part.meta["val"].shape[dim])
         if not size.is_Integer:
             return None
@@ -108,11 +112,11 @@ class PlacementPlan:
         start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
         return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
 
-    def axes(self, factors: Any) -> list[Axis]:
+    def axes(self, factors: Iterable[Factor]) -> list[Axis]:
         """The axes among `factors`."""
         return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
 
-    def is_axis(self, factor: Any) -> bool:
+    def is_axis(self, factor: Factor) -> bool:
         """Whether a factor is partitioned."""
         return factor in self.axis_of
 
@@ -120,7 +124,7 @@ class PlacementPlan:
 def place(captured: Captured, plan: RingPlan, sweep: Sweep, sharded: Mapping[int, int]) -> PlacementPlan:
     """Decides each live node's mode, in graph order.
 
-    `sharded`: numbers of the inputs of which each rank has its own tokens, and in which dim.
+    `sharded`: the positions of inputs that come sharded, and the dim in which each is.
     """
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
     given = {placeholders[i]: dim for i, dim in sharded.items()}
@@ -146,9 +150,9 @@ def _given(p: PlacementPlan, node: Node, dim: int) -> Axis | None:
     return axes[dim][0] if simple and differentiable(value) and not written else None
 
 
-def _rows(sweep: Sweep, axis_of: dict[Any, Axis], live: list[Node]) -> dict[Any, Axis]:
+def _rows(sweep: Sweep, axis_of: dict[Factor, Axis], live: list[Node]) -> dict[Factor, Axis]:
     """The axes of rows that are an order of pairs on an axis."""
-    found: dict[Any, Axis] = {}
+    found: dict[Factor, Axis] = {}
     for rows, pairs in sweep.routing.pairs.items():
         axes = [axis_of[f] for f in sweep.resolve(pairs) if f in axis_of]
         if len(axes) == 1 and closed(sweep, rows, live):
@@ -177,7 +181,8 @@ def _kept(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
         given = node.op == "placeholder" and any(differentiable(t) for t in tensors_of(node))
         if not given and all(n in integral for n in node.all_input_nodes):
             integral.add(node)
-    stack, kept = [leaf for s in sites.values() for leaf in s.site.leaves if leaf in integral], set[Node]()
+    kept: set[Node] = set()
+    stack = [leaf for s in sites.values() for leaf in s.site.leaves if leaf in integral]
     while stack:
         node = stack.pop()
         if node not in kept:
@@ -187,6 +192,7 @@ def _kept(captured: Captured, sites: dict[Node, SitePlan]) -> frozenset[Node]:
 
 
 def _decide(p: PlacementPlan, node: Node) -> Axis | None:
+    """The mode of a node whose operands have theirs."""
     if node in p.sites:
         return p.sites[node].query_axis
     if node.op != "call_function" or not tensors_of(node):
@@ -200,24 +206,36 @@ def _decide(p: PlacementPlan, node: Node) -> Axis | None:
         p.slices.add(node)
         return axis
     operands = {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule.reads]
-    note, tensors = p.sweep.notes[node], [node, *operands]
-    moved = p.moved(node)
-    axes = {moved.get(a, a) for t in tensors for d in p.sweep.operand_dims(t) for a in p.axes(d)}
-    blocked = not note.known or has_effect(node) or not rule.may_shard(p, node) or None in (*moved, *moved.values())
-    if len(axes) != 1 or blocked:
+    axis = _common_axis(p, node, operands)
+    return axis if axis is not None and _may_run(p, node, axis, operands) and _starts(p, node, axis, operands) else None
+
+
+def _common_axis(p: PlacementPlan, node: Node, operands: list[Node]) -> Axis | None:
+    """The one axis that `node` and its operands are on, once tokens are redistributed; None: no axis, or several."""
+    wanted = p.redistributed(node)
+    if None in (*wanted, *wanted.values()):
         return None
-    (axis,) = axes
-    assert axis is not None
+    axes = {wanted.get(a, a) for t in (node, *operands) for d in p.sweep.operand_dims(t) for a in p.axes(d)}
+    return axes.pop() if len(axes) == 1 else None
+
+
+def _may_run(p: PlacementPlan, node: Node, axis: Axis, operands: list[Node]) -> bool:
+    """Whether the op on local tokens of `axis` gives local tokens of the op, or parts of its sum."""
+    note, rule = p.sweep.notes[node], rule_for(node)
+    if not note.known or has_effect(node) or not rule.may_shard(p, node):
+        return False
     if p.reads_neighbours(node, axis) and not p.in_order(node, axis):
-        return None
-    if axis in p.axes(note.need_replication) or not _splits(p, node, note, axis, tensors):
-        return None
+        return False
+    return axis not in p.axes(note.need_replication) and _splits(p, node, note, axis, [node, *operands])
+
+
+def _starts(p: PlacementPlan, node: Node, axis: Axis, operands: list[Node]) -> bool:
+    """Whether there is a reason to run on `axis`: an operand runs there, or floating-point values are made there."""
     sources = {n: p.source(node, n, axis) for n in operands}
-    if not any(sources.values()) and not rule.expands:
-        return None  # the op makes the dim (slice, cat, pad): at full length
+    if not any(sources.values()) and not rule_for(node).expands:
+        return False  # the op makes the dim (slice, cat, pad): at full length
     running = any(source is not None and p.modes[n] is source for n, source in sources.items())
-    starts = node not in p.kept and any(differentiable(t) for t in tensors_of(node))
-    return axis if running or starts else None
+    return running or (node not in p.kept and any(differentiable(t) for t in tensors_of(node)))
 
 
 def _slice_axis(p: PlacementPlan, node: Node) -> Axis | None:

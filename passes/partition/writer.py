@@ -19,18 +19,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.layouts.layout import Layout
-from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of
+from ringpass.nodes import args_of, bound_of, bytes_of, first_of, op_name, size_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
 from ringpass.passes.partition.attention import write_site
 from ringpass.passes.partition.emitter import Emitter
-from ringpass.passes.partition.partitioned import Gather, Partitioned, ShardedInput, ShardedOutput
+from ringpass.passes.partition.partitioned import Gather, OutputSize, Partitioned, ShardedInput, ShardedOutput
 from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
@@ -59,8 +59,8 @@ class Writer(Emitter):
     ) -> None:
         super().__init__(captured, placement, rank)
         self.plan, self.strict, self.gather_outputs = plan, strict, gather_outputs
-        self.replicas: dict[Node, Any] = {}
-        self.shards: dict[Node, Any] = {}
+        self.replicas: dict[Node, Node] = {}
+        self.shards: dict[Node, Node] = {}
         self.resharded: dict[tuple[Node, int], Node] = {}  # shards on another axis than the node runs on
         self.broadcasts: dict[Node, Node] = {}
         self.parts: dict[Node, tuple[int, int]] = {}  # slices that are taken when the output is used
@@ -70,7 +70,7 @@ class Writer(Emitter):
         self.keeps = True  # whether what is written now may serve later nodes: not inside a no_grad region of the model
 
     def write(self) -> Partitioned:
-        """The whole program."""
+        """Writes the program, and describes its inputs and outputs."""
         nodes, live = list(self.captured.gm.graph.nodes), self.placement.live
         placeholders = [node for node in nodes if node.op == "placeholder"]
         sharded = tuple(filter(None, (self._write_input(i, node) for i, node in enumerate(placeholders))))
@@ -109,6 +109,7 @@ class Writer(Emitter):
     # --- one node ---------------------------------------------------------------------------------------------------
 
     def _write(self, node: Node) -> None:
+        """One captured node, in its mode."""
         axis, rule = self.placement.modes[node], rule_for(node)
         if isinstance(node.meta.get("val"), torch.SymInt):
             return  # written on demand, from the sizes of the inputs
@@ -144,7 +145,7 @@ class Writer(Emitter):
     def _write_selected(self, node: Node) -> Node | None:
         """The tokens that `node` takes of a sharded value; None where it takes none, or many: it is gathered then.
 
-        At most half of the value is taken so; more than a rank's share of it is reported.
+        At most half of the value is taken so; more than a rank holds is reported.
         """
         select = rule_for(node).select if node.op == "call_function" else None
         source = first_of(node) if select else node
@@ -159,7 +160,7 @@ class Writer(Emitter):
             self.report(node, f"{op_name(node)} takes more tokens than a rank holds")
         return taken
 
-    def _write_replicated(self, node: Node) -> Any:
+    def _write_replicated(self, node: Node) -> Node:
         if node.op == "get_attr":
             new = self.graph.get_attr(str(node.target))
             new.meta.update(node.meta)
@@ -184,22 +185,31 @@ class Writer(Emitter):
         self.streams += 1
         return self.streams
 
-    def replicated_args(self) -> tuple[Any, ...]:
+    def replicated_args(self) -> ShardArgs:
         """`shard_args` of a value that is replicated."""
-        return (0, 1, 1, "replicated", self.rank.world, self.rank.rank)
+        return ShardArgs(0, 1, 1, "replicated", self.rank.world, self.rank.rank)
 
     def is_sharded(self, node: Node) -> bool:
         """Whether `node` has been written sharded, and not replicated."""
         return node in self.shards and node not in self.replicas
 
-    def either(self, node: Node, reason: str) -> Any:
+    def either(self, node: Node, reason: str) -> GraphSize:
         """`node` in whichever form there is, for an op that reads its dtype and device alone."""
         return self.shards[node] if self.is_sharded(node) else self.operand(node, None, reason)
 
     # --- operands ---------------------------------------------------------------------------------------------------
 
-    def operand(self, node: Node, axis: Axis | None, reason: str) -> Any:
-        """`node` as an operand of what runs on `axis`, or replicated: a size, its local tokens, or all of it."""
+    def operands(self, node: Node, axis: Axis | None, reason: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of `node` with each node in them as `operand` gives it."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.operand(n, axis, reason))
+        return args, kwargs
+
+    def operands_by_name(self, node: Node, axis: Axis, reason: str) -> dict[str, Any]:
+        """The arguments of an ATen op by name, with each node as `operand` gives it."""
+        return {k: self.operand(x, axis, reason) if isinstance(x, Node) else x for k, x in bound_of(node).items()}
+
+    def operand(self, node: Node, axis: Axis | None, reason: str) -> GraphSize:
+        """`node` as an operand of what runs on `axis` (None: replicated): a size, its local tokens, or all tokens."""
         if isinstance(node.meta.get("val"), torch.SymInt):
             return self.size(size_of(node.meta["val"]))
         if axis is None:
@@ -208,7 +218,7 @@ class Writer(Emitter):
         source = self.placement.source(self.origin, node, axis)
         return self.sharded(node, axis) if source else self.broadcast(node, reason)
 
-    def replicated(self, node: Node, reason: str) -> Any:
+    def replicated(self, node: Node, reason: str) -> Node:
         """`node` at full length: gathered, and reported with `reason`, if it is sharded."""
         if node not in self.replicas and rule_for(node).constant:
             self.replicas[node] = self._write_replicated(node)
@@ -225,7 +235,7 @@ class Writer(Emitter):
         return self.replicas[node]
 
     def report(self, node: Node, reason: str) -> None:
-        """Notes that `node` is made whole on every rank; refuses it under `strict`, except for outputs."""
+        """Notes that `node` is gathered on every rank.  Raises UnsupportedError under `strict`, except for outputs."""
         gather = Gather(node.name, reason, bytes_of(node), _where(self.origin))
         if self.strict and reason != "output":
             raise UnsupportedError(
@@ -234,8 +244,8 @@ class Writer(Emitter):
             )
         self.gathers.append(gather)
 
-    def sharded(self, node: Node, axis: Axis) -> Any:
-        """This rank's tokens of `node` on `axis`; from another axis that it is on they are redistributed."""
+    def sharded(self, node: Node, axis: Axis) -> Node:
+        """This rank's tokens of `node` on `axis`, redistributed if the node runs on another axis."""
         if node in self.shards and self.placement.modes[node] is axis:
             return self.shards[node]
         if (node, axis.index) not in self.resharded:
@@ -247,11 +257,9 @@ class Writer(Emitter):
 
     def _write_shard(self, node: Node, axis: Axis) -> Node:
         """Of all tokens, those of this rank."""
-        whole, args = self.replicated(node, "change of axis"), self.shard_args(node, self._axis_of(node, axis))
-        dim, outer, tokens, _, world, rank = args
-        args = dim, outer, tokens, axis.layout.name, world, rank
-        whole = self.ordered(whole, args, inverse=False)
-        return self.emit(ops.shard, whole, *args, self.rank.group, name=f"{node.name}_local")
+        args = self.shard_args(node, self._axis_of(node, axis))._replace(layout=axis.layout.name)
+        replicated = self.ordered(self.replicated(node, "change of axis"), args, inverse=False)
+        return self.emit(ops.shard, replicated, *args, self.rank.group, name=f"{node.name}_local")
 
     def _write_redistribution(self, node: Node, axis: Axis) -> Node | None:
         """The tokens of another slice of the axis's sequence, sent to where those of `axis` are that they go with."""
@@ -279,7 +287,7 @@ class Writer(Emitter):
         name = f"{replicated.name}_{'restored' if inverse else 'permuted'}"
         return self.emit(ops.permute, replicated, dim, outer, tokens, str(order), inverse, name=name)
 
-    def broadcast(self, node: Node, reason: str) -> Any:
+    def broadcast(self, node: Node, reason: str) -> Node:
         """`node` replicated, for ops on an axis: its gradients are summed over ranks."""
         replicated = self.replicated(node, reason)
         if node not in self.placement.tracked or (not self.keeps and node not in self.broadcasts):
@@ -289,6 +297,7 @@ class Writer(Emitter):
         return self.broadcasts[node]
 
     def _replicate(self, nodes: list[Node]) -> None:
+        """One `replicate` of several values, for ops on an axis."""
         out = self.emit(ops.replicate, [self.replicas[n] for n in nodes], self.rank.group, name="replicate")
         for i, node in enumerate(nodes):
             self.broadcasts[node] = self.emit(operator.getitem, out, i, name=f"{node.name}_replicated")
@@ -319,6 +328,7 @@ class Writer(Emitter):
     # --- outputs ----------------------------------------------------------------------------------------------------
 
     def _write_outputs(self, output: Node) -> tuple[tuple[ShardedOutput | None, ...], int]:
+        """The output node; returns what each output is (None: replicated), and how many sizes stand after them."""
         self.origin = None
         results: list[Any] = []
         described: list[ShardedOutput | None] = []
@@ -326,8 +336,8 @@ class Writer(Emitter):
         for value in args_of(output)[0]:
             if value in self.parts:
                 results.append(self.shards[first_of(value)])
-                whole = self._describe(first_of(value), extras)
-                described.append(replace(whole, name=value.name, part=self.parts[value]))
+                source = self._describe(first_of(value), extras)
+                described.append(replace(source, name=value.name, part=self.parts[value]))
             elif isinstance(value, Node) and self.is_sharded(value) and not self.gather_outputs:
                 results.append(self.shards[value])
                 described.append(self._describe(value, extras))
@@ -343,14 +353,14 @@ class Writer(Emitter):
         assert axis is not None
         dim, outer, tokens, layout, *_ = self.shard_args(node, axis)
 
-        def known(n: Any) -> Any:
+        def returned(n: GraphSize) -> OutputSize:
             if not isinstance(n, Node):
                 return n
             if n not in extras:
                 extras.append(n)
-            return ("extra", extras.index(n))
+            return "extra", extras.index(n)
 
-        return ShardedOutput(node.name, dim, known(outer), known(tokens), layout)
+        return ShardedOutput(node.name, dim, returned(outer), returned(tokens), layout)
 
 
 def _keeps_after(node: Node, keeps: bool) -> bool:

@@ -25,14 +25,17 @@ import torch
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import Layout, few, following, split_at
 from ringpass.layouts.ranges import clipped
-from ringpass.nodes import hint_of, size_of
+from ringpass.nodes import Size, hint_of, size_of
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.cost import CANDIDATES
 
 
 def aligned_axes(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[Factor, Axis]:
-    """The axes of attentions, split where the other slices of their sequences are, and axes of those slices."""
+    """`axes`, those of attentions, with the split points of the slices of their sequences, and axes of those slices.
+
+    By factor.  `world`: P, the number of ranks.
+    """
     found = dict(axes)
     sequences = dict.fromkeys(sweep.alignment.locate(sweep.aligned(axis.factor))[0] for axis in axes.values())
     for sequence in sequences:
@@ -90,7 +93,7 @@ def _order(base: Axis, part: Axis) -> Order | None:
     return None if stop.is_Integer and stop <= order.prefix else OFF_THE_CURVE
 
 
-def _tokens(sweep: Sweep, factors: Sequence[Factor]) -> Any:
+def _tokens(sweep: Sweep, factors: Sequence[Factor]) -> Size | None:
     """The length of a dim of these factors, as some tensor has it."""
     sizes = [f.size for f in factors]
     if all(n.is_number for n in sizes):
@@ -99,7 +102,8 @@ def _tokens(sweep: Sweep, factors: Sequence[Factor]) -> Any:
         if isinstance(node.meta.get("val"), torch.Tensor):
             for dim, factors_of_dim in enumerate(value):
                 if sweep.resolve(factors_of_dim) == tuple(factors):
-                    return node.meta["val"].shape[dim]
+                    tokens: Size = node.meta["val"].shape[dim]
+                    return tokens
     return None
 
 
@@ -121,14 +125,14 @@ def _with_split_points(part: Axis, points: tuple[int, ...], world: int) -> Axis:
     return replace(part, layout=Layout(following(split_at("contiguous", points), part.layout.order), world))
 
 
-def _hints(sweep: Sweep) -> dict[Any, int]:
+def _hints(sweep: Sweep) -> dict[sympy.Symbol, int]:
     """The value of each symbolic length."""
     sizes = [n for node in sweep.values for n in getattr(node.meta.get("val"), "shape", ())]
     symbols = [n for n in sizes if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol]
     return {n.node.expr: hint_of(n) for n in symbols}
 
 
-def _agree(slices: Sequence[Axis], hints: Mapping[Any, int], world: int) -> bool:
+def _agree(slices: Sequence[Axis], hints: Mapping[sympy.Symbol, int], world: int) -> bool:
     """Whether each token is on one rank in all slices, and no rank without tokens of a slice: for every length."""
     for part in slices:
         if isinstance(part.tokens, torch.SymInt):  # what is between the split points then has enough for each rank

@@ -1,11 +1,11 @@
-"""curves: which sequences of a graph follow the option `hilbert`, and what their attentions become.  An analysis.
+"""curve_order: which sequences of a graph follow the option `hilbert`, and what their attentions become.  An analysis.
 
     hilbert=(14, 14)    the sequence of the graph's attentions that holds the 196 cells of the grid, after a prefix
     prefix              named by `hilbert_prefix`; else what `cat` puts before 196 tokens, or at most INFERRED tokens
 
 Every query or key dim of that many tokens is along the curve; others, such as the text of a cross-attention, stay in
-their own order.  Masks, biases and score functions are rewritten to places along the curve, so the numbers are those of
-the model; under `along_curve`, the patterns of options count places instead of tokens.
+their own order.  Masks, biases and score functions are rewritten to positions along the curve, so the numbers are those
+of the model; under `along_curve`, the patterns of options count curve positions instead of tokens.
 
 Contract: depends on the graph and the options alone.  A grid that matches no sequence, or one of several, is refused.
 """
@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError
@@ -73,17 +72,20 @@ def _joined(graph: Graph, grid: int) -> set[int]:
     return found
 
 
-def of_length(order: Order | None, x: Any) -> Order | None:
-    """`order`, where the queries or keys `x` have its length."""
+def of_length(order: Order | None, x: Node) -> Order | None:
+    """`order`, if the queries or keys `x` (.., S, D) have as many tokens as it; else None."""
     return order if order and x.meta["val"].shape[-2] == order.tokens else None
 
 
-def along(site: AttentionSite, places: Sequence[Order | None], config: RingConfig) -> AttentionSite:
-    """`site` with its queries and its keys in these orders."""
-    orders = {name: order for name, order in zip("qk", places, strict=True) if order}
-    if orders:
+def along(site: AttentionSite, orders: Sequence[Order | None], config: RingConfig) -> AttentionSite:
+    """`site` with its queries and its keys in these two orders; None: in their own.
+
+    Raises OptionError where a pattern of the options is of another length.
+    """
+    permuted = {name: order for name, order in zip("qk", orders, strict=True) if order}
+    if permuted:
         functions = site.mask, site.bias, site.score, site.sink
-        mask, bias, score, sink = (None if e is None else of_curve_positions(e, orders) for e in functions)
+        mask, bias, score, sink = (None if e is None else of_curve_positions(e, permuted) for e in functions)
         assert mask is not None
         site = replace(site, mask=mask, bias=bias, score=score, sink=sink)
     return narrowed(site, config.mask) if config.along_curve else site

@@ -1,4 +1,4 @@
-"""dilate: which attentions of a graph are dilated, and how.  An analysis.
+"""dilated_sites: which attentions of a graph are dilated, and how.  An analysis.
 
     {"dilation": "longnet"}                           every attention
     {"dilation": "longnet", "dilate": [0, "layers.1*.attn"]}      those alone
@@ -13,7 +13,7 @@ Contract: depends on the graph, the options and the functions given alone.  A se
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -25,7 +25,10 @@ from ringpass.schedule.dilation import Dilation
 
 
 def dilations(sites: Sequence[AttentionSite], config: RingConfig, remarks: list[str]) -> tuple[Dilation | None, ...]:
-    """That of each site; None: exact."""
+    """The dilation of each site; None: exact.  What is not dilated though asked for is added to `remarks`.
+
+    Raises OptionError for a selector that matches nothing, or is none.
+    """
     if not config.dilated:
         return (None,) * len(sites)
     _refuse_idle(sites, config.dilate or ())
@@ -55,13 +58,13 @@ def _dilation(site: AttentionSite, config: RingConfig, remarks: list[str]) -> Di
     return config.dilation_of(wanted, lengths[0])
 
 
-def _selects(selector: Any, site: AttentionSite) -> bool:
+def _selects(selector: int | str | Callable[[AttentionSite], bool], site: AttentionSite) -> bool:
     if isinstance(selector, int):
         return selector == site.index
     return fnmatch(site.path, selector) if isinstance(selector, str) else bool(selector(site))
 
 
-def _refuse_idle(sites: Sequence[AttentionSite], selectors: Any) -> None:
+def _refuse_idle(sites: Sequence[AttentionSite], selectors: Iterable[Any]) -> None:
     for selector in selectors:
         if not isinstance(selector, int | str) and not callable(selector):
             raise OptionError(f"option 'dilate' takes indices, module paths and functions, got {selector!r}")

@@ -13,7 +13,7 @@ Contract: a factor has one offset.  What would give it another (`x[:, 1:]` besid
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import sympy
 
@@ -28,20 +28,20 @@ class SequenceAlignment(Generic[FactorT]):
 
     def __init__(self, root: Callable[[FactorT], FactorT]) -> None:
         self.root = root
-        self.above: dict[FactorT, tuple[FactorT, Any]] = {}
+        self.above: dict[FactorT, tuple[FactorT, sympy.Expr]] = {}
         self.members: dict[FactorT, list[FactorT]] = {}  # of each sequence
 
-    def locate(self, factor: FactorT) -> tuple[FactorT, Any]:
-        """(the sequence, the offset of the factor's first token in it, a sympy expression)."""
+    def locate(self, factor: FactorT) -> tuple[FactorT, sympy.Expr]:
+        """(the sequence, the offset of the factor's first token in it)."""
         top, offset = self.root(factor), sympy.Integer(0)
         while top in self.above:
             top, step = self.above[top]
             offset += step
         return top, offset
 
-    def join(self, whole: FactorT, part: FactorT, offset: Any) -> bool:
-        """From now on, `part` is the slice of `whole` from `offset` on; False if it is at another offset already."""
-        (top, base), (other, start) = self.locate(whole), self.locate(part)
+    def join(self, sequence: FactorT, part: FactorT, offset: sympy.Expr) -> bool:
+        """From now on, `part` is the slice of `sequence` from `offset` on; False if it is at another offset already."""
+        (top, base), (other, start) = self.locate(sequence), self.locate(part)
         if top is other:
             return same(base + offset, start)
         self.above[other] = top, base + offset - start
@@ -50,20 +50,20 @@ class SequenceAlignment(Generic[FactorT]):
 
     def tie(self, a: FactorT, b: FactorT) -> bool:
         """Whether two factors may become one class."""
-        return not any(x in self.above or x in self.members for x in (a, b)) or self.join(a, b, 0)
+        return not any(x in self.above or x in self.members for x in (a, b)) or self.join(a, b, sympy.Integer(0))
 
-    def slices(self, factor: FactorT) -> Iterator[tuple[FactorT, Any]]:
+    def slices(self, factor: FactorT) -> Iterator[tuple[FactorT, sympy.Expr]]:
         """(factor, offset from the given one's first token) of every factor of its sequence."""
         sequence, start = self.locate(factor)
         for other in dict.fromkeys(map(self.root, self.members.get(sequence, [factor]))):
             yield other, sympy.expand(self.locate(other)[1] - start)
 
-    def slice(self, factor: FactorT, offset: Any, size: Any) -> FactorT | None:
+    def slice(self, factor: FactorT, offset: sympy.Expr, size: sympy.Expr) -> FactorT | None:
         """The factor whose `size` tokens begin at `offset` from the given one's first token, or None."""
         found = (f for f, at in self.slices(factor) if same(at, offset) and same(getattr(f, "size", None), size))
         return next(found, None)
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two numbers of tokens are equal for every length."""
     return bool(sympy.expand(a - b) == 0)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 
 from ringpass.layouts.layout import Layout
-from ringpass.nodes import hint_of
+from ringpass.nodes import Size, hint_of
 from ringpass.passes.propagate.factors import Factor
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """`tokens` is S, an int or a SymInt; `hint` its value in this compilation.
+    """A sequence dim of S `tokens`, of which each rank holds those that `layout` gives it.
 
     `sequence`: the aligned sequence (`propagate.alignment`) of which the axis is a slice that agrees with the other
     slices of it, from token `offset` on; None: it stands alone.
@@ -22,18 +21,18 @@ class Axis:
 
     index: int
     factor: Factor
-    tokens: Any
+    tokens: Size
     layout: Layout
     sequence: Factor | None = None
-    offset: Any = sympy.Integer(0)
+    offset: sympy.Expr = sympy.Integer(0)
 
     @property
     def hint(self) -> int:
-        """S in this compilation."""
+        """S in this compilation, as an int."""
         return hint_of(self.tokens)
 
     def reaches_all(self, scheme: str) -> bool:
-        """Whether each rank holds tokens of it under the layout `scheme`."""
+        """Whether every rank would hold at least one token under the layout `scheme`, such as "zigzag"."""
         layout = self.layout.with_scheme(scheme)
         return all(layout.length(rank, self.hint) for rank in range(layout.world))
 

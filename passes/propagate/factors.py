@@ -6,11 +6,11 @@ its factors, never by guessing from sizes.  Rules tie factors together (`add` ti
 the leading dims of input and output); a union-find keeps the classes.  The *sequence axes* are the classes of the query
 and key dims of the attention sites: by then every other tensor's sequence dim is known, forward and backward alike.
 
-For each node the sweep also notes which factors the op needs *whole* (softmax over them, a slice of them) and over
-which it *sums*; for every other factor, op on shards equals shards of op.
+For each node the sweep also notes which factors the op needs *replicated* (softmax over them, a slice of them) and
+which it *reduces* (sums over); for every other factor, op on shards equals shards of op.
 
     for node in graph:
-        node.dims = rule(node)             # unifies, marks whole / summed
+        dims[node], note = rule(node)      # ties factors, notes those needed replicated and those reduced
     axis of a site = class of the one factor in its query (key) dim
 """
 
@@ -25,24 +25,27 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from ringpass.nodes import operands_of, size_of, tensors_of
+from ringpass.nodes import Size, operands_of, size_of, tensors_of
 from ringpass.passes.propagate.alignment import SequenceAlignment
 
-CONV1D = "conv1d.default"
 Factors = tuple["Factor", ...]
+"""One dim of a tensor: its factors, outermost first; none for a dim of size 1."""
 Dims = tuple[Factors, ...]
+"""All dims of a tensor."""
+Results = Dims | tuple[Dims, ...]
+"""Dims of an op's result, or of each of its results."""
 
 
 class Factor:
-    """An index variable.
+    """An index variable over `size` elements.
 
-    `size` is a sympy expression; `parent` leads to its class, `parts` to what it was split into; `number` counts.
+    `parent` leads to its class, `parts` to the factors that it was split into; `number` is the order of creation.
     """
 
     __slots__ = ("number", "parent", "parts", "size")
     numbers = itertools.count()
 
-    def __init__(self, size: Any) -> None:
+    def __init__(self, size: sympy.Expr) -> None:
         self.size, self.number = size, next(Factor.numbers)
         self.parent: Factor | None = None
         self.parts: Factors | None = None
@@ -53,10 +56,10 @@ class Factor:
 
 @dataclass
 class Note:
-    """What the sweep found out about one node: factors that it needs whole, factors over which it sums.
+    """What the sweep found out about one node: factors that it needs replicated, factors over which it sums.
 
-    `moved`: pairs of factors that it takes for one, though they are different runs of a line (`x[:, 1:] - x[:, :-1]`):
-    the tokens of the first go to where those of the second are.
+    `redistributed`: pairs of factors that the op takes as equal, though they are different slices of one sequence
+    (`x[:, 1:] - x[:, :-1]`): the tokens of the first are sent to the ranks of those of the second.
     """
 
     need_replication: list[Factor] = field(default_factory=list)
@@ -67,7 +70,7 @@ class Note:
 
 @dataclass
 class Routing:
-    """Rows of (token, expert) pairs, sorted by expert; see `routing`."""
+    """Rows of (token, expert) pairs, sorted by expert; see `passes.op_rules.routing`."""
 
     pairs: dict[Factor, Factors] = field(default_factory=dict)  # rows -> what they are an order of
     order: dict[Node, tuple[Factor, int]] = field(default_factory=dict)  # the pair of each row, divided by k
@@ -79,7 +82,7 @@ class Rule(Protocol):
     """What the sweep asks of an op's record, `passes.op_rules.spec.OpRule`."""
 
     @property
-    def dims(self) -> Callable[[Sweep, Node, Note], Any]:
+    def dims(self) -> Callable[[Sweep, Node, Note], Results | None]:
         """(sweep, node, note) -> the dims of the result; None: not understood."""
 
     @property
@@ -90,17 +93,17 @@ class Rule(Protocol):
 class Sweep:
     """The state of the sweep, and the vocabulary in which rules are written.
 
-    `worked`: values whose tokens the ranks have or make by work of their own: inputs in shares, what comes of a product
+    `computed`: values that ranks hold sharded or compute from tokens: sharded inputs, and what follows from a product
     or a norm; not tables, nor other inputs.
     """
 
     def __init__(self, computed: Iterable[Node] = ()) -> None:
-        self.values: dict[Node, Any] = {}  # node -> Dims, or a tuple of Dims for several outputs
+        self.values: dict[Node, Any] = {}  # Dims, or a tuple of Dims for several results
         self.notes: dict[Node, Note] = {}
         self.fused: dict[Factors, Factor] = {}
         self.routing = Routing()
         self.alignment = SequenceAlignment(self.root)
-        self.merged: list[Factor] = []  # stand on lines for several factors in a row
+        self.merged: list[Factor] = []  # factors that stand for several in a row in `alignment`
         self.computed = set(computed)
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.slices: dict[Node, int] = {}  # nodes that slice or join sequences, and along which dim
@@ -117,32 +120,40 @@ class Sweep:
                 self.values[node] = self.fresh(node.meta["val"].shape)
                 continue
             dims = rule_for(node).dims(self, node, note)
-            self.values[node] = self.unknown(node, note) if dims is None else dims
+            self.values[node] = self._unknown(node, note) if dims is None else dims
         return self
 
-    # vocabulary of rules
+    # --- the vocabulary of rules ------------------------------------------------------------------------------------
 
-    def new(self, n: Any) -> Factors:
+    def new(self, n: Size) -> Factors:
         """A factor of its own for a dim of size n; none for size 1."""
         size = size_of(n)
         return () if size == 1 else (Factor(size),)
 
-    def fresh(self, shape: Sequence[Any]) -> Dims:
+    def fresh(self, shape: Sequence[Size]) -> Dims:
+        """A factor of its own for each dim of `shape`."""
         return tuple(self.new(n) for n in shape)
 
     def dims(self, node: Node) -> Dims:
-        """Dims of a one-tensor node, split factors expanded."""
+        """Dims of a node that produces one tensor, in resolved factors."""
         return tuple(self.resolve(d) for d in self.values[node])
 
+    def operand_dims(self, node: Node) -> Dims:
+        """All dims of all tensors that `node` produces, in resolved factors."""
+        value = self.values.get(node, ())
+        parts = value if isinstance(node.meta.get("val"), torch.Tensor) else [d for v in value for d in v]
+        return tuple(self.resolve(d) for d in parts)
+
     def resolve(self, factors: Iterable[Factor]) -> Factors:
+        """The classes of `factors`: split ones as their parts, fused ones as one."""
         out: list[Factor] = []
         for factor in factors:
             root = self.root(factor)
             out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
-        for parts, whole in self.fused.items():
+        for parts, fused in self.fused.items():
             for at in range(len(out) - len(parts), -1, -1):
                 if tuple(out[at : at + len(parts)]) == parts:
-                    out[at : at + len(parts)] = [whole]
+                    out[at : at + len(parts)] = [fused]
         return tuple(out)
 
     def fuse(self, factors: Factors) -> Factor:
@@ -150,12 +161,13 @@ class Sweep:
         return self.fused.setdefault(factors, Factor(product(factors)))
 
     def root(self, factor: Factor) -> Factor:
+        """The class of a factor."""
         while factor.parent is not None:
             factor = factor.parent
         return factor
 
     def tie(self, a: Factors, b: Factors, note: Note) -> Factors:
-        """Declares two dims to be one index; returns it.  What cannot be matched is marked whole, or moved."""
+        """Declares two dims to be one index, and returns it; `note` gets what cannot be, or only by moving tokens."""
         a, b = self.resolve(a), self.resolve(b)
         if a != b and any(f in self.routing.pairs for f in (*a, *b)):  # rows are in an order of their own
             note.need_replication += [*a, *b]
@@ -183,7 +195,7 @@ class Sweep:
         """One factor for a dim of these, which may be several in a row, such as the rows and columns of patches."""
         if len(factors) == 1:
             return factors[0]
-        found = next((whole for whole in self.merged if self.resolve([whole]) == self.resolve(factors)), None)
+        found = next((one for one in self.merged if self.resolve([one]) == self.resolve(factors)), None)
         if found is None:
             found = Factor(product(factors))
             found.parts = factors
@@ -191,33 +203,33 @@ class Sweep:
         return found
 
     def aligned(self, factor: Factor) -> Factor:
-        """What stands on a line for `factor`, which several may have been fused into."""
-        parts = next((parts for parts, whole in self.fused.items() if whole is factor), (factor,))
+        """What stands in `alignment` for `factor`, which several may have been fused into."""
+        parts = next((parts for parts, fused in self.fused.items() if fused is factor), (factor,))
         return self.index(parts)
 
-    def slice_of(self, source: Factors, offset: Any, size: Any, new: bool) -> Factors | None:
-        """The run of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
-        whole = self.index(source)
-        found = self.alignment.slice(whole, offset, size)
+    def slice_of(self, source: Factors, offset: sympy.Expr, size: sympy.Expr, new: bool) -> Factors | None:
+        """The slice of `size` of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
+        tokens = self.index(source)
+        found = self.alignment.slice(tokens, offset, size)
         if found is None and new:
             found = Factor(size)
-            self.alignment.join(whole, found, offset)
+            self.alignment.join(tokens, found, offset)
         return None if found is None else self.resolve([found])
 
-    def joined(self, parts: Sequence[tuple[Factors, Any]], note: Note) -> Factors:
-        """The dim that these, with their sizes, make one after the other.
+    def joined(self, parts: Sequence[tuple[Factors, sympy.Expr]], note: Note) -> Factors:
+        """The dim of the concatenation of `parts`, each (its dim, its size).
 
-        Factors that stand elsewhere already are needed whole; a part without any is new.
+        Factors that are at another offset already are needed replicated; a part without factors is new.
         """
         offsets = [sum((n for _, n in parts[:i]), sympy.Integer(0)) for i in range(len(parts))]
         total = sum((n for _, n in parts), sympy.Integer(0))
-        placed = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
-        first, before = placed[0]
-        whole = self.alignment.slice(first, -before, total) or Factor(total)
-        for part, at in placed:
-            if not self.alignment.join(whole, part, at):
+        located = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
+        first, before = located[0]
+        joined = self.alignment.slice(first, -before, total) or Factor(total)
+        for part, at in located:
+            if not self.alignment.join(joined, part, at):
                 note.need_replication.append(part)
-        return self.resolve([whole])
+        return self.resolve([joined])
 
     def broadcast(self, operands: Sequence[Dims], note: Note) -> Dims:
         """Dims of a pointwise op: right-aligned dims are tied, size-1 dims follow the others."""
@@ -228,8 +240,8 @@ class Sweep:
                     out[position] = self.tie(out[position], factors, note) if out[position] else factors
         return tuple(out)
 
-    def reshape(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
-        """Dims after a view: factors are dealt out in order, split where a new dim ends inside one."""
+    def reshape(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
+        """Dims after a view to `shape`: each takes the next factors, one is split where a new dim ends inside it."""
         atoms = [f for d in dims for f in self.resolve(d)]
         out: list[Factors] = []
         for n in shape:
@@ -253,40 +265,31 @@ class Sweep:
             out.append(tuple(got))
         return tuple(out)
 
-    def _give_up(self, dims: Dims, shape: Sequence[Any], note: Note) -> Dims:
+    def _give_up(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
         note.need_replication += [f for d in dims for f in self.resolve(d)]
         return self.fresh(shape)
 
-    def unknown(self, node: Node, note: Note) -> Any:
-        """No rule: every factor of every operand is needed whole."""
+    def _unknown(self, node: Node, note: Note) -> Results:
+        """No rule: every factor of every operand is needed replicated."""
         note.known = False
-        return self._replicate_operands(node, note)
-
-    def _replicate_operands(self, node: Node, note: Note) -> Any:
         note.need_replication += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             return self.fresh(value.shape)
         return tuple(self.fresh(v.shape) if isinstance(v, torch.Tensor) else () for v in value)
 
-    def operand_dims(self, node: Node) -> Dims:
-        """All dims of all tensors that `node` stands for."""
-        value = self.values.get(node, ())
-        parts = value if isinstance(node.meta.get("val"), torch.Tensor) else [d for v in value for d in v]
-        return tuple(self.resolve(d) for d in parts)
-
 
 def propagate(gm: GraphModule, rule_for: Callable[[Node], Rule], computed: Iterable[Node] = ()) -> Sweep:
-    """Sweeps the graph once.  `computed`: inputs whose tokens the ranks have of their own."""
+    """Sweeps the graph once.  `computed`: the inputs that come sharded."""
     return Sweep(computed).run(gm, rule_for)
 
 
-def product(factors: Iterable[Factor]) -> Any:
-    """The size of a dim of these factors, a sympy expression."""
+def product(factors: Iterable[Factor]) -> sympy.Expr:
+    """The size of a dim of these factors."""
     return sympy.prod([f.size for f in factors])
 
 
-def _integral(expr: Any) -> bool:
+def _integral(expr: sympy.Expr) -> bool:
     """Whether a quotient of sizes is a whole number for every value of its symbols."""
     denominator = sympy.fraction(sympy.together(expr))[1]
     return bool(denominator == 1 and (not expr.is_number or expr.is_integer))

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 Array = NDArray[Any]
 """A numpy array of any dtype and number of dims; docstrings say which."""
 Interval = tuple[Any, Any]
+"""Smallest and largest: two numbers, or two arrays of them, one for each of many boxes."""
 
 
 def outward(low: Any, high: Any) -> Interval:
@@ -37,9 +38,13 @@ def outward(low: Any, high: Any) -> Interval:
 
 
 class ConstantArray:
-    """A constant array of bools or integers; arrays of equal contents are equal, by digest."""
+    """A constant array of bools or integers; arrays of equal contents are equal, by digest.
 
-    def __init__(self, values: Any) -> None:
+    `values`: a tensor, an array or nested lists, of one dim or more.  Raises ValueError for other dtypes, for scalars
+    and for empty arrays.
+    """
+
+    def __init__(self, values: object) -> None:
         found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if found.dtype.kind not in "bui" or found.ndim < 1 or not found.size:
             raise ValueError(f"expected bools or integers of at least one dim, got {found.dtype} {list(found.shape)}")
@@ -59,11 +64,11 @@ class ConstantArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The lengths of its dims."""
+        """The sizes of the dims."""
         return self.values.shape
 
     def tensor(self, like: Tensor) -> Tensor:
-        """The array on the device of `like`; a fake tensor if `like` is one."""
+        """The array as a tensor on the device of `like`; a fake one if `like` is fake."""
         if isinstance(like, FakeTensor):
             return like.new_empty(self.shape, dtype=torch.from_numpy(self.values[:0]).dtype)
         if like.device not in self._tensors:

@@ -11,15 +11,13 @@ from torch import Tensor
 from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table
 from ringpass.masks.operators import DTYPES, OPERATORS, REAL_FUNCTIONS
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
 
 def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
-    """Value of `expr` on one tile, broadcastable to (B, H, Lq, Lk): dims on which it does not depend have size 1.
+    """The value of `expr` on one tile, broadcastable to (B, H, Lq, Lk): dims on which it does not depend have size 1.
 
     `positions` maps b, h, q, k to int64 tensors of shapes (B,1,1,1), (1,H,1,1), (1,1,Lq,1), (1,1,1,Lk), and,
-    for a score function, `score` to the tile's scores.
-    Differentiable in floating-point leaves.
+    for a score function, `score` to the tile's scores (B, H, Lq, Lk).  Loads read `leaves`, by number.
+    Differentiable in floating-point leaves and in the scores.
     """
     known: dict[Expr, Any] = {}
 
@@ -40,7 +38,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
         assert isinstance(e, Call)
         if e.op == "cast":
             x = value(e.args[0])
-            dtype = DTYPES[e.args[1].name]  # type: ignore[attr-defined]
+            dtype = DTYPES[cast_dtype(e)]
             device = positions["q"].device
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]
@@ -58,6 +56,13 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
 
     out = _tensor(value(expr), positions)
     return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+
+
+def cast_dtype(cast: Call) -> str:
+    """The name of the dtype to which a `cast` casts, such as "float32"."""
+    target = cast.args[1]
+    assert isinstance(target, Index)
+    return target.name
 
 
 def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:

@@ -17,9 +17,10 @@ from ringpass.masks.rewrite import replace_loads
 
 
 def scalar_function(allowed: Callable[..., Any]) -> Expr:
-    """The expression of a function of scalar tensors (b, h, q, k); tensors that it captures become tables.
+    """The expression of `allowed`, a function of four int64 scalars (b, h, q, k) that gives a boolean scalar.
 
-    Raises OptionError for what is not elementwise.
+    Tensors of bools or integers that it captures become tables.  Raises OptionError for a function that branches on its
+    arguments, is not elementwise, or gives something else.
     """
     scalars = [torch.zeros((), dtype=torch.int64) for _ in "bhqk"]
     try:

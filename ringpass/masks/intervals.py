@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ringpass.masks.constants import Array, outward
+from ringpass.masks.evaluate import cast_dtype
 from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, tables
 from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS, REAL_FUNCTIONS, UNKNOWN, Interval
 
@@ -56,7 +57,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
     assert isinstance(expr, Call)
     if expr.op == "cast":
         inner = bounds(expr.args[0], box)
-        return _cast_bounds(inner, expr.args[1].name)  # type: ignore[attr-defined]
+        return _cast_bounds(inner, cast_dtype(expr))
     args = [bounds(a, box) for a in expr.args]
     if expr.op in ("and", "or", "not"):
         args = [_cast_bounds(a, "bool") for a in args]
@@ -88,7 +89,7 @@ def _integers(expr: Expr) -> np.dtype[Any]:
     if isinstance(expr, Table):
         return expr.array.values.dtype
     if isinstance(expr, Call) and expr.op == "cast":
-        return np.dtype(expr.args[1].name)  # type: ignore[attr-defined]
+        return np.dtype(cast_dtype(expr))
     if isinstance(expr, Call) and kind_of(expr) == "int":
         parts = [_integers(a) for a in expr.args[expr.op == "where" :] if not isinstance(a, Const)]
         return np.result_type(*parts) if parts else np.dtype(np.int64)
@@ -102,7 +103,7 @@ def kind_of(expr: Expr) -> str:
         return type(expr.value).__name__
     if isinstance(expr, Call):
         if expr.op == "cast":
-            dtype = DTYPES[expr.args[1].name]  # type: ignore[attr-defined]
+            dtype = DTYPES[cast_dtype(expr)]
             return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
         if expr.op == "div" or expr.op in REAL_FUNCTIONS:
             return "float"

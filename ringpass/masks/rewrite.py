@@ -51,7 +51,7 @@ def substitute(expr: Expr, old: Expr, new: Expr) -> Expr:
 
 
 def renumber(expr: Expr, numbers: dict[int, int]) -> Expr:
-    """`expr` with its leaves renumbered."""
+    """`expr` with each leaf i as leaf `numbers[i]`."""
     return replace_loads(expr, lambda leaf, indices: Load(numbers[leaf], indices))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -20,29 +20,32 @@ from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, K, Load, Q, call
 from ringpass.masks.intervals import bounds, kind_of
 from ringpass.masks.rewrite import substitute, without_data
 from ringpass.masks.simplify import simplify
+from ringpass.nodes import Size
 
+T = TypeVar("T")
 ZERO = Const(0)
 LEAST = tuple(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 """Finite fills that models use instead of -inf to mask a pair.  A row of nothing else attends to all keys equally."""
 Split = tuple[Expr, Expr | None]
 
 
-def split_bias(expr: Expr, rows: Any = None) -> Split:
-    """An additive mask as (mask, bias): `where(c, 0, -inf)` is the mask c.
+def split_bias(expr: Expr, rows: Size | None = None) -> Split:
+    """An additive mask as (mask, bias); bias None: 0.  `where(c, 0, -inf)` is the mask c.
 
-    So is `where(c, 0, finfo.min)` if each of the `rows` certainly sees a key; any other finite fill stays a bias.
+    So is `where(c, 0, finfo.min)` if each of the `rows`, as from `rows_with_keys`, certainly sees a key; any other
+    finite fill stays a bias.
     """
     return best_split(lambda fills: split_sum(expr, fills), rows)
 
 
-def best_split(split: Callable[[tuple[float, ...]], tuple[Expr, Any]], rows: Any) -> tuple[Expr, Any]:
-    """`split` with the finite fills as masks, if every row then still sees a key; else with -inf alone."""
+def best_split(split: Callable[[tuple[float, ...]], tuple[Expr, T]], rows: Size | None) -> tuple[Expr, T]:
+    """`split`(fills that mask): with the finite fills, if every row then still sees a key; else with -inf alone."""
     found = split((-math.inf, *LEAST))
     return found if rows is not None and sees_a_key(found[0], rows) else split((-math.inf,))
 
 
-def sees_a_key(mask: Expr, rows: Any) -> bool:
-    """Whether every row certainly sees its key or the first key.  `rows`: as from `rows_with_keys`."""
+def sees_a_key(mask: Expr, rows: Size) -> bool:
+    """Whether every row certainly sees the key of its position, or the first key.  `rows`: their number."""
     certain = without_data(simplify(mask), False)
     last = float(rows - 1) if isinstance(rows, int) else math.inf
     for key in (Q, ZERO):
@@ -52,13 +55,13 @@ def sees_a_key(mask: Expr, rows: Any) -> bool:
     return False
 
 
-def rows_with_keys(queries: Any, keys: Any) -> Any:
-    """The number of queries, if each has the key of the same position; else None."""
+def rows_with_keys(queries: Size, keys: Size) -> Size | None:
+    """The number of queries, if there is a key at the position of each; else None."""
     return queries if keys is queries or bool(queries == keys) or (type(queries) is int and queries < keys) else None
 
 
 def split_sum(expr: Expr, fills: tuple[float, ...]) -> Split:
-    """`split_bias` where each of `fills` masks a pair."""
+    """`split_bias` where each number of `fills` masks a pair."""
     if not isinstance(expr, Call) or expr.op not in ("where", "add"):
         return TRUE, expr
     if expr.op == "where":
@@ -73,7 +76,7 @@ def split_sum(expr: Expr, fills: tuple[float, ...]) -> Split:
     return call("and", left, right), call("add", *rest) if len(rest) == 2 else rest[0] if rest else None
 
 
-def _number(expr: Expr) -> Any:
+def _number(expr: Expr) -> float | None:
     """The value of `expr` if it is a constant, maybe cast; else None."""
     inner = expr.args[0] if isinstance(expr, Call) and expr.op == "cast" else expr
     return inner.value if isinstance(inner, Const) else None
@@ -89,7 +92,7 @@ def scored(expr: Expr) -> bool:
     return any(map(scored, expr.indices)) if isinstance(expr, Load) else expr == SCORE
 
 
-def separated(expr: Expr, exact: bool, rows: Any = None) -> tuple[Expr, Expr | None, Expr | None]:
+def separated(expr: Expr, exact: bool, rows: Size | None = None) -> tuple[Expr, Expr | None, Expr | None]:
     """A score function as (mask, bias, any other function); without a bias where adding it would not be `exact`.
 
     `rows`: as in `split_bias`.

@@ -368,6 +368,7 @@ def own(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) -> Tensor:
         return x
     if spec.part is not None:  # taken when it is used
         return x.new_zeros(0)
+    assert isinstance(spec.outer, int) and isinstance(spec.tokens, int)
     split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
     ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
     mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
