@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 from tests.support.zoo import ZOO
 from tests.support.zoo_parity import LENGTH, Report, local_share, zoo_parity
 

@@ -29,8 +29,9 @@ from benchmarks.paired import RESULTS, Case
 from examples import simulate
 from ringpass import RingConfig, patterns
 from ringpass.schedule.dilation import AUTO, PRESETS
-from tests.support.torchrun import ROOT, torchrun
-from tests.test_layers import LAYERS
+from tests.support.package_layers import LAYERS
+from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"

@@ -1,6 +1,7 @@
-"""Imports run downwards: each room of the package imports only rooms below it, and no two modules import each other.
+"""Imports run downwards: each package imports only packages of lower layers, and no two modules import each other.
 
-`LAYERS` is the picture of docs/architecture.md as data, the ground first.  Rooms of one line may not import each other.
+`LAYERS` (tests/support/package_layers.py) is the table of docs/architecture.md as data.  Packages of one layer may not
+import each other.
 """
 
 from __future__ import annotations
@@ -11,22 +12,9 @@ from pathlib import Path
 
 import networkx as nx
 
-from tests.support.torchrun import ROOT
+from tests.support.package_layers import LAYERS
+from tests.support.repository import ROOT
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "nodes", "precision"),
-    ("masks", "kernels"),
-    ("layouts", "patterns"),
-    ("schedule", "comm"),
-    ("config", "ops", "reference"),
-    ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
-    ("passes.op_rules",),
-    ("passes.plan",),
-    ("passes.partition", "passes.dump", "shards"),
-    ("passes.lower", "passes.verify"),
-    ("passes.pipeline", "compiled"),
-    ("backend",),
-)
 FLOOR = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 
 

@@ -22,8 +22,8 @@ from ringpass.nodes import op_name
 from ringpass.ops import boundary
 from ringpass.passes.partition import writer as partition
 from ringpass.passes.partition.placement import PlacementPlan
-from tests.support.parity import parity, worst
-from tests.support.workers import Workers
+from tests.support.model_parity import parity, worst
+from tests.support.process_ranks import Workers
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import OptionError, RingConfig, UnsupportedError
-from tests.support.parity import compiled
-from tests.support.torchrun import ROOT, torchrun
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled
+from tests.support.process_ranks import Workers
+from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 FOUND = re.compile(
     r"2 x 2 ranks, (\S+): 10 steps from (\S+) to (\S+), largest difference of the loss to one device (\S+)"

@@ -17,10 +17,10 @@ from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.precision import accumulator
-from tests.passes.test_lower import calls
-from tests.support.dense_ring import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.attention_parity import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.generated_code import ring_calls
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.stages import fake_ring
+from tests.support.pipeline_stages import fake_ring
 
 pytestmark = pytest.mark.gpu
 
@@ -182,8 +182,8 @@ def test_generated_code_is_triton_and_keeps_the_order() -> None:
             _, (forward, backward) = run_and_get_code(step)
     assert "@triton.jit" in forward and "@triton.jit" in backward
     one = ["exchange", "attention_tile", "wait", "exchange", "attention_tile", "wait", "attention_tile"]
-    assert calls(forward) == one * 2
-    order = calls(backward)
+    assert ring_calls(forward) == one * 2
+    order = ring_calls(backward)
     assert order.count("attention_tile_backward") == 6 and order.count("exchange") == order.count("wait") == 8
     for site in (order[: len(order) // 2], order[len(order) // 2 :]):
         assert site[:3] == ["exchange", "attention_tile_backward", "wait"]

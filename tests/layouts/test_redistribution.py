@@ -20,7 +20,7 @@ from ringpass.layouts import redistribution
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, spread
 from tests.support import thread_ranks
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 F64: Any = {"dtype": torch.float64}
 

@@ -27,8 +27,9 @@ from ringpass.patterns import Pattern, causal, everything, grid_window, window
 from ringpass.schedule.block_selection import open_blocks
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem, tiling
-from tests.support.parity import Errors, compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import Errors, compiled, relative
+from tests.support.process_ranks import Workers
 
 GRID, WIDTH, HEADS = (5, 6), 16, 2
 CELLS = math.prod(GRID)

@@ -22,10 +22,11 @@ from ringpass.comm.collectives import Shard
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.redistribution import held_by
-from tests.comm.test_bad_input import failure
-from tests.passes.test_returned_parts import Cached
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.errors import error_message
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.models import AttentionWithCache
+from tests.support.process_ranks import Workers
 
 LENGTH = 23
 
@@ -170,7 +171,7 @@ def test_dtensors_are_one_device(
 
 def parts(group: dist.ProcessGroup, part: slice) -> list[float]:
     """Errors of an output that is a slice of the sequence, and of gradients through it, as shares and as a DTensor."""
-    model, x, errors = Cached(part).double(), torch.randn(2, LENGTH, 8, dtype=torch.float64), []
+    model, x, errors = AttentionWithCache(part).double(), torch.randn(2, LENGTH, 8, dtype=torch.float64), []
     keys = model(x)[1]
     want = gradients(model, keys.pow(3).sum())
     for outputs in ("local", "dtensor"):
@@ -321,15 +322,15 @@ def refused(group: dist.ProcessGroup) -> list[str]:
     rank, x = group.rank(), batch()[0]
     whole, mine = compiled(Scores(), group), x[:, own("contiguous", group)]
     said = [
-        failure(MismatchError, lambda: ringpass.sharded(x[:, : 5 + rank], group=group)),
-        failure(MismatchError, lambda: ringpass.sharded(x[:, own("chunked", group, 22)], group=group)),
-        failure(MismatchError, lambda: ringpass.sharded(mine.float() if rank else mine, group=group)),
-        failure(InputError, lambda: ringpass.sharded(mine, layout="zigzak", group=group)),
-        failure(InputError, lambda: ringpass.tokens_of(mine + 1)),
-        failure(MismatchError, lambda: ringpass.sharded(mine, group=group) if rank else whole(x)),
+        error_message(MismatchError, lambda: ringpass.sharded(x[:, : 5 + rank], group=group)),
+        error_message(MismatchError, lambda: ringpass.sharded(x[:, own("chunked", group, 22)], group=group)),
+        error_message(MismatchError, lambda: ringpass.sharded(mine.float() if rank else mine, group=group)),
+        error_message(InputError, lambda: ringpass.sharded(mine, layout="zigzak", group=group)),
+        error_message(InputError, lambda: ringpass.tokens_of(mine + 1)),
+        error_message(MismatchError, lambda: ringpass.sharded(mine, group=group) if rank else whole(x)),
     ]
     shared = ringpass.sharded(mine, group=group)
-    return [*said, failure(MismatchError, lambda: whole(x if rank else shared))]
+    return [*said, error_message(MismatchError, lambda: whole(x if rank else shared))]
 
 
 def test_shares_that_do_not_fit_are_refused_on_every_rank(workers: Workers) -> None:

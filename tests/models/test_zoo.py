@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo import ZOO
 from tests.support.zoo_parity import local_share, zoo_parity
 

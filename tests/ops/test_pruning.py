@@ -23,8 +23,9 @@ from ringpass.schedule.block_selection import TopBlocks, block_sums, choose, mea
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem, tiling
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.process_ranks import Workers
 
 S = 45
 BLOCK = 8

@@ -13,7 +13,7 @@ from ringpass.ops import ring
 from ringpass.reference import multiplicity
 from ringpass.schedule.dilation import Dilation
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread, site, tensors
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread, site, tensors
 
 S, TILE, EXACT = 37, 8, 1e-11
 SINKS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {  # shape of the leaf, its column of scores

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ringpass.passes.capture.capture import Captured, CaptureError, SelectiveCheckpointError
 from ringpass.passes.capture.functionalize import MutationError, functional_twin
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 aten = torch.ops.aten
 

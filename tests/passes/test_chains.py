@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.test_op_rules import B, Case, D, check
-from tests.support.workers import slow
+from tests.support.marks import slow
+from tests.support.sharded_ops import B, Case, D, check_on_shards
 
 TOKENS, LEAST, MOST = 41, 30, 60
 Step = Callable[[list[Tensor], Tensor, Tensor], Tensor]  # values so far, convolution's weight, tokens to put around
@@ -73,4 +73,4 @@ SEEDS = [(1, 3, "zigzag"), (2, 5, "contiguous"), (5, 2, "striped"), (11, 4, "zig
     [*SEEDS, *(slow(seed, 1 + seed % 5, ("zigzag", "contiguous", "striped")[seed % 3]) for seed in range(100, 400))],
 )
 def test_chain(seed: int, world: int, layout: str) -> None:
-    check(chain(seed), layout, world, TOKENS)
+    check_on_shards(chain(seed), layout, world, TOKENS)

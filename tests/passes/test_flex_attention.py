@@ -23,9 +23,10 @@ from ringpass.masks.expr import parse
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.flex import block_table
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.parity import compiled, relative
-from tests.support.stages import captured_graph
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.pipeline_stages import captured_graph
+from tests.support.process_ranks import Workers
 
 B, H, S, D = 2, 4, 23, 4
 INFINITY = float("inf")

@@ -8,34 +8,17 @@ may then gather.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.layouts.layout import Layout
-from ringpass.nodes import op_name
-from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules import pointwise, routing
 from ringpass.passes.op_rules import table as rules
-from ringpass.passes.op_rules.spec import Rank
-from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
-from ringpass.passes.partition.placement import place
-from ringpass.passes.partition.writer import partition
-from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import propagate
-from ringpass.passes.verify import verify
-from tests.support import thread_ranks
-from tests.support.stages import captured_graph
+from tests.support.sharded_ops import B, Case, D, H, S, check_on_shards, rank_programs
 
-B, TOKENS, H, D = 2, 11, 3, 4
-S = TOKENS
 aten = torch.ops.aten
 
 
@@ -46,19 +29,6 @@ def ids(n: int = 7) -> Tensor:
 
 def seen() -> Tensor:
     return (ids(3) > 0)[..., None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op's name, what calls it, the shapes of its operands, whether it gathers."""
-
-    op: str
-    call: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...] = ((B, S, D),)
-    gathers: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.op} {'x'.join(map(str, self.shapes[0]))}"
 
 
 def routed(x: Tensor, w: Tensor, leak: Callable[..., Any] | None = None) -> Any:
@@ -318,98 +288,11 @@ RUNS = [  # runs of tokens: nothing moves
 CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
 
 
-def inputs(case: Case) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
-    return [x.requires_grad_() for x in made]
-
-
-def outputs_of(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [x for x in value if x.is_floating_point()]
-
-
-def after_a_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *xs: tuple(outputs_of(case.call(*(x * 1.5 for x in xs))))
-
-
-def captured_of(case: Case) -> Captured:
-    """The case's graph, without Dynamo, for speed."""
-    given = inputs(case)
-    return captured_graph(make_fx(after_a_product(case), pre_dispatch=True)(*given), given)
-
-
-def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Partitioned]:
-    """Each rank's program, as if an attention had the sequence of the first operand that has one."""
-    captured = captured_of(case)
-    assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
-    sweep = propagate(captured.gm, rules.rule_for)
-    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
-    axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
-    axes = [
-        replace(a, layout=a.layout.with_scheme(layout))
-        for a in aligned_axes({axis.factor: axis}, sweep, world).values()
-    ]
-    plan = RingPlan(world, tuple(axes), (), "ring")
-    placement = place(captured, plan, sweep, {})
-    verify("place", placement)
-    made = [
-        partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
-        for rank in range(world)
-    ]
-    for program in made:
-        verify("partition", program)
-    return made
-
-
-def own(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) -> Tensor:
-    """The part of a whole output that a rank holds."""
-    if spec is None:
-        return x
-    if spec.part is not None:  # taken when it is used
-        return x.new_zeros(0)
-    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
-    ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
-    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
-    return mine.flatten(spec.dim, spec.dim + 2)
-
-
-def assert_close(got: Tensor, want: Tensor, whole: Tensor) -> None:
-    """To 1e-12 of the largest element of the whole tensor, or of 1."""
-    most = float(whole.detach().abs().max()) if whole.numel() else 0.0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(most, 1.0))
-
-
-def check(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
-    """That each rank has its part of the outputs and whole gradients; why values were gathered, but for outputs."""
-    given = inputs(case)
-    want = after_a_product(case)(*given)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
-    want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
-    made = programs(case, layout, world, tokens)
-
-    def job(rank: int, group: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        xs, local = inputs(case), made[rank]
-        got = local.gm(*xs)[: len(want)]
-        weights = [own(c, spec, rank, world) for c, spec in zip(cotangents, local.outputs, strict=True)]
-        return list(got), torch.autograd.grad(got, xs, weights, allow_unused=True)
-
-    for rank, (got, grads) in enumerate(thread_ranks.run(world, job)):
-        for y, whole, spec in zip(got, want, made[rank].outputs, strict=True):
-            assert_close(y, own(whole, spec, rank, world), whole)
-        for g, whole in zip(grads, want_grads, strict=True):
-            assert (g is None) == (whole is None)
-            if g is not None:
-                assert_close(g, whole, whole)
-    return [g.reason for g in made[0].gathers if g.reason != "output"]
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
 @pytest.mark.parametrize("layout", ("zigzag",))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 3) -> None:
-    reasons = check(case, layout, world)
+    reasons = check_on_shards(case, layout, world)
     assert bool(reasons) == case.gathers, reasons
     assert not reasons or any(case.op in reason for reason in reasons)
 
@@ -434,8 +317,8 @@ def test_every_rule_has_a_case() -> None:
 def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
     """As few tokens that a head reads they would be whole on every rank, and so would all that follows."""
     case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
-    assert check(case, "zigzag", 3, 40) == []
-    assert not [n for n in programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
+    assert check_on_shards(case, "zigzag", 3, 40) == []
+    assert not [n for n in rank_programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
 
 
 def test_tokens_that_go_to_every_rank_are_reported() -> None:
@@ -445,4 +328,4 @@ def test_tokens_that_go_to_every_rank_are_reported() -> None:
         y = x @ w
         return torch.cat([y[:, :13] * 2, y[:, 13:26].sin(), y[:, 26:]], 1) @ w
 
-    assert check(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)
+    assert check_on_shards(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ringpass import ops
 from ringpass.layouts.layout import Layout
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
 from tests.support.models import Block
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo_parity import step
 
 ROWS, TOKENS, WIDTH = 2, 23, 32

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringpass.layouts.layout import Layout, few
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
 from tests.support.models import HEADS, VOCAB, WIDTH, Block
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo_parity import step
 
 ROWS, TOKENS = 2, 23

@@ -17,7 +17,7 @@ from ringpass.masks.expr import parse
 from ringpass.ops.primitives import indices
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 B, H, S, D = 2, 4, 7, 8
 Attend = Callable[..., Tensor]

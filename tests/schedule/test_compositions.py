@@ -24,11 +24,11 @@ from ringpass.masks.simplify import simplify
 from ringpass.ops import ring
 from ringpass.patterns import Pattern
 from ringpass.schedule.site import Site
-from tests.masks.test_patterns import Attention, step
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread
+from tests.support.model_parity import compiled, relative
+from tests.support.pattern_models import SelfAttention, out_and_grad
+from tests.support.process_ranks import Workers
 
 BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
 FEW, ALL = 100, 1100  # cases of the default run, and with -m slow
@@ -302,9 +302,9 @@ def through_the_backend(group: dist.ProcessGroup, seeds: range) -> list[tuple[fl
         tokens = random.randint(9, 40)
         pattern, allowed = composition(Where.of(random, tokens, 2), random.randint(0, 3))
         layout, tile = random.choice(("auto", "contiguous", "zigzag", "striped")), random.choice((4, 8, None))
-        model, x = Attention(causal=False).double(), torch.randn(BATCH, tokens, 8, dtype=torch.float64)
+        model, x = SelfAttention(causal=False).double(), torch.randn(BATCH, tokens, 8, dtype=torch.float64)
         run = compiled(model, group, mask=pattern, layout=layout, tile=tile)
-        pairs = zip(step(run(x), model), step(model(x, allowed), model), strict=True)
+        pairs = zip(out_and_grad(run(x), model), out_and_grad(model(x, allowed), model), strict=True)
         worst = max(relative(got, want) if want.any() else float(got.abs().max()) for got, want in pairs)
         errors.append((worst, f"{pattern} on {tokens} tokens, {layout}, tile {tile}"))
     return errors

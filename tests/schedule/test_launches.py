@@ -27,7 +27,7 @@ from ringpass.schedule.proof import prove
 from ringpass.schedule.site import Site
 from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile, tiling
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread
 
 TOKENS, HEADS, WIDTH, SEED = 43, 2, 4, torch.tensor(5)
 COLUMNS = "k < 4 | k >= 12 & k < 16 | k >= 30 & k < 33"

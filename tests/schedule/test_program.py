@@ -18,7 +18,7 @@ from ringpass.schedule import proof as verify
 from ringpass.schedule.program import Program, Step, Transfer, program
 from ringpass.schedule.proof import check, lower_bound, prove, prove_from
 from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile
-from tests.support.workers import slow
+from tests.support.marks import slow
 
 CAUSAL = "k <= q"
 WINDOW = "k <= q & q - k < 5"

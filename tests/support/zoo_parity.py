@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from ringpass import backend
 from ringpass.nodes import bound_of
 from ringpass.passes.partition.partitioned import Gather, Partitioned
-from tests.support.parity import after_backward, compiled, relative
+from tests.support.model_parity import after_backward, compiled, relative
 from tests.support.zoo import ZOO, wide
 
 LENGTH = 23  # prime, odd: nothing divides it

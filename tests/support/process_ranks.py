@@ -27,7 +27,6 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -38,11 +37,6 @@ Status = Literal["ok", "error"]
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 GRACE = 10.0  # seconds that the other ranks get to report, once one has failed
 CHILD_ENV = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def slow(*case: Any) -> Any:
-    """A case of a parametrised test that only `-m slow` runs."""
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 class RankError(RuntimeError):
