@@ -55,7 +55,7 @@ def test_overlap_and_its_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[
         for case in cases
         for lane in ("tile", "transfer", "wait")
     ]
-    # backward: the keys and values come, then the gradients of the own ones; the own tile is cut in two
+    # backward: the keys and values come, then the gradients of the local ones; the local tile is split in two
     assert counts == [2, 1, 1, 3, 2, 2]
     trace = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
     assert sum(entry["ph"] == "X" for entry in trace) == sum(len(case["events"]) for case in cases)

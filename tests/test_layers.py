@@ -7,6 +7,7 @@ import each other.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import networkx as nx
 from tests.support.package_layers import LAYERS
 from tests.support.repository import ROOT
 
-FLOOR = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 
 
 def modules() -> dict[str, Path]:
@@ -40,8 +41,8 @@ def imports(path: Path, names: set[str]) -> Iterator[str]:
                     yield inner if inner in names else base
 
 
-def room(module: str) -> str:
-    """The room that a module is in."""
+def package_of(module: str) -> str:
+    """The package that a module is in, a stage's package for the stages in `passes`."""
     parts = module.split(".")
     return ".".join(parts[: 2 if parts[0] == "passes" else 1])
 
@@ -54,12 +55,13 @@ def graph() -> nx.DiGraph[str]:
     return out
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {room(module) for module in modules()} == set(FLOOR)
+def test_every_module_is_in_a_layer() -> None:
+    assert {package_of(module) for module in modules()} == set(LAYER_OF)
 
 
 def test_imports_run_downwards() -> None:
-    wrong = [f"{a} imports {b}" for a, b in graph().edges if room(a) != room(b) and FLOOR[room(a)] <= FLOOR[room(b)]]
+    across = [(a, b) for a, b in graph().edges if package_of(a) != package_of(b)]
+    wrong = [f"{a} imports {b}" for a, b in across if LAYER_OF[package_of(a)] <= LAYER_OF[package_of(b)]]
     assert not wrong, "\n".join(wrong)
 
 
@@ -70,3 +72,9 @@ def test_no_two_modules_import_each_other() -> None:
 def test_files_are_short() -> None:
     long = {str(path): n for path in modules().values() if (n := len(path.read_text().splitlines())) > 500}
     assert not long
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What they share is in tests/support."""
+    shared = re.compile(r"^\s*(from|import) tests\.(\w+\.)*test_", re.MULTILINE)
+    assert not [str(path) for path in (ROOT / "tests").rglob("*.py") if shared.search(path.read_text())]

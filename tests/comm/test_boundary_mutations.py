@@ -1,7 +1,7 @@
 """Four plausible mistakes in the boundary operators, each of which the parity tests must catch.
 
-Each mutation replaces one rule of the invariant (a replicated value has the whole, equal cotangent on every rank; a
-sharded value has that of its own tokens) by what one might write instead.
+Each mutation replaces one rule of the invariant (a replicated value has the full, equal cotangent on every rank; a
+sharded value has that of its local tokens) by what one might write instead.
 """
 
 from __future__ import annotations

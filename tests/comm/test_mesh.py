@@ -139,7 +139,7 @@ class Through(torch.autograd.Function):
         return 2 * grad
 
 
-def test_hooks_on_lazy_outputs_see_the_whole_cotangent(workers: Workers) -> None:
+def test_hooks_on_lazy_outputs_see_the_full_cotangent(workers: Workers) -> None:
     ones = torch.ones(1, 2, 6, 4)
     for seen in workers.run(hooked, 2):
         assert seen == (ones.tolist(), (2 * ones).tolist())

@@ -123,14 +123,14 @@ def test_a_mirrored_tile_makes_no_mask_of_its_size(length: int, rows: int, monke
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-def cut(args: TileArgs, q: slice, k: slice) -> TileArgs:
+def of_tile(args: TileArgs, q: slice, k: slice) -> TileArgs:
     def part(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(*x.shape[:2], 8, 12)[:, :, q, k]
 
     return replace(args, mask=part(args.mask), bias=part(args.bias), keep=part(args.keep))
 
 
-WHOLE: dict[str, TileArgs] = {
+UNTILED: dict[str, TileArgs] = {
     "plain": TileArgs(SCALE),
     "mask and bias": TileArgs(SCALE, mask=empty_row(2, 1, 8, 12), bias=noise(1, 4, 8, 12)),
     "key mask": TileArgs(SCALE, mask=torch.arange(12).view(1, 1, 1, 12) < torch.tensor([4, 12]).view(2, 1, 1, 1)),
@@ -138,23 +138,23 @@ WHOLE: dict[str, TileArgs] = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_tiles_merge_to_the_whole(name: str, kernel: str) -> None:
-    args = WHOLE[name]
+@pytest.mark.parametrize("name", UNTILED)
+def test_merged_tiles_equal_one_tile(name: str, kernel: str) -> None:
+    args = UNTILED[name]
     q, k, v = random_qkv(heads=(4, 2), lengths=(8, 12))
     grad = noise(2, 4, 8, 8, seed=3)
     (want_out, want_lse), want = oracle_step(q, k, v, args, grad)
     spans = [slice(0, 4), slice(4, 5), slice(5, 12)]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
     for span in spans:
-        out, lse = merge_by_lse(out, lse, *forward(q, k[:, :, span], v[:, :, span], cut(args, slice(0, 8), span)))
+        out, lse = merge_by_lse(out, lse, *forward(q, k[:, :, span], v[:, :, span], of_tile(args, slice(0, 8), span)))
     torch.testing.assert_close((out, lse), (want_out, want_lse))
 
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in (slice(0, 3), slice(3, 8)):
         for span in spans:
             inputs = grad[:, :, rows], q[:, :, rows], k[:, :, span], v[:, :, span], out[:, :, rows]
-            part = backward(*inputs, rows_without_keys(lse)[:, :, rows], cut(args, rows, span))
+            part = backward(*inputs, rows_without_keys(lse)[:, :, rows], of_tile(args, rows, span))
             dq[:, :, rows] += part[0]
             dk[:, :, span] += part[1]
             dv[:, :, span] += part[2]
@@ -226,13 +226,13 @@ def test_bf16_tiles_merged_in_float32_are_no_less_exact_than_one_tile() -> None:
     low = [x.to(torch.bfloat16) for x in random_qkv(lengths=(64, 256), widths=(32, 32))]
     q, k, v = low
     want, _ = oracle(q.double(), k.double(), v.double(), TileArgs(SCALE))
-    whole, _ = forward(q, k, v, TileArgs(SCALE))
+    one_tile, _ = forward(q, k, v, TileArgs(SCALE))
     spans = [slice(start, start + 64) for start in range(0, 256, 64)]
     parts = [forward(q, k[:, :, span], v[:, :, span], TileArgs(SCALE)) for span in spans]
     out, lse = parts[0][0].float(), parts[0][1]
     for more, more_lse in parts[1:]:
         out, lse = merge_by_lse(out, lse, more.float(), more_lse)
-    (one,), (merged,) = errors([whole], [want]), errors([out.bfloat16()], [want])
+    (one,), (merged,) = errors([one_tile], [want]), errors([out.bfloat16()], [want])
     assert merged <= 1.5 * one
 
 

@@ -96,13 +96,13 @@ def through_the_backend(group: dist.ProcessGroup, seeds: range) -> list[tuple[fl
         heads, groups = (x.shape[1] for x in c.inputs[:2])
         mask = None if c.mask in ("True", "k <= q") else c.allowed
         model = Model(1, heads=heads, groups=groups, causal=c.mask == "k <= q")
-        x, how = tokens_of(c.tokens), _spelled(c, random)
+        x, how = tokens_of(c.tokens), _as_options(c, random)
         run = compiled(model, group, layout=random.choice(("auto", "zigzag")), tile=random.choice((8, None)), **how)
         errors.append((error(model, run(x, mask), model(x, mask, [meant(c.dilation)])), str(c)))
     return errors
 
 
-def _spelled(c: Case, random: Random) -> dict[str, Any]:
+def _as_options(c: Case, random: Random) -> dict[str, Any]:
     """The options that mean the dilation of the case."""
     lists = {"segment_lengths": list(c.dilation.segment_lengths), "dilation_rates": list(c.dilation.dilation_rates)}
     return random.choice(({"dilation": c.dilation}, {**lists, "head_offset": c.dilation.head_offset}))

@@ -1,4 +1,4 @@
-"""Fused ops written out: equal to the op, in one layer after the other and in products."""
+"""Fused ops, decomposed: equal to the op, in one layer after the other and in products."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_generated_code_keeps_the_order() -> None:
     order = ring_calls(backward)
     assert order.count("attention_tile_backward") == 10 and order.count("exchange") == order.count("wait") == 8
     for site in (order[: len(order) // 2], order[len(order) // 2 :]):
-        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the own tiles
+        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the local tiles
         assert site[-3:] == ["attention_tile_backward", "attention_tile_backward", "wait"]  # the rest of them
 
 

@@ -1,8 +1,7 @@
 """Each rule by itself: the op on shards of its operands gives shards of the op, in forward and backward.
 
-A case is a function of tensors, whose op of that name is partitioned over simulated ranks along the dim of its first
-tensor that has TOKENS elements.  Before it stands a product, so that its operand is local; `moved` says whether the op
-may then gather.
+A case calls an op of the named kind, which is partitioned over simulated ranks along the dim of S elements of its first
+operand that has one.  The operands are products, so that they are sharded; `gathers` says whether the op may gather.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def routed(x: Tensor, w: Tensor, leak: Callable[..., Any] | None = None) -> Any:
 HEADS = (B, H, S, D)
 FIRST = (S, B, D)  # sequence first
 FLAT = (B * S, D)
-LOCAL = [  # op on shards = shards of op
+SHARDED = [  # op on shards = shards of op
     Case("linear.default", F.linear, ((B, S, D), (5, D), (5,))),
     Case("linear.default", F.linear, (FIRST, (5, D))),
     Case("mm.default", torch.mm, ((S, D), (D, 5))),
@@ -127,7 +126,7 @@ LOCAL = [  # op on shards = shards of op
     Case("view_as_real.default", lambda x, y: torch.view_as_real(
         torch.view_as_complex(x.view(B, S, 2, 2)) * torch.polar(y.abs(), y)[:, None]).flatten(2),
          ((B, S, D), (B, 2))),
-    # what torch writes as others
+    # ops that torch decomposes into others
     Case("transpose.int", lambda x: x.swapaxes(0, 1)),
     Case("permute.default", lambda x: x.movedim(1, 0)),
     Case("mul.Tensor", lambda x: torch.multiply(torch.subtract(x, 1), torch.divide(x, 3))),
@@ -176,7 +175,7 @@ LOCAL = [  # op on shards = shards of op
       for name, f in (("mse_loss", F.mse_loss), ("l1_loss", F.l1_loss), ("huber_loss", F.huber_loss))),
     Case("cross_entropy_loss.default", lambda x: F.cross_entropy(x.view(-1, D), ids(D).view(-1), reduction="none")),
 ]  # fmt: skip
-SUMMED = [  # parts of a sum, added over ranks
+REDUCED = [  # partial sums, added up over ranks
     Case("sum.dim_IntList", lambda x: x.sum(1)),
     Case("sum.dim_IntList", lambda x: x.sum(0), (FIRST,)),
     Case("sum.default", lambda x: x.sum()),
@@ -198,7 +197,7 @@ SUMMED = [  # parts of a sum, added over ranks
     Case("binary_cross_entropy_with_logits.default",
          lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid(), reduction="sum")),
 ]  # fmt: skip
-TAKEN = [  # a few tokens, and no more, move
+SELECTED = [  # only the selected tokens move
     Case("select.int", lambda x: x[:, 0]),
     Case("select.int", lambda x: x[:, -1]),
     Case("slice.Tensor", lambda x: x[:, -3:] * 2),
@@ -207,7 +206,7 @@ TAKEN = [  # a few tokens, and no more, move
     Case("index.Tensor", lambda x: x[:, [-1]]),
     Case("index_select.default", lambda x: x.index_select(1, torch.tensor([3, 0]))),
 ]
-WHOLE = [  # gathered, and said so
+GATHERED = [  # gathered, with the reason
     *(Case(name, f, ((B, S, D),), True) for name, f in {
         "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
         "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
@@ -229,7 +228,7 @@ WHOLE = [  # gathered, and said so
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
     Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
 ]  # fmt: skip
-RUNS = [  # runs of tokens: nothing moves
+SLICES = [  # slices of the sequence: nothing moves
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, :-1].reshape(-1, D).sin(), ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[1:-2] * 2, (FIRST, (D, D))),
@@ -263,7 +262,7 @@ RUNS = [  # runs of tokens: nothing moves
     Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, -100:-1] * 2, ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w).narrow(1, 2, S - 2) * 2, ((B, S, D), (D, D))),
-    # two runs of one sequence against each other: what is elsewhere moves
+    # two slices of one sequence against each other: tokens of other ranks move
     Case("sub.Tensor", lambda x, w: (y := F.linear(x, w))[:, 1:] - y[:, :-1], ((B, S, D), (D, D))),
     Case("mul.Tensor", lambda x, w: (y := F.linear(x, w))[:, 2:] * y[:, 1:-1] + y[:, :-2].sin(), ((B, S, D), (D, D))),
     Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1], y[:, :-1]], 1) * y, ((B, S, D), (D, D))),
@@ -285,7 +284,7 @@ RUNS = [  # runs of tokens: nothing moves
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
 ]  # fmt: skip
-CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
+CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *GATHERED]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
@@ -314,8 +313,8 @@ def test_every_rule_has_a_case() -> None:
     ],
     ids=("compared", "put together"),
 )
-def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
-    """As few tokens that a head reads they would be whole on every rank, and so would all that follows."""
+def test_halves_of_a_sequence_are_slices(call: Callable[..., Any]) -> None:
+    """As the few tokens that a head reads, they would be replicated, and so would all that follows."""
     case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
     assert check_on_shards(case, "zigzag", 3, 40) == []
     assert not [n for n in rank_programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]

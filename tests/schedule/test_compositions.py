@@ -215,8 +215,8 @@ def case(seed: int) -> Case:
     x = Where.of(random, tokens, heads)
     pattern, allowed = composition(x, random.randint(0, 3))
     if random.random() < 0.3:  # in a contiguous layout, the first ranks have no key
-        late = random.randint(tokens // 2, tokens - 1)
-        pattern, allowed = Pattern(simplify(call("and", pattern.expr, parse(f"q >= {late}")))), allowed & (x.q >= late)
+        row = random.randint(tokens // 2, tokens - 1)
+        pattern, allowed = Pattern(simplify(call("and", pattern.expr, parse(f"q >= {row}")))), allowed & (x.q >= row)
     mask, exists = pattern.expr, None
     if random.random() < 0.4:
         exists = torch.tensor([[random.random() < 0.7 for _ in range(tokens)] for _ in range(BATCH)])

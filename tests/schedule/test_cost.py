@@ -1,4 +1,4 @@
-"""Layouts: every rank has its share of the work of all layers together, with as few bytes as that allows."""
+"""Layouts: ranks do equal work over all layers together, with as few bytes as that allows."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def site_of(
 
 
 def on_the_ring(c: Case) -> list[list[Tensor]]:
-    """[out, dq, dk, dv, and the rank's share of the bias' gradient] of each rank."""
+    """[out, dq, dk, dv, and the rank's partial gradient of the bias] of each rank."""
     last = len(c.leaves) - 1
     more: dict[str, Any] = {"bias": LEARNED.format(last), "learned": (last,)} if c.learned else {}
 
@@ -96,7 +96,7 @@ def test_the_cases_meet_every_circumstance() -> None:
 
 
 def test_reference_is_the_formula() -> None:
-    """LongNet's sum, written down pair by pair, for one batch row and head."""
+    """LongNet's sum, pair by pair, for one batch row and head."""
     d, tokens, heads = Dilation((4, 9), (1, 3)), 11, 3
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, tokens, WIDTH, generator=g, dtype=torch.float64) for _ in range(3))
@@ -126,10 +126,10 @@ def test_each_rank_receives_what_it_needs(
     d, tokens, world = Dilation(lengths, rates, head_offset), 512, 8
     joined = reference.multiplicity(d, heads, tokens).view(groups, heads // groups, tokens, tokens) > 0
     for rank in range(world):
-        own = torch.zeros(tokens, dtype=torch.bool)
+        local = torch.zeros(tokens, dtype=torch.bool)
         for start, stop in Layout(layout, world).ranges(rank, tokens):
-            own[start:stop] = True
-        need = int((joined[:, :, own].any(2).any(1) & ~own).sum())
+            local[start:stop] = True
+        need = int((joined[:, :, local].any(2).any(1) & ~local).sum())
         got = received(site_of(d, tokens, rank, world, layout), heads, groups)
         assert need <= got <= 1.05 * need, (rank, need, got)
 
@@ -156,7 +156,7 @@ def test_no_exchange_within_a_shard() -> None:
 
 @pytest.mark.parametrize(("mask", "bound"), [("True", 2 * 2048), ("k <= q", 2048 + 512)])
 def test_cost_is_linear_in_the_length(mask: str, bound: int) -> None:
-    """Geometric patterns up to the whole sequence: pairs per token, and received rows per own one, do not grow."""
+    """Geometric patterns up to the whole sequence: pairs per token, and received rows per local one, do not grow."""
     world, heads, rows = 8, 8, []
     for tokens in [2**n for n in range(12, 21, 2)]:
         doubled = range((tokens // 2048).bit_length())
