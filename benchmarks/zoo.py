@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 from tests.support.zoo import ZOO
-from tests.support.zoo_parity import LENGTH, Report, local_share, zoo_parity
+from tests.support.zoo_parity import LENGTH, Report, local_fraction, zoo_parity
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "zoo.md"
 HEAD = """# The zoo
@@ -46,7 +46,7 @@ def row(name: str, attention: str, reports: list[Report]) -> str:
     gathers = f"{len(report.gathers)} ({size:,} bytes): {reasons}" if report.gathers else "none"
     star = "" if ZOO[name].dtype.itemsize == 8 else "\\*"
     sites = str(report.sites) if report.sites else "none: every rank computes all"
-    local = f"{local_share(reports):.1%}" if report.sites else ""
+    local = f"{local_fraction(reports):.1%}" if report.sites else ""
     peak = f"{max(r.peak for r in reports) / 1024:,.0f} of {report.whole_peak / 1024:,.0f}"
     return f"| {name} | {attention} | {report.error:.0e}{star} | {sites} | {gathers} | {local} | {peak} |"
 

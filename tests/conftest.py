@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from ringpass import patterns
 from ringpass.masks.expr import parse
 from ringpass.reference import multiplicity
 from ringpass.schedule.dilation import Dilation
-from tests.masks.test_patterns import dense
+from tests.support.pattern_models import dense_mask
 
 NAMES = (
     "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap", "planning",
@@ -55,7 +55,7 @@ def test_overlap_and_its_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[
         for case in cases
         for lane in ("tile", "transfer", "wait")
     ]
-    # backward: the keys and values come, then the gradients of the own ones; the own tile is cut in two
+    # backward: the keys and values come, then the gradients of the local ones; the local tile is split in two
     assert counts == [2, 1, 1, 3, 2, 2]
     trace = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
     assert sum(entry["ph"] == "X" for entry in trace) == sum(len(case["events"]) for case in cases)
@@ -84,11 +84,11 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = [case for case in masks if "count" in case]
     for case, share in zip(drawn, (0.5, 0.25), strict=True):  # 2 of 4 blocks, and no less than one
         pattern = patterns.random_blocks(256, case["block"], case["count"])
-        assert case["case"]["density"] == share == dense(pattern, 256).double().mean().item()
+        assert case["case"]["density"] == share == dense_mask(pattern, 256).double().mean().item()
     for case, share in zip((case for case in masks if "reach" in case), (0.5, 0.5, 0.1, 0.1), strict=True):
         assert case["case"]["density"] == pytest.approx(share, abs=0.02)
         pattern = patterns.Pattern(parse(density.expression(case["reach"], case["global tokens"])))
-        assert dense(pattern, 256).double().mean().item() == case["case"]["density"]
+        assert dense_mask(pattern, 256).double().mean().item() == case["case"]["density"]
 
 
 def test_dilation_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,9 @@ from benchmarks.paired import RESULTS, Case
 from examples import simulate
 from ringpass import RingConfig, patterns
 from ringpass.schedule.dilation import AUTO, PRESETS
-from tests.support.torchrun import ROOT, torchrun
-from tests.test_layers import LAYERS
+from tests.support.package_layers import LAYERS
+from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
@@ -83,10 +84,10 @@ def test_the_page_on_options_names_every_option() -> None:
 
 
 def test_the_page_on_architecture() -> None:
-    """Its list of layers is the one that is checked, ground first; its picture and the README's exist."""
+    """Its list of layers is the one that is checked, lowest first; its picture and the README's exist."""
     layers = LAYERS
     listed = re.findall(r"^```text\n(.*?)^```", (DOCS / "architecture.md").read_text(), re.DOTALL | re.MULTILINE)[0]
-    assert [set(line.split()) for line in listed.splitlines()] == [set(rooms) for rooms in layers]
+    assert [set(line.split()) for line in listed.splitlines()] == [set(packages) for packages in layers]
 
 
 @pytest.mark.parametrize("picture", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)

@@ -1,33 +1,22 @@
-"""Imports run downwards: each room of the package imports only rooms below it, and no two modules import each other.
+"""Imports run downwards: each package imports only packages of lower layers, and no two modules import each other.
 
-`LAYERS` is the picture of docs/architecture.md as data, the ground first.  Rooms of one line may not import each other.
+`LAYERS` (tests/support/package_layers.py) is the table of docs/architecture.md as data.  Packages of one layer may not
+import each other.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
 
-from tests.support.torchrun import ROOT
+from tests.support.package_layers import LAYERS
+from tests.support.repository import ROOT
 
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "nodes", "precision"),
-    ("masks", "kernels"),
-    ("layouts", "patterns"),
-    ("schedule", "comm"),
-    ("config", "ops", "reference"),
-    ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
-    ("passes.op_rules",),
-    ("passes.plan",),
-    ("passes.partition", "passes.dump", "shards"),
-    ("passes.lower", "passes.verify"),
-    ("passes.pipeline", "compiled"),
-    ("backend",),
-)
-FLOOR = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 
 
 def modules() -> dict[str, Path]:
@@ -52,8 +41,8 @@ def imports(path: Path, names: set[str]) -> Iterator[str]:
                     yield inner if inner in names else base
 
 
-def room(module: str) -> str:
-    """The room that a module is in."""
+def package_of(module: str) -> str:
+    """The package that a module is in, a stage's package for the stages in `passes`."""
     parts = module.split(".")
     return ".".join(parts[: 2 if parts[0] == "passes" else 1])
 
@@ -66,12 +55,13 @@ def graph() -> nx.DiGraph[str]:
     return out
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {room(module) for module in modules()} == set(FLOOR)
+def test_every_module_is_in_a_layer() -> None:
+    assert {package_of(module) for module in modules()} == set(LAYER_OF)
 
 
 def test_imports_run_downwards() -> None:
-    wrong = [f"{a} imports {b}" for a, b in graph().edges if room(a) != room(b) and FLOOR[room(a)] <= FLOOR[room(b)]]
+    across = [(a, b) for a, b in graph().edges if package_of(a) != package_of(b)]
+    wrong = [f"{a} imports {b}" for a, b in across if LAYER_OF[package_of(a)] <= LAYER_OF[package_of(b)]]
     assert not wrong, "\n".join(wrong)
 
 
@@ -82,3 +72,9 @@ def test_no_two_modules_import_each_other() -> None:
 def test_files_are_short() -> None:
     long = {str(path): n for path in modules().values() if (n := len(path.read_text().splitlines())) > 500}
     assert not long
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    """What they share is in tests/support."""
+    shared = re.compile(r"^\s*(from|import) tests\.(\w+\.)*test_", re.MULTILINE)
+    assert not [str(path) for path in (ROOT / "tests").rglob("*.py") if shared.search(path.read_text())]

@@ -19,9 +19,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from ringpass import RingConfig
 from ringpass.comm import p2p
 from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
+from tests.support.errors import error_message
+from tests.support.model_parity import compiled
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.parity import compiled
-from tests.support.workers import Workers, spawn
+from tests.support.process_ranks import Workers, spawn
 
 BOUND = 120.0  # seconds for a whole run of a few processes, start included
 
@@ -31,17 +32,6 @@ def step(group: dist.ProcessGroup, model: nn.Module, batch: dict[str, Tensor], *
     outputs = run(**batch)
     loss_of(outputs).backward()
     return outputs
-
-
-def failure(kind: type[Exception], run: Any) -> str:
-    """The message of the error of `kind` that `run` ends in; what went otherwise, else."""
-    try:
-        run()
-    except kind as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__} instead of {kind.__name__}: {error}"
-    return "no error"
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -85,7 +75,7 @@ def test_mode_without_inductor() -> None:
 
 def other_length(group: dist.ProcessGroup) -> str:
     model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23 + group.rank())
-    return failure(MismatchError, lambda: step(group, model, batch))
+    return error_message(MismatchError, lambda: step(group, model, batch))
 
 
 def other_values(group: dist.ProcessGroup) -> str:
@@ -93,23 +83,23 @@ def other_values(group: dist.ProcessGroup) -> str:
     model = MODELS["nanogpt"].make()
     run = compiled(model, group, timeout=10.0)
     loss_of(run(**batch_for("nanogpt", 23))).backward()
-    return failure(MismatchError, lambda: run(**batch_for("nanogpt", 23, seed=int(group.rank() == 1))))
+    return error_message(MismatchError, lambda: run(**batch_for("nanogpt", 23, seed=int(group.rank() == 1))))
 
 
 def other_weights(group: dist.ProcessGroup) -> str:
     model = MODELS["nanogpt"].make(seed=group.rank())
-    return failure(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
+    return error_message(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
 
 
 def other_model(group: dist.ProcessGroup) -> str:
     name = "llama" if group.rank() == 1 else "gpt2"
-    return failure(MismatchError, lambda: step(group, MODELS[name].make(), batch_for(name, 23)))
+    return error_message(MismatchError, lambda: step(group, MODELS[name].make(), batch_for(name, 23)))
 
 
 def other_options(group: dist.ProcessGroup) -> str:
     layout = "contiguous" if group.rank() == 1 else "zigzag"
     model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
-    return failure(MismatchError, lambda: step(group, model, batch, layout=layout))
+    return error_message(MismatchError, lambda: step(group, model, batch, layout=layout))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +135,7 @@ def dies_in_the_middle(group: dist.ProcessGroup) -> str:
         return start(*args)
 
     with patch.object(p2p, "start", dying):
-        return failure(PeerError, lambda: step(group, model, batch))
+        return error_message(PeerError, lambda: step(group, model, batch))
 
 
 def test_a_peer_dies() -> None:
@@ -164,7 +154,7 @@ def until_it_failed(group: dist.ProcessGroup, call: Callable[[], Any]) -> str:
     if group.rank() == 1:
         store.wait(["failed"])
         return "idle"
-    said = failure(PeerError, call)
+    said = error_message(PeerError, call)
     store.set("failed", "")
     return said
 
@@ -225,7 +215,7 @@ def gathers(group: dist.ProcessGroup, strict: bool, directory: str | None = None
     model, batch = Odd(), batch_for("position_table", 23, labels=False)
     run = compiled(model, group, strict=strict, dump=directory)
     if strict:
-        return failure(BackendCompilerFailed, lambda: run(**batch))
+        return error_message(BackendCompilerFailed, lambda: run(**batch))
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Four plausible mistakes in the boundary operators, each of which the parity tests must catch.
 
-Each mutation replaces one rule of the invariant (a replicated value has the whole, equal cotangent on every rank; a
-sharded value has that of its own tokens) by what one might write instead.
+Each mutation replaces one rule of the invariant (a replicated value has the full, equal cotangent on every rank; a
+sharded value has that of its local tokens) by what one might write instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ringpass.nodes import op_name
 from ringpass.ops import boundary
 from ringpass.passes.partition import writer as partition
 from ringpass.passes.partition.placement import PlacementPlan
-from tests.support.parity import parity, worst
-from tests.support.workers import Workers
+from tests.support.model_parity import parity, worst
+from tests.support.process_ranks import Workers
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ringpass import OptionError, RingConfig, UnsupportedError
-from tests.support.parity import compiled
-from tests.support.torchrun import ROOT, torchrun
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled
+from tests.support.process_ranks import Workers
+from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 FOUND = re.compile(
     r"2 x 2 ranks, (\S+): 10 steps from (\S+) to (\S+), largest difference of the loss to one device (\S+)"
@@ -137,7 +139,7 @@ class Through(torch.autograd.Function):
         return 2 * grad
 
 
-def test_hooks_on_lazy_outputs_see_the_whole_cotangent(workers: Workers) -> None:
+def test_hooks_on_lazy_outputs_see_the_full_cotangent(workers: Workers) -> None:
     ones = torch.ones(1, 2, 6, 4)
     for seen in workers.run(hooked, 2):
         assert seen == (ones.tolist(), (2 * ones).tolist())

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest.mock import patch
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringpass.comm import p2p
-from ringpass.layouts.layout import Layout
-from tests.support.parity import compiled
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled
+from tests.support.process_ranks import Workers
+from tests.support.traffic import received_bytes, remote_keys_needed
 
 BATCH, KEY_HEADS, WIDTH = 2, 2, 4
 
@@ -38,41 +33,13 @@ class Grouped(nn.Module):
         return attend(q, k, v, attn_mask=mask, enable_gqa=True).square().mean()
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes that this rank receives inside: of keys and values, and of their gradients."""
-    totals, start = [0, 0], p2p.start
-
-    def counting(sent: Tensor, dst: Any, numel: int, src: Any, tag: int, name: str) -> p2p.PendingExchange:
-        totals[tag % 2] += numel * sent.element_size()
-        return start(sent, dst, numel, src, tag, name)
-
-    with patch.object(p2p, "start", counting):
-        yield totals
-
-
 def received(group: dist.ProcessGroup, length: int, window: int, layout: str, tile: int) -> tuple[int, int]:
     """Bytes of keys and values, and of their gradients, that this rank receives in a step."""
     model, x = Grouped(window), torch.randn(BATCH, length, 8)
     run = compiled(model, group, layout=layout, tile=tile)
-    with counted() as totals:
+    with received_bytes() as totals:
         run(x).backward()
     return totals[0], totals[1]
-
-
-def needed(ranks: int, length: int, window: int, layout: str) -> list[int]:
-    """Distinct remote keys that some query of each rank sees, from the whole boolean mask."""
-    at = torch.arange(length)
-    seen = at[None, :] <= at[:, None]
-    if window:
-        seen &= at[:, None] - at[None, :] < window
-    counts = []
-    for rank in range(ranks):
-        own = torch.cat([at[a:b] for a, b in Layout(layout, ranks).ranges(rank, length)])
-        remote = torch.ones(length, dtype=torch.bool)
-        remote[own] = False
-        counts.append(int((seen[own].any(0) & remote).sum()))
-    return counts
 
 
 @pytest.mark.parametrize("layout", (slow("contiguous"), "zigzag"))
@@ -80,7 +47,9 @@ def needed(ranks: int, length: int, window: int, layout: str) -> list[int]:
 def test_bytes_received_are_those_needed(workers: Workers, length: int, window: int, tile: int, layout: str) -> None:
     for ranks in (2, 5):
         token = 2 * BATCH * KEY_HEADS * WIDTH * 4  # keys and values, float32
-        bounds = [2 * token * n for n in needed(ranks, length, window, layout)]  # in the forward and in the backward
+        bounds = [
+            2 * token * n for n in remote_keys_needed(ranks, length, window, layout)
+        ]  # in the forward and in the backward
         for (keys, _), bound in zip(workers.run(received, ranks, length, window, layout, tile), bounds, strict=True):
             assert bound <= keys <= 1.05 * bound if window else keys == bound
 

@@ -25,7 +25,7 @@ from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS, backward, choose, forward
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.precision import accumulator
-from tests.kernels.test_tiles import ARGS, rows_without_keys, tensors, truth
+from tests.support.tile_oracle import TILE_CASES, oracle_step, random_qkv, rows_without_keys
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
@@ -254,7 +254,7 @@ class Imitation:
 IMITATED = [
     (kernel, name)
     for kernel in ("flash", "cudnn", "efficient")
-    for name, (args, sizes) in ARGS.items()
+    for name, (args, sizes) in TILE_CASES.items()
     if args.keep is None
     and not args.learned
     and (kernel == "efficient" or (args.mask is None and args.bias is None and "widths" not in sizes))
@@ -265,11 +265,11 @@ IMITATED = [
 def test_wrappers_on_imitations(kernel: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_cuda, "aten", Imitation())
     monkeypatch.setattr(kernels, "choose", lambda *_: kernel)
-    args, sizes = ARGS[name]
+    args, sizes = TILE_CASES[name]
     for widths in ((8, 8), (5, 5), (8, 3)) if kernel == "efficient" else ((8, 8), (5, 5)):
-        q, k, v = tensors(**{**sizes, "widths": widths})
+        q, k, v = random_qkv(**{**sizes, "widths": widths})
         grad = noise(*q.shape[:3], v.shape[3], seed=3)
-        (want_out, want_lse), want = truth(q, k, v, args, grad)
+        (want_out, want_lse), want = oracle_step(q, k, v, args, grad)
         out, lse = forward(q, k, v, args)
         torch.testing.assert_close((out, lse), (want_out, want_lse))
         got = backward(grad, q, k, v, out, rows_without_keys(lse), args)

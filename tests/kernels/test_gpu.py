@@ -17,10 +17,10 @@ from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.precision import accumulator
-from tests.passes.test_lower import calls
-from tests.support.dense_ring import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.attention_parity import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.generated_code import ring_calls
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.stages import fake_ring
+from tests.support.pipeline_stages import fake_ring
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +57,7 @@ def noise(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
 
-def whole_args(kind: str, heads: int, rows: int, keys: tuple[int, int], dtype: torch.dtype) -> TileArgs:
+def args_of_both(kind: str, heads: int, rows: int, keys: tuple[int, int], dtype: torch.dtype) -> TileArgs:
     """What acts on both tiles together, as a mask and a bias; row 3 sees nothing, row 5 nothing in the first tile."""
     width = sum(keys)
     if kind == "full":
@@ -73,14 +73,14 @@ def whole_args(kind: str, heads: int, rows: int, keys: tuple[int, int], dtype: t
     return TileArgs(SCALE, mask=mask, bias=bias)
 
 
-def tile_args(kind: str, whole: TileArgs, first: bool, cut: slice) -> TileArgs:
+def tile_args(kind: str, both: TileArgs, first: bool, span: slice) -> TileArgs:
     """The part of one tile, as the schedule would describe it."""
     if kind == "full" or (kind == "causal" and not first):
         return TileArgs(SCALE)
     if kind == "causal":
         return TileArgs(SCALE, causal=True)
-    mask, bias = (None if x is None else x[..., cut] for x in (whole.mask, whole.bias))
-    return replace(whole, mask=mask, bias=bias)
+    mask, bias = (None if x is None else x[..., span] for x in (both.mask, both.bias))
+    return replace(both, mask=mask, bias=bias)
 
 
 def in_float64(args: TileArgs) -> TileArgs:
@@ -94,23 +94,23 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize(("name", "dtype", "kind", "shape"), CASES)
-def test_two_tiles_are_the_whole(name: str, dtype: torch.dtype, kind: str, shape: str, width: int) -> None:
+def test_two_merged_tiles_equal_one(name: str, dtype: torch.dtype, kind: str, shape: str, width: int) -> None:
     """Forward of both tiles, their merge, and the backward of each from the global out and lse."""
     (heads, groups), rows, keys = SHAPES[shape]
     q = noise(2, heads, rows, width, seed=0, dtype=dtype)
     k, v = (noise(2, groups, sum(keys), width, seed=s, dtype=dtype) for s in (1, 2))
     grad = noise(2, heads, rows, width, seed=3, dtype=dtype)
-    whole = whole_args(kind, heads, rows, keys, dtype)
+    both = args_of_both(kind, heads, rows, keys, dtype)
     exact = [x.double() for x in (q, k, v)]
-    want_out, want_lse = plain(exact[0], exact[1], exact[2], in_float64(whole))
+    want_out, want_lse = plain(exact[0], exact[1], exact[2], in_float64(both))
     dead = want_lse == -torch.inf
     assert dead.any() == (kind in ("mask", "bias"))
     global_lse = want_lse.masked_fill(dead, torch.inf)
-    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(whole))
+    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(both))
 
     forward, backward = KERNELS[name]
     spans = [slice(0, keys[0]), slice(keys[0], sum(keys))]
-    parts = [tile_args(kind, whole, index == 0, span) for index, span in enumerate(spans)]
+    parts = [tile_args(kind, both, index == 0, span) for index, span in enumerate(spans)]
     tiles = [forward(q, k[:, :, s], v[:, :, s], a) for s, a in zip(spans, parts, strict=True)]
     for tile_out, tile_lse in tiles:
         assert tile_lse.shape == q.shape[:3] and tile_lse.dtype == accumulator(dtype) and tile_out.dtype == dtype
@@ -182,8 +182,8 @@ def test_generated_code_is_triton_and_keeps_the_order() -> None:
             _, (forward, backward) = run_and_get_code(step)
     assert "@triton.jit" in forward and "@triton.jit" in backward
     one = ["exchange", "attention_tile", "wait", "exchange", "attention_tile", "wait", "attention_tile"]
-    assert calls(forward) == one * 2
-    order = calls(backward)
+    assert ring_calls(forward) == one * 2
+    order = ring_calls(backward)
     assert order.count("attention_tile_backward") == 6 and order.count("exchange") == order.count("wait") == 8
     for site in (order[: len(order) // 2], order[len(order) // 2 :]):
         assert site[:3] == ["exchange", "attention_tile_backward", "wait"]

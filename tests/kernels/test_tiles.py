@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,19 @@ from ringpass.kernels import table as kernels
 from ringpass.kernels.table import backward, choose, forward
 from ringpass.kernels.tile import TileArgs, additive, merge_by_lse
 from ringpass.precision import accumulator
+from tests.support.tile_oracle import (
+    SCALE,
+    TILE_CASES,
+    empty_row,
+    keep_mask,
+    noise,
+    oracle,
+    oracle_step,
+    random_qkv,
+    rows_without_keys,
+)
 
 CPU = torch.device("cpu")
-SCALE = 0.3
 
 
 def test_docstrings() -> None:
@@ -27,92 +36,6 @@ def test_docstrings() -> None:
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the definition; a row that sees nothing gives 0 and -inf."""
-    ratio = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    scores = q @ k.transpose(-1, -2) * args.scale
-    scores = scores if args.bias is None else scores + args.bias
-    allowed = torch.ones_like(scores, dtype=torch.bool)
-    allowed = allowed.tril() if args.causal else allowed
-    allowed = allowed.triu() if args.mirrored else allowed
-    allowed = allowed if args.mask is None else allowed & args.mask
-    seen = allowed.any(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(~allowed & seen, -torch.inf), -1) * seen
-    lse = torch.logsumexp(scores.masked_fill(~allowed & seen, -torch.inf), -1).masked_fill(~seen[..., 0], -torch.inf)
-    if args.keep is not None:
-        weights = weights * args.keep / (1 - args.dropout)
-    return weights @ v, lse
-
-
-def tensors(
-    heads: tuple[int, int] = (4, 4), lengths: tuple[int, int] = (7, 9), widths: tuple[int, int] = (8, 8), seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(heads[0], lengths[0], widths[0]), (heads[1], lengths[1], widths[0]), (heads[1], lengths[1], widths[1])]
-    q, k, v = (torch.randn(2, *shape, dtype=torch.float64, generator=g) for shape in shapes)
-    return q, k, v
-
-
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def keep_mask(*shape: int, rate: float = 0.6) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(2)) < rate
-
-
-def holes(*shape: int) -> Tensor:
-    """A mask whose row 2 sees nothing."""
-    mask = keep_mask(*shape)
-    mask[..., 2, :] = False
-    return mask
-
-
-ARGS: dict[str, tuple[TileArgs, dict[str, Any]]] = {
-    "plain": (TileArgs(SCALE), {}),
-    "one row": (TileArgs(SCALE), {"lengths": (1, 9)}),
-    "one key": (TileArgs(SCALE), {"lengths": (7, 1)}),
-    "causal": (TileArgs(SCALE, causal=True), {"lengths": (7, 7)}),
-    "grouped heads": (TileArgs(SCALE), {"heads": (6, 2)}),
-    "one key head": (TileArgs(SCALE, causal=True), {"heads": (4, 1), "lengths": (7, 7)}),
-    "mask": (TileArgs(SCALE, mask=keep_mask(2, 4, 7, 9)), {}),
-    "key mask": (TileArgs(SCALE, mask=keep_mask(2, 1, 1, 9)), {}),
-    "query mask": (TileArgs(SCALE, mask=keep_mask(1, 1, 7, 1)), {}),
-    "one bit": (TileArgs(SCALE, mask=torch.ones(1, 1, 1, 1, dtype=torch.bool)), {}),
-    "no bit": (TileArgs(SCALE, mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool)), {}),
-    "bias": (TileArgs(SCALE, bias=noise(1, 4, 7, 9)), {}),
-    "bias of keys": (TileArgs(SCALE, bias=noise(2, 1, 1, 9)), {}),
-    "mask and bias": (TileArgs(SCALE, mask=holes(2, 1, 7, 9), bias=noise(1, 4, 7, 9)), {}),
-    "causal and bias": (TileArgs(SCALE, causal=True, bias=noise(1, 4, 7, 7)), {"lengths": (7, 7)}),
-    "grouped heads, mask and bias": (
-        TileArgs(SCALE, mask=holes(2, 1, 7, 9), bias=noise(1, 6, 7, 9)), {"heads": (6, 3)},
-    ),
-    "rows without keys": (TileArgs(SCALE, mask=holes(2, 1, 7, 9)), {}),
-    "learned bias": (TileArgs(SCALE, bias=noise(1, 4, 7, 9), learned=True), {}),
-    "learned bias of heads": (TileArgs(SCALE, mask=holes(2, 1, 7, 9), bias=noise(1, 4, 1, 1), learned=True), {}),
-    "learned bias of keys": (TileArgs(SCALE, causal=True, bias=noise(2, 1, 1, 7), learned=True), {"lengths": (7, 7)}),
-    "dropout": (TileArgs(SCALE, keep=keep_mask(2, 4, 7, 9), dropout=0.4), {}),
-    "dropout, causal, grouped heads": (
-        TileArgs(SCALE, causal=True, keep=keep_mask(2, 4, 7, 7), dropout=0.4), {"heads": (4, 2), "lengths": (7, 7)},
-    ),
-    "dropout, mask and learned bias": (
-        TileArgs(
-            SCALE, False, holes(2, 1, 7, 9), noise(1, 4, 7, 9), keep_mask(2, 4, 7, 9), dropout=0.4, learned=True
-        ), {},
-    ),
-    "wide values": (TileArgs(SCALE, mask=holes(2, 1, 7, 9)), {"widths": (8, 5), "heads": (4, 2)}),
-    "mirrored": (TileArgs(SCALE, mirrored=True), {"lengths": (7, 7), "heads": (4, 2)}),
-    "mirrored, mask and bias": (
-        TileArgs(SCALE, mirrored=True, mask=holes(2, 1, 7, 7), bias=noise(1, 4, 7, 7)), {"lengths": (7, 7)},
-    ),
-    "triangle in strips": (TileArgs(SCALE, causal=True), {"lengths": (301, 301), "heads": (4, 2)}),
-    "triangle in pieces": (TileArgs(SCALE, causal=True), {"lengths": (519, 519), "heads": (4, 2)}),
-    "mirrored in pieces": (TileArgs(SCALE, mirrored=True), {"lengths": (517, 517), "heads": (2, 1)}),
-    "narrow values": (TileArgs(SCALE, causal=True), {"widths": (4, 12), "lengths": (7, 7)}),
-}  # fmt: skip
 
 
 @pytest.fixture(params=["chosen", "plain"])
@@ -123,29 +46,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def truth(
-    q: Tensor, k: Tensor, v: Tensor, args: TileArgs, grad: Tensor
-) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    if args.learned and args.bias is not None:
-        args = replace(args, bias=args.bias.clone().requires_grad_())
-        inputs.append(args.bias)  # type: ignore[arg-type]
-    out, lse = oracle(inputs[0], inputs[1], inputs[2], args)
-    grads: list[Tensor | None] = list(torch.autograd.grad(out, inputs, grad))
-    return (out.detach(), lse.detach()), grads if args.learned else [*grads, None]
-
-
-def rows_without_keys(lse: Tensor) -> Tensor:
-    """As the ring hands lse to the backward."""
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
-
-
-@pytest.mark.parametrize("name", ARGS)
+@pytest.mark.parametrize("name", TILE_CASES)
 def test_values_and_gradients(name: str, kernel: str) -> None:
-    args, sizes = ARGS[name]
-    q, k, v = tensors(**sizes)
+    args, sizes = TILE_CASES[name]
+    q, k, v = random_qkv(**sizes)
     grad = noise(2, q.shape[1], q.shape[2], v.shape[3], seed=3)
-    (want_out, want_lse), want = truth(q, k, v, args, grad)
+    (want_out, want_lse), want = oracle_step(q, k, v, args, grad)
     out, lse = forward(q, k, v, args)
     torch.testing.assert_close((out, lse), (want_out, want_lse))
     got = backward(grad, q, k, v, out, rows_without_keys(lse), args)
@@ -158,8 +64,8 @@ def test_values_and_gradients(name: str, kernel: str) -> None:
     "name", ["rows without keys", "no bit", "mask and bias", "wide values", "learned bias of heads"]
 )
 def test_rows_without_keys_give_zero(name: str, dtype: torch.dtype, kernel: str) -> None:
-    args, sizes = ARGS[name]
-    q, k, v = (x.to(dtype) for x in tensors(**sizes))
+    args, sizes = TILE_CASES[name]
+    q, k, v = (x.to(dtype) for x in random_qkv(**sizes))
     out, lse = forward(q, k, v, args)
     grads = backward(torch.ones_like(out).to(dtype), q, k, v, out.to(dtype), rows_without_keys(lse), args)
     assert args.mask is not None
@@ -184,10 +90,10 @@ def test_a_bias_of_minus_infinity_is_a_mask(causal: bool, kernel: str) -> None:
     bias = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
     bias[..., 2, :3] = -torch.inf
     bias[..., 4, :] = -torch.inf
-    q, k, v = tensors(lengths=(7, 7))
+    q, k, v = random_qkv(lengths=(7, 7))
     grad = torch.ones_like(q)
     as_bias, as_mask = TileArgs(SCALE, causal, bias=bias), TileArgs(SCALE, causal, mask=bias == 0)
-    (want_out, want_lse), want = truth(q, k, v, as_mask, grad)
+    (want_out, want_lse), want = oracle_step(q, k, v, as_mask, grad)
     out, lse = forward(q, k, v, as_bias)
     torch.testing.assert_close((out, lse), (want_out, want_lse))
     got = backward(grad, q, k, v, out, rows_without_keys(lse), as_bias)
@@ -204,8 +110,8 @@ def test_a_mirrored_tile_makes_no_mask_of_its_size(length: int, rows: int, monke
 
     monkeypatch.setattr(kernels_cpu, "additive", noted)
     args = TileArgs(SCALE, mirrored=True)
-    q, k, v = tensors(heads=(1, 1), lengths=(length, length))
-    (want_out, want_lse), want = truth(q, k, v, args, torch.ones_like(q))
+    q, k, v = random_qkv(heads=(1, 1), lengths=(length, length))
+    (want_out, want_lse), want = oracle_step(q, k, v, args, torch.ones_like(q))
     out, lse = forward(q, k, v, args)
     torch.testing.assert_close((out, lse), (want_out, want_lse))
     torch.testing.assert_close(backward(torch.ones_like(q), q, k, v, out, lse, args)[:3], tuple(want[:3]))
@@ -217,38 +123,38 @@ def test_a_mirrored_tile_makes_no_mask_of_its_size(length: int, rows: int, monke
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-def cut(args: TileArgs, q: slice, k: slice) -> TileArgs:
+def of_tile(args: TileArgs, q: slice, k: slice) -> TileArgs:
     def part(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(*x.shape[:2], 8, 12)[:, :, q, k]
 
     return replace(args, mask=part(args.mask), bias=part(args.bias), keep=part(args.keep))
 
 
-WHOLE: dict[str, TileArgs] = {
+UNTILED: dict[str, TileArgs] = {
     "plain": TileArgs(SCALE),
-    "mask and bias": TileArgs(SCALE, mask=holes(2, 1, 8, 12), bias=noise(1, 4, 8, 12)),
+    "mask and bias": TileArgs(SCALE, mask=empty_row(2, 1, 8, 12), bias=noise(1, 4, 8, 12)),
     "key mask": TileArgs(SCALE, mask=torch.arange(12).view(1, 1, 1, 12) < torch.tensor([4, 12]).view(2, 1, 1, 1)),
     "dropout": TileArgs(SCALE, mask=keep_mask(2, 1, 8, 12), keep=keep_mask(2, 4, 8, 12), dropout=0.4),
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_tiles_merge_to_the_whole(name: str, kernel: str) -> None:
-    args = WHOLE[name]
-    q, k, v = tensors(heads=(4, 2), lengths=(8, 12))
+@pytest.mark.parametrize("name", UNTILED)
+def test_merged_tiles_equal_one_tile(name: str, kernel: str) -> None:
+    args = UNTILED[name]
+    q, k, v = random_qkv(heads=(4, 2), lengths=(8, 12))
     grad = noise(2, 4, 8, 8, seed=3)
-    (want_out, want_lse), want = truth(q, k, v, args, grad)
+    (want_out, want_lse), want = oracle_step(q, k, v, args, grad)
     spans = [slice(0, 4), slice(4, 5), slice(5, 12)]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=q.dtype)
     for span in spans:
-        out, lse = merge_by_lse(out, lse, *forward(q, k[:, :, span], v[:, :, span], cut(args, slice(0, 8), span)))
+        out, lse = merge_by_lse(out, lse, *forward(q, k[:, :, span], v[:, :, span], of_tile(args, slice(0, 8), span)))
     torch.testing.assert_close((out, lse), (want_out, want_lse))
 
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows in (slice(0, 3), slice(3, 8)):
         for span in spans:
             inputs = grad[:, :, rows], q[:, :, rows], k[:, :, span], v[:, :, span], out[:, :, rows]
-            part = backward(*inputs, rows_without_keys(lse)[:, :, rows], cut(args, rows, span))
+            part = backward(*inputs, rows_without_keys(lse)[:, :, rows], of_tile(args, rows, span))
             dq[:, :, rows] += part[0]
             dk[:, :, span] += part[1]
             dv[:, :, span] += part[2]
@@ -277,7 +183,7 @@ def strided(x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("layout", range(4))
 def test_inputs_may_have_any_strides(layout: int, kernel: str) -> None:
     args = TileArgs(SCALE, mask=keep_mask(2, 1, 7, 9))
-    q, k, v = tensors()
+    q, k, v = random_qkv()
     grad = noise(2, 4, 7, 8, seed=3)
     out, lse = forward(q, k, v, args)
     want = backward(grad, q, k, v, out, lse, args)
@@ -298,10 +204,10 @@ def errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[float]:
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_less_exact_than_torch(dtype: torch.dtype, causal: bool, kernel: str) -> None:
     args = TileArgs(SCALE, causal)
-    low = [x.to(dtype) for x in tensors(lengths=(96, 96), widths=(32, 32))]
+    low = [x.to(dtype) for x in random_qkv(lengths=(96, 96), widths=(32, 32))]
     q, k, v = (x.double() for x in low)
     grad = noise(2, 4, 96, 32, seed=3).to(dtype)
-    (out, _), grads = truth(q, k, v, args, grad.double())
+    (out, _), grads = oracle_step(q, k, v, args, grad.double())
     want = [out, *(g for g in grads if g is not None)]
 
     inputs = [x.clone().requires_grad_() for x in low]
@@ -317,21 +223,21 @@ def test_no_less_exact_than_torch(dtype: torch.dtype, causal: bool, kernel: str)
 
 
 def test_bf16_tiles_merged_in_float32_are_no_less_exact_than_one_tile() -> None:
-    low = [x.to(torch.bfloat16) for x in tensors(lengths=(64, 256), widths=(32, 32))]
+    low = [x.to(torch.bfloat16) for x in random_qkv(lengths=(64, 256), widths=(32, 32))]
     q, k, v = low
     want, _ = oracle(q.double(), k.double(), v.double(), TileArgs(SCALE))
-    whole, _ = forward(q, k, v, TileArgs(SCALE))
+    one_tile, _ = forward(q, k, v, TileArgs(SCALE))
     spans = [slice(start, start + 64) for start in range(0, 256, 64)]
     parts = [forward(q, k[:, :, span], v[:, :, span], TileArgs(SCALE)) for span in spans]
     out, lse = parts[0][0].float(), parts[0][1]
     for more, more_lse in parts[1:]:
         out, lse = merge_by_lse(out, lse, more.float(), more_lse)
-    (one,), (merged,) = errors([whole], [want]), errors([out.bfloat16()], [want])
+    (one,), (merged,) = errors([one_tile], [want]), errors([out.bfloat16()], [want])
     assert merged <= 1.5 * one
 
 
 def test_large_scores_do_not_overflow(kernel: str) -> None:
-    q, k, v = (100 * x.float() for x in tensors(lengths=(8, 8)))
+    q, k, v = (100 * x.float() for x in random_qkv(lengths=(8, 8)))
     out, lse = forward(q, k, v, TileArgs(10.0))
     assert out.isfinite().all() and lse.isfinite().all()
     assert all(x.isfinite().all() for x in backward(torch.ones_like(q), q, k, v, out, lse, TileArgs(10.0))[:3])
@@ -358,10 +264,10 @@ def test_table_of_kernels(row: tuple[torch.device, torch.dtype, tuple[int, int],
     assert choose(device, dtype, widths, (7, 7), args) == name
 
 
-@pytest.mark.parametrize("name", ARGS)
+@pytest.mark.parametrize("name", TILE_CASES)
 def test_kernels_do_not_write_to_their_inputs(name: str, kernel: str) -> None:
-    args, sizes = ARGS[name]
-    q, k, v = tensors(**sizes)
+    args, sizes = TILE_CASES[name]
+    q, k, v = random_qkv(**sizes)
     grad = torch.ones(2, q.shape[1], q.shape[2], v.shape[3], dtype=q.dtype)
     out, lse = forward(q, k, v, args)
     lse = rows_without_keys(lse)
@@ -372,7 +278,7 @@ def test_kernels_do_not_write_to_their_inputs(name: str, kernel: str) -> None:
 
 def test_learned_bias_gradient_has_its_own_shape() -> None:
     shapes: list[tuple[int, ...]] = [(1, 1, 1, 1), (2, 1, 1, 9), (1, 4, 7, 1), (2, 4, 7, 9)]
-    q, k, v = tensors()
+    q, k, v = random_qkv()
     for shape in shapes:
         args = TileArgs(SCALE, bias=noise(*shape), learned=True)
         out, lse = forward(q, k, v, args)
@@ -381,8 +287,8 @@ def test_learned_bias_gradient_has_its_own_shape() -> None:
 
 
 def test_gradients_by_finite_differences(kernel: str) -> None:
-    q, k, v = tensors(heads=(2, 1), lengths=(3, 4), widths=(2, 2))
-    mask = TileArgs(SCALE, mask=holes(1, 1, 3, 4))
+    q, k, v = random_qkv(heads=(2, 1), lengths=(3, 4), widths=(2, 2))
+    mask = TileArgs(SCALE, mask=empty_row(1, 1, 3, 4))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return forward(q, k, v, mask)[0]

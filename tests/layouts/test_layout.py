@@ -1,4 +1,4 @@
-"""Layouts give each token to one rank, in ascending order, in near-equal shares."""
+"""Layouts give each token to one rank, in ascending order, in near-equal numbers."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ def test_ranges(name: str, world: int, length: int, expected: list[Ranges]) -> N
 
 @given(st.sampled_from(("contiguous", "zigzag", "striped")), worlds, lengths)
 def test_each_token_has_one_owner(name: str, world: int, length: int) -> None:
-    shares = [Layout(name, world).ranges(rank, length) for rank in range(world)]
-    assert sorted(t for ranges in shares for a, b in ranges for t in range(a, b)) == list(range(length))
+    by_rank = [Layout(name, world).ranges(rank, length) for rank in range(world)]
+    assert sorted(t for ranges in by_rank for a, b in ranges for t in range(a, b)) == list(range(length))
 
 
 @given(st.sampled_from(NAMES), worlds, lengths)
 def test_ranges_are_normal(name: str, world: int, length: int) -> None:
     here = Layout(name, world)
-    shares = [here.ranges(rank, length) for rank in range(world)]
-    for rank, ranges in enumerate(shares):
+    by_rank = [here.ranges(rank, length) for rank in range(world)]
+    for rank, ranges in enumerate(by_rank):
         assert all(a < b for a, b in ranges)
         assert all(before < after for (_, before), (after, _) in zip(ranges, ranges[1:], strict=False))
         assert size(ranges) == here.length(rank, length)
         assert len(ranges) <= here.chunks / (1 if name == "replicated" else world)
-    assert max(map(size, shares)) - min(map(size, shares)) <= (2 if name == "zigzag" else 1)
+    assert max(map(size, by_rank)) - min(map(size, by_rank)) <= (2 if name == "zigzag" else 1)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), lengths)
 def test_assigned_chunks_have_one_owner(owners: list[int], length: int) -> None:
     here = Layout(assigned(owners), 5)
-    shares = [here.ranges(rank, length) for rank in range(5)]
-    assert sorted(t for ranges in shares for a, b in ranges for t in range(a, b)) == list(range(length))
-    assert [size(r) for r in shares if r] == [here.length(rank, length) for rank in range(5) if shares[rank]]
+    by_rank = [here.ranges(rank, length) for rank in range(5)]
+    assert sorted(t for ranges in by_rank for a, b in ranges for t in range(a, b)) == list(range(length))
+    assert [size(r) for r in by_rank if r] == [here.length(rank, length) for rank in range(5) if by_rank[rank]]
 
 
 @settings(deadline=None)

@@ -20,7 +20,7 @@ from ringpass.layouts import redistribution
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, spread
 from tests.support import thread_ranks
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 F64: Any = {"dtype": torch.float64}
 
@@ -54,10 +54,10 @@ def test_forth_and_back(world: int, seed: int) -> None:
         where = held, wanted, rank, group
         return collectives.move(pick(x, held[rank]), *where), collectives.move_back(grads[rank], *where)
 
-    whole = x.clone().requires_grad_()
+    full = x.clone().requires_grad_()
     for ranges, grad in zip(wanted, grads, strict=True):
-        pick(whole, ranges).backward(grad)
-    total = torch.zeros_like(x) if whole.grad is None else whole.grad
+        pick(full, ranges).backward(grad)
+    total = torch.zeros_like(x) if full.grad is None else full.grad
     for rank, (found, back) in enumerate(thread_ranks.run(world, job)):
         assert torch.equal(found, pick(x, wanted[rank]))
         torch.testing.assert_close(back, pick(total, held[rank]), rtol=0, atol=1e-14)
@@ -98,14 +98,14 @@ def test_redistribute(layout: str, other: str) -> None:
     tokens, world = 23, 2 if "chunks" in layout + other else 3
     x = torch.randn(5, 2 * tokens * 3, **F64)
 
-    def own(whole: Tensor, name: str, rank: int) -> Tensor:
+    def shard_of(full: Tensor, name: str, rank: int) -> Tensor:
         at = torch.from_numpy(redistribution.held_by(Layout(name, world), rank, tokens))
-        return whole.view(5, 2, tokens, 3)[:, :, at].reshape(5, -1)
+        return full.view(5, 2, tokens, 3)[:, :, at].reshape(5, -1)
 
     def job(rank: int, group: str) -> tuple[Tensor, Tensor]:
-        local = own(x, layout, rank).requires_grad_()
+        local = shard_of(x, layout, rank).requires_grad_()
         out = ops.redistribute(local, 1, 2, tokens, layout, other, world, rank, group)
-        out.backward(own(x, other, rank).square())
+        out.backward(shard_of(x, other, rank).square())
         assert local.grad is not None
         with FakeTensorMode() as mode:
             fake = ops.redistribute(mode.from_tensor(local), 1, 2, tokens, layout, other, world, rank, group)
@@ -113,7 +113,7 @@ def test_redistribute(layout: str, other: str) -> None:
         return out.detach(), local.grad
 
     for rank, (out, grad) in enumerate(thread_ranks.run(world, job)):
-        assert torch.equal(out, own(x, other, rank)) and torch.equal(grad, own(x, layout, rank).square())
+        assert torch.equal(out, shard_of(x, other, rank)) and torch.equal(grad, shard_of(x, layout, rank).square())
 
 
 def test_a_rank_without_tokens() -> None:
@@ -127,8 +127,8 @@ def test_a_rank_without_tokens() -> None:
         assert local.grad is not None and torch.equal(local.grad, torch.ones_like(local))
         return out, collectives.gather(local.detach(), Shard(1, 1, 11, "chunked", 5, rank), group)
 
-    for rank, (out, whole) in enumerate(thread_ranks.run(5, job)):
-        assert torch.equal(out, x[:, redistribution.held_by(Layout("zigzag", 5), rank, 11)]) and torch.equal(whole, x)
+    for rank, (out, full) in enumerate(thread_ranks.run(5, job)):
+        assert torch.equal(out, x[:, redistribution.held_by(Layout("zigzag", 5), rank, 11)]) and torch.equal(full, x)
 
 
 def on_gloo(group: dist.ProcessGroup) -> float:
@@ -149,8 +149,8 @@ def test_on_gloo(workers: Workers) -> None:
 
 @pytest.mark.parametrize("world", range(2, 6))
 @pytest.mark.parametrize("name", ("contiguous", "zigzag", "striped"))
-def test_a_shift_by_one_moves_one_token_of_each_run(name: str, world: int, tokens: int = 1000) -> None:
-    runs = [Layout(f"{name} cut {cut}", world) for cut in (-1, 1)]  # x[:, 1:] and x[:, :-1] of a line of 1,001
+def test_a_shift_by_one_moves_one_token_of_each_range(name: str, world: int, tokens: int = 1000) -> None:
+    slices = [Layout(f"{name} cut {cut}", world) for cut in (-1, 1)]  # x[:, 1:] and x[:, :-1] of a sequence of 1,001
     for rank in range(world):
-        move = redistribution.between(runs[1].name, runs[0].name, world, tokens, rank)
-        assert sum(move.received) <= len(runs[0].ranges(rank, tokens))
+        move = redistribution.between(slices[1].name, slices[0].name, world, tokens, rank)
+        assert sum(move.received) <= len(slices[0].ranges(rank, tokens))

@@ -1,4 +1,4 @@
-"""Known arrays: the extremes of any box are those of its elements."""
+"""Constant arrays: the extremes of any box are those of its elements."""
 
 from __future__ import annotations
 

@@ -22,75 +22,20 @@ from ringpass.masks.expr import CAUSAL, FALSE, TRUE, B, Call, Const, Expr, H, In
 from ringpass.masks.intervals import EMPTY, FULL, PARTIAL, classify
 from ringpass.masks.operators import DTYPES, INFIX, OPERATORS
 from ringpass.masks.rewrite import renumber, without_data
-
-BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 9
+from tests.support.mask_expressions import (
+    BATCH,
+    HEADS,
+    KEYS,
+    QUERIES,
+    binary,
+    bools,
+    index_grid,
+    indices,
+    leaves,
+)
 
 # --- random expressions -----------------------------------------------------------------------------------------------
 # Leaves: x0 bool (BATCH, KEYS), x1 int (BATCH, KEYS), x2 float (HEADS, QUERIES), x3 bool scalar.
-
-small = st.integers(-12, 12)
-leaf_ints = st.just(Load(1, (B, K)))
-leaf_bools = st.sampled_from([Load(0, (B, K)), Load(3, ())])
-indices = st.sampled_from([B, H, Q, K])
-
-
-def binary(ops: str, left: st.SearchStrategy[Expr], right: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
-    return st.builds(lambda op, a, b: Call(op, (a, b)), st.sampled_from(ops.split()), left, right)
-
-
-def wholes(data: bool) -> st.SearchStrategy[Expr]:
-    """Integer expressions; `data`: with loads and casts."""
-    atoms: st.SearchStrategy[Expr] = indices | st.builds(Const, small)
-    if data:
-        atoms |= leaf_ints
-    return st.recursive(
-        atoms,
-        lambda inner: (
-            binary("add sub mul min max", inner, inner)
-            | binary("floordiv mod", inner, st.builds(Const, st.integers(1, 6)))
-            | st.builds(lambda a: Call("neg", (a,)), inner)
-            | st.builds(lambda a: Call("abs", (a,)), inner)
-            | st.builds(lambda *x: call("where", *x), binary("le eq gt", inner, inner), inner, inner)
-            | st.builds(lambda c, a: Call("mul", (c, a)), binary("lt ne ge", inner, inner), inner)
-        ),
-        max_leaves=5,
-    )
-
-
-def floats(data: bool) -> st.SearchStrategy[Expr]:
-    inner = wholes(data)
-    number = st.builds(Const, st.sampled_from([0.1, 0.5, -0.7, 3.0, 1e-3, 1e6]))
-    return (
-        binary("mul add sub div mod", inner, number)
-        | st.builds(lambda a: cast(a, torch.float32), inner)
-        | st.builds(lambda a: Call("exp", (a,)), inner)
-        | binary("floordiv mod", st.builds(lambda a, n: Call("mul", (a, n)), inner, number), number)
-        | binary("add mul", binary("mul", inner, number), binary("mul", inner, number))
-    )
-
-
-def bools(data: bool) -> st.SearchStrategy[Expr]:
-    compared = binary("lt le gt ge eq ne", wholes(data), wholes(data))
-    rounded = binary("lt le gt ge", floats(data), floats(data) | wholes(data))
-    added = binary("add mul", compared, compared)  # bools add up to a bool
-    atoms = (
-        compared
-        | rounded
-        | binary("eq le", added, st.builds(Const, st.integers(0, 2)))
-        | st.sampled_from([TRUE, FALSE])
-        | st.builds(lambda a: cast(a, torch.bool), wholes(data))
-    )
-    if data:
-        atoms |= leaf_bools
-    return st.recursive(
-        atoms,
-        lambda inner: (
-            binary("and or xor eq ne le", inner, inner)
-            | st.builds(lambda a: Call("not", (a,)), inner | wholes(data))
-            | st.builds(lambda *x: call("where", *x), inner, inner, inner)
-        ),
-        max_leaves=5,
-    )
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -241,25 +186,6 @@ def test_renumber_reaches_all_leaves() -> None:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def box(queries: tuple[int, int] = (0, QUERIES), keys: tuple[int, int] = (0, KEYS)) -> dict[str, Tensor]:
-    return {
-        "b": torch.arange(BATCH).view(-1, 1, 1, 1),
-        "h": torch.arange(HEADS).view(1, -1, 1, 1),
-        "q": torch.arange(*queries).view(1, 1, -1, 1),
-        "k": torch.arange(*keys).view(1, 1, 1, -1),
-    }
-
-
-def leaves(seed: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [
-        torch.rand(BATCH, KEYS, generator=g) < 0.5,
-        torch.randint(-3, 10, (BATCH, KEYS), generator=g),
-        torch.randn(HEADS, QUERIES, generator=g),
-        torch.rand((), generator=g) < 0.5,
-    ]
-
-
 PYTHON: dict[str, Callable[..., Any]] = {
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "sub": operator.sub, "floordiv": operator.floordiv, "mod": operator.mod, "neg": operator.neg, "abs": abs,
@@ -299,7 +225,7 @@ def exact_bools() -> st.SearchStrategy[Expr]:
 @given(exact_bools(), st.integers(0, 100))
 def test_values_are_those_of_python(expr: Expr, seed: int) -> None:
     data = leaves(seed)
-    got = evaluate(expr, box(), data)
+    got = evaluate(expr, index_grid(), data)
     assert got.dim() == 4 and got.dtype == torch.bool
     whole = got.expand(BATCH, HEADS, QUERIES, KEYS)
     for b, h, q, k in itertools.product(range(BATCH), range(HEADS), range(0, QUERIES, 3), range(0, KEYS, 2)):
@@ -310,8 +236,8 @@ def test_values_are_those_of_python(expr: Expr, seed: int) -> None:
 @given(bools(data=True), st.integers(0, 100), st.integers(0, QUERIES - 1), st.integers(0, KEYS - 1))
 def test_a_tile_is_a_part_of_the_whole(expr: Expr, seed: int, q: int, k: int) -> None:
     data = leaves(seed)
-    whole = evaluate(expr, box(), data).expand(BATCH, HEADS, QUERIES, KEYS)
-    tile = evaluate(expr, box((q, QUERIES), (k, KEYS)), data).expand(BATCH, HEADS, QUERIES - q, KEYS - k)
+    whole = evaluate(expr, index_grid(), data).expand(BATCH, HEADS, QUERIES, KEYS)
+    tile = evaluate(expr, index_grid((q, QUERIES), (k, KEYS)), data).expand(BATCH, HEADS, QUERIES - q, KEYS - k)
     assert torch.equal(tile, whole[:, :, q:, k:])
 
 
@@ -327,12 +253,12 @@ def test_dims_without_use_have_size_one() -> None:
         "x0[1, k]": (1, 1, 1, 9),
         "x0[1, 3]": (1, 1, 1, 1),
     }.items():
-        assert tuple(evaluate(parse(text), box(), data).shape) == shape, text
+        assert tuple(evaluate(parse(text), index_grid(), data).shape) == shape, text
 
 
 def test_operators_on_constants_and_casts() -> None:
     def value(text: str) -> Tensor:
-        return evaluate(parse(text), box(), leaves(0)).flatten()[-1]
+        return evaluate(parse(text), index_grid(), leaves(0)).flatten()[-1]
 
     assert value("max(3, q)") == 6 and value("min(2.5, float64(q))") == 2.5 and value("abs(-3)") == 3
     assert value("int32(2.75)") == 2 and value("bool(0.5)") and value("not(0)")
@@ -344,7 +270,7 @@ def test_operators_on_constants_and_casts() -> None:
 
 def test_gradients_reach_float_leaves() -> None:
     table = torch.randn(3, 8, requires_grad=True)
-    bias = evaluate(parse("x0[h, min(abs(q - k), 7)] * 2.0"), box(), [table])
+    bias = evaluate(parse("x0[h, min(abs(q - k), 7)] * 2.0"), index_grid(), [table])
     bias.sum().backward()
     counts = torch.zeros(8)
     for q, k in itertools.product(range(QUERIES), range(KEYS)):
@@ -368,7 +294,7 @@ def test_no_tile_is_called_what_it_is_not(
 ) -> None:
     kind = classify(expr, queries, keys)
     if kind != PARTIAL:
-        values = evaluate(expr, box(queries, (keys[0], keys[1])), leaves(seed))
+        values = evaluate(expr, index_grid(queries, (keys[0], keys[1])), leaves(seed))
         assert values.all() if kind == FULL else not values.any(), (str(expr), kind)
 
 
@@ -453,9 +379,9 @@ def test_every_operator_has_an_interval() -> None:
 @given(bools(data=True), st.integers(0, 100))
 def test_may_and_must_enclose_the_mask(expr: Expr, seed: int) -> None:
     shape = BATCH, HEADS, QUERIES, KEYS
-    positions = {name: x for name, x in box().items() if name in "qk"}
+    positions = {name: x for name, x in index_grid().items() if name in "qk"}
     may, must = (evaluate(without_data(expr, unknown), positions, []).to(torch.bool) for unknown in (True, False))
-    values = evaluate(expr, box(), leaves(seed)).to(torch.bool).expand(shape)
+    values = evaluate(expr, index_grid(), leaves(seed)).to(torch.bool).expand(shape)
     assert not (values & ~may).any() and not (must & ~values).any()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ringpass import OptionError, RingConfig
 from ringpass.layouts.layout import Layout
@@ -36,10 +36,12 @@ from ringpass.patterns import (
 from ringpass.schedule.program import program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.pattern_models import TOKENS, SelfAttention, dense_mask, out_and_grad
+from tests.support.process_ranks import Workers
 
-S = 24
+S = TOKENS
 IDS = torch.arange(S) % 5
 RANDOM = random_blocks(S, 4, count=2, seed=3)
 
@@ -95,18 +97,11 @@ DEFINED: dict[str, tuple[Pattern, Callable[[int, int], bool]]] = {
 }
 
 
-def dense(pattern: Pattern, length: int = S) -> Tensor:
-    at = torch.arange(length)
-    one = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    where = {"b": one, "h": one, "q": at.view(1, 1, -1, 1), "k": at.view(1, 1, 1, -1)}
-    return evaluate(pattern.expr, where, []).to(torch.bool).expand(1, 1, length, length)[0, 0]
-
-
 @pytest.mark.parametrize("name", DEFINED)
 def test_patterns_are_what_they_say(name: str) -> None:
     pattern, defined = DEFINED[name]
     wanted = torch.tensor([[defined(q, k) for k in range(S)] for q in range(S)])
-    assert torch.equal(dense(pattern), wanted)
+    assert torch.equal(dense_mask(pattern), wanted)
     assert pattern(q=7, k=3) == defined(7, 3)
 
 
@@ -125,9 +120,9 @@ def compositions(draw: st.DrawFn) -> Pattern:
 @settings(max_examples=150, deadline=None)
 @given(SOME, SOME)
 def test_combinations(a: Pattern, b: Pattern) -> None:
-    assert torch.equal(dense(a & b), dense(a) & dense(b))
-    assert torch.equal(dense(a | b), dense(a) | dense(b))
-    assert torch.equal(dense(~a), ~dense(a))
+    assert torch.equal(dense_mask(a & b), dense_mask(a) & dense_mask(b))
+    assert torch.equal(dense_mask(a | b), dense_mask(a) | dense_mask(b))
+    assert torch.equal(dense_mask(~a), ~dense_mask(a))
 
 
 @settings(max_examples=150, deadline=None)
@@ -149,39 +144,18 @@ def test_what_is_empty_is_neither_computed_nor_sent() -> None:
 # --- on the ring ------------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Attention with a mask of its own, which the option's pattern is ANDed with."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__()
-        self.project, self.causal = nn.Linear(8, 24), causal
-
-    def forward(self, x: Tensor, also: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
-        if also is None:
-            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        else:
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=also)
-        return out.transpose(1, 2).reshape(*x.shape[:2], 8)
-
-
 def with_pattern(group: dist.ProcessGroup, cases: tuple[tuple[str, bool], ...], length: int) -> list[float]:
     """Errors of output and gradient under each (pattern, causal model), against its dense mask on one device."""
     errors = []
     for name, is_causal in cases:
         torch._dynamo.reset()
-        pattern, model = DEFINED[name][0], Attention(is_causal).double()
+        pattern, model = DEFINED[name][0], SelfAttention(is_causal).double()
         x = torch.randn(2, length, 8, dtype=torch.float64)
-        allowed = dense(pattern & causal() if is_causal else pattern, length)
+        allowed = dense_mask(pattern & causal() if is_causal else pattern, length)
         run = compiled(model, group, mask=pattern, tile=4)
-        for got, want in zip(step(run(x), model), step(model(x, allowed), model), strict=True):
+        for got, want in zip(out_and_grad(run(x), model), out_and_grad(model(x, allowed), model), strict=True):
             errors.append(relative(got, want) if want.any() else float(got.abs().max()))
     return errors
-
-
-def step(out: Tensor, model: Attention) -> tuple[Tensor, Tensor]:
-    """The output and the gradient of its square."""
-    return out, torch.autograd.grad(out.square().sum(), model.project.weight)[0]
 
 
 @pytest.mark.parametrize("ranks", (slow(1), slow(2), 3, slow(5)))
@@ -255,14 +229,14 @@ UNFIT = {
 @pytest.mark.parametrize("name", UNFIT)
 def test_patterns_that_do_not_fit_a_model_are_refused(name: str) -> None:
     pattern, message = UNFIT[name]
-    run = torch.compile(Attention(True), backend="ring_dilated", options={"mask": pattern, "compiler": "aot_eager"})
+    run = torch.compile(SelfAttention(True), backend="ring_dilated", options={"mask": pattern, "compiler": "aot_eager"})
     with pytest.raises(Exception, match=message):
         run(torch.randn(2, S, 8))
 
 
 def per_element(group: dist.ProcessGroup) -> list[float]:
     """Errors under block lists that differ from head to head, and documents that differ from row to row."""
-    model, x = Attention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
+    model, x = SelfAttention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
     ids = torch.stack([torch.arange(S) % 2, torch.arange(S) // 9])
     errors = []
     for pattern in (random_blocks(S, 4, 3, heads=2), documents(ids=ids)):
@@ -272,7 +246,9 @@ def per_element(group: dist.ProcessGroup) -> list[float]:
         allowed = evaluate(
             (causal() & pattern).expr, {**at, "q": row.view(1, 1, -1, 1), "k": row.view(1, 1, 1, -1)}, []
         )
-        got, want = (step(out, model) for out in (compiled(model, group, mask=pattern, tile=4)(x), model(x, allowed)))
+        got, want = (
+            out_and_grad(out, model) for out in (compiled(model, group, mask=pattern, tile=4)(x), model(x, allowed))
+        )
         errors += [relative(a, b) for a, b in zip(got, want, strict=True)]
     return errors
 
@@ -285,9 +261,9 @@ def test_parity_where_heads_and_rows_differ(workers: Workers, ranks: int) -> Non
 
 def short(group: dist.ProcessGroup, length: int) -> list[float]:
     """Errors of a call that is too short to be divided, under a pattern: every rank computes all of it."""
-    model, x = Attention(True).double(), torch.randn(2, length, 8, dtype=torch.float64)
-    got = step(compiled(model, group, mask=window(1))(x), model)
-    want = step(model(x, dense(causal() & window(1), length)), model)
+    model, x = SelfAttention(True).double(), torch.randn(2, length, 8, dtype=torch.float64)
+    got = out_and_grad(compiled(model, group, mask=window(1))(x), model)
+    want = out_and_grad(model(x, dense_mask(causal() & window(1), length)), model)
     return [relative(a, b) for a, b in zip(got, want, strict=True)]
 
 
@@ -298,7 +274,11 @@ def test_patterns_on_short_sequences(workers: Workers) -> None:
 
 def test_one_process_without_a_group() -> None:
     """Patterns apply to training on one device too."""
-    model, x = Attention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
+    model, x = SelfAttention(True).double(), torch.randn(2, S, 8, dtype=torch.float64)
     run = torch.compile(model, backend="ring_dilated", options={"mask": window(3), "compiler": "aot_eager"})
-    for got, want in zip(step(run(x), model), step(model(x, dense(causal() & window(3))), model), strict=True):
+    for got, want in zip(
+        out_and_grad(run(x), model),
+        out_and_grad(model(x, dense_mask(causal() & window(3))), model),
+        strict=True,
+    ):
         assert relative(got, want) < 1e-12

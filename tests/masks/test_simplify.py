@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import CAUSAL, Expr, parse
 from ringpass.masks.simplify import simplify
-from tests.masks.test_expr import BATCH, HEADS, KEYS, QUERIES, bools, box, leaves
+from tests.support.mask_expressions import BATCH, HEADS, KEYS, QUERIES, bools, index_grid, leaves
 
 SPELLINGS = {
     "k <= q": ("q >= k", "not(k > q)", "k < q + 1", "2 * k <= 2 * q + 1", "k <= q & k < q + 5", "-1 * q <= -1 * k"),
@@ -36,7 +36,7 @@ def test_one_form_for_each_mask(form: str) -> None:
 @given(bools(data=True), st.integers(0, 100))
 def test_the_value_is_the_same_everywhere(expr: Expr, seed: int) -> None:
     shape = BATCH, HEADS, QUERIES, KEYS
-    was, now = (evaluate(e, box(), leaves(seed)).to(torch.bool).expand(shape) for e in (expr, simplify(expr)))
+    was, now = (evaluate(e, index_grid(), leaves(seed)).to(torch.bool).expand(shape) for e in (expr, simplify(expr)))
     assert torch.equal(was, now), (str(expr), str(simplify(expr)))
     assert simplify(simplify(expr)) == simplify(expr)
     assert parse(str(simplify(expr))) == simplify(expr)

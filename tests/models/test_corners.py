@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.support.model_parity import compiled, relative
 from tests.support.models import HEADS, ROWS, WIDTH, Block
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 LENGTH = 13
 Case = Callable[[Any, Tensor], Any]

@@ -17,10 +17,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ringpass import Dilation, OptionError, reference
 from ringpass.layouts.hilbert import curve
-from tests.comm.test_transfers import counted
-from tests.schedule.test_dilation import BATCH, TOLERANCE, WIDTH, Case, case
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.dilation_cases import BATCH, TOLERANCE, WIDTH, Case, random_case
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.process_ranks import Workers
+from tests.support.traffic import received_bytes
 
 Attend = Callable[..., Tensor]
 D = Dilation((8, 16), (1, 2))
@@ -91,17 +92,17 @@ def through_the_backend(group: dist.ProcessGroup, seeds: range) -> list[tuple[fl
     errors = []
     for seed in seeds:
         torch._dynamo.reset()
-        c, random = case(seed), Random(seed)
+        c, random = random_case(seed), Random(seed)
         heads, groups = (x.shape[1] for x in c.inputs[:2])
         mask = None if c.mask in ("True", "k <= q") else c.allowed
         model = Model(1, heads=heads, groups=groups, causal=c.mask == "k <= q")
-        x, how = tokens_of(c.tokens), _spelled(c, random)
+        x, how = tokens_of(c.tokens), _as_options(c, random)
         run = compiled(model, group, layout=random.choice(("auto", "zigzag")), tile=random.choice((8, None)), **how)
         errors.append((error(model, run(x, mask), model(x, mask, [meant(c.dilation)])), str(c)))
     return errors
 
 
-def _spelled(c: Case, random: Random) -> dict[str, Any]:
+def _as_options(c: Case, random: Random) -> dict[str, Any]:
     """The options that mean the dilation of the case."""
     lists = {"segment_lengths": list(c.dilation.segment_lengths), "dilation_rates": list(c.dilation.dilation_rates)}
     return random.choice(({"dilation": c.dilation}, {**lists, "head_offset": c.dilation.head_offset}))
@@ -213,7 +214,7 @@ def measured(group: dist.ProcessGroup, folder: str, dilation: Dilation) -> tuple
     """Bytes of keys and values, and of their gradients, that this rank receives in a step."""
     model, x = Model(1, groups=4, causal=False), tokens_of(48)
     run = compiled(model, group, dilation=dilation, layout="contiguous", dump=folder)
-    with counted() as totals:
+    with received_bytes() as totals:
         run(x).square().sum().backward()
     return totals[0], totals[1]
 

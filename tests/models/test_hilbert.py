@@ -27,8 +27,9 @@ from ringpass.patterns import Pattern, causal, everything, grid_window, window
 from ringpass.schedule.block_selection import open_blocks
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem, tiling
-from tests.support.parity import Errors, compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import Errors, compiled, relative
+from tests.support.process_ranks import Workers
 
 GRID, WIDTH, HEADS = (5, 6), 16, 2
 CELLS = math.prod(GRID)
@@ -99,7 +100,7 @@ def test_names() -> None:
 # --- masks along it ---------------------------------------------------------------------------------------------------
 
 HEADWISE = table(np.arange(2 * 32).reshape(2, 32) % 5, *parse("x0[h, q]").indices)  # type: ignore[attr-defined]
-LISTED = table(np.arange(2 * 4 * 4).reshape(2, 4, 4) % 3 > 0, *parse("x0[h, q // 8, k // 8]").indices)  # type: ignore[attr-defined]
+BLOCK_SPARSE = table(np.arange(2 * 4 * 4).reshape(2, 4, 4) % 3 > 0, *parse("x0[h, q // 8, k // 8]").indices)  # type: ignore[attr-defined]
 MASKS = (
     "True",
     "k <= q",
@@ -108,7 +109,7 @@ MASKS = (
     "bool(x0[b, k]) & k <= q",
     "x1[q] == x1[k]",
     f"{HEADWISE} != k % 5",
-    f"{LISTED} & k <= q",
+    f"{BLOCK_SPARSE} & k <= q",
     "float32(q) / 7 < float32(k) & int32(k) % 3 == 0",
     "where(q // 2 == 3, k < 5, k >= 5)",
 )
@@ -121,7 +122,7 @@ def values(expr: Expr, q: Tensor, k: Tensor, leaves: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_a_mask_at_places_is_the_mask_at_the_tokens_there(mask: str) -> None:
+def test_a_mask_of_curve_positions_is_the_mask_of_the_tokens_there(mask: str) -> None:
     order, at = Order(GRID, 2), torch.arange(32)
     leaves = [torch.rand(2, 32, generator=torch.Generator().manual_seed(0)) < 0.7, torch.arange(32) // 3 % 4]
     there, expr = torch.from_numpy(order.permutation.values), parse(mask)
@@ -141,28 +142,28 @@ def test_schedules_along_the_curve_are_proved(mask: str) -> None:
         prove(Problem(moved, 32, 32, Layout(name, world), Layout(name, world), 4))
 
 
-def test_what_is_known_of_a_call_prunes_along_the_curve() -> None:
-    """Two objects, the left and the right half of the image: along the curve each is few runs."""
+def test_constants_of_a_call_prune_along_the_curve() -> None:
+    """Two objects, the left and the right half of the image: along the curve each is a few ranges."""
     order = Order((8, 8))
     ids = np.arange(64) % 8 // 4
     expr = of_curve_positions(parse("x0[b, q] == x0[b, k]"), {"q": order, "k": order})
     assert classify(expr, (0, 8), (32, 40)) == PARTIAL
-    known = bind(expr, {0: ConstantArray(np.stack([ids, ids]))})
+    with_ids = bind(expr, {0: ConstantArray(np.stack([ids, ids]))})
     there = ids[order.permutation.values]
     for q in range(0, 64, 8):
         for k in range(0, 64, 8):
             apart = not set(there[q : q + 8]) & set(there[k : k + 8])
-            assert (classify(known, (q, q + 8), (k, k + 8)) == EMPTY) == apart
+            assert (classify(with_ids, (q, q + 8), (k, k + 8)) == EMPTY) == apart
 
 
 @pytest.mark.parametrize(
     ("grid", "radius", "plain", "along"), [((64, 64), 6, 0.193, 0.118), ((48, 80), 8, 0.342, 0.227)]
 )
-def test_share_of_blocks(grid: tuple[int, int], radius: int, plain: float, along: float) -> None:
+def test_fraction_of_open_blocks(grid: tuple[int, int], radius: int, plain: float, along: float) -> None:
     expr, order = grid_window(grid, radius).expr, Order(grid)
     moved = of_curve_positions(expr, {"q": order, "k": order})
-    shares = [float(open_blocks(x, (order.tokens, order.tokens), 64).mean()) for x in (expr, moved)]
-    assert shares == pytest.approx([plain, along], abs=5e-4)
+    fractions = [float(open_blocks(x, (order.tokens, order.tokens), 64).mean()) for x in (expr, moved)]
+    assert fractions == pytest.approx([plain, along], abs=5e-4)
 
 
 def test_blocks_and_remote_keys_of_a_window() -> None:
@@ -279,7 +280,7 @@ def step(model: nn.Module, run: Any, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def dense(pattern: Pattern, prefix: int, along: bool) -> Tensor | None:
-    """The mask of all pairs of tokens; `along`: the pattern counts places."""
+    """The mask of all pairs of tokens; `along`: the pattern counts curve positions."""
     if pattern == everything():
         return None
     at = torch.arange(CELLS + prefix)
@@ -356,7 +357,7 @@ def between(group: dist.ProcessGroup, name: str, first: dict[str, Any], second: 
 
 @pytest.mark.parametrize("world", [2, slow(1)])
 def test_dropout_is_that_of_the_tokens(workers: Workers, world: int) -> None:
-    """The coins of an element do not depend on where it is."""
+    """An element's keep bit does not depend on its curve position."""
     for errors in workers.run(between, world, "diffusion", {"hilbert": GRID, "layout": "zigzag"}, {}, dropout=0.3):
         assert max(errors.values()) < 1e-12, errors
 
@@ -406,7 +407,7 @@ def dumped(group: dist.ProcessGroup, directory: str) -> None:
 def test_the_dump_names_the_curve(workers: Workers, tmp_path: Path) -> None:
     """Permuted where patches and the position table are sharded, and where tokens are gathered: not in each layer.
 
-    The CLS token stands before the curve: one rank holds it, and it is looked up by its place for the head.
+    The CLS token stands before the curve: one rank holds it, and it is looked up by its position for the head.
     """
     workers.run(dumped, 2, str(tmp_path))
     (graph,) = (tmp_path / "rank1").iterdir()

@@ -21,11 +21,12 @@ from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import RingPlan, plan
 from ringpass.passes.propagate.factors import propagate
 from ringpass.schedule.tiles import tiling
-from tests.comm.test_transfers import counted, needed
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, outputs_and_gradients, parity, relative, worst
 from tests.support.models import HEADS, LAYERS, MODELS, ROWS, WIDTH, WINDOW, batch_for
-from tests.support.parity import compiled, outputs_and_gradients, parity, relative, worst
-from tests.support.stages import captured_graph, compile_step, fake_ring
-from tests.support.workers import Workers, slow
+from tests.support.pipeline_stages import captured_graph, compile_step, fake_ring
+from tests.support.process_ranks import Workers
+from tests.support.traffic import received_bytes, remote_keys_needed
 
 EXACT = 1e-10
 PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), slow("t5"))
@@ -57,7 +58,7 @@ def windowed(group: dist.ProcessGroup, length: int, padding: bool, directory: st
     """A training step of Mistral, as it is."""
     model, batch = MODELS["mistral"].make(), batch_for("mistral", length, True, padding)
     want = outputs_and_gradients(model, model, batch)
-    with counted() as totals:
+    with received_bytes() as totals:
         got = outputs_and_gradients(model, compiled(model, group, dump=directory), batch)
     errors = [relative(got[name], want[name]) for name in want]
     (folder,) = Path(directory, f"rank{group.rank()}").iterdir()
@@ -69,7 +70,9 @@ def test_mistral_receives_its_window(workers: Workers, tmp_path: Path, padding: 
     ranks, length = 3, 97
     token = 2 * ROWS * HEADS // 2 * WIDTH // HEADS * 8  # keys and values of the heads that the model has, in float64
     closed = f"mask k <= q & q - k < {WINDOW}{' & bool(x0[b, k])' if padding else ''};"
-    wanted = [2 * LAYERS * token * n for n in needed(ranks, length, WINDOW, "contiguous")]  # forward and backward
+    wanted = [
+        2 * LAYERS * token * n for n in remote_keys_needed(ranks, length, WINDOW, "contiguous")
+    ]  # forward and backward
     assert wanted[0] == 0 and wanted[1] == wanted[2] > 0
     steps = workers.run(windowed, ranks, length, padding, str(tmp_path))
     for rank, (seen, least) in enumerate(zip(steps, wanted, strict=True)):

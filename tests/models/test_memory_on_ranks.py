@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.memory import peak_bytes
 from ringpass.backend import skip_logging_calls
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 LENGTH = 2048
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, has_loss, outputs_and_gradients, parity, relative, worst
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.parity import compiled, has_loss, outputs_and_gradients, parity, relative, worst
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
 
 LENGTH = 23  # prime, odd: nothing divides it
 RANKS = (1, 2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""Each rank holds its own tokens of what a model returns and of what it is given; the numbers are one device's."""
+"""Sharded outputs and inputs: a rank holds its local tokens of what a model returns and is given, as on one device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Placed
+from torch.distributed.tensor import Shard as DTensorShard
 
 import ringpass
 from ringpass.comm import collectives
@@ -22,10 +22,11 @@ from ringpass.comm.collectives import Shard
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.redistribution import held_by
-from tests.comm.test_bad_input import failure
-from tests.passes.test_returned_parts import Cached
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.errors import error_message
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.models import AttentionWithCache
+from tests.support.process_ranks import Workers
 
 LENGTH = 23
 
@@ -86,7 +87,7 @@ def worst(found: list[Tensor], want: list[Tensor]) -> float:
 
 
 def local_loss(group: dist.ProcessGroup, merged: bool, options: dict[str, Any]) -> list[float]:
-    """Errors of the own tokens, of the loss added up over ranks, and of whole gradients."""
+    """Errors of the local tokens, of the loss added up over ranks, and of the full gradients."""
     model, (x, labels) = Scores(merged), batch()
     scores, loss, grads = on_one_device(model)
     x.requires_grad_()
@@ -98,10 +99,10 @@ def local_loss(group: dist.ProcessGroup, merged: bool, options: dict[str, Any]) 
     found = gradients(model, here, x)
     total = here.detach().clone()
     dist.all_reduce(total, group=group)
-    own = scores.index_select(dim, ringpass.tokens_of(got))
+    want = scores.index_select(dim, ringpass.tokens_of(got))
     if merged:
         assert torch.equal(ringpass.local(labels.flatten(), like=got, dim=0), mine.flatten())
-    return [relative(got, own), relative(total, loss), worst(found, grads)]
+    return [relative(got, want), relative(total, loss), worst(found, grads)]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def local_loss(group: dist.ProcessGroup, merged: bool, options: dict[str, Any]) 
         slow(3, True, {"hilbert": (4, 5), "hilbert_prefix": 3}),
     ],
 )
-def test_a_loss_over_the_own_tokens_has_whole_gradients(
+def test_a_loss_over_local_tokens_has_full_gradients(
     workers: Workers, ranks: int, merged: bool, options: dict[str, Any]
 ) -> None:
     for errors in workers.run(local_loss, ranks, merged, options):
@@ -125,7 +126,7 @@ def test_a_loss_over_the_own_tokens_has_whole_gradients(
 
 
 def as_dtensors(group: dist.ProcessGroup, merged: bool, options: dict[str, Any], on_mesh: bool) -> list[float]:
-    """Errors of the whole, and of gradients through it and through the shards."""
+    """Errors of the full tensor, and of gradients through it and through the shards."""
     model, (x, labels) = Scores(merged), batch()
     scores, loss, grads = on_one_device(model)
     x.requires_grad_()
@@ -138,13 +139,13 @@ def as_dtensors(group: dist.ProcessGroup, merged: bool, options: dict[str, Any],
     mine = scores.chunk(group.size(), dim)[group.rank()]
     assert torch.equal(ringpass.tokens_of(got), torch.arange(scores.shape[dim]).chunk(group.size())[group.rank()])
     count = int((labels >= 0).sum())
-    whole = got.full_tensor()
-    through_whole = gradients(model, mean_loss(whole, labels, count), x)
+    full = got.full_tensor()
+    through_full = gradients(model, mean_loss(full, labels, count), x)
     through_shards = gradients(model, run(x).pow(2).sum().full_tensor(), x)
     x_ = x.detach().requires_grad_()
     squares = gradients(model, model(x_).pow(2).sum(), x_)
     return [
-        relative(got.to_local(), mine), relative(whole, scores), worst(through_whole, grads),
+        relative(got.to_local(), mine), relative(full, scores), worst(through_full, grads),
         worst(through_shards, squares),
     ]  # fmt: skip
 
@@ -165,19 +166,19 @@ def test_dtensors_are_one_device(
         assert max(errors) < 1e-12
 
 
-# --- parts, and what is whole -----------------------------------------------------------------------------------------
+# --- parts of the sequence, and replicated outputs --------------------------------------------------------------------
 
 
 def parts(group: dist.ProcessGroup, part: slice) -> list[float]:
-    """Errors of an output that is a slice of the sequence, and of gradients through it, as shares and as a DTensor."""
-    model, x, errors = Cached(part).double(), torch.randn(2, LENGTH, 8, dtype=torch.float64), []
+    """Errors of an output that is a slice of the sequence, and of gradients through it, local and as a DTensor."""
+    model, x, errors = AttentionWithCache(part).double(), torch.randn(2, LENGTH, 8, dtype=torch.float64), []
     keys = model(x)[1]
     want = gradients(model, keys.pow(3).sum())
     for outputs in ("local", "dtensor"):
         got = compiled(model, group, outputs=outputs, layout="zigzag")(x)[1]
-        own = keys.index_select(2, ringpass.tokens_of(got))
+        local = keys.index_select(2, ringpass.tokens_of(got))
         alone = got.to_local() if isinstance(got, DTensor) else got
-        errors += [relative(alone, own), worst(gradients(model, alone.pow(3).sum()), want)]
+        errors += [relative(alone, local), worst(gradients(model, alone.pow(3).sum()), want)]
     return errors
 
 
@@ -188,14 +189,14 @@ def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
 
 
 def few(group: dist.ProcessGroup) -> bool:
-    """Whether a sequence that is too short to be divided is whole, and its labels with it."""
+    """Whether a sequence that is too short to be divided is replicated, and its labels with it."""
     model, (x, labels) = Scores(), batch(3)
     got = compiled(model, group, outputs="local")(x)
-    whole = ringpass.local(labels, like=got) is labels and ringpass.tokens_of(got).tolist() == [0, 1, 2]
-    return whole and relative(got, model(x)) < 1e-12
+    replicated = ringpass.local(labels, like=got) is labels and ringpass.tokens_of(got).tolist() == [0, 1, 2]
+    return replicated and relative(got, model(x)) < 1e-12
 
 
-def test_a_short_sequence_is_whole_on_every_rank(workers: Workers) -> None:
+def test_a_short_sequence_is_replicated(workers: Workers) -> None:
     assert workers.run(few, 2) == [True, True]
     assert few_alone()
 
@@ -206,7 +207,7 @@ def few_alone() -> bool:
     return ringpass.tokens_of(run(batch()[0])).tolist() == list(range(LENGTH))
 
 
-# --- inputs in shares -------------------------------------------------------------------------------------------------
+# --- sharded inputs ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -216,32 +217,34 @@ def gathers() -> Iterator[list[int]]:
     gather = collectives.gather
 
     def counting(x: Tensor, shard: Shard, group: str) -> Tensor:
-        whole = gather(x, shard, group)
-        sizes.append(whole.numel())
-        return whole
+        full = gather(x, shard, group)
+        sizes.append(full.numel())
+        return full
 
     with patch.object(collectives, "gather", counting):
         yield sizes
 
 
-def own(layout: str, group: dist.ProcessGroup, length: int = LENGTH) -> Tensor:
+def local_tokens(layout: str, group: dist.ProcessGroup, length: int = LENGTH) -> Tensor:
     return torch.from_numpy(held_by(Layout(layout, group.size()), group.rank(), length))
 
 
-def shares(group: dist.ProcessGroup, layout: str, options: dict[str, Any], as_dtensor: bool = False) -> list[float]:
-    """Errors of the own tokens, and of gradients of parameters and of the own tokens of the input."""
+def sharded_input(
+    group: dist.ProcessGroup, layout: str, options: dict[str, Any], as_dtensor: bool = False
+) -> list[float]:
+    """Errors of the local tokens, and of gradients of parameters and of the input's local tokens."""
     along_curve = "hilbert" in options  # where the token before is no neighbour
-    model, (x, labels), at = Scores() if along_curve else Shifted(), batch(), own(layout, group)
+    model, (x, labels), at = Scores() if along_curve else Shifted(), batch(), local_tokens(layout, group)
     scores, _, (*grads, grad) = on_one_device(model)
     mine = x[:, at].clone().requires_grad_()
     given = mine
     if as_dtensor:
         mesh = DeviceMesh.from_group(group, "cpu")
-        given = DTensor.from_local(mine, mesh, [Placed(1)], run_check=False, shape=x.shape, stride=x.stride())
+        given = DTensor.from_local(mine, mesh, [DTensorShard(1)], run_check=False, shape=x.shape, stride=x.stride())
     with gathers() as gathered:
-        whole = ringpass.sharded(given, layout=layout, group=group)
-        got = compiled(model, group, outputs="local", **options)(whole)
-    assert whole.shape == x.shape and not gathered
+        sharded = ringpass.sharded(given, layout=layout, group=group)
+        got = compiled(model, group, outputs="local", **options)(sharded)
+    assert sharded.shape == x.shape and not gathered
     loss = mean_loss(got, ringpass.local(labels, like=got), int((labels >= 0).sum()))
     *found, here = gradients(model, loss, mine)
     errors = [worst(found, grads), relative(here, grad[:, at])]
@@ -257,10 +260,10 @@ def shares(group: dist.ProcessGroup, layout: str, options: dict[str, Any], as_dt
         slow(5, "striped", {}, False),
     ],
 )
-def test_an_input_in_shares_is_not_gathered(
+def test_a_sharded_input_is_not_gathered(
     workers: Workers, ranks: int, layout: str, options: dict[str, Any], as_dtensor: bool
 ) -> None:
-    for errors in workers.run(shares, ranks, layout, options, as_dtensor):
+    for errors in workers.run(sharded_input, ranks, layout, options, as_dtensor):
         assert max(errors) < 1e-12
 
 
@@ -302,7 +305,7 @@ def chain(group: dist.ProcessGroup, **options: Any) -> list[float]:
 def from_ids(group: dist.ProcessGroup) -> list[float]:
     """Errors of a model of integers, which are few and are gathered."""
     model, ids = Layer(table=True), torch.randint(0, 11, (2, LENGTH))
-    given = ringpass.sharded(ids[:, own("contiguous", group)], group=group)
+    given = ringpass.sharded(ids[:, local_tokens("contiguous", group)], group=group)
     found = gradients(model, compiled(model, group)(given).pow(2).sum())
     return [worst(found, gradients(model, model(ids).pow(2).sum()))]
 
@@ -317,22 +320,22 @@ def test_what_one_model_returns_is_read_where_it_is_by_the_next(workers: Workers
 
 
 def refused(group: dist.ProcessGroup) -> list[str]:
-    """What is said, on each rank, of shares that do not fit together."""
+    """What is said, on each rank, of shards that do not fit together."""
     rank, x = group.rank(), batch()[0]
-    whole, mine = compiled(Scores(), group), x[:, own("contiguous", group)]
+    run, mine = compiled(Scores(), group), x[:, local_tokens("contiguous", group)]
     said = [
-        failure(MismatchError, lambda: ringpass.sharded(x[:, : 5 + rank], group=group)),
-        failure(MismatchError, lambda: ringpass.sharded(x[:, own("chunked", group, 22)], group=group)),
-        failure(MismatchError, lambda: ringpass.sharded(mine.float() if rank else mine, group=group)),
-        failure(InputError, lambda: ringpass.sharded(mine, layout="zigzak", group=group)),
-        failure(InputError, lambda: ringpass.tokens_of(mine + 1)),
-        failure(MismatchError, lambda: ringpass.sharded(mine, group=group) if rank else whole(x)),
+        error_message(MismatchError, lambda: ringpass.sharded(x[:, : 5 + rank], group=group)),
+        error_message(MismatchError, lambda: ringpass.sharded(x[:, local_tokens("chunked", group, 22)], group=group)),
+        error_message(MismatchError, lambda: ringpass.sharded(mine.float() if rank else mine, group=group)),
+        error_message(InputError, lambda: ringpass.sharded(mine, layout="zigzak", group=group)),
+        error_message(InputError, lambda: ringpass.tokens_of(mine + 1)),
+        error_message(MismatchError, lambda: ringpass.sharded(mine, group=group) if rank else run(x)),
     ]
     shared = ringpass.sharded(mine, group=group)
-    return [*said, failure(MismatchError, lambda: whole(x if rank else shared))]
+    return [*said, error_message(MismatchError, lambda: run(x if rank else shared))]
 
 
-def test_shares_that_do_not_fit_are_refused_on_every_rank(workers: Workers) -> None:
+def test_shards_that_do_not_fit_are_refused_on_every_rank(workers: Workers) -> None:
     for said in workers.run(refused, 3):
         for text, wanted in zip(said, REFUSED, strict=True):
             assert wanted in text, said

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.comm.test_transfers import counted
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, outputs_and_gradients, relative
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.parity import compiled, outputs_and_gradients, relative
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
+from tests.support.traffic import received_bytes
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ def checkpointed(group: dist.ProcessGroup) -> tuple[float, list[int], list[int]]
         if wraps:
             model.gradient_checkpointing_enable()
         torch._dynamo.reset()
-        with counted() as totals:
+        with received_bytes() as totals:
             got = outputs_and_gradients(model.train(), compiled(model, group), batch)
         received.append(totals)
     want = outputs_and_gradients(model, model, batch)

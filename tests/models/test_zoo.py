@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo import ZOO
-from tests.support.zoo_parity import local_share, zoo_parity
+from tests.support.zoo_parity import local_fraction, zoo_parity
 
 EXACT, SINGLE = 1e-9, 1e-4
 KINDS = [  # labels, padding, training
     (True, False, True), (False, False, True), (True, True, True), (False, True, False),
 ]  # fmt: skip
-LOCAL = 0.99  # the least share of the FLOPs on local tokens
+LOCAL = 0.99  # the least fraction of the FLOPs on local tokens
 GATHERED = {  # why an entry gathers something
     "dit": "patches, at the end, become a picture",
     "sd3": "patches, at the end, become a picture",
@@ -52,7 +53,7 @@ def check(
     assert worst.sites or name in GATHERED
     assert bool(worst.gathers) <= (name in GATHERED), [str(g) for g in worst.gathers]
     last_token = name.startswith("nanogpt") and not labels  # the head of nanoGPT then reads one token, on every rank
-    assert local_share(reports) >= LOCAL or name in GATHERED or last_token
+    assert local_fraction(reports) >= LOCAL or name in GATHERED or last_token
 
 
 @pytest.mark.parametrize(("name", "kind"), BY_DEFAULT.items())

@@ -1,4 +1,4 @@
-"""Counter-based dropout: the same coin for an element however it is cut, and fair, independent coins."""
+"""Counter-based dropout: an element's keep bit is the same in any part of the mask; bits are fair and independent."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def test_docstrings() -> None:
     assert doctest.testmod(dropout).failed == 0
 
 
-# --- one coin per element ---------------------------------------------------------------------------------------------
+# --- one keep bit per element -----------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 9), st.data()), min_size=1, max_size=4), st.integers(-(2**63), 2**63 - 1))
-def test_any_part_is_part_of_the_whole(dims: Sequence[tuple[int, st.DataObject]], seed: int) -> None:
+def test_any_part_equals_that_part_of_the_full_mask(dims: Sequence[tuple[int, st.DataObject]], seed: int) -> None:
     picks = [torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1))) for n, data in dims]
-    whole = keep_mask(*(n for n, _ in dims), seed=seed, p=0.3)
+    full = keep_mask(*(n for n, _ in dims), seed=seed, p=0.3)
     part = keep(torch.tensor(seed), 0, 0.3, picks)
-    assert torch.equal(part, whole[torch.meshgrid(*picks, indexing="ij")])
+    assert torch.equal(part, full[torch.meshgrid(*picks, indexing="ij")])
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_hold_parts_of_one_mask(name: str, world: int) -> None:
-    whole = keep_mask(2, 37, 8)
+    full = keep_mask(2, 37, 8)
     for rank in range(world):
         spans = [torch.arange(a, b) for a, b in Layout(name, world).ranges(rank, 37)]
         part = keep(torch.tensor(SEED), 0, 0.5, [torch.arange(2), torch.cat(spans), torch.arange(8)])
-        assert torch.equal(part, whole[:, torch.cat(spans)])
+        assert torch.equal(part, full[:, torch.cat(spans)])
 
 
 def test_indices_may_be_large() -> None:
@@ -89,7 +89,7 @@ def test_no_two_rows_are_equal() -> None:
 
 
 def chi_square(a: Tensor, b: Tensor) -> float:
-    """Of the 2 x 2 table of two sets of fair coins; 1 degree of freedom."""
+    """Of the 2 x 2 table of two sets of fair keep bits; 1 degree of freedom."""
     expected = a.numel() / 4
     counts = [((a == x) & (b == y)).sum().item() for x in (False, True) for y in (False, True)]
     return sum((n - expected) ** 2 / expected for n in counts)
@@ -117,7 +117,7 @@ def test_streams_and_seeds_are_independent() -> None:
 
 
 def test_pairs_of_rows_are_independent() -> None:
-    """The products of coins of row pairs: as many agree as of independent coins."""
+    """The products of keep bits of row pairs: as many agree as of independent bits."""
     signs = keep_mask(512, 4096).float() * 2 - 1
     agreement = (signs @ signs.T).fill_diagonal_(0).abs().max().item() / 4096**0.5
     assert agreement < 6.0
@@ -134,7 +134,7 @@ def test_quadruples_are_independent() -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def test_inductor_draws_the_same_coins() -> None:
+def test_inductor_draws_the_same_keep_mask() -> None:
     torch._dynamo.reset()
 
     def f(seed: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.support.model_parity import compiled, relative
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers
+from tests.support.process_ranks import Workers
 
 LENGTH = 23
 

@@ -23,8 +23,9 @@ from ringpass.schedule.block_selection import TopBlocks, block_sums, choose, mea
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem, tiling
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.process_ranks import Workers
 
 S = 45
 BLOCK = 8
@@ -116,7 +117,7 @@ def test_schedules_of_any_data_are_proved(data: st.DataObject, world: int, layou
 
 
 def chosen(model: Packed, x: Tensor, how: TopBlocks) -> Tensor:
-    """The mask of the chosen pairs of blocks, written down densely: (B, 1, S, S)."""
+    """The mask of the chosen pairs of blocks, as a dense tensor: (B, 1, S, S)."""
     q, k, _ = model.heads(x)
     blocks = [range(i, min(i + how.block, S)) for i in range(0, S, how.block)]
     q, k = (torch.stack([y[:, :, list(b)].mean(2) for b in blocks], 2) for y in (q, k.repeat_interleave(2, 1)))
@@ -168,10 +169,10 @@ def test_what_is_not_chosen_is_not_computed(workers: Workers) -> None:
     assert few <= S * BLOCK and all_of_them >= S * (S + 1) / 2
 
 
-def test_pools_are_means_of_whole_blocks() -> None:
+def test_pools_are_means_of_blocks_that_span_ranks() -> None:
     x = torch.randn(2, 3, S, 4, dtype=torch.float64)
     parts = [Layout("zigzag", 3).ranges(rank, S) for rank in range(3)]
-    sums = sum(block_sums(torch.cat([x[:, :, a:b] for a, b in own], 2), BLOCK, own, S) for own in parts)
+    sums = sum(block_sums(torch.cat([x[:, :, a:b] for a, b in ranges], 2), BLOCK, ranges, S) for ranges in parts)
     assert isinstance(sums, Tensor)
     want = torch.stack([x[:, :, i : i + BLOCK].mean(2) for i in range(0, S, BLOCK)], 2)
     torch.testing.assert_close(means(sums, BLOCK, S), want)
@@ -198,11 +199,11 @@ def test_wrong_selections_are_refused(wrong: dict[str, float], message: str) -> 
         top_blocks(**wrong)  # type: ignore[arg-type]
 
 
-def test_known_leaves_bound_the_tiling() -> None:
+def test_constant_leaves_bound_the_tiling() -> None:
     sides = Layout("contiguous", 2)
     one = Problem("x0[k]", 8, 8, sides, sides, 2, constants=((0, ConstantArray([True] * 3 + [False] * 5)),))
     assert program(one, 1).received == 3
-    assert tiling(one).areas(2).tolist() == [16, 12]  # a tile of the own keys is not trimmed
+    assert tiling(one).areas(2).tolist() == [16, 12]  # a tile of local keys is not trimmed
 
 
 def test_wide_and_wrapping_ids_are_never_taken_for_equal() -> None:
@@ -217,7 +218,7 @@ def test_wide_and_wrapping_ids_are_never_taken_for_equal() -> None:
     assert classify_all(bind(parse("x0[q] <= x0[k]"), {0: narrow}), *above) == KINDS.index(FULL)
 
 
-def test_shares_are_exact() -> None:
+def test_the_density_of_chosen_blocks_is_exact() -> None:
     for share, blocks, kept in ((0.3, 50, 15), (0.07, 100, 7), (0.25, 10, 3), (1.0, 7, 7)):
         q = torch.randn(1, 1, blocks, 4)
         chosen_pairs = choose(q, q, 1.0, "True", (blocks, blocks), top_blocks(1, density=share))

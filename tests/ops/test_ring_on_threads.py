@@ -8,7 +8,7 @@ import torch
 from ringpass.comm import p2p
 from ringpass.errors import PeerError
 from tests.support import thread_ranks
-from tests.support.dense_ring import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.attention_parity import MASKS, dense_step, ring_step, tensors, worst
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

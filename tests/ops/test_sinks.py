@@ -12,7 +12,7 @@ from ringpass.ops import ring
 from ringpass.reference import multiplicity
 from ringpass.schedule.dilation import Dilation
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread, tensors
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread, tensors
 from tests.support.sites import site
 
 S, TILE, EXACT = 37, 8, 1e-11
@@ -26,7 +26,7 @@ SINKS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {  # shap
 def on_the_ring(
     world: int, layout: str, mask: str, sink: str, dilation: str, inputs: list[Tensor]
 ) -> list[list[Tensor]]:
-    """[out, dq, dk, dv, the rank's share of the sink's gradient] of each rank."""
+    """[out, dq, dk, dv, the rank's partial gradient of the sink] of each rank."""
     *rows, leaf = inputs
 
     def job(rank: int, group: str) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch._inductor.codecache import PyCodeCache
 
 import ringpass
 from ringpass.passes.lower import codegen
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers
+from tests.support.model_parity import compiled, relative
+from tests.support.process_ranks import Workers
 
 CASES: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {"layout": "contiguous"}),

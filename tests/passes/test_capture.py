@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ringpass.passes.capture.capture import Captured, CaptureError, SelectiveCheckpointError
 from ringpass.passes.capture.functionalize import MutationError, functional_twin
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 aten = torch.ops.aten
 
@@ -80,7 +80,7 @@ def backend() -> Backend:
     return Backend()
 
 
-def own(inputs: Sequence[Tensor]) -> list[Tensor]:
+def copies(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
 
 
@@ -91,7 +91,7 @@ def total(out: Any) -> Tensor:
 
 def check(backend: Backend, f: Callable[..., Any], *inputs: Tensor, dynamic: bool | None = None) -> Any:
     """`f` compiled gives what `f` gives: outputs, gradients, and changed inputs."""
-    theirs, ours = own(inputs), own(inputs)
+    theirs, ours = copies(inputs), copies(inputs)
     want = f(*theirs)
     got = torch.compile(f, backend=backend, fullgraph=True, dynamic=dynamic)(*ours)
     torch.testing.assert_close(got, want)
@@ -114,7 +114,7 @@ def grads(*shape: int) -> Tensor:
 
 
 class Triple(torch.autograd.Function):
-    """Its gradient is not that of its forward: only an op that is kept whole gives it."""
+    """Its gradient is not that of its forward: only an op that is not decomposed gives it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

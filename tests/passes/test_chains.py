@@ -1,4 +1,4 @@
-"""Random chains of ops that cut, join, pad, shift, convolve and compare runs of tokens give one device's numbers."""
+"""Random chains of ops that slice, join, pad, shift, convolve and compare token ranges give one device's numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.test_op_rules import B, Case, D, check
-from tests.support.workers import slow
+from tests.support.marks import slow
+from tests.support.sharded_ops import B, Case, D, check_on_shards
 
 TOKENS, LEAST, MOST = 41, 30, 60
-Step = Callable[[list[Tensor], Tensor, Tensor], Tensor]  # values so far, convolution's weight, tokens to put around
-KINDS = ("cut", "join", "pad", "roll", "shift", "convolve", "causal", "compare", "mix", "work")
+Step = Callable[[list[Tensor], Tensor, Tensor], Tensor]  # values so far, convolution's weight, tokens to join
+KINDS = ("slice", "join", "pad", "roll", "shift", "convolve", "causal", "compare", "mix", "compute")
 
 
 def step(draw: random.Random, n: int) -> tuple[Step, int]:
@@ -24,7 +24,7 @@ def step(draw: random.Random, n: int) -> tuple[Step, int]:
     kernel, apart = draw.randint(1, 4), draw.randint(1, 2)
     convolved = n + 2 * a - apart * (kernel - 1)
     steps: dict[str, tuple[Step, int]] = {
-        "cut": (lambda v, w, p: v[-1][:, a : n - b] * 1.5, n - a - b),
+        "slice": (lambda v, w, p: v[-1][:, a : n - b] * 1.5, n - a - b),
         "join": (lambda v, w, p: torch.cat([p[:, :a], v[-1], p[:, 3 : 3 + b]], 1), n + a + b),
         "pad": (lambda v, w, p: F.pad(v[-1], (0, 0, a, b)).cos(), n + a + b),
         "roll": (lambda v, w, p: v[-1].roll(a - 2, 1) * 0.7, n),
@@ -41,7 +41,7 @@ def step(draw: random.Random, n: int) -> tuple[Step, int]:
         ),
         "compare": (lambda v, w, p: v[-1][:, kernel:] - v[-1][:, :-kernel] * 0.5, n - kernel),
         "mix": (lambda v, w, p: sum((x for x in v[:-1] if x.shape == v[-1].shape), v[-1]), n),
-        "work": (lambda v, w, p: F.layer_norm(v[-1] @ w[..., 0], (D,)), n),
+        "compute": (lambda v, w, p: F.layer_norm(v[-1] @ w[..., 0], (D,)), n),
     }
     return steps[kind]
 
@@ -56,10 +56,10 @@ def chain(seed: int) -> Case:
             steps.append(op)
             n = after
 
-    def call(x: Tensor, weight: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
+    def call(x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         values = [x @ weight[..., 1]]
         for op in steps:
-            values.append(op(values, weight, around))
+            values.append(op(values, weight, ends))
         return values[-1].exp().clamp(max=5), values[-1].mean(1)
 
     return Case("mul.Tensor", call, ((B, TOKENS, D), (D, D, 4), (B, 6, D)))
@@ -73,4 +73,4 @@ SEEDS = [(1, 3, "zigzag"), (2, 5, "contiguous"), (5, 2, "striped"), (11, 4, "zig
     [*SEEDS, *(slow(seed, 1 + seed % 5, ("zigzag", "contiguous", "striped")[seed % 3]) for seed in range(100, 400))],
 )
 def test_chain(seed: int, world: int, layout: str) -> None:
-    check(chain(seed), layout, world, TOKENS)
+    check_on_shards(chain(seed), layout, world, TOKENS)

@@ -1,4 +1,4 @@
-"""Fused ops written out: equal to the op, in one layer after the other and in products."""
+"""Fused ops, decomposed: equal to the op, in one layer after the other and in products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ringpass.passes.capture.decompose import encoder_layer
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 B, S, WIDTH, HEADS = 2, 7, 16, 4
 FUTURE = torch.ones(S, S, dtype=torch.bool).triu(1)

@@ -25,7 +25,7 @@ from ringpass.masks.expr import parse
 from ringpass.masks.intervals import classify
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 B, H, S, K, D = 2, 3, 7, 9, 4
 

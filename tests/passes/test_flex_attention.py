@@ -23,9 +23,10 @@ from ringpass.masks.expr import parse
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.flex import block_table
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.parity import compiled, relative
-from tests.support.stages import captured_graph
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.pipeline_stages import captured_graph
+from tests.support.process_ranks import Workers
 
 B, H, S, D = 2, 4, 23, 4
 INFINITY = float("inf")
@@ -107,8 +108,8 @@ def by_head(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q - k).abs() <= 3 * h
 
 
-def listed_blocks(model: Attention) -> BlockMask:
-    """Lists of blocks per head: even keys of the first block (heads 0, 1) or the own (2, 3), and all of the last."""
+def block_list(model: Attention) -> BlockMask:
+    """Blocks per head: even keys of the first block (heads 0, 1) or the query's (2, 3), and all of the last."""
     rows = torch.arange(3, dtype=torch.int32).view(3, 1).expand(3, 3)
     columns = torch.stack([torch.zeros_like(rows)] * 2 + [rows] * 2)[None].contiguous()
     ones, last = torch.ones(1, H, 3, dtype=torch.int32), torch.full((1, H, 3, 3), 2, dtype=torch.int32)
@@ -159,7 +160,7 @@ def positive(model: Attention) -> Mod:
 
 
 def gamma(model: Attention) -> Mod:
-    """Has no closed form: the call runs whole on every rank."""
+    """Has no closed form: the call is replicated."""
     return lambda s, b, h, q, k: s + torch.lgamma(1 + s.abs())
 
 
@@ -179,9 +180,9 @@ CASES = {
         blocks=masked(in_document),
     ),
     "by head": Case(seen(lambda h, q, k: (q - k).abs() <= 3 * h), blocks=masked(lambda model: by_head, H=H)),
-    "listed blocks": Case(
+    "block list": Case(
         seen(lambda h, q, k: (k % 2 == 0) & (k // 8 == torch.where(h < 2, 0, q // 8)) | (k >= 16)),
-        blocks=listed_blocks,
+        blocks=block_list,
     ),
     "alibi": Case(
         lambda model, s, h, q, k: (s + 2.0 ** (-2.0 * (h + 1)) * (k - q)).masked_fill(k > q, -INFINITY),
@@ -241,7 +242,7 @@ def check(workers: Workers, ranks: int, names: tuple[str, ...], **options: Any) 
 ON_RANKS = {
     1: ("causal", "soft cap"),
     2: ("no block mask", "one block", "made inside", "clamped", "positive", "not read", "closed rows"),
-    3: ("documents", "listed blocks", "relative bias", "learned soft cap"),
+    3: ("documents", "block list", "relative bias", "learned soft cap"),
     5: ("window", "by head", "alibi"),
 }
 assert CASES.keys() == {name for names in ON_RANKS.values() for name in names}

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringpass import ops
+from tests.support.marks import slow
 from tests.support.models import MODELS, batch_for, loss_of
-from tests.support.stages import compile_step, fake_ring, stages
-from tests.support.workers import slow
+from tests.support.pipeline_stages import compile_step, fake_ring, stages
 
 LENGTH = 97  # prime, and no other size of the models
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 Repeat = Callable[[Tensor], Tensor]
 

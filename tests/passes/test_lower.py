@@ -15,10 +15,12 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.ops import primitives
 from ringpass.passes.lower.lower import lower
+from tests.support.generated_code import ring_calls
+from tests.support.marks import slow
+from tests.support.model_parity import parity, worst
 from tests.support.models import MODELS, WIDTH, Block, batch_for, loss_of
-from tests.support.parity import parity, worst
-from tests.support.stages import compile_step, fake_ring
-from tests.support.workers import Workers, slow
+from tests.support.pipeline_stages import compile_step, fake_ring
+from tests.support.process_ranks import Workers
 
 TILES = (primitives.attention_tile, primitives.attention_tile_backward)
 
@@ -82,18 +84,6 @@ def test_transfers_start_before_the_tiles_that_hide_them(lowered: dict[str, Grap
     assert hidden >= len(exchanges) - sum(n.name.startswith("receive_gradients_step3") for n in exchanges)
 
 
-def calls(code: str) -> list[str]:
-    """The ring's calls in generated code, in order."""
-    names = ("exchange", "wait", "attention_tile_backward", "attention_tile")
-    found = []
-    for line in code.splitlines():
-        for name in names:
-            if f"torch.ops.ringpass.{name}.default(" in line:
-                found.append(name)
-                break
-    return found
-
-
 def test_generated_code_keeps_the_order() -> None:
     with fake_ring(1, 3):
         model = MODELS["nanogpt"].make()
@@ -105,13 +95,13 @@ def test_generated_code_keeps_the_order() -> None:
 
         _, (forward, backward) = run_and_get_code(step)
     assert (
-        calls(forward)
+        ring_calls(forward)
         == ["exchange", "attention_tile", "wait", "exchange", "attention_tile", "wait", "attention_tile"] * 2
     )
-    order = calls(backward)
+    order = ring_calls(backward)
     assert order.count("attention_tile_backward") == 10 and order.count("exchange") == order.count("wait") == 8
     for site in (order[: len(order) // 2], order[len(order) // 2 :]):
-        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the own tiles
+        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the local tiles
         assert site[-3:] == ["attention_tile_backward", "attention_tile_backward", "wait"]  # the rest of them
 
 

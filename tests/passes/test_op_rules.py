@@ -1,41 +1,23 @@
 """Each rule by itself: the op on shards of its operands gives shards of the op, in forward and backward.
 
-A case is a function of tensors, whose op of that name is partitioned over simulated ranks along the dim of its first
-tensor that has TOKENS elements.  Before it stands a product, so that its operand is local; `moved` says whether the op
-may then gather.
+A case calls an op of the named kind, which is partitioned over simulated ranks along the dim of S elements of its first
+operand that has one.  The operands are products, so that they are sharded; `gathers` says whether the op may gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ringpass.layouts.layout import Layout
-from ringpass.nodes import op_name
-from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules import pointwise, routing
 from ringpass.passes.op_rules import table as rules
-from ringpass.passes.op_rules.spec import Rank
-from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
-from ringpass.passes.partition.placement import place
-from ringpass.passes.partition.writer import partition
-from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import propagate
-from ringpass.passes.verify import verify
-from tests.support import thread_ranks
-from tests.support.stages import captured_graph
+from tests.support.sharded_ops import B, Case, D, H, S, check_on_shards, rank_programs
 
-B, TOKENS, H, D = 2, 11, 3, 4
-S = TOKENS
 aten = torch.ops.aten
 
 
@@ -46,19 +28,6 @@ def ids(n: int = 7) -> Tensor:
 
 def seen() -> Tensor:
     return (ids(3) > 0)[..., None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op's name, what calls it, the shapes of its operands, whether it gathers."""
-
-    op: str
-    call: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...] = ((B, S, D),)
-    gathers: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.op} {'x'.join(map(str, self.shapes[0]))}"
 
 
 def routed(x: Tensor, w: Tensor, leak: Callable[..., Any] | None = None) -> Any:
@@ -76,7 +45,7 @@ def routed(x: Tensor, w: Tensor, leak: Callable[..., Any] | None = None) -> Any:
 HEADS = (B, H, S, D)
 FIRST = (S, B, D)  # sequence first
 FLAT = (B * S, D)
-LOCAL = [  # op on shards = shards of op
+SHARDED = [  # op on shards = shards of op
     Case("linear.default", F.linear, ((B, S, D), (5, D), (5,))),
     Case("linear.default", F.linear, (FIRST, (5, D))),
     Case("mm.default", torch.mm, ((S, D), (D, 5))),
@@ -157,7 +126,7 @@ LOCAL = [  # op on shards = shards of op
     Case("view_as_real.default", lambda x, y: torch.view_as_real(
         torch.view_as_complex(x.view(B, S, 2, 2)) * torch.polar(y.abs(), y)[:, None]).flatten(2),
          ((B, S, D), (B, 2))),
-    # what torch writes as others
+    # ops that torch decomposes into others
     Case("transpose.int", lambda x: x.swapaxes(0, 1)),
     Case("permute.default", lambda x: x.movedim(1, 0)),
     Case("mul.Tensor", lambda x: torch.multiply(torch.subtract(x, 1), torch.divide(x, 3))),
@@ -206,7 +175,7 @@ LOCAL = [  # op on shards = shards of op
       for name, f in (("mse_loss", F.mse_loss), ("l1_loss", F.l1_loss), ("huber_loss", F.huber_loss))),
     Case("cross_entropy_loss.default", lambda x: F.cross_entropy(x.view(-1, D), ids(D).view(-1), reduction="none")),
 ]  # fmt: skip
-SUMMED = [  # parts of a sum, added over ranks
+REDUCED = [  # partial sums, added up over ranks
     Case("sum.dim_IntList", lambda x: x.sum(1)),
     Case("sum.dim_IntList", lambda x: x.sum(0), (FIRST,)),
     Case("sum.default", lambda x: x.sum()),
@@ -228,7 +197,7 @@ SUMMED = [  # parts of a sum, added over ranks
     Case("binary_cross_entropy_with_logits.default",
          lambda x: F.binary_cross_entropy_with_logits(x, x.detach().sigmoid(), reduction="sum")),
 ]  # fmt: skip
-TAKEN = [  # a few tokens, and no more, move
+SELECTED = [  # only the selected tokens move
     Case("select.int", lambda x: x[:, 0]),
     Case("select.int", lambda x: x[:, -1]),
     Case("slice.Tensor", lambda x: x[:, -3:] * 2),
@@ -237,7 +206,7 @@ TAKEN = [  # a few tokens, and no more, move
     Case("index.Tensor", lambda x: x[:, [-1]]),
     Case("index_select.default", lambda x: x.index_select(1, torch.tensor([3, 0]))),
 ]
-WHOLE = [  # gathered, and said so
+GATHERED = [  # gathered, with the reason
     *(Case(name, f, ((B, S, D),), True) for name, f in {
         "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
         "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
@@ -259,7 +228,7 @@ WHOLE = [  # gathered, and said so
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
     Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
 ]  # fmt: skip
-RUNS = [  # runs of tokens: nothing moves
+SLICES = [  # slices of the sequence: nothing moves
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, 1:] * 2, ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, :-1].reshape(-1, D).sin(), ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[1:-2] * 2, (FIRST, (D, D))),
@@ -293,7 +262,7 @@ RUNS = [  # runs of tokens: nothing moves
     Case("pad.default", lambda x: F.pad(x, (1, -1)) * x),
     Case("slice.Tensor", lambda x, w: F.linear(x, w)[:, -100:-1] * 2, ((B, S, D), (D, D))),
     Case("slice.Tensor", lambda x, w: F.linear(x, w).narrow(1, 2, S - 2) * 2, ((B, S, D), (D, D))),
-    # two runs of one sequence against each other: what is elsewhere moves
+    # two slices of one sequence against each other: tokens of other ranks move
     Case("sub.Tensor", lambda x, w: (y := F.linear(x, w))[:, 1:] - y[:, :-1], ((B, S, D), (D, D))),
     Case("mul.Tensor", lambda x, w: (y := F.linear(x, w))[:, 2:] * y[:, 1:-1] + y[:, :-2].sin(), ((B, S, D), (D, D))),
     Case("cat.default", lambda x, w: torch.cat([(y := F.linear(x, w))[:, :1], y[:, :-1]], 1) * y, ((B, S, D), (D, D))),
@@ -315,102 +284,14 @@ RUNS = [  # runs of tokens: nothing moves
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
 ]  # fmt: skip
-CASES = [*LOCAL, *SUMMED, *TAKEN, *RUNS, *WHOLE]
-
-
-def inputs(case: Case) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
-    return [x.requires_grad_() for x in made]
-
-
-def outputs_of(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [x for x in value if x.is_floating_point()]
-
-
-def after_a_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *xs: tuple(outputs_of(case.call(*(x * 1.5 for x in xs))))
-
-
-def captured_of(case: Case) -> Captured:
-    """The case's graph, without Dynamo, for speed."""
-    given = inputs(case)
-    return captured_graph(make_fx(after_a_product(case), pre_dispatch=True)(*given), given)
-
-
-def programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Partitioned]:
-    """Each rank's program, as if an attention had the sequence of the first operand that has one."""
-    captured = captured_of(case)
-    assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
-    sweep = propagate(captured.gm, rules.rule_for)
-    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
-    axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
-    axes = [
-        replace(a, layout=a.layout.with_scheme(layout))
-        for a in aligned_axes({axis.factor: axis}, sweep, world).values()
-    ]
-    plan = RingPlan(world, tuple(axes), (), "ring")
-    placement = place(captured, plan, sweep, {})
-    verify("place", placement)
-    made = [
-        partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
-        for rank in range(world)
-    ]
-    for program in made:
-        verify("partition", program)
-    return made
-
-
-def own(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) -> Tensor:
-    """The part of a whole output that a rank holds."""
-    if spec is None:
-        return x
-    if spec.part is not None:  # taken when it is used
-        return x.new_zeros(0)
-    assert isinstance(spec.outer, int) and isinstance(spec.tokens, int)
-    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
-    ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
-    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
-    return mine.flatten(spec.dim, spec.dim + 2)
-
-
-def assert_close(got: Tensor, want: Tensor, whole: Tensor) -> None:
-    """To 1e-12 of the largest element of the whole tensor, or of 1."""
-    most = float(whole.detach().abs().max()) if whole.numel() else 0.0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(most, 1.0))
-
-
-def check(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
-    """That each rank has its part of the outputs and whole gradients; why values were gathered, but for outputs."""
-    given = inputs(case)
-    want = after_a_product(case)(*given)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
-    want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
-    made = programs(case, layout, world, tokens)
-
-    def job(rank: int, group: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        xs, local = inputs(case), made[rank]
-        got = local.gm(*xs)[: len(want)]
-        weights = [own(c, spec, rank, world) for c, spec in zip(cotangents, local.outputs, strict=True)]
-        return list(got), torch.autograd.grad(got, xs, weights, allow_unused=True)
-
-    for rank, (got, grads) in enumerate(thread_ranks.run(world, job)):
-        for y, whole, spec in zip(got, want, made[rank].outputs, strict=True):
-            assert_close(y, own(whole, spec, rank, world), whole)
-        for g, whole in zip(grads, want_grads, strict=True):
-            assert (g is None) == (whole is None)
-            if g is not None:
-                assert_close(g, whole, whole)
-    return [g.reason for g in made[0].gathers if g.reason != "output"]
+CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *GATHERED]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
 @pytest.mark.parametrize("layout", ("zigzag",))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 3) -> None:
-    reasons = check(case, layout, world)
+    reasons = check_on_shards(case, layout, world)
     assert bool(reasons) == case.gathers, reasons
     assert not reasons or any(case.op in reason for reason in reasons)
 
@@ -432,11 +313,11 @@ def test_every_rule_has_a_case() -> None:
     ],
     ids=("compared", "put together"),
 )
-def test_halves_of_a_sequence_are_runs(call: Callable[..., Any]) -> None:
-    """As few tokens that a head reads they would be whole on every rank, and so would all that follows."""
+def test_halves_of_a_sequence_are_slices(call: Callable[..., Any]) -> None:
+    """As the few tokens that a head reads, they would be replicated, and so would all that follows."""
     case = Case("slice.Tensor", call, ((B, 40, D), (D, D)))
-    assert check(case, "zigzag", 3, 40) == []
-    assert not [n for n in programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
+    assert check_on_shards(case, "zigzag", 3, 40) == []
+    assert not [n for n in rank_programs(case, "zigzag", 3, 40)[0].gm.graph.nodes if n.name.endswith("_taken")]
 
 
 def test_tokens_that_go_to_every_rank_are_reported() -> None:
@@ -446,4 +327,4 @@ def test_tokens_that_go_to_every_rank_are_reported() -> None:
         y = x @ w
         return torch.cat([y[:, :13] * 2, y[:, 13:26].sin(), y[:, 26:]], 1) @ w
 
-    assert check(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)
+    assert check_on_shards(Case("slice.Tensor", thirds, ((B, 40, D), (D, D))), "zigzag", 4, 40)

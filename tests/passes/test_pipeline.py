@@ -27,7 +27,7 @@ from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.plan.plan import plan
 from ringpass.passes.propagate.factors import propagate
 from ringpass.passes.verify import CHECKS, VerificationError, verify
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 RANKS = 2
 

@@ -5,31 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ringpass.lazy import LazyOutput
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers
+from tests.support.model_parity import compiled, relative
+from tests.support.models import AttentionWithCache
+from tests.support.process_ranks import Workers
 
 PARTS = (slice(-5, None), slice(2, 9), slice(0, -1), slice(20, 40))
 
 
-class Cached(nn.Module):
-    """Attention that also returns some of its keys."""
-
-    def __init__(self, part: slice) -> None:
-        super().__init__()
-        self.project, self.part = nn.Linear(8, 24), part
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True), k[:, :, self.part]
-
-
 def job(group: dist.ProcessGroup, part: slice, outputs: str) -> tuple[bool, list[float]]:
     """Whether the part was returned unused, and errors of both outputs and of the gradient through them."""
-    model, x = Cached(part).double(), torch.randn(2, 23, 8, dtype=torch.float64)
+    model, x = AttentionWithCache(part).double(), torch.randn(2, 23, 8, dtype=torch.float64)
     found = []
     run = compiled(model, group, outputs=outputs)(x), model(x)
     lazy = isinstance(run[0][1], LazyOutput) and run[0][1].gathered is None
@@ -49,10 +36,10 @@ def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
 
 def unused(group: dist.ProcessGroup) -> str:
     """What is gathered for an output that nobody uses."""
-    from tests.support.stages import stages
+    from tests.support.pipeline_stages import stages
 
     with stages() as seen:
-        compiled(Cached(slice(-5, None)).double(), group)(torch.randn(2, 23, 8, dtype=torch.float64))
+        compiled(AttentionWithCache(slice(-5, None)).double(), group)(torch.randn(2, 23, 8, dtype=torch.float64))
     return str(seen["partitioned"][0].graph)
 
 

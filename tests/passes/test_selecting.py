@@ -1,4 +1,4 @@
-"""A few tokens of a sharded sequence, whole on every rank: what each rank gives adds up to them, and no more moves."""
+"""A few tokens of a sharded sequence, replicated: what each rank gives adds up to them, and no more moves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ringpass import ops
 from ringpass.layouts.layout import Layout
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
 from tests.support.models import Block
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo_parity import step
 
 ROWS, TOKENS, WIDTH = 2, 23, 32
@@ -25,10 +26,10 @@ LAST = torch.tensor([4, 22])
 def test_each_token_is_held_once_and_in_place(layout: str, world: int) -> None:
     x, positions = torch.randn(TOKENS), torch.tensor([[0, 22], [-1, 7]])
     order = Layout(layout, world).order
-    placed = x[order.permutation.values] if order else x
+    ordered = x[order.permutation.values] if order else x
     total = torch.zeros(positions.shape)
     for rank in range(world):
-        mine = torch.cat([placed[a:b] for a, b in Layout(layout, world).ranges(rank, TOKENS)])
+        mine = torch.cat([ordered[a:b] for a, b in Layout(layout, world).ranges(rank, TOKENS)])
         rows = ops.locate(positions, TOKENS, layout, world, rank)
         total += torch.where(rows >= 0, mine[rows.clamp_min(0)], 0)
     assert torch.equal(total, x[positions])

@@ -1,4 +1,4 @@
-"""Runs of tokens: what a model cuts off, puts in front, joins and reads from its neighbours stays on its ranks.
+"""Slices of the sequence: what a model cuts off, puts in front, joins and reads from its neighbours stays on its ranks.
 
 Each model is run under `strict`, which refuses any gather, and must give the numbers of one device.
 """
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringpass.layouts.layout import Layout, few
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
 from tests.support.models import HEADS, VOCAB, WIDTH, Block
-from tests.support.parity import compiled, relative
-from tests.support.workers import Workers, slow
+from tests.support.process_ranks import Workers
 from tests.support.zoo_parity import step
 
 ROWS, TOKENS = 2, 23
@@ -234,16 +235,16 @@ def test_weights_under_no_grad_have_no_gradient(workers: Workers) -> None:
 
 @pytest.mark.parametrize("world", (1, 2, 3, 5))
 @pytest.mark.parametrize("name", ("contiguous", "zigzag", "striped"))
-@pytest.mark.parametrize("cuts", ("1", "-1", "1,-1", "3,-2,-1", "20", "20,-23"))
-def test_runs_from_cut_to_cut_are_on_the_same_ranks(name: str, cuts: str, world: int) -> None:
-    tokens, numbers = 61, [int(n) for n in cuts.split(",")]
-    layout = Layout(f"{name} cut {cuts}", world)
+@pytest.mark.parametrize("points", ("1", "-1", "1,-1", "3,-2,-1", "20", "20,-23"))
+def test_slices_between_split_points_are_sharded_as_sequences(name: str, points: str, world: int) -> None:
+    tokens, numbers = 61, [int(n) for n in points.split(",")]
+    layout = Layout(f"{name} cut {points}", world)
     held = [[t for a, b in layout.ranges(rank, tokens) for t in range(a, b)] for rank in range(world)]
     assert sorted(sum(held, [])) == list(range(tokens))
     assert [layout.length(rank, tokens) for rank in range(world)] == list(map(len, held))
     ends = [0, *(n % tokens for n in numbers), tokens]
-    for cut, end in zip(numbers, ends[1:], strict=False):
-        assert [layout.before(rank, tokens, cut) for rank in range(world)] == [sum(t < end for t in h) for h in held]
+    for point, end in zip(numbers, ends[1:], strict=False):
+        assert [layout.before(rank, tokens, point) for rank in range(world)] == [sum(t < end for t in h) for h in held]
     for start, stop in zip(ends, ends[1:], strict=False):
         if stop - start >= few(world):
             alone = Layout(name, world).ranges

@@ -1,4 +1,4 @@
-"""Attentions that are written out: what is read from them, evaluated densely, equals what they compute."""
+"""Handwritten attention: what is read from it, evaluated densely, equals what it computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ringpass.masks.expr import parse
 from ringpass.ops.primitives import indices
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from tests.support.stages import captured_graph
+from tests.support.pipeline_stages import captured_graph
 
 B, H, S, D = 2, 4, 7, 8
 Attend = Callable[..., Tensor]
@@ -134,7 +134,7 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores, dim=-1)[..., :-1] @ v
 
 
-WRITTEN = {  # mask, score function
+HANDWRITTEN = {  # mask, score function
     plain: ("True", None), masked: ("k <= q", None), least: ("k <= q", None), stable: ("k <= q", None),
     capped: ("k <= q", "tanh(score / 5.0) * 5.0"), grouped: ("k <= q", None), by_einsum: ("True", None),
     bloom: ("k <= q", None), three_dims: ("True", None),
@@ -147,12 +147,12 @@ def inputs() -> list[Tensor]:
     return [torch.randn(B, H, S, D, generator=g, dtype=torch.float64) for _ in "qkv"]
 
 
-@pytest.mark.parametrize("attend", WRITTEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attend", HANDWRITTEN, ids=lambda f: f.__name__)
 def test_what_is_read_equals_what_is_written(attend: Attend) -> None:
     found = site_of(attend, *inputs())
     assert found is not None
     site, values, gm = found
-    assert (str(site.mask), None if site.score is None else str(site.score)) == WRITTEN[attend]
+    assert (str(site.mask), None if site.score is None else str(site.score)) == HANDWRITTEN[attend]
     q, k, v, want = values_of(gm, values, [site.q, site.k, site.v, site.node])
     leaves = values_of(gm, values, list(site.leaves))
     assert torch.allclose(dense(site, q, k, v, leaves), want, rtol=0, atol=1e-13)

@@ -23,12 +23,12 @@ from ringpass.masks.expr import Expr, call, parse
 from ringpass.masks.simplify import simplify
 from ringpass.ops import ring
 from ringpass.patterns import Pattern
-from tests.masks.test_patterns import Attention, step
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
-from tests.support.parity import compiled, relative
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread
+from tests.support.model_parity import compiled, relative
+from tests.support.pattern_models import SelfAttention, out_and_grad
+from tests.support.process_ranks import Workers
 from tests.support.sites import site
-from tests.support.workers import Workers
 
 BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
 FEW, ALL = 100, 1100  # cases of the default run, and with -m slow
@@ -215,8 +215,8 @@ def case(seed: int) -> Case:
     x = Where.of(random, tokens, heads)
     pattern, allowed = composition(x, random.randint(0, 3))
     if random.random() < 0.3:  # in a contiguous layout, the first ranks have no key
-        late = random.randint(tokens // 2, tokens - 1)
-        pattern, allowed = Pattern(simplify(call("and", pattern.expr, parse(f"q >= {late}")))), allowed & (x.q >= late)
+        row = random.randint(tokens // 2, tokens - 1)
+        pattern, allowed = Pattern(simplify(call("and", pattern.expr, parse(f"q >= {row}")))), allowed & (x.q >= row)
     mask, exists = pattern.expr, None
     if random.random() < 0.4:
         exists = torch.tensor([[random.random() < 0.7 for _ in range(tokens)] for _ in range(BATCH)])
@@ -301,9 +301,9 @@ def through_the_backend(group: dist.ProcessGroup, seeds: range) -> list[tuple[fl
         tokens = random.randint(9, 40)
         pattern, allowed = composition(Where.of(random, tokens, 2), random.randint(0, 3))
         layout, tile = random.choice(("auto", "contiguous", "zigzag", "striped")), random.choice((4, 8, None))
-        model, x = Attention(causal=False).double(), torch.randn(BATCH, tokens, 8, dtype=torch.float64)
+        model, x = SelfAttention(causal=False).double(), torch.randn(BATCH, tokens, 8, dtype=torch.float64)
         run = compiled(model, group, mask=pattern, layout=layout, tile=tile)
-        pairs = zip(step(run(x), model), step(model(x, allowed), model), strict=True)
+        pairs = zip(out_and_grad(run(x), model), out_and_grad(model(x, allowed), model), strict=True)
         worst = max(relative(got, want) if want.any() else float(got.abs().max()) for got, want in pairs)
         errors.append((worst, f"{pattern} on {tokens} tokens, {layout}, tile {tile}"))
     return errors

@@ -1,4 +1,4 @@
-"""Layouts: every rank has its share of the work of all layers together, with as few bytes as that allows."""
+"""Layouts: ranks do equal work over all layers together, with as few bytes as that allows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ringpass.layouts.layout import ASSIGNED, Layout
 from ringpass.patterns import Pattern, block_causal, causal, documents, prefix, window
 from ringpass.schedule.cost import Estimate, Load, choose, estimate, refine
 from ringpass.schedule.tiles import Problem
-from tests.support.parity import worst
-from tests.support.workers import Workers, slow
+from tests.support.marks import slow
+from tests.support.model_parity import worst
+from tests.support.process_ranks import Workers
 
 CAUSAL, SLIDING = causal(), causal() & window(1023)
 
@@ -97,13 +98,13 @@ def test_parity_in_other_layouts(workers: Workers, layout: str, ranks: int) -> N
 
 
 def job(group: dist.ProcessGroup, layout: str, pattern: Pattern) -> dict[str, float]:
-    """Errors of an attention under `pattern` in `layout` against its dense mask."""
-    from tests.masks.test_patterns import Attention, dense
-    from tests.support.parity import compiled, relative
+    """Errors of an attention under `pattern` in `layout` against its dense_mask mask."""
+    from tests.support.model_parity import compiled, relative
+    from tests.support.pattern_models import SelfAttention, dense_mask
 
-    model, x = Attention(False).double(), torch.randn(2, 149, 8, dtype=torch.float64)
+    model, x = SelfAttention(False).double(), torch.randn(2, 149, 8, dtype=torch.float64)
     found = []
-    for out in (compiled(model, group, layout=layout, mask=pattern, tile=4)(x), model(x, dense(pattern, 149))):
+    for out in (compiled(model, group, layout=layout, mask=pattern, tile=4)(x), model(x, dense_mask(pattern, 149))):
         found.append((out, *torch.autograd.grad(out.square().sum(), model.project.weight)))
     names = ("out", "gradient")
     return {name: relative(got, want) for name, got, want in zip(names, *found, strict=True)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import pytest
@@ -11,18 +9,17 @@ import torch
 from torch import Tensor
 
 from ringpass import Dilation, OptionError, RingConfig, reference
-from ringpass.layouts.layout import STRIPES, Layout
+from ringpass.layouts.layout import Layout
 from ringpass.ops import ring
 from ringpass.schedule.dilation import preset
 from ringpass.schedule.messages import received
 from ringpass.schedule.site import Site
 from tests.support import thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread
+from tests.support.dilation_cases import TOLERANCE, WIDTH, Case, random_case
 from tests.support.sites import site
 
-BATCH, WIDTH, TOLERANCE = 2, 4, 1e-11
 FEW, ALL = 40, 1100  # cases of the default run, and with -m slow
-PADDING, DOCUMENTS = "bool(x0[b, k])", "x0[b, q] == x0[b, k]"
 LEARNED = "x{}[h, q, k]"
 
 
@@ -41,73 +38,8 @@ def received_rows(planned: Site, kv_heads: int) -> int:
 # --- random cases -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """A dilated attention with random tensors: `inputs` are q, k, v and the gradient of out."""
-
-    dilation: Dilation
-    mask: str
-    allowed: Tensor  # (B, 1, S, S): what `mask` means
-    leaves: list[Tensor]
-    learned: bool  # the last leaf is a bias
-    inputs: list[Tensor]
-    world: int
-    layout: str
-    tile: int
-
-    @property
-    def tokens(self) -> int:
-        return self.inputs[0].shape[2]
-
-    def __str__(self) -> str:
-        heads = [x.shape[1] for x in self.inputs[:2]]
-        bias = ", learned bias" if self.learned else ""
-        on = f"{self.world} ranks, {self.tokens} tokens, {self.layout}, tile {self.tile}, heads {heads}"
-        return f"{self.dilation}, {self.mask}{bias} on {on}"
-
-
-def case(seed: int) -> Case:
-    """The random case of that number: lengths that rates do not divide, longer ones than the sequence, equal ones."""
-    random, g = Random(seed), torch.Generator().manual_seed(seed)
-    world, tokens, groups = 1 + seed % 5, random.randint(1, 60), random.choice((1, 2, 3))
-    heads = groups * random.choice((1, 1, 2, 3))
-    shapes = [(BATCH, n, tokens, WIDTH) for n in (heads, groups, groups, heads)]
-    inputs = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
-    mask, allowed, leaves = _mask(random, tokens)
-    learned = random.random() < 0.25
-    leaves += [torch.randn(heads, tokens, tokens, generator=g, dtype=torch.float64)] if learned else []
-    layouts = ["contiguous", "zigzag", *(["striped"] if 2 * tokens >= STRIPES * world else [])]
-    layout, tile = random.choice(layouts), random.choice((3, 8, 1024))
-    return Case(_dilation(random, tokens), mask, allowed, leaves, learned, inputs, world, layout, tile)
-
-
-def _dilation(random: Random, tokens: int) -> Dilation:
-    n = random.randint(1, 4)
-    if random.random() < 0.5:
-        first = random.choice((4, 8))
-        lengths, rates = [first << i for i in range(n)], [1 << i for i in range(n)]
-    else:
-        lengths, rates = [random.randint(1, tokens + 10) for _ in range(n)], [random.randint(1, 6) for _ in range(n)]
-    return Dilation(tuple(lengths), tuple(rates), random.choice(("mod", "block")))
-
-
-def _mask(random: Random, tokens: int) -> tuple[str, Tensor, list[Tensor]]:
-    q, k = torch.arange(tokens)[:, None], torch.arange(tokens)
-    width, ids = random.randint(1, tokens), torch.tensor([[random.randint(0, 2) for _ in k] for _ in range(BATCH)])
-    own = ids[:, None, :, None] == ids[:, None, None, :]
-    kinds: dict[str, tuple[Tensor, list[Tensor]]] = {
-        "True": ((k >= 0) & (q >= 0), []),
-        "k <= q": (k <= q, []),
-        f"k <= q & q - k < {width}": ((k <= q) & (q - k < width), []),
-        PADDING: (ids[:, None, None, :].bool() & (q >= 0), [ids]),
-        f"k <= q & {DOCUMENTS}": ((k <= q) & own, [ids]),
-    }
-    mask = random.choice(list(kinds))
-    return mask, *kinds[mask]
-
-
 def on_the_ring(c: Case) -> list[list[Tensor]]:
-    """[out, dq, dk, dv, and the rank's share of the bias' gradient] of each rank."""
+    """[out, dq, dk, dv, and the rank's partial gradient of the bias] of each rank."""
     last = len(c.leaves) - 1
     more: dict[str, Any] = {"bias": LEARNED.format(last), "learned": (last,)} if c.learned else {}
     heads = c.inputs[0].shape[1]
@@ -135,7 +67,7 @@ def dense(c: Case) -> list[Tensor]:
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= FEW else []) for n in range(ALL)])
 def test_the_ring_equals_the_reference(seed: int) -> None:
     with one_thread():
-        c = case(seed)
+        c = random_case(seed)
         found, wanted = on_the_ring(c), dense(c)
     check_ranks([results[:4] for results in found], wanted[:4], c.layout, TOLERANCE, str(c))
     if c.learned:
@@ -146,7 +78,7 @@ def test_the_ring_equals_the_reference(seed: int) -> None:
 def test_the_cases_meet_every_circumstance() -> None:
     """In the default run, on several ranks."""
     met: dict[str, set[int]] = {}
-    for c in map(case, range(FEW)):
+    for c in map(random_case, range(FEW)):
         lengths, rates = c.dilation.segment_lengths, c.dilation.dilation_rates
         covered = reference.multiplicity(c.dilation, c.inputs[0].shape[1], c.tokens).any(-1)
         circumstances = {
@@ -168,7 +100,7 @@ def test_the_cases_meet_every_circumstance() -> None:
 
 
 def test_reference_is_the_formula() -> None:
-    """LongNet's sum, written down pair by pair, for one batch row and head."""
+    """LongNet's sum, pair by pair, for one batch row and head."""
     d, tokens, heads = Dilation((4, 9), (1, 3)), 11, 3
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, tokens, WIDTH, generator=g, dtype=torch.float64) for _ in range(3))
@@ -198,10 +130,10 @@ def test_each_rank_receives_what_it_needs(
     d, tokens, world = Dilation(lengths, rates, head_offset), 512, 8
     joined = reference.multiplicity(d, heads, tokens).view(groups, heads // groups, tokens, tokens) > 0
     for rank in range(world):
-        own = torch.zeros(tokens, dtype=torch.bool)
+        local = torch.zeros(tokens, dtype=torch.bool)
         for start, stop in Layout(layout, world).ranges(rank, tokens):
-            own[start:stop] = True
-        need = int((joined[:, :, own].any(2).any(1) & ~own).sum())
+            local[start:stop] = True
+        need = int((joined[:, :, local].any(2).any(1) & ~local).sum())
         got = received_rows(site_of(d, tokens, rank, world, layout, heads=heads), groups)
         assert need <= got <= 1.05 * need, (rank, need, got)
 
@@ -228,7 +160,7 @@ def test_no_exchange_within_a_shard() -> None:
 
 @pytest.mark.parametrize(("mask", "bound"), [("True", 2 * 2048), ("k <= q", 2048 + 512)])
 def test_cost_is_linear_in_the_length(mask: str, bound: int) -> None:
-    """Geometric patterns up to the whole sequence: pairs per token, and received rows per own one, do not grow."""
+    """Geometric patterns up to the whole sequence: pairs per token, and received rows per local one, do not grow."""
     world, heads, rows = 8, 8, []
     for tokens in [2**n for n in range(12, 21, 2)]:
         doubled = range((tokens // 2048).bit_length())

@@ -27,7 +27,7 @@ from ringpass.schedule.proof import prove
 from ringpass.schedule.site import Site
 from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile, tiling
 from tests.support import sites, thread_ranks
-from tests.support.dense_ring import SCALE, check_ranks, of_rank, one_thread
+from tests.support.attention_parity import SCALE, check_ranks, of_rank, one_thread
 
 TOKENS, HEADS, WIDTH, SEED = 43, 2, 4, torch.tensor(5)
 COLUMNS = "k < 4 | k >= 12 & k < 16 | k >= 30 & k < 33"
@@ -45,7 +45,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def dense(kind: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, table: Tensor) -> list[Tensor]:
-    """[out, dq, dk, dv, dtable] by the whole matrix of scores."""
+    """[out, dq, dk, dv, dtable] by the dense matrix of scores."""
     whole = site(kind, 0, 1, "", "contiguous")
     spans = 2, HEADS, [0, TOKENS], [0, TOKENS]
     inputs = [x.clone().requires_grad_() for x in (q, k, v, table)]
@@ -120,7 +120,7 @@ def test_no_call_is_larger_than_it_may_be(most: int) -> None:
 
 
 def test_tiles_are_as_fine_as_blocks() -> None:
-    """A tile of blocks of 64 that is larger than these has to be computed whole."""
+    """A tile of blocks of 64 that is larger than these has to be computed in full."""
     p = problem(patterns.random_blocks(8192, 64, 8), 8192, TILE)
     assert refine([p], "cpu") == 64
     fine = replace(p, tile=64)

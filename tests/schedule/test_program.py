@@ -18,7 +18,7 @@ from ringpass.schedule import proof as verify
 from ringpass.schedule.program import Program, Step, Transfer, program
 from ringpass.schedule.proof import check, lower_bound, prove, prove_from
 from ringpass.schedule.tiles import CAUSAL_TILE, THIN, TILE, Problem, Tile
-from tests.support.workers import slow
+from tests.support.marks import slow
 
 CAUSAL = "k <= q"
 WINDOW = "k <= q & q - k < 5"
@@ -177,9 +177,9 @@ def test_received_tokens_exceed_the_lower_bound_by_less_than_tiles(layout: str) 
 
 
 def brute_lower_bound(p: Problem, allowed: Callable[[int, int], bool], rank: int) -> int:
-    own = {t for a, b in p.key_layout.ranges(rank, p.keys) for t in range(a, b)}
+    local = {t for a, b in p.key_layout.ranges(rank, p.keys) for t in range(a, b)}
     queries = [t for a, b in p.query_layout.ranges(rank, p.queries) for t in range(a, b)]
-    return sum(k not in own and any(allowed(q, k) for q in queries) for k in range(p.keys))
+    return sum(k not in local and any(allowed(q, k) for q in queries) for k in range(p.keys))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -207,7 +207,7 @@ def test_shifts_outside_a_window_are_absent() -> None:
         assert {step.shift for step in wide} <= {0, 1, 2}
 
 
-def test_full_tiles_are_cut_only_on_demand() -> None:
+def test_full_tiles_are_split_only_on_demand() -> None:
     (tile,) = program(problem("True", 1, 64, tile=8), 0).steps[0].tiles
     assert tile == Tile((0, 64), (0, 64), FULL)
     tiles = program(problem("True", 1, 64, tile=8, cut_all=True), 0).steps[0].tiles
@@ -215,7 +215,7 @@ def test_full_tiles_are_cut_only_on_demand() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_thin_full_tiles_are_cut_to_length(world: int) -> None:
+def test_thin_full_tiles_are_split_to_length(world: int) -> None:
     p = problem("k < 64 | q < 64", world, 10_000, "contiguous")
     prove(p)
     tiles = [tile for rank in range(world) for step in program(p, rank).steps for tile in step.tiles]
@@ -467,9 +467,11 @@ def test_any_problem_is_proved(p: Problem) -> None:
 @given(problems(), st.data())
 def test_any_dropped_or_doubled_tile_is_refused(p: Problem, data: st.DataObject) -> None:
     programs = [program(p, rank) for rank in range(p.world)]
-    places = [(one.rank, i, j) for one in programs for i, s in enumerate(one.steps) for j in range(len(s.tiles))]
-    if places:
-        rank, index, number = data.draw(st.sampled_from(places))
+    tiles_of_ranks = [
+        (one.rank, i, j) for one in programs for i, s in enumerate(one.steps) for j in range(len(s.tiles))
+    ]
+    if tiles_of_ranks:
+        rank, index, number = data.draw(st.sampled_from(tiles_of_ranks))
         tiles = programs[rank].steps[index].tiles
         with pytest.raises(ScheduleError):
             check(changed(programs, rank, index, tiles=(*tiles, tiles[number])))
@@ -507,13 +509,13 @@ def _positions(ranges: Sequence[tuple[int, int]], span: tuple[int, int]) -> tupl
 def test_empty_rectangles_are_what_the_tiles_leave(mask: str, layout: str) -> None:
     p = problem(mask, 3, 29, layout, tile=4)
     for rank in range(3):
-        one, own = program(p, rank), p.query_layout.ranges(rank, 29)
+        one, local = program(p, rank), p.query_layout.ranges(rank, 29)
         count = np.zeros((29, 29), dtype=int)
         for step in one.steps:
             for tile in step.tiles:
-                rows = [i for span in tokens(own, tile.q) for i in range(*span)]
+                rows = [i for span in tokens(local, tile.q) for i in range(*span)]
                 count[np.ix_(rows, [j for span in tokens(step.tokens, tile.k) for j in range(*span)])] += 1
         for q, k in one.empty:
             count[slice(*q), slice(*k)] += 1
-        assert (count[[i for span in own for i in range(*span)]] == 1).all()
-        assert count.sum() == 29 * sum(stop - start for start, stop in own)
+        assert (count[[i for span in local for i in range(*span)]] == 1).all()
+        assert count.sum() == 29 * sum(stop - start for start, stop in local)

@@ -1,4 +1,4 @@
-"""Where masks are cut: edges and triangles are what they say, and tiles follow a window to the token."""
+"""Where tiles are split: edges and triangles are what they say, and tiles follow a window to the token."""
 
 from __future__ import annotations
 

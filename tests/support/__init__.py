@@ -1,1 +1,34 @@
-"""What tests share: ranks as processes and as threads, models, comparisons."""
+"""What tests share, one subject per file; no test module imports another.
+
+Ranks and where they run:
+
+- `process_ranks`: gloo ranks as processes, a reused pool and throw-away sets (the fixture `workers` is a pool of five)
+- `thread_ranks`: ranks as threads of one process, without a process group
+- `torchrun`: a script under torchrun, as a user starts it
+- `traffic`: bytes that ranks receive, and the keys that they have to receive
+- `errors`: errors that jobs on ranks end in, as text
+
+What is compared:
+
+- `model_parity`: a model on the ring beside eager on one device
+- `zoo_parity`: the same for a model of the zoo, with its gathers, FLOPs and memory
+- `attention_parity`: ring attention on thread ranks beside dense attention
+- `sharded_ops`: one op on shards beside the op on one device
+- `tile_oracle`: attention of one tile by its definition, and the cases for kernels
+
+What it is compared on:
+
+- `models`: tiny models of each kind, with batches
+- `zoo`, `zoo_modules`: tiny models of the public classes that people train; their modules that no library has
+- `pattern_models`: patterns as boolean tensors, and a model that takes one
+- `dilation_cases`: random dilated attentions
+- `mask_expressions`: Hypothesis strategies for mask expressions
+
+What is read:
+
+- `pipeline_stages`: the stages of the pipeline one by one, and the graphs that they hand on
+- `generated_code`: the code that Inductor generates
+- `package_layers`: the layers of the package as data
+- `repository`: where the repository is
+- `marks`: marks for single cases of parametrised tests
+"""

@@ -26,7 +26,7 @@ NAME = "thread"
 
 
 @dataclass
-class Letter:
+class Message:
     """One message: what the sender posts, and the receiver."""
 
     sent: Tensor | None = None
@@ -53,11 +53,11 @@ class Letter:
 
 
 class Mailboxes:
-    """The letters between all ranks, first in, first out for each pair and tag."""
+    """The messages between all ranks, first in, first out for each pair and tag."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.letters: dict[tuple[int, int, int, int], Letter] = {}
+        self.messages: dict[tuple[int, int, int, int], Message] = {}
         self.posted: dict[tuple[int, int, int, str], int] = {}
 
     def start(
@@ -68,26 +68,26 @@ class Mailboxes:
         received = sent.new_empty(numel if src is not None else 0)
         works: list[Any] = []
         if dst is not None:
-            works.append(self._letter(rank, dst, tag, "sent"))
+            works.append(self._message(rank, dst, tag, "sent"))
             works[-1].post(sent=sent)
         if src is not None:
-            works.append(self._letter(src, rank, tag, "received"))
+            works.append(self._message(src, rank, tag, "received"))
             works[-1].post(received=received)
         return p2p.PendingExchange(received, sent, works, (dst, src))
 
-    def _letter(self, src: int, dst: int, tag: int, side: str) -> Letter:
+    def _message(self, src: int, dst: int, tag: int, side: str) -> Message:
         with self.lock:
             number = self.posted.get((src, dst, tag, side), 0)
             self.posted[src, dst, tag, side] = number + 1
-            return self.letters.setdefault((src, dst, tag, number), Letter())
+            return self.messages.setdefault((src, dst, tag, number), Message())
 
     @property
-    def unread(self) -> int:
-        """Letters that nobody waited for."""
-        return sum(not letter.delivered for letter in self.letters.values())
+    def undelivered(self) -> int:
+        """Messages that nobody waited for."""
+        return sum(not message.delivered for message in self.messages.values())
 
 
-class Meeting:
+class Rendezvous:
     """Where all ranks show a tensor and see everyone's: in place of `collectives.run_collective`."""
 
     def __init__(self, world: int) -> None:
@@ -97,7 +97,7 @@ class Meeting:
     def __call__(self, collective: Any, out: Any, *given: Any, group: str) -> None:
         rank = int(group.removeprefix(NAME))
         if collective is dist.all_to_all_single:
-            return self._deal(rank, out, *given)
+            return self._all_to_all(rank, out, *given)
         everyone = self._shown(rank, given[0] if given else out.clone())
         if collective is dist.all_gather:
             for mine, one in zip(out, everyone, strict=True):
@@ -106,8 +106,8 @@ class Meeting:
             total = torch.stack(everyone).sum(0)
             out.copy_(total if collective is dist.all_reduce else total.chunk(len(everyone))[rank])
 
-    def _deal(self, rank: int, out: Tensor, given: Tensor, received: list[int], sent: list[int]) -> None:
-        """Each rank's share for `rank`, one after the other; the two sides must tell the same lengths."""
+    def _all_to_all(self, rank: int, out: Tensor, given: Tensor, received: list[int], sent: list[int]) -> None:
+        """Each rank's part for `rank`, one after the other; the two sides must state the same lengths."""
         everyone = self._shown(rank, given, sent)
         parts = [rows.split(lengths)[rank] for rows, lengths in everyone]
         assert [len(part) for part in parts] == received
@@ -130,8 +130,8 @@ def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
         with torch.autograd.set_multithreading_enabled(False):  # else ranks on one device share a backward thread
             return job(rank, f"{NAME}{rank}")
 
-    meeting = patch.object(collectives, "run_collective", Meeting(world))
-    with patch.object(p2p, "start", mailboxes.start), meeting, ThreadPoolExecutor(world) as pool:
+    rendezvous = patch.object(collectives, "run_collective", Rendezvous(world))
+    with patch.object(p2p, "start", mailboxes.start), rendezvous, ThreadPoolExecutor(world) as pool:
         results = list(pool.map(member, range(world)))
-    assert mailboxes.unread == 0
+    assert mailboxes.undelivered == 0
     return results

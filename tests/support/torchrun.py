@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.repository import ROOT
 
 
 def torchrun(*job: str, timeout: float = 300) -> str:

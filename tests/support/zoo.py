@@ -1,7 +1,7 @@
 """Tiny, randomly started models of the public classes that people train, and one batch for each.
 
 >>> entry = ZOO["gpt2"]
->>> model = entry.make("eager")                       # float64; attention written out, or "sdpa"
+>>> model = entry.make("eager")                       # float64; handwritten attention, or "sdpa"
 >>> outputs = model(**entry.batch(23, labels=True, padding=False))
 
 Sizes are a few tokens and channels; lengths are odd.  Models that compute in float32 whatever their dtype are run
@@ -32,9 +32,9 @@ from tests.support.zoo_modules import (
     Classifier,
     Denoiser,
     Encoder,
+    HandwrittenGPT,
     Heads,
     Translator,
-    WrittenGPT,
 )
 
 ROWS = 2
@@ -310,7 +310,7 @@ def labelled(length: int, labels: bool, padding: bool) -> Batch:
     return {"x": _pixels()} | ({"target": torch.tensor([1, 0])} if labels else {})
 
 
-# --- torch.nn -----------------------------------------------------------------------
+# --- torch.nn ---------------------------------------------------------------------------------------------------------
 
 
 def _floats(length: int, seed: int = 0) -> Tensor:
@@ -399,7 +399,7 @@ ZOO: dict[str, Entry] = {
     "nn_attention": Entry(lambda _: Heads(need_weights=False, causal=True), vectors, attentions=ONE),
     "nn_attention_weights": Entry(lambda _: Heads(need_weights=True), vectors, padding=True, attentions=ONE),
     "nn_attention_maps": Entry(lambda _: Heads(need_weights=True, returned=True), vectors, attentions=ONE),
-    "nanogpt_flash": Entry(lambda _: WrittenGPT("flash"), texts, attentions=ONE),
-    "nanogpt_manual": Entry(lambda _: WrittenGPT("manual"), texts, attentions=ONE),
-    "nanogpt_einsum": Entry(lambda _: WrittenGPT("einsum"), texts, attentions=ONE),
+    "nanogpt_flash": Entry(lambda _: HandwrittenGPT("flash"), texts, attentions=ONE),
+    "nanogpt_manual": Entry(lambda _: HandwrittenGPT("manual"), texts, attentions=ONE),
+    "nanogpt_einsum": Entry(lambda _: HandwrittenGPT("einsum"), texts, attentions=ONE),
 }  # fmt: skip

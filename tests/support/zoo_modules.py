@@ -1,4 +1,4 @@
-"""Modules of the zoo that no library has: layers of others with a loss, and attention as people write it."""
+"""Modules of the zoo that no library has: layers of others with a loss, and handwritten attention."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Heads(Regression):
         return x, maps
 
 
-class WrittenGPT(nn.Module):
+class HandwrittenGPT(nn.Module):
     """A GPT as in Karpathy's minGPT: `attend` says how its attention is written."""
 
     def __init__(self, attend: str) -> None:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from ringpass import backend
 from ringpass.nodes import bound_of
 from ringpass.passes.partition.partitioned import Gather, Partitioned
-from tests.support.parity import after_backward, compiled, relative
+from tests.support.model_parity import after_backward, compiled, relative
 from tests.support.zoo import ZOO, wide
 
 LENGTH = 23  # prime, odd: nothing divides it
@@ -48,8 +48,8 @@ class Report:
         self.whole_flops += flops(captured.gm)
 
 
-def local_share(reports: list[Report]) -> float:
-    """The share of the FLOPs on local tokens: 1 where the ranks together do what one device does."""
+def local_fraction(reports: list[Report]) -> float:
+    """The fraction of the FLOPs on local tokens: 1 where the ranks together do what one device does."""
     done = sum(r.flops for r in reports) / max(reports[0].whole_flops, 1.0)
     return (len(reports) - done) / (len(reports) - 1)
 

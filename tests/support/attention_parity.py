@@ -42,8 +42,8 @@ def one_thread() -> Iterator[None]:
 def check_ranks(found: Sequence[list[Tensor]], wanted: list[Tensor], layout: str, tolerance: float, where: str) -> None:
     """Whether [out, dq, dk, dv] of each rank are its tokens of those wanted."""
     for rank, results in enumerate(found):
-        for name, got, whole in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
-            want = of_rank(whole, layout, rank, len(found))
+        for name, got, full in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
+            want = of_rank(full, layout, rank, len(found))
             assert torch.allclose(got, want, rtol=tolerance, atol=tolerance), f"{name} of rank {rank}: {where}"
 
 
@@ -93,7 +93,7 @@ def worst(found: Sequence[Sequence[Tensor]], want: Sequence[Tensor], layout: str
     world = len(found)
     errors: list[float] = []
     for rank, results in enumerate(found):
-        for got, whole in zip(results, want, strict=True):
-            error = (got.double() - of_rank(whole, layout, rank, world)).norm() / whole.norm()
+        for got, full in zip(results, want, strict=True):
+            error = (got.double() - of_rank(full, layout, rank, world)).norm() / full.norm()
             errors.append(error.nan_to_num(torch.inf).item())
     return max(errors)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.workers import RankError, Workers, spawn
+from tests.support.process_ranks import RankError, Workers, spawn
 
 
 def summed(group: Any, tensor: torch.Tensor, *, scale: float = 1.0) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -38,11 +37,6 @@ Status = Literal["ok", "error"]
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 GRACE = 10.0  # seconds that the other ranks get to report, once one has failed
 CHILD_ENV = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def slow(*case: Any) -> Any:
-    """A case of a parametrised test that only `-m slow` runs."""
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 class RankError(RuntimeError):
@@ -185,19 +179,19 @@ def spawn(
         inbox.read(timeout)
         for member in members:
             member.process.join(max(0.0, min(GRACE, deadline - time.monotonic())))
-        late = {member.rank for member in members if member.process.is_alive()}
+        hung = {member.rank for member in members if member.process.is_alive()}
         for member in members:
             member.kill()
-        return [_outcome(member, inbox.replies.get(member.rank), member.rank in late) for member in members]
+        return [_outcome(member, inbox.replies.get(member.rank), member.rank in hung) for member in members]
 
 
-def _outcome(member: _Member, reply: _Reply | None, late: bool) -> Outcome:
+def _outcome(member: _Member, reply: _Reply | None, hung: bool) -> Outcome:
     code = member.process.exitcode
     if reply is None or member.rank in member.silent:
-        return Outcome(code, timed_out=late)
+        return Outcome(code, timed_out=hung)
     if reply.status == "error":
-        return Outcome(code, error=reply.text, timed_out=late)
-    return Outcome(code, result=reply.value, timed_out=late)
+        return Outcome(code, error=reply.text, timed_out=hung)
+    return Outcome(code, result=reply.value, timed_out=hung)
 
 
 # The parent's side: one process with a pipe, and the replies of several.
@@ -315,7 +309,7 @@ def _serve(pipe: Connection, rank: int, ranks: int, stacks: str) -> None:
 
 
 def _serve_once(pipe: Connection, rank: int, ranks: int, store: str, payload: bytes) -> None:
-    """One job on an own default process group; exit code 1 where it raised."""
+    """One job on a default process group of its own; exit code 1 where it raised."""
     torch.set_num_threads(1)
     reply = _attempt(_join, rank, ranks, store, subgroups=False)
     if reply.status == "ok":

@@ -1,4 +1,4 @@
-"""Jobs for the ranks of a pool: run a model on the ring and on one device, and tell how far they are apart."""
+"""Jobs for the ranks of a pool: run a model on the ring and on one device, and measure the difference."""
 
 from __future__ import annotations
 

@@ -1,0 +1,137 @@
+"""One op, partitioned over ranks on threads, beside the op on one device.
+
+>>> check_on_shards(Case("sum.dim_IntList", lambda x: x.sum(-1)), "zigzag", world=3)  # what was gathered, and why
+[]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ringpass.layouts.layout import Layout
+from ringpass.nodes import op_name
+from ringpass.passes.capture.capture import Captured
+from ringpass.passes.op_rules import table as rules
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
+from ringpass.passes.partition.placement import place
+from ringpass.passes.partition.writer import partition
+from ringpass.passes.plan.axes import aligned_axes
+from ringpass.passes.plan.plan import RingPlan
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import propagate
+from ringpass.passes.verify import verify
+from tests.support import thread_ranks
+from tests.support.pipeline_stages import captured_graph
+
+B, S, H, D = 2, 11, 3, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op's name, what calls it, the shapes of its operands, whether it gathers."""
+
+    op: str
+    call: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...] = ((B, S, D),)
+    gathers: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shapes[0]))}"
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """Random operands of the case's shapes, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes]
+    return [x.requires_grad_() for x in made]
+
+
+def outputs_of(value: Any) -> list[Tensor]:
+    """The floating-point tensors that an op returns."""
+    return [value] if isinstance(value, Tensor) else [x for x in value if x.is_floating_point()]
+
+
+def after_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
+    """The case's op on products, which are sharded where an input might be replicated."""
+    return lambda *xs: tuple(outputs_of(case.call(*(x * 1.5 for x in xs))))
+
+
+def captured_of(case: Case) -> Captured:
+    """The case's graph, without Dynamo, for speed."""
+    given = inputs(case)
+    return captured_graph(make_fx(after_product(case), pre_dispatch=True)(*given), given)
+
+
+def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[Partitioned]:
+    """Each rank's program, as if an attention had the sequence of the first operand that has one."""
+    captured = captured_of(case)
+    assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
+    sweep = propagate(captured.gm, rules.rule_for)
+    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
+    axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
+    axes = [
+        replace(a, layout=a.layout.with_scheme(layout))
+        for a in aligned_axes({axis.factor: axis}, sweep, world).values()
+    ]
+    plan = RingPlan(world, tuple(axes), (), "ring")
+    placement = place(captured, plan, sweep, {})
+    verify("place", placement)
+    made = [
+        partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
+        for rank in range(world)
+    ]
+    for program in made:
+        verify("partition", program)
+    return made
+
+
+def local_shard(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) -> Tensor:
+    """The shard that a rank holds of an output."""
+    if spec is None:
+        return x
+    if spec.part is not None:  # taken when it is used
+        return x.new_zeros(0)
+    assert isinstance(spec.outer, int) and isinstance(spec.tokens, int)
+    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
+    ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
+    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
+    return mine.flatten(spec.dim, spec.dim + 2)
+
+
+def assert_close(got: Tensor, want: Tensor, full: Tensor) -> None:
+    """To 1e-12 of the largest element of the full tensor, or of 1."""
+    most = float(full.detach().abs().max()) if full.numel() else 0.0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(most, 1.0))
+
+
+def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
+    """Asserts that each rank has its shard of outputs and full gradients; why it gathered values, outputs left out."""
+    given = inputs(case)
+    want = after_product(case)(*given)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
+    want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
+    made = rank_programs(case, layout, world, tokens)
+
+    def job(rank: int, group: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        xs, local = inputs(case), made[rank]
+        got = local.gm(*xs)[: len(want)]
+        weights = [local_shard(c, spec, rank, world) for c, spec in zip(cotangents, local.outputs, strict=True)]
+        return list(got), torch.autograd.grad(got, xs, weights, allow_unused=True)
+
+    for rank, (got, grads) in enumerate(thread_ranks.run(world, job)):
+        for y, full, spec in zip(got, want, made[rank].outputs, strict=True):
+            assert_close(y, local_shard(full, spec, rank, world), full)
+        for g, full in zip(grads, want_grads, strict=True):
+            assert (g is None) == (full is None)
+            if g is not None:
+                assert_close(g, full, full)
+    return [g.reason for g in made[0].gathers if g.reason != "output"]
