@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.errors import OptionError
+from ringpass.layouts import layout as layouts
 from ringpass.patterns import Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
@@ -93,7 +94,7 @@ class RingConfig:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("layout", self.layout, ("auto", "contiguous", "zigzag", "striped"))
+        _one_of("layout", self.layout, ("auto", *layouts.OPTIONS))
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")

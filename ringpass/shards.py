@@ -30,12 +30,10 @@ from ringpass.comm.agreement import Agreement, ring_of
 from ringpass.comm.collectives import Shard
 from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
-from ringpass.layouts.layout import CHUNKED, Layout
+from ringpass.layouts.layout import CHUNKED, CONTIGUOUS, INPUTS, Layout
 from ringpass.layouts.ranges import spread
 from ringpass.layouts.redistribution import Redistribution, held_by, redistribution
 from ringpass.lazy import LazyOutput, Origin, held, show
-
-LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
 
 _HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; None: replicated
 
@@ -159,7 +157,7 @@ def _origin(output: Tensor) -> Origin | None:
 # --- inputs to a model ------------------------------------------------------------------------------------------------
 
 
-def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = None) -> Tensor:
+def sharded(x: Tensor, dim: int = 1, layout: str = CONTIGUOUS, group: Any = None) -> Tensor:
     """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
 
     All ranks of the ring `group` (a process group, a mesh of one dimension, or None: the default group) call this
@@ -184,7 +182,7 @@ def sharded(x: Tensor, dim: int = 1, layout: str = "contiguous", group: Any = No
     tokens, world = sum(lengths), ring.world
     if world == 1:
         return x
-    fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in LAYOUTS}
+    fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in INPUTS}
     if lengths != fitting[layout]:
         raise MismatchError(_unfit(lengths, fitting, layout))
     shard = Shard(dim, 1, tokens, layout, world, ring.rank)
@@ -202,8 +200,8 @@ def _of_dtensor(x: DTensor) -> tuple[Tensor, int, str, DeviceMesh]:
 
 
 def _check(x: Tensor, dim: int, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"expected a layout, one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout not in INPUTS:
+        raise InputError(f"expected a layout, one of {', '.join(map(repr, INPUTS))}, got {layout!r}")
     if isinstance(x, LazyOutput) or not isinstance(x, Tensor):
         raise InputError(f"expected a tensor of this rank's tokens, got {type(x).__name__}")
     if not -x.ndim <= dim < x.ndim:

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
-from ringpass.layouts.layout import Layout
+from ringpass.layouts.layout import REPLICATED, Layout
 from ringpass.nodes import args_of, bytes_of, first_of, op_name, size_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import Rank
@@ -186,7 +186,7 @@ class Writer(Emitter):
 
     def replicated_args(self) -> tuple[Any, ...]:
         """`shard_args` of a value that is replicated."""
-        return (0, 1, 1, "replicated", self.rank.world, self.rank.rank)
+        return (0, 1, 1, REPLICATED, self.rank.world, self.rank.rank)
 
     def is_sharded(self, node: Node) -> bool:
         """Whether `node` has been written sharded, and not replicated."""
