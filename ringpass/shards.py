@@ -14,6 +14,7 @@ divided by the count over all ranks, gets the full gradients of the compiled mod
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,9 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
 from ringpass.comm import collectives
-from ringpass.comm.agreement import Agreement, ring_of
+from ringpass.comm.agreement import Agreement, group_of, ring_of
 from ringpass.comm.collectives import Shard
-from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, CONTIGUOUS, INPUTS, Layout
 from ringpass.layouts.ranges import spread
@@ -40,7 +40,12 @@ _HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; No
 # --- outputs of a model -----------------------------------------------------------------------------------------------
 
 
-def as_local(local: Tensor, origin: Origin) -> Tensor:
+def as_lazy(local: Tensor, origin: Origin, group: object) -> Tensor:
+    """An output of global shape that gathers on first use."""
+    return show(local, origin)
+
+
+def as_local(local: Tensor, origin: Origin, group: object) -> Tensor:
     """An output as a plain tensor of this rank's tokens."""
     rows = origin.local_rows(local)
     _HELD[rows] = origin
@@ -54,7 +59,7 @@ def on_all_ranks(output: Any) -> Any:
     return output
 
 
-def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTensor:
+def as_dtensor(local: Tensor, origin: Origin, group: object) -> DTensor:
     """An output as a DTensor on the mesh of the ring, sharded along its sequence dim as by torch.chunk."""
     mesh = _mesh(group, origin, local.device.type)
     shape, dim = torch.Size(origin.shape(local)), origin.shard.dim
@@ -68,7 +73,18 @@ def as_dtensor(local: Tensor, origin: Origin, group: DeviceMesh | Any) -> DTenso
     return out
 
 
-def _mesh(group: Any, origin: Origin, device: str) -> DeviceMesh:
+OutputKind = Callable[[Tensor, Origin, object], Tensor]
+"""(local output, its origin, the option `group`) -> what the model returns."""
+OUTPUTS: Mapping[str, OutputKind | None] = {
+    "lazy": as_lazy,
+    "gathered": None,
+    "local": as_local,
+    "dtensor": as_dtensor,
+}
+"""The values of the option `outputs`; None: outputs are gathered in the compiled graph."""
+
+
+def _mesh(group: object, origin: Origin, device: str) -> DeviceMesh:
     """The option `group` if it is a mesh, else a mesh of its ranks."""
     if isinstance(group, DeviceMesh):
         return group
