@@ -43,6 +43,7 @@ def _masked(scores: Tensor, q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one tile, in the accumulator's dtype."""
     scores = _masked(_scored(_products(q, k, args), *args.parameters, args=args), q, k, args)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
@@ -50,6 +51,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tens
 
 
 def plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
+    """(dq, dk, dv, dbias, *dparameters) of one tile from the rows' global `out` and `lse`."""
     scores, pull = _pulled(_products(q, k, args), args)
     weights = torch.exp(_masked(scores, q, k, args) - lse.unsqueeze(-1))
     grad = grad.to(weights.dtype)
