@@ -107,7 +107,7 @@ def call(op: str, *args: Expr) -> Expr:
     if op == "mul" and args[1] == Const(1):
         return args[0]
     if op in ("add", "sub", "mul") and all(isinstance(a, Const) and type(a.value) is int for a in args):
-        return Const(OPERATORS[op][0](*(a.value for a in args)))  # type: ignore[attr-defined]
+        return Const(OPERATORS[op].compute(*(a.value for a in args)))  # type: ignore[attr-defined]
     return Call(op, args)
 
 
@@ -202,7 +202,7 @@ def _from_call(n: ast.Call) -> Expr:
     if name in DTYPES:
         (arg,) = args
         return Call("cast", (arg, Index(name)))
-    code = OPERATORS[name][1].__code__
+    code = OPERATORS[name].bounds.__code__
     fits = len(args) == code.co_argcount or (code.co_flags & inspect.CO_VARARGS and len(args) > code.co_argcount)
     if name in INFIX or name == "cast" or not fits or n.keywords:
         raise ValueError(f"{name} of {len(args)} arguments")
