@@ -46,7 +46,7 @@ def as_lazy(local: Tensor, origin: Origin, group: object) -> Tensor:
 
 
 def as_local(local: Tensor, origin: Origin, group: object) -> Tensor:
-    """An output as a plain tensor of this rank's tokens."""
+    """An output as a plain tensor of this rank's tokens (.., L, ..)."""
     rows = origin.local_rows(local)
     _HELD[rows] = origin
     return rows
@@ -128,6 +128,10 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 
     `output` is an output of a model with the option outputs="local", or a result of `sharded`.  `dim` is read only if
     the output is replicated.
+
+    Returns int64 positions, of shape (rows of `output` along that dim,).
+
+    Raises InputError for any other tensor, also for what ops made of an output.
     """
     origin = _origin(output)
     if origin is None:
@@ -138,7 +142,12 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
     """The tokens of the replicated `x`, along `dim`, that this rank holds of `like`.
 
-    The gradient of `x` is replicated.
+    x: (.., S, ..), S tokens at `dim`.
+    like: an output of a model with the option outputs="local", or a result of `sharded`.
+
+    Returns (.., L, ..), the L tokens of this rank.  The gradient of `x` is replicated.
+
+    Raises InputError if `like` is any other tensor, or `x` has another number of tokens.
     """
     origin = _origin(like)
     if origin is None:
@@ -186,6 +195,11 @@ def sharded(x: Tensor, dim: int = 1, layout: str = CONTIGUOUS, group: Any = None
 
     A floating-point tensor that the model reads token by token is never gathered; its gradient is that of the local
     tokens.  For a DTensor that is sharded over a mesh of one dimension, the other arguments are taken from it.
+
+    `x`: (.., L, ..), L local tokens at `dim`.  Returns (.., S, ..), S the sum of all L.
+
+    Raises InputError for an unknown layout or dim, and for a DTensor with other placements; MismatchError if the ranks
+    pass tensors of different kinds, or their lengths are not those of the layout.
     """
     if isinstance(x, DTensor):
         x, dim, layout, group = _of_dtensor(x)

@@ -116,7 +116,7 @@ class RingPlan:
     @property
     def partitioned(self) -> int:
         """How many attention calls of the graph run as ring attention; one that the model writes out is no call."""
-        return sum(s.problem is not None and not s.site.written for s in self.sites)
+        return sum(s.problem is not None and not s.site.handwritten for s in self.sites)
 
     def __str__(self) -> str:
         lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
@@ -163,7 +163,7 @@ def plan(sites: tuple[AttentionSite, ...], sweep: Sweep, world: int, config: Rin
     for (site, placed, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
         make = partial(_problem, placed, query, key, world) if query else partial(_alone, placed, orders, world)
-        pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
+        pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         plans.append(SitePlan(site, query, key, make(config, dilation), placed, pruning, dilation))
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
@@ -197,8 +197,8 @@ def _plain(site: AttentionSite, remarks: list[str]) -> bool:
 
     That is 2 to 4 dims, K/V heads that divide the query heads.
     """
-    if site.unread:
-        remarks.append(f"{site.node.name}: {site.unread}, and it stays replicated")
+    if site.unsupported:
+        remarks.append(f"{site.node.name}: {site.unsupported}, and it stays replicated")
         return False
     q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
     fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4

@@ -38,22 +38,27 @@ class Ring:
 
     @property
     def rank(self) -> int:
+        """This process's number in the ring."""
         return self.pg.rank() if self.pg else 0
 
     @property
     def world(self) -> int:
+        """The number of ranks P."""
         return self.pg.size() if self.pg else 1
 
     @property
     def name(self) -> str:
+        """The name by which compiled graphs refer to the process group."""
         return self.pg.group_name if self.pg else "alone"
 
     @property
     def limit(self) -> timedelta:
+        """How long ranks wait for each other."""
         return timedelta(seconds=self.timeout)
 
     @property
     def store(self) -> dist.distributed_c10d.Store:
+        """The ring's part of the default key-value store."""
         c10d = dist.distributed_c10d
         return c10d.PrefixStore(f"ringpass/{self.name}", c10d._get_default_store())
 
@@ -116,6 +121,7 @@ class Agreement:
 
     @property
     def graph(self) -> int:
+        """The digest of the facts."""
         return _digest(json.dumps(self.facts))
 
     def seed(self, args: Sequence[Any], seed: int) -> int:

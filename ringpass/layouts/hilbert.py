@@ -105,6 +105,7 @@ class Boxes:
         return lengths
 
     def take(self, where: Array) -> Boxes:
+        """The boxes at which `where` (N,) is True."""
         return Boxes(self.start[where], self.corner[where], self.edges[where])
 
 

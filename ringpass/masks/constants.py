@@ -58,6 +58,7 @@ class ConstantArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self.values.shape
 
     def tensor(self, like: Tensor) -> Tensor:

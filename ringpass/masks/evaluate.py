@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table
+from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, cast_dtype
 from ringpass.masks.operators import DTYPES, OPERATORS
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
         assert isinstance(e, Call)
         if e.op == "cast":
             x = value(e.args[0])
-            dtype = DTYPES[e.args[1].name]  # type: ignore[attr-defined]
+            dtype = DTYPES[cast_dtype(e)]
             device = positions["q"].device
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast, loads
+from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast, loads, parts
 from ringpass.masks.intervals import bounds
 from ringpass.masks.operators import OPERATORS
 from ringpass.masks.rewrite import renumber
@@ -151,7 +151,8 @@ def _not(p: Puller, node: Node, indices: Indices) -> Expr | None:
 
 @_rule(*_overloads("div.Tensor_mode", "div.Scalar_mode"))
 def _div(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    op = {"floor": "floordiv", None: "div"}.get(node.kwargs["rounding_mode"])  # type: ignore[arg-type]
+    mode: Any = node.kwargs["rounding_mode"]
+    op = {"floor": "floordiv", None: "div"}.get(mode)
     return call(op, *(p.element(x, p.clip(x, indices)) for x in node.args)) if op else None
 
 
@@ -365,9 +366,9 @@ def _groups(shape: Sequence[Any], into: Sequence[Any]) -> list[tuple[list[int], 
 
 def _merged(flat: Expr, n: int, index: Expr) -> Expr:
     """flat * n + index, where that is not what `_divided` took apart."""
-    parts = isinstance(flat, Call) and isinstance(index, Call) and flat.op == "floordiv" and index.op == "mod"
-    if parts and flat.args == index.args == (flat.args[0], Const(n)):  # type: ignore[attr-defined]
-        return flat.args[0]  # type: ignore[attr-defined,no-any-return]
+    divided = isinstance(flat, Call) and isinstance(index, Call) and (flat.op, index.op) == ("floordiv", "mod")
+    if divided and parts(flat) == parts(index) == (parts(flat)[0], Const(n)):
+        return parts(flat)[0]
     return call("add", call("mul", flat, Const(n)), index)
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ringpass.masks.constants import outward
-from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, tables
+from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, cast_dtype, tables
 from ringpass.masks.operators import DTYPES, OPERATORS, UNKNOWN, Interval
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
@@ -51,7 +51,7 @@ def bounds(expr: Expr, box: Box) -> Interval:
     assert isinstance(expr, Call)
     if expr.op == "cast":
         inner = bounds(expr.args[0], box)
-        return _cast_bounds(inner, expr.args[1].name)  # type: ignore[attr-defined]
+        return _cast_bounds(inner, cast_dtype(expr))
     args = [bounds(a, box) for a in expr.args]
     if expr.op in ("and", "or", "not"):
         args = [_cast_bounds(a, "bool") for a in args]
@@ -84,7 +84,7 @@ def _integers(expr: Expr) -> np.dtype[Any]:
     if isinstance(expr, Table):
         return expr.array.values.dtype
     if isinstance(expr, Call) and expr.op == "cast":
-        return np.dtype(expr.args[1].name)  # type: ignore[attr-defined]
+        return np.dtype(cast_dtype(expr))
     if isinstance(expr, Call) and kind_of(expr) == "int":
         parts = [_integers(a) for a in expr.args[expr.op == "where" :] if not isinstance(a, Const)]
         return np.result_type(*parts) if parts else np.dtype(np.int64)
@@ -98,7 +98,7 @@ def kind_of(expr: Expr) -> str:
         return type(expr.value).__name__
     if isinstance(expr, Call):
         if expr.op == "cast":
-            dtype = DTYPES[expr.args[1].name]  # type: ignore[attr-defined]
+            dtype = DTYPES[cast_dtype(expr)]
             return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
         if OPERATORS[expr.op].dtype:
             return OPERATORS[expr.op].dtype

@@ -23,7 +23,22 @@ from typing import Any
 
 import sympy
 
-from ringpass.masks.expr import CAUSAL, FALSE, SCORE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, call
+from ringpass.masks.expr import (
+    CAUSAL,
+    FALSE,
+    SCORE,
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Index,
+    K,
+    Load,
+    Q,
+    Table,
+    call,
+    cast_dtype,
+)
 from ringpass.masks.intervals import bounds, kind_of
 from ringpass.masks.operators import OPERATORS
 
@@ -69,7 +84,7 @@ def _integer(expr: Expr) -> bool:
 
 
 def _widened(expr: Call) -> bool:
-    return expr.op == "cast" and isinstance(expr.args[1], Index) and expr.args[1].name == "int64"
+    return expr.op == "cast" and cast_dtype(expr) == "int64"
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
