@@ -114,7 +114,7 @@ def timed(
     row: Timing, size: Size, share: float, given: tuple[Tensor, Tensor, Tensor, Tensor], args: TileArgs, repeats: int
 ) -> Timing:
     """`row` with its times."""
-    forward, backward = KERNELS[row.kernel]
+    forward, backward = KERNELS[row.kernel].forward, KERNELS[row.kernel].backward
     q, k, v, grad = given
     try:
         out, lse = forward(q, k, v, args)

@@ -162,7 +162,7 @@ def _gathers_outputs(gm: GraphModule, config: RingConfig, ring: Ring) -> bool:
     if broken:
         why = str(reason.reason).splitlines()[0]
         _warn_rank0(ring, f"graph break ({why}): the outputs of this graph are gathered for the next one")
-    return broken or config.outputs == "gathered"
+    return broken or config.gathered
 
 
 def _refuse_ignored_options(planned: RingPlan, config: RingConfig) -> None:

@@ -11,9 +11,9 @@ import torch
 from ringpass.comm.agreement import Agreement, Ring
 from ringpass.comm.collectives import Shard
 from ringpass.config import RingConfig
-from ringpass.lazy import LazyOutput, Origin, show
+from ringpass.lazy import LazyOutput, Origin
 from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, ShardedOutput
-from ringpass.shards import as_dtensor, as_local, on_all_ranks
+from ringpass.shards import OUTPUTS, on_all_ranks
 
 
 def compiled_call(
@@ -72,6 +72,6 @@ def _hand_out(
     shard = Shard(spec.dim, outer, tokens, spec.layout, ring.world, ring.rank)
     inner = output.shape[spec.dim] // (outer * shard.length) if shard.length else 1
     origin = Origin(spec.name, ring.calls, position, shard, ring, spec.part, inner)
-    if config.outputs == "lazy":
-        return show(output, origin)
-    return as_local(output, origin) if config.outputs == "local" else as_dtensor(output, origin, config.group)
+    kind = OUTPUTS[config.outputs]
+    assert kind is not None, "gathered outputs are not sharded"
+    return kind(output, origin, config.group)

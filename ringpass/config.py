@@ -15,12 +15,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
+from ringpass.comm.agreement import group_of
 from ringpass.errors import OptionError
+from ringpass.layouts import layout as layouts
+from ringpass.ops.transports.table import TRANSPORTS
 from ringpass.patterns import Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
+from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
 
@@ -100,16 +103,16 @@ class RingConfig:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("layout", self.layout, ("auto", "contiguous", "zigzag", "striped"))
+        _one_of("layout", self.layout, ("auto", *layouts.OPTIONS))
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
+        _one_of("comm", self.comm, tuple(TRANSPORTS))
         self._check_dilation()
         self._check_curve()
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
-        _one_of("comm", self.comm, ("ring", "allgather"))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
-        _one_of("outputs", self.outputs, ("lazy", "gathered", "local", "dtensor"))
+        _one_of("outputs", self.outputs, tuple(OUTPUTS))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
         edge = self.tile is None or (type(self.tile) is int and self.tile >= 1)
         _require("tile", self.tile, edge, "an int of at least 1, or None")
@@ -149,8 +152,9 @@ class RingConfig:
             self.dilation_of(wanted, tokens=2**20)
         if self.dilate is not None and not isinstance(self.dilate, dict) and not self.dilated:
             raise OptionError("option 'dilate' lists attentions, and no option says how to dilate them: add 'dilation'")
-        for name, other in (("approximate", self.approximate), ("comm", self.comm == "allgather" or None)):
-            if self.dilated and other is not None:
+        dilates = TRANSPORTS[self.comm].dilated is not None
+        for name, fits in (("approximate", self.approximate is None), ("comm", dilates)):
+            if self.dilated and not fits:
                 raise OptionError(f"dilation does not go with the option {name!r} ({getattr(self, name)}): drop one")
         if self.dilated and self.hilbert is not None and not self.along_curve:
             raise OptionError(
@@ -243,6 +247,11 @@ class RingConfig:
         dilation = self.dilation or self.segment_lengths or self.dilate
         return {"mask": self.mask, "approximate": self.approximate, "dilation": dilation if self.dilated else None}
 
+    @property
+    def gathered(self) -> bool:
+        """Whether outputs are gathered in the compiled graph."""
+        return OUTPUTS[self.outputs] is None
+
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""
         return ", ".join(
@@ -257,19 +266,6 @@ def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), valid, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, valid))}, got {value!r}{hint}")
-
-
-def group_of(given: object) -> dist.ProcessGroup | None:
-    """The process group that the option `group` stands for; None: the default group.
-
-    Raises OptionError for a mesh of several dimensions, or another type.
-    """
-    if isinstance(given, DeviceMesh):
-        names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
-        _require("group", given, given.ndim == 1, f"one dimension of a mesh, the ring's, out of {names}")
-        return given.get_group()
-    _require("group", given, given is None or isinstance(given, dist.ProcessGroup), "a ProcessGroup or a DeviceMesh")
-    return given  # type: ignore[return-value]
 
 
 def _require(name: str, value: object, holds: bool, what: str) -> None:

@@ -16,7 +16,7 @@ divided by the count over all ranks, all ranks get the full gradients of the com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -30,16 +30,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
 from ringpass.comm import collectives
-from ringpass.comm.agreement import Agreement, ring_of
+from ringpass.comm.agreement import Agreement, group_of, ring_of
 from ringpass.comm.collectives import Shard
-from ringpass.config import group_of
 from ringpass.errors import InputError, MismatchError
-from ringpass.layouts.layout import CHUNKED, Layout
+from ringpass.layouts.layout import CHUNKED, CONTIGUOUS, INPUTS, Layout
 from ringpass.layouts.ranges import spread
 from ringpass.layouts.redistribution import Redistribution, held_by, redistribution
 from ringpass.lazy import LazyOutput, Origin, held, show
-
-LAYOUTS = ("contiguous", CHUNKED, "zigzag", "striped")
 
 Output = TypeVar("Output")
 Carry = Callable[[Tensor, Redistribution, str], Tensor]
@@ -48,8 +45,13 @@ _HELD: Any = WeakTensorKeyDictionary()  # the origin of each returned tensor; No
 # --- outputs of a model -----------------------------------------------------------------------------------------------
 
 
-def as_local(local: Tensor, origin: Origin) -> Tensor:
-    """An output as a plain tensor of this rank's tokens, for the option outputs="local"."""
+def as_lazy(local: Tensor, origin: Origin, group: object) -> Tensor:
+    """An output of global shape that gathers on first use."""
+    return show(local, origin)
+
+
+def as_local(local: Tensor, origin: Origin, group: object) -> Tensor:
+    """An output as a plain tensor of this rank's tokens (.., L, ..), for the option outputs="local"."""
     rows = origin.local_rows(local)
     _HELD[rows] = origin
     return rows
@@ -77,6 +79,17 @@ def as_dtensor(local: Tensor, origin: Origin, group: object) -> DTensor:
     shard = Shard(dim, 1, shape[dim], CHUNKED, origin.ring.world, origin.ring.rank)
     _HELD[out] = Origin(origin.name, origin.call, origin.position, shard, origin.ring)
     return out
+
+
+OutputKind = Callable[[Tensor, Origin, object], Tensor]
+"""(local output, its origin, the option `group`) -> what the model returns."""
+OUTPUTS: Mapping[str, OutputKind | None] = {
+    "lazy": as_lazy,
+    "gathered": None,
+    "local": as_local,
+    "dtensor": as_dtensor,
+}
+"""The values of the option `outputs`; None: outputs are gathered in the compiled graph."""
 
 
 def _mesh(group: object, origin: Origin, device: str) -> DeviceMesh:
@@ -180,7 +193,7 @@ def _origin(output: Tensor) -> Origin | None:
 
 
 def sharded(
-    x: Tensor, dim: int = 1, layout: str = "contiguous", group: dist.ProcessGroup | DeviceMesh | None = None
+    x: Tensor, dim: int = 1, layout: str = CONTIGUOUS, group: dist.ProcessGroup | DeviceMesh | None = None
 ) -> Tensor:
     """A tensor of global shape of which `x` is this rank's shard, to be passed to a compiled model.
 
@@ -214,7 +227,7 @@ def sharded(
     tokens, world = sum(lengths), ring.world
     if world == 1:
         return x
-    fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in LAYOUTS}
+    fitting = {name: [Layout(name, world).length(rank, tokens) for rank in range(world)] for name in INPUTS}
     if lengths != fitting[layout]:
         raise MismatchError(_unfit(lengths, fitting, layout))
     shard = Shard(dim, 1, tokens, layout, world, ring.rank)
@@ -232,8 +245,8 @@ def _of_dtensor(x: DTensor) -> tuple[Tensor, int, str, DeviceMesh]:
 
 
 def _check(x: Tensor, dim: int, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"expected a layout, one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout not in INPUTS:
+        raise InputError(f"expected a layout, one of {', '.join(map(repr, INPUTS))}, got {layout!r}")
     if isinstance(x, LazyOutput) or not isinstance(x, Tensor):
         raise InputError(f"expected a tensor of this rank's tokens, got {type(x).__name__}")
     if not -x.ndim <= dim < x.ndim:

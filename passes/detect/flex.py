@@ -1,4 +1,4 @@
-"""flex: a call of FlexAttention -> what it does to the scaled scores, as expressions of `ringpass.masks.expr`.
+"""flex: a call of FlexAttention -> its site, with what it does to the scaled scores as expressions.
 
 In the captured graph a call is one node of the higher-order operator `flex_attention`, whose `score_mod` and `mask_mod`
 are bodies: graphs over the scalars (score,) b, h, q, k and the tensors that the functions capture.  Its block mask is
@@ -11,11 +11,13 @@ two lists of key blocks per row of query blocks, those where mask_mod decides an
 block over both lengths, which a call without a block mask has too, says nothing that mask_mod does not.  Of score_mod,
 `where(c, .., -inf)` goes to the mask, `score + f(b, h, q, k)` is a bias, and the rest stays a function of the score.
 
-Contract: exact, or the reason why the call is not read, in words.
+Contract: exact, or the reason why the call is unsupported, in words.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +29,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 
-from ringpass.masks.expr import FALSE, SCORE, B, Const, Expr, H, K, Q, call
+from ringpass.masks.expr import FALSE, SCORE, TRUE, B, Const, Expr, H, K, Q, call
 from ringpass.masks.from_graph import Puller, numbered
 from ringpass.masks.scores import separated
 from ringpass.masks.simplify import simplify
-from ringpass.nodes import args_of, insert_before, traced
+from ringpass.nodes import args_of, first_of, insert_before, traced
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.precision import accumulator
 
 FLEX = torch.ops.higher_order.flex_attention
@@ -46,11 +49,24 @@ class Scores:
     bias: Expr | None
     score: Expr | None
     leaves: tuple[Node, ...]
-    listed: bool  # whether the mask reads lists of blocks
+    block_sparse: bool  # whether the mask reads lists of blocks
 
 
-def read(node: Node) -> Scores | str:
-    """What the call `node` does to its scores, or why that cannot be said.  Writes block tables before the call."""
+def read(index: int, node: Node) -> AttentionSite | None:
+    """Site number `index`, if `node` is the output of such a call; else None.  Writes block tables before the call."""
+    if node.target is not operator.getitem or first_of(node).target is not FLEX or node.args[1] != 0:
+        return None
+    q, k, v, *_, scale, _, _, _ = args_of(first_of(node))
+    found = _scores(first_of(node))
+    if isinstance(found, str):
+        number = math.nan if isinstance(scale, Node) else scale
+        return AttentionSite(index, node, q, k, v, TRUE, None, (), number, 0.0, unsupported=found)
+    scores = found.mask, found.bias, found.leaves
+    return AttentionSite(index, node, q, k, v, *scores, scale, 0.0, found.score, block_sparse=found.block_sparse)
+
+
+def _scores(node: Node) -> Scores | str:
+    """What the call `node` does to its scores, or why that cannot be said."""
     q, _, _, score_mod, block_mask, scale, _, score_buffers, mask_buffers = args_of(node)
     if isinstance(scale, Node):
         return f"its scale is computed in the graph ({scale.name})"
@@ -68,7 +84,7 @@ def read(node: Node) -> Scores | str:
     seen, bias, function = separated(score, exact=dtype == q.meta["val"].dtype)
     (mask, bias, function), leaves = numbered(puller, simplify(call("and", blocks, seen)), bias, function)
     assert mask is not None
-    return Scores(mask, bias, function, leaves, listed=blocks != allowed)
+    return Scores(mask, bias, function, leaves, block_sparse=blocks != allowed)
 
 
 def _named(nodes: Sequence[Node]) -> str:
@@ -112,11 +128,11 @@ def _blocks(puller: Puller, node: Node, allowed: Expr) -> Expr | None:
         return None
     if all(size >= length for size, length in zip(sizes, lengths, strict=True)):
         return allowed
-    parts = [_listed(puller, node, lists, sizes) if lists[0] is not None else FALSE for lists in (partial, full)]
+    parts = [_in_block_list(puller, node, lists, sizes) if lists[0] is not None else FALSE for lists in (partial, full)]
     return call("or", call("and", parts[0], allowed), parts[1])
 
 
-def _listed(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[int]) -> Expr:
+def _in_block_list(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[int]) -> Expr:
     """Whether the block of (q, k) is in one of the call's lists."""
     q, k = (x.meta["val"].shape for x in args_of(node)[:2])
     width = -(-k[-2] // sizes[1])
@@ -130,7 +146,9 @@ def _listed(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[i
 
 
 def block_table(counts: Tensor, columns: Tensor, width: int) -> Tensor:
-    """(B, H, rows, width), True where a row lists a column: among the first counts[row] of columns[row].
+    """(B, H, R, `width`) of bools: whether a row of blocks lists a column, among the first counts[row] of columns[row].
+
+    `counts`: (B, H, R); `columns`: (B, H, R, C).
 
     >>> block_table(torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 0], [0, 1]]]]), 3)
     tensor([[[[False, False,  True],

@@ -1,4 +1,4 @@
-"""heads: the keys and values that a model computed, where it repeats each head before an attention.
+"""grouped_heads: the keys and values that a model computed, where it repeats each head before an attention.
 
 Most models with fewer key/value heads than query heads write the repetition out:
 

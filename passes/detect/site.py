@@ -12,11 +12,21 @@ from ringpass.masks.expr import Expr
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention call.  `mask` is boolean (True: may attend), `bias` is added to the scaled scores or None.
+    """One attention call of a graph.
 
-    `score` is any other function of them, `sink` the score of one key more, whose value is 0.  `unread`: why the call
-    must run as the model wrote it.  `listed`: lists of blocks, which come with each call, say what is computed.
-    `written`: the model writes it out.
+    index: its number, in graph order.
+    node: its output (B, H, Sq, Dv); the batch and head dims may be missing, here and in q, k, v.
+    q, k, v: queries (B, H, Sq, D), keys (B, G, Sk, D) and values (B, G, Sk, Dv) for G key/value heads.
+    mask: boolean expression of (b, h, q, k); True: the query may attend to the key.
+    bias: what is added to the scaled scores; None: nothing.
+    leaves: the tensors from which mask, bias, score and sink load elements.
+    scale: what the scores are multiplied by.
+    dropout: the probability with which a weight is dropped.
+    score: any other function of the scaled scores; None: none.
+    unsupported: why the call must run as the model wrote it; empty: it can be partitioned.
+    block_sparse: lists of blocks, which come with each call, say what is computed.
+    handwritten: the model writes the softmax out.
+    sink: the score of one more key, whose value is 0; None: no such key.
     """
 
     index: int
@@ -30,9 +40,9 @@ class AttentionSite:
     scale: float
     dropout: float
     score: Expr | None = None
-    unread: str = ""
-    listed: bool = False
-    written: bool = False
+    unsupported: str = ""
+    block_sparse: bool = False
+    handwritten: bool = False
     sink: Expr | None = None
 
     @property
@@ -53,7 +63,7 @@ class AttentionSite:
         shapes = " ".join(f"{n}{list(x.meta['val'].shape)}" for n, x in (("q", self.q), ("k", self.k), ("v", self.v)))
         leaves = ", ".join(f"x{i} = {leaf.name}{list(leaf.meta['val'].shape)}" for i, leaf in enumerate(self.leaves))
         parts = [f"site {self.index} ({self.node.name}): {shapes}"]
-        parts += [f"not read: {self.unread}"] if self.unread else [f"mask {self.mask}"]
+        parts += [f"not read: {self.unsupported}"] if self.unsupported else [f"mask {self.mask}"]
         parts += [f"bias {self.bias}"] if self.bias is not None else []
         parts += [f"score {self.score}"] if self.score is not None else []
         parts += [f"sink {self.sink}"] if self.sink is not None else []

@@ -1,4 +1,4 @@
-"""handwritten: a softmax attention that a model writes out -> its queries, keys, values and what is done to the scores.
+"""softmax: an attention that a model writes out -> its site.
 
     scores = matmul(q, k^T)                      matmul, bmm, baddbmm
     scores = f(scores)                           any elementwise function: scale, mask, bias, tanh
@@ -7,7 +7,7 @@
     probabilities = probabilities[..., :-1]      where there is a sink
     out = matmul(dropout(probabilities), v)      the site's node
 
-f is read like the functions of FlexAttention: `pull` rewrites an element of the softmax's operand to an expression in
+f is read like the functions of FlexAttention: an element of the softmax's operand is rewritten to an expression in
 which the product of query and key is `score`; a factor goes to the site's scale, conditions to its mask, what is added
 to its bias, and the rest stays a function of the score.
 
@@ -18,19 +18,19 @@ computed as written, from gathered queries and keys.  What is not of this form i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, K, Q, call
+from ringpass.masks.expr import SCORE, TRUE, Call, Const, Expr, K, Q, call, cast_dtype
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered, regrouped
 from ringpass.masks.operators import DTYPES
 from ringpass.masks.rewrite import substitute
 from ringpass.masks.scores import rows_with_keys, scored, separated
 from ringpass.masks.simplify import simplify
 from ringpass.nodes import args_of
+from ringpass.passes.detect.site import AttentionSite
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -45,24 +45,11 @@ CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_cop
 SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default, *CASTS)
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a written-out attention is made of; fields as in `AttentionSite`."""
+def read(index: int, node: Node) -> AttentionSite | None:
+    """Site number `index`, if `node` is the output of such an attention; else None.
 
-    q: Node
-    k: Node
-    v: Node
-    mask: Expr
-    bias: Expr | None
-    score: Expr | None
-    leaves: tuple[Node, ...]
-    scale: float
-    dropout: float
-    sink: Expr | None
-
-
-def read(node: Node) -> Written | None:
-    """The attention whose output is `node`; None where it is none.  May write a transpose before the scores."""
+    May write a transpose before the scores.
+    """
     if node.target not in (aten.matmul.default, aten.bmm.default):
         return None
     probabilities, v = args_of(node)
@@ -74,7 +61,7 @@ def read(node: Node) -> Written | None:
     if scores is None or not _fits(node, operand, scores, v):
         return None
     if dropout and _others_read(softmax, node):
-        return None  # the probabilities that the model returns are dropped by the same coins as those that it uses
+        return None  # the probabilities that the model returns share their dropout mask with those that it uses
     puller, expr, beside = _element(operand, scores, sink)
     function = _without_casts(expr)
     if not scored(function) or (beside is not None and scored(beside)):
@@ -86,7 +73,9 @@ def read(node: Node) -> Written | None:
     if any(_rests_on(leaf, scores) for leaf in leaves):
         return None
     q, k = (args_of(scores)[i] for i in PRODUCTS[scores.target])
-    return Written(q, _transposed(k, scores), v, allowed, bias, rest, leaves, scale, dropout, beside)
+    k = _transposed(k, scores)
+    known = allowed, bias, leaves, scale, dropout, rest
+    return AttentionSite(index, node, q, k, v, *known, handwritten=True, sink=beside)
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
@@ -138,6 +127,7 @@ def _without_sink(node: Any) -> tuple[Any, Node | None]:
 
 
 def _is_column(x: Any) -> bool:
+    """Whether `x` is a node of a tensor (.., 1)."""
     return isinstance(x, Node) and x.meta["val"].ndim > 1 and x.meta["val"].shape[-1] == 1
 
 
@@ -205,7 +195,8 @@ def _transposed(k: Node, scores: Node) -> Node:
     ends = [*range(rank - 2), rank - 1, rank - 2]
     swaps = swaps or (k.target is aten.permute.default and [d % rank for d in args[1]] == ends)
     if swaps or k.target is aten.mT.default:
-        return args[0]  # type: ignore[no-any-return]
+        keys: Node = args[0]
+        return keys
     with k.graph.inserting_before(scores):
         new = k.graph.call_function(aten.transpose.int, (k, -2, -1))
     new.meta = {**scores.meta, "val": k.meta["val"].transpose(-2, -1)}
@@ -219,14 +210,14 @@ def _element(operand: Node, scores: Node, sink: Node | None) -> tuple[Puller, Ex
     """An element of `operand`, over the coordinates of `scores`, whose element is `score`; and one of `sink`."""
     puller = Puller()
     at = puller.clip(scores, COORDINATES[scores.meta["val"].ndim])
-    factor: Any = SCORE
+    factor: Expr = SCORE
     if scores.target is aten.baddbmm.default:
-        added, kwargs = args_of(scores)[0], scores.kwargs
-        factor = call("mul", SCORE, Const(kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+        added, kwargs = args_of(scores)[0], dict[str, Any](scores.kwargs)
+        factor = call("mul", SCORE, Const(kwargs.get("alpha", 1)))
         beta = kwargs.get("beta", 1)
         if beta != 0:
             bias = puller.element(added, puller.clip(added, at))
-            factor = call("add", factor, call("mul", bias, Const(beta)))  # type: ignore[arg-type]
+            factor = call("add", factor, call("mul", bias, Const(beta)))
     puller.products[scores] = (at, factor)
     where = regrouped(at, scores.meta["val"].shape, operand.meta["val"].shape)
     if where is None:
@@ -263,7 +254,7 @@ def _without_casts(expr: Expr) -> Expr:
     """`expr` with conversions of the score between floating-point dtypes left out: the ring keeps the wider one."""
     if not isinstance(expr, Call):
         return expr
-    if expr.op == "cast" and scored(expr.args[0]) and DTYPES[expr.args[1].name].is_floating_point:  # type: ignore[attr-defined]
+    if expr.op == "cast" and scored(expr.args[0]) and DTYPES[cast_dtype(expr)].is_floating_point:
         return _without_casts(expr.args[0])
     return Call(expr.op, tuple(map(_without_casts, expr.args)))
 
@@ -299,6 +290,7 @@ def _factors(expr: Expr) -> Iterator[float | None]:
 
 
 def _unscaled(expr: Expr) -> Expr:
+    """`expr` with each scaled score replaced by the score."""
     if _factor(expr) is not None:
         return SCORE
     return Call(expr.op, tuple(map(_unscaled, expr.args))) if isinstance(expr, Call) else expr

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
-from ringpass.layouts.layout import Layout
+from ringpass.layouts.layout import REPLICATED, Layout
 from ringpass.nodes import args_of, bound_of, bytes_of, first_of, op_name, size_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
@@ -187,7 +187,7 @@ class Writer(Emitter):
 
     def replicated_args(self) -> ShardArgs:
         """`shard_args` of a value that is replicated."""
-        return ShardArgs(0, 1, 1, "replicated", self.rank.world, self.rank.rank)
+        return ShardArgs(0, 1, 1, REPLICATED, self.rank.world, self.rank.rank)
 
     def is_sharded(self, node: Node) -> bool:
         """Whether `node` has been written sharded, and not replicated."""

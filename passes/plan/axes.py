@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import Layout, few, following, split_at
+from ringpass.layouts.layout import CONTIGUOUS, Layout, few, following, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import Size, hint_of, size_of
 from ringpass.passes.propagate.axis import Axis
@@ -62,14 +62,14 @@ def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: 
             factors = (sweep.fuse(factors),)
         if len(factors) != 1:
             continue
-        axis = axes.get(factors[0]) or Axis(number, factors[0], tokens, Layout("contiguous", world))
+        axis = axes.get(factors[0]) or Axis(number, factors[0], tokens, Layout(CONTIGUOUS, world))
         number += axis.index == number
         axis = replace(axis, sequence=sequence, offset=offset)
         order = axis.layout.order if base is None else _order(base, axis)
         if axis.factor in axes and axis.layout.order != order or order is OFF_THE_CURVE:
             continue
         base = base or axis
-        yield replace(axis, layout=Layout(following("contiguous", order), world))
+        yield replace(axis, layout=Layout(following(CONTIGUOUS, order), world))
 
 
 def _rank(part: Factor, axes: Mapping[Factor, Axis], sweep: Sweep) -> tuple[bool, int]:
@@ -122,7 +122,7 @@ def _split_points(part: Axis, slices: Sequence[Axis]) -> tuple[int, ...] | None:
 
 
 def _with_split_points(part: Axis, points: tuple[int, ...], world: int) -> Axis:
-    return replace(part, layout=Layout(following(split_at("contiguous", points), part.layout.order), world))
+    return replace(part, layout=Layout(following(split_at(CONTIGUOUS, points), part.layout.order), world))
 
 
 def _hints(sweep: Sweep) -> dict[sympy.Symbol, int]:

@@ -35,7 +35,7 @@ def find(sites: Sequence[AttentionSite], config: RingConfig) -> Order | None:
     if config.hilbert is None:
         return None
     grid, prefix = math.prod(config.hilbert), config.hilbert_prefix
-    lengths = sorted({n for site in sites if not site.unread for n in _lengths(site)})
+    lengths = sorted({n for site in sites if not site.unsupported for n in _lengths(site)})
     joined = _joined(sites[0].node.graph, grid) if sites else set()
     if prefix is None:
         fits = [n for n in lengths if grid <= n <= grid + INFERRED or n in joined]

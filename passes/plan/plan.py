@@ -109,7 +109,7 @@ class RingPlan:
     @property
     def partitioned(self) -> int:
         """How many attention calls of the graph run as ring attention; one that the model writes out is no call."""
-        return sum(s.problem is not None and not s.site.written for s in self.sites)
+        return sum(s.problem is not None and not s.site.handwritten for s in self.sites)
 
     def __str__(self) -> str:
         lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
@@ -163,7 +163,7 @@ def plan(
     for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
         make = partial(_problem, ordered, query, key, world) if query else partial(_alone, ordered, orders, world)
-        pruning = _pruning(site) if config.runtime_pruning or site.listed else ()
+        pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
         problem = _with_learned_bias(make(config, dilation), ordered, learned)
         plans.append(SitePlan(site, query, key, problem, ordered, pruning, dilation, learned))
@@ -206,8 +206,8 @@ def _plain(site: AttentionSite, remarks: list[str]) -> bool:
 
     That is 2 to 4 dims, K/V heads that divide the query heads.
     """
-    if site.unread:
-        remarks.append(f"{site.node.name}: {site.unread}, and it stays replicated")
+    if site.unsupported:
+        remarks.append(f"{site.node.name}: {site.unsupported}, and it stays replicated")
         return False
     q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
     fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4

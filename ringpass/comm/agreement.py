@@ -18,8 +18,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from ringpass.errors import MismatchError, PeerError
+from ringpass.errors import MismatchError, OptionError, PeerError
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 65536
@@ -74,6 +75,22 @@ class Ring:
             except RuntimeError:
                 missing.append(rank)
         return missing
+
+
+def group_of(given: object) -> dist.ProcessGroup | None:
+    """The process group that the option `group` names; None: the default one.
+
+    Raises OptionError for anything but a process group, a mesh of one dimension, or None.
+    """
+    if given is None or isinstance(given, dist.ProcessGroup):
+        return given
+    expected = "a ProcessGroup or a DeviceMesh"
+    if isinstance(given, DeviceMesh):
+        if given.ndim == 1:
+            return given.get_group()
+        names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
+        expected = f"one dimension of a mesh, the ring's, out of {names}"
+    raise OptionError(f"option 'group' must be {expected}, got {given!r}")
 
 
 TIMEOUT = 300.0  # seconds, by default

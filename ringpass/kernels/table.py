@@ -26,7 +26,8 @@ No CUDA kernel has been run on a device yet: `pytest tests/kernels/test_gpu.py` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,36 +40,100 @@ from ringpass.kernels.tile import Grads, TileArgs
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
+Forward = Callable[[Tensor, Tensor, Tensor, TileArgs], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, TileArgs], Grads]
+Capability = tuple[int, int]
 WIDE = torch.float64, torch.float32
 HALF = torch.float16, torch.bfloat16
+MASKED = frozenset({"causal", "mask", "bias"})
+ANYTHING = MASKED | {"dropout", "learned", "score"}
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What a kernel supports.  `takes`: what may act on the scores, beside the scale; `needs`: what must."""
+    """A kernel and the tiles that it supports.
 
-    kernel: str
-    device: str
-    dtypes: tuple[torch.dtype, ...]
-    takes: frozenset[str]
+    forward, backward: as `forward` and `backward` below.
+    device: the type of device, None: any.
+    dtypes: those of q, k and v, each with the least compute capability that it needs; None: all.
+    takes: what may act on the scores, beside the scale.
+    needs: what must act on them.
+    widths: narrowest and widest head.
+    block: the numbers of queries and of keys are multiples of it.
+    wide_values: V may be wider or narrower than Q.
+    long_causal: causal tiles may have Lq != Lk.
+    mirrors: takes mirrored tiles as they are.
+    """
+
+    forward: Forward
+    backward: Backward
+    device: str | None = None
+    dtypes: Mapping[torch.dtype, Capability] | None = None
+    takes: frozenset[str] = ANYTHING
     needs: frozenset[str] = frozenset()
-    since: tuple[int, int] = (0, 0)  # compute capability
-    widths: tuple[int, int] = (1, 1 << 16)  # narrowest and widest head
-    block: int = 1  # lengths are multiples of it
-    wide_values: bool = False  # V width != Q width
-    long_causal: bool = True  # causal tiles with Lq != Lk
+    widths: tuple[int, int] = (0, sys.maxsize)
+    block: int = 1
+    wide_values: bool = True
+    long_causal: bool = True
+    mirrors: bool = False
 
 
-MASKED = frozenset({"causal", "mask", "bias"})
-TABLE = (
-    KernelSpec("flash_cpu", "cpu", (*WIDE, torch.bfloat16), MASKED),
-    KernelSpec("flash", "cuda", HALF, frozenset({"causal"}), since=(8, 0), widths=(1, 256), long_causal=False),
-    KernelSpec("cudnn", "cuda", HALF, frozenset({"causal"}), since=(9, 0), widths=(1, 128)),
-    KernelSpec("flex", "cuda", HALF, MASKED - {"bias"}, frozenset({"mask"}), since=(8, 0), widths=(16, 256), block=128),
-    KernelSpec("efficient", "cuda", (torch.float32, torch.float16), MASKED, since=(5, 0), wide_values=True),
-    KernelSpec("efficient", "cuda", (torch.bfloat16,), MASKED, since=(8, 0), wide_values=True),
-)
-"""In order of preference; `plain` takes the rest."""
+def _since(capability: Capability, *dtypes: torch.dtype) -> dict[torch.dtype, Capability]:
+    return dict.fromkeys(dtypes, capability)
+
+
+KERNELS: dict[str, KernelSpec] = {
+    "flash_cpu": KernelSpec(
+        kernels_cpu.flash_cpu,
+        kernels_cpu.flash_cpu_backward,
+        device="cpu",
+        dtypes=_since((0, 0), *WIDE, torch.bfloat16),
+        takes=MASKED,
+        widths=(1, 1 << 16),
+        wide_values=False,
+        mirrors=True,
+    ),
+    "flash": KernelSpec(
+        kernels_cuda.flash,
+        kernels_cuda.flash_backward,
+        device="cuda",
+        dtypes=_since((8, 0), *HALF),
+        takes=frozenset({"causal"}),
+        widths=(1, 256),
+        wide_values=False,
+        long_causal=False,
+    ),
+    "cudnn": KernelSpec(
+        kernels_cuda.cudnn,
+        kernels_cuda.cudnn_backward,
+        device="cuda",
+        dtypes=_since((9, 0), *HALF),
+        takes=frozenset({"causal"}),
+        widths=(1, 128),
+        wide_values=False,
+    ),
+    "flex": KernelSpec(
+        kernels_cuda.flex,
+        kernels_cuda.flex_backward,
+        device="cuda",
+        dtypes=_since((8, 0), *HALF),
+        takes=MASKED - {"bias"},
+        needs=frozenset({"mask"}),
+        widths=(16, 256),
+        block=128,
+        wide_values=False,
+    ),
+    "efficient": KernelSpec(
+        kernels_cuda.efficient,
+        kernels_cuda.efficient_backward,
+        device="cuda",
+        dtypes={**_since((5, 0), torch.float32, torch.float16), **_since((8, 0), torch.bfloat16)},
+        takes=MASKED,
+        widths=(1, 1 << 16),
+    ),
+    "plain": KernelSpec(plain, plain_backward),
+}
+"""In order of preference; the last one takes every tile."""
 
 
 def choose(
@@ -88,23 +153,30 @@ def choose(
         "score": args.score is not None,
     }
     present = {name for name, acts in acting.items() if acts}
-    for spec in TABLE:
-        served = device.type == spec.device and dtype in spec.dtypes and spec.needs <= present <= spec.takes
-        values = spec.wide_values or head_widths[0] == head_widths[1]
+    for name, spec in KERNELS.items():
         width = spec.widths[0] <= min(head_widths) and max(head_widths) <= spec.widths[1]
+        values = spec.wide_values or head_widths[0] == head_widths[1]
         long = spec.long_causal or not args.causal or lengths[0] == lengths[1]
         blocks = all(n % spec.block == 0 for n in lengths)
-        if served and values and width and long and blocks and kernels_cuda.capability(device) >= spec.since:
-            return spec.kernel
-    return "plain"
+        acts = spec.needs <= present <= spec.takes
+        if acts and width and values and long and blocks and _runs_on(spec, device, dtype):
+            return name
+    raise AssertionError("the last kernel takes every tile")
+
+
+def _runs_on(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel supports the device and, on it, the dtype."""
+    if spec.device not in (None, device.type) or (spec.dtypes is not None and dtype not in spec.dtypes):
+        return False
+    return spec.dtypes is None or kernels_cuda.capability(device) >= spec.dtypes[dtype]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile; out in q's dtype for fused kernels, in the accumulator's for `plain`."""
-    name = _chosen(q, k, v, args)
-    if not args.mirrored or name in MIRRORING:
-        return KERNELS[name][0](q, k, v, args)
-    out, lse = KERNELS[name][0](q.flip(2), k.flip(2), v.flip(2), _unmirrored(args))
+    spec = _chosen(q, k, v, args)
+    if not args.mirrored or spec.mirrors:
+        return spec.forward(q, k, v, args)
+    out, lse = spec.forward(q.flip(2), k.flip(2), v.flip(2), _unmirrored(args))
     return out.flip(2), lse.flip(2)
 
 
@@ -113,12 +185,12 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
 
     dbias has the shape of the bias, and is None if the bias needs no gradient.
     """
-    name = _chosen(q, k, v, args)
-    if not args.mirrored or name in MIRRORING:
-        return KERNELS[name][1](grad, q, k, v, out, lse, args)
-    rows = (x.flip(2) for x in (grad, q, k, v, out, lse))
-    run: Callable[..., Grads] = KERNELS[name][1]
-    return *(g.flip(2) for g in run(*rows, _unmirrored(args))[:3]), None
+    spec = _chosen(q, k, v, args)
+    if not args.mirrored or spec.mirrors:
+        return spec.backward(grad, q, k, v, out, lse, args)
+    grad, q, k, v, out, lse = (x.flip(2) for x in (grad, q, k, v, out, lse))
+    grads = spec.backward(grad, q, k, v, out, lse, _unmirrored(args))
+    return *(g.flip(2) for g in grads[:3]), None
 
 
 def _unmirrored(args: TileArgs) -> TileArgs:
@@ -128,18 +200,5 @@ def _unmirrored(args: TileArgs) -> TileArgs:
     return replace(args, causal=True, mirrored=False, mask=mask, bias=bias)
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> str:
-    return choose(q.device, q.dtype, (q.shape[3], v.shape[3]), (q.shape[2], k.shape[2]), args)
-
-
-Forward = Callable[[Tensor, Tensor, Tensor, TileArgs], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, TileArgs], Grads]
-KERNELS: dict[str, tuple[Forward, Backward]] = {
-    "flash_cpu": (kernels_cpu.flash_cpu, kernels_cpu.flash_cpu_backward),
-    "flash": (kernels_cuda.flash, kernels_cuda.flash_backward),
-    "cudnn": (kernels_cuda.cudnn, kernels_cuda.cudnn_backward),
-    "efficient": (kernels_cuda.efficient, kernels_cuda.efficient_backward),
-    "flex": (kernels_cuda.flex, kernels_cuda.flex_backward),
-    "plain": (plain, plain_backward),
-}
-MIRRORING = ("flash_cpu",)  # take mirrored tiles as they are
+def _chosen(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> KernelSpec:
+    return KERNELS[choose(q.device, q.dtype, (q.shape[3], v.shape[3]), (q.shape[2], k.shape[2]), args)]

@@ -31,7 +31,7 @@ they are split into chunks.  Ranges, and all schedules made of them, are then in
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import pairwise
@@ -41,10 +41,50 @@ from ringpass.layouts.hilbert import Order
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.strided import StridedSegments
 
-NAMES = ("contiguous", "zigzag", "striped", "replicated")
-STRIPES = 8  # chunks of each rank in the striped layout
+CONTIGUOUS, REPLICATED, CHUNKED = "contiguous", "replicated", "chunked"
+STRIPES = 8  # chunks of each rank in the striped layout, and in one that is made for a mask
 ASSIGNED, CUT, ALONG, EVERY = "chunks ", " cut ", " along ", " every "
-CHUNKED = "chunked"  # of inputs and outputs only, never of a plan
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the tokens of each part are assigned to P ranks.
+
+    chunks: P -> the number n of chunks.
+    owned: (rank, P) -> the chunks that a rank holds, ascending.
+    automatic: whether the layout "auto" weighs it.
+    fine: many small chunks, weighed only for sequences that are long enough.
+    option: whether the option `layout` may name it.
+    even: the chunks have near-equal sizes; else they are those of torch.chunk, for inputs and outputs alone.
+    """
+
+    chunks: Callable[[int], int]
+    owned: Callable[[int, int], tuple[int, ...]]
+    automatic: bool = True
+    fine: bool = False
+    option: bool = True
+    even: bool = True
+
+
+LAYOUTS: Mapping[str, Scheme] = {
+    CONTIGUOUS: Scheme(chunks=lambda world: world, owned=lambda rank, world: (rank,)),
+    CHUNKED: Scheme(
+        chunks=lambda world: world, owned=lambda rank, world: (rank,), automatic=False, option=False, even=False
+    ),
+    "zigzag": Scheme(chunks=lambda world: 2 * world, owned=lambda rank, world: (rank, 2 * world - 1 - rank)),
+    "striped": Scheme(
+        chunks=lambda world: STRIPES * world,
+        owned=lambda rank, world: tuple(range(rank, STRIPES * world, world)),
+        fine=True,
+    ),
+    REPLICATED: Scheme(chunks=lambda world: 1, owned=lambda rank, world: (0,), automatic=False, option=False),
+}
+"""The named schemes, in the order in which "auto" prefers them."""
+
+NAMES = tuple(name for name, scheme in LAYOUTS.items() if scheme.even)
+OPTIONS = tuple(name for name, scheme in LAYOUTS.items() if scheme.option)
+INPUTS = tuple(name for name in LAYOUTS if name != REPLICATED)
+"""Schemes of plans; those that the option `layout` may name; those of sharded inputs."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +95,7 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.scheme in (*NAMES, CHUNKED) or self.scheme.startswith(ASSIGNED), self.name
+        assert self.scheme in LAYOUTS or self.scheme.startswith(ASSIGNED), self.name
 
     @property
     def assignment(self) -> str:
@@ -92,28 +132,21 @@ class Layout:
 
     @property
     def replicated(self) -> bool:
-        return self.scheme == "replicated"
+        """Whether every rank holds all tokens."""
+        return self.scheme == REPLICATED
 
     @property
     def chunks(self) -> int:
-        if self.scheme.startswith(ASSIGNED):
-            return len(_owners(self.scheme))
-        per_rank = {"contiguous": 1, "zigzag": 2, "striped": STRIPES, CHUNKED: 1}
-        return 1 if self.replicated else per_rank[self.scheme] * self.world
+        """The number of chunks of each part."""
+        return _scheme(self.scheme).chunks(self.world)
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The chunks that `rank` holds, ascending."""
-        if self.scheme == "zigzag":
-            return (rank, 2 * self.world - 1 - rank)
-        if self.scheme == "striped":
-            return tuple(range(rank, self.chunks, self.world))
-        if self.scheme.startswith(ASSIGNED):
-            return tuple(chunk for chunk, owner in enumerate(_owners(self.scheme)) if owner == rank)
-        return (0,) if self.replicated else (rank,)
+        return _scheme(self.scheme).owned(rank, self.world)
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
-        if self.scheme == CHUNKED:
+        if not _scheme(self.scheme).even:
             return size(self.ranges(rank, tokens))
         return tokens if self.replicated else self.before(rank, tokens, None)
 
@@ -171,7 +204,7 @@ class Layout:
             offset += length
 
     def _start(self, chunk: int, tokens: int) -> int:
-        if self.scheme == CHUNKED:
+        if not _scheme(self.scheme).even:
             return min(chunk * -(-tokens // self.chunks), tokens)
         size, longer = divmod(tokens, self.chunks)
         return chunk * size + min(chunk, longer)
@@ -231,5 +264,12 @@ def _owner(name: str, world: int, chunk: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _owners(name: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in name.removeprefix(ASSIGNED).split(","))
+def _scheme(name: str) -> Scheme:
+    """The scheme of that name: of the table, or made for a mask."""
+    if not name.startswith(ASSIGNED):
+        return LAYOUTS[name]
+    owners = tuple(int(n) for n in name.removeprefix(ASSIGNED).split(","))
+    return Scheme(
+        chunks=lambda world: len(owners),
+        owned=lambda rank, world: tuple(chunk for chunk, owner in enumerate(owners) if owner == rank),
+    )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table
-from ringpass.masks.operators import DTYPES, OPERATORS, REAL_FUNCTIONS
+from ringpass.masks.expr import Call, Const, Expr, Index, Load, Table, cast_dtype
+from ringpass.masks.operators import DTYPES, OPERATORS
 
 
 def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
@@ -43,7 +43,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         args = [value(a) for a in e.args]
         truths = e.op in ("add", "mul") and all(isinstance(a, bool) for a in args)
-        if truths or e.op in ("min", "max", "not", "abs", *REAL_FUNCTIONS):  # True + True is True in a tensor
+        if truths or OPERATORS[e.op].tensors:  # True + True is True in a tensor
             exact = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
             args = [_tensor(a, positions, exact if isinstance(a, float) else None) for a in args]
         if e.op == "pow" and not any(isinstance(a, Tensor) for a in args):
@@ -52,17 +52,10 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             args[0] = _tensor(args[0], positions)
             if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
                 args[1:] = [torch.full((), a, dtype=torch.float64, device=args[0].device) for a in args[1:]]  # exact
-        return OPERATORS[e.op][0](*args)
+        return OPERATORS[e.op].compute(*args)
 
     out = _tensor(value(expr), positions)
     return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
-
-
-def cast_dtype(cast: Call) -> str:
-    """The name of the dtype to which a `cast` casts, such as "float32"."""
-    target = cast.args[1]
-    assert isinstance(target, Index)
-    return target.name
 
 
 def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:

@@ -106,14 +106,22 @@ def call(op: str, *args: Expr) -> Expr:
         return args[1]
     if op == "mul" and args[1] == Const(1):
         return args[0]
-    if op in ("add", "sub", "mul") and all(isinstance(a, Const) and type(a.value) is int for a in args):
-        return Const(OPERATORS[op][0](*(a.value for a in args)))  # type: ignore[attr-defined]
+    numbers = [a.value for a in args if isinstance(a, Const) and type(a.value) is int]
+    if op in ("add", "sub", "mul") and len(numbers) == len(args):
+        return Const(OPERATORS[op].compute(*numbers))
     return Call(op, args)
 
 
 def cast(expr: Expr, dtype: torch.dtype) -> Expr:
     """Node that converts `expr` to `dtype`."""
     return Call("cast", (expr, Index(str(dtype).removeprefix("torch."))))
+
+
+def cast_dtype(expr: Call) -> str:
+    """The name of the dtype to which a `cast` converts."""
+    name = expr.args[1]
+    assert isinstance(name, Index)
+    return name.name
 
 
 CAUSAL = call("le", K, Q)
@@ -179,7 +187,9 @@ def _from_ast(n: Any) -> Expr:
     if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.USub) and isinstance(n.operand, ast.Constant):
         return Const(-n.operand.value)  # type: ignore[operator,arg-type]
     if isinstance(n, ast.UnaryOp):
-        return Call({ast.Not: "not"}[type(n.op)], (_from_ast(n.operand),))  # type: ignore[index]
+        if not isinstance(n.op, ast.Not):
+            raise ValueError(n.op)
+        return Call("not", (_from_ast(n.operand),))
     if isinstance(n, ast.Subscript):
         items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
         name, indices = n.value.id, tuple(_from_ast(i) for i in items)  # type: ignore[attr-defined]
@@ -202,7 +212,7 @@ def _from_call(n: ast.Call) -> Expr:
     if name in DTYPES:
         (arg,) = args
         return Call("cast", (arg, Index(name)))
-    code = OPERATORS[name][1].__code__
+    code = OPERATORS[name].bounds.__code__
     fits = len(args) == code.co_argcount or (code.co_flags & inspect.CO_VARARGS and len(args) > code.co_argcount)
     if name in INFIX or name == "cast" or not fits or n.keywords:
         raise ValueError(f"{name} of {len(args)} arguments")

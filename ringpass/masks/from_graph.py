@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast, loads
+from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast, loads, parts
 from ringpass.masks.intervals import bounds
-from ringpass.masks.operators import REAL_FUNCTIONS
+from ringpass.masks.operators import OPERATORS
 from ringpass.masks.rewrite import renumber
 from ringpass.masks.simplify import constant, simplify
 from ringpass.nodes import args_of
@@ -120,7 +120,7 @@ def _pointwise(op: str, *targets: Any) -> None:
     def rule(p: Puller, node: Node, indices: Indices) -> Expr | None:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode", None) is not None:
             return None
-        if op in ("and", "or", "xor") and node.meta["val"].dtype != torch.bool:
+        if OPERATORS[op].dtype == "bool" and node.meta["val"].dtype != torch.bool:
             return None
         return call(op, *(_operand(p, a, indices, truth="logical" in str(node.target)) for a in node.args))
 
@@ -140,32 +140,8 @@ def _overloads(*names: str) -> list[Any]:
     return [getattr(p, o) for p, o in packets if p is not None and o in p.overloads()]
 
 
-for _op in ("le", "lt", "ge", "gt", "eq", "ne"):
-    _pointwise(_op, *_overloads(f"{_op}.Tensor", f"{_op}.Scalar"))
-for _op in ("add", "sub", "mul", "div"):
-    _pointwise(_op, *_overloads(f"{_op}.Tensor", f"{_op}.Scalar"))
-for _op in ("and", "or", "xor"):
-    _pointwise(
-        _op,
-        *_overloads(
-            f"__{_op}__.Tensor",
-            f"__{_op}__.Scalar",
-            f"bitwise_{_op}.Tensor",
-            f"bitwise_{_op}.Scalar",
-            f"logical_{_op}.default",
-        ),
-    )
-_pointwise("not", *_overloads("logical_not.default"))
-_pointwise("neg", aten.neg.default)
-_pointwise("abs", aten.abs.default)
-for _op in REAL_FUNCTIONS:
-    _pointwise(_op, *_overloads(f"{_op}.default"))
-_pointwise("pow", *_overloads("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"))
-_pointwise("min", *_overloads("minimum.default", "min.other"))
-_pointwise("max", *_overloads("maximum.default", "max.other"))
-_pointwise("floordiv", *_overloads("floor_divide.default", "floor_divide.Scalar"))
-_pointwise("mod", *_overloads("remainder.Tensor", "remainder.Scalar"))
-_pointwise("where", *_overloads("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"))
+for _name, _operator in OPERATORS.items():
+    _pointwise(_name, *_overloads(*_operator.aten))
 
 
 @_rule(aten.bitwise_not.default)
@@ -175,7 +151,8 @@ def _not(p: Puller, node: Node, indices: Indices) -> Expr | None:
 
 @_rule(*_overloads("div.Tensor_mode", "div.Scalar_mode"))
 def _div(p: Puller, node: Node, indices: Indices) -> Expr | None:
-    op = {"floor": "floordiv", None: "div"}.get(node.kwargs["rounding_mode"])  # type: ignore[arg-type]
+    mode: Any = node.kwargs["rounding_mode"]
+    op = {"floor": "floordiv", None: "div"}.get(mode)
     return call(op, *(p.element(x, p.clip(x, indices)) for x in node.args)) if op else None
 
 
@@ -389,9 +366,9 @@ def _groups(shape: Sequence[Any], into: Sequence[Any]) -> list[tuple[list[int], 
 
 def _merged(flat: Expr, n: int, index: Expr) -> Expr:
     """flat * n + index, where that is not what `_divided` took apart."""
-    parts = isinstance(flat, Call) and isinstance(index, Call) and flat.op == "floordiv" and index.op == "mod"
-    if parts and flat.args == index.args == (flat.args[0], Const(n)):  # type: ignore[attr-defined]
-        return flat.args[0]  # type: ignore[attr-defined,no-any-return]
+    divided = isinstance(flat, Call) and isinstance(index, Call) and (flat.op, index.op) == ("floordiv", "mod")
+    if divided and parts(flat) == parts(index) == (parts(flat)[0], Const(n)):
+        return parts(flat)[0]
     return call("add", call("mul", flat, Const(n)), index)
 
 

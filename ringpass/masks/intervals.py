@@ -21,9 +21,8 @@ import numpy as np
 import torch
 
 from ringpass.masks.constants import Array, outward
-from ringpass.masks.evaluate import cast_dtype
-from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, tables
-from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS, REAL_FUNCTIONS, UNKNOWN, Interval
+from ringpass.masks.expr import SCORE, B, Call, Const, Expr, H, Index, Load, Table, cast_dtype, tables
+from ringpass.masks.operators import DTYPES, OPERATORS, UNKNOWN, Interval
 
 EMPTY, FULL, PARTIAL = "empty", "full", "partial"
 KINDS = (EMPTY, PARTIAL, FULL)
@@ -61,9 +60,10 @@ def bounds(expr: Expr, box: Box) -> Interval:
     args = [bounds(a, box) for a in expr.args]
     if expr.op in ("and", "or", "not"):
         args = [_cast_bounds(a, "bool") for a in args]
-    low, high = OPERATORS[expr.op][1](*args)
-    kind = kind_of(expr) if expr.op in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs") else ""
-    if kind == "int" or (kind and expr.op not in ("neg", "abs")):
+    record = OPERATORS[expr.op]
+    low, high = record.bounds(*args)
+    kind = kind_of(expr) if record.wraps or record.rounds else ""
+    if (kind == "int" and record.wraps) or (kind in ("bool", "float") and record.rounds):
         if kind == "bool":
             return _cast_bounds((low, high), "bool")  # True + True is True
         if kind == "float":  # it may be rounded
@@ -105,10 +105,8 @@ def kind_of(expr: Expr) -> str:
         if expr.op == "cast":
             dtype = DTYPES[cast_dtype(expr)]
             return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
-        if expr.op == "div" or expr.op in REAL_FUNCTIONS:
-            return "float"
-        if expr.op in ("not", "xor") or INFIX.get(expr.op, ("", ATOM))[1] <= COMPARISON:
-            return "bool"
+        if OPERATORS[expr.op].dtype:
+            return OPERATORS[expr.op].dtype
         kinds = [kind_of(a) for a in (expr.args[1:] if expr.op == "where" else expr.args)]
         return next(kind for kind in ("float", "int", "bool") if kind in kinds)
     if isinstance(expr, Table):
@@ -125,7 +123,8 @@ def _is_integral(expr: Expr) -> bool:
         if kind_of(expr) != "float":
             return True
         args = expr.args[:1] if expr.op == "cast" else expr.args[1:] if expr.op == "where" else expr.args
-        return expr.op not in ("div", "pow", *REAL_FUNCTIONS) and all(map(_is_integral, args))
+        integral = OPERATORS[expr.op].integral or expr.op in ("cast", "where")
+        return integral and all(map(_is_integral, args))
     return isinstance(expr, Table) or (isinstance(expr, Index) and expr != SCORE)
 
 

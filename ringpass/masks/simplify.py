@@ -23,11 +23,26 @@ from typing import Any
 
 import sympy
 
-from ringpass.masks.expr import CAUSAL, FALSE, SCORE, TRUE, Call, Const, Expr, Index, K, Load, Q, Table, call
+from ringpass.masks.expr import (
+    CAUSAL,
+    FALSE,
+    SCORE,
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Index,
+    K,
+    Load,
+    Q,
+    Table,
+    call,
+    cast_dtype,
+)
 from ringpass.masks.intervals import bounds, kind_of
+from ringpass.masks.operators import OPERATORS
 
 OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
-INTEGER_OPS = ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs", "bucket")  # of integers
 Sum = dict[Expr, int]  # coefficient of each term; Const(1) carries the constant
 ONE = Const(1)
 
@@ -63,13 +78,13 @@ def _integer(expr: Expr) -> bool:
     if isinstance(expr, Load | Table):
         return False
     if isinstance(expr, Call):
-        integer = expr.op in INTEGER_OPS or _widened(expr)
+        integer = OPERATORS[expr.op].integral or _widened(expr)
         return integer and all(_integer(a) for a in (expr.args[:1] if expr.op == "cast" else expr.args))
     return (isinstance(expr, Index) and expr != SCORE) or (isinstance(expr, Const) and type(expr.value) is int)
 
 
 def _widened(expr: Call) -> bool:
-    return expr.op == "cast" and isinstance(expr.args[1], Index) and expr.args[1].name == "int64"
+    return expr.op == "cast" and cast_dtype(expr) == "int64"
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from ringpass.comm import collectives
 from ringpass.comm.collectives import Shard
 from ringpass.layouts.hilbert import Order
+from ringpass.layouts.layout import REPLICATED
 from ringpass.ops.library import SHARD, Context, define, differentiate, implement, save_arguments, unchanged
 
 define(f"shard(Tensor x, {SHARD}, str group) -> Tensor")
@@ -75,7 +76,7 @@ differentiate("redistribute", _redistribute_backward, save_arguments)
 
 def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:
     curve = Order.parse(order)
-    split = Shard(dim, outer, tokens, "replicated", 1, 0).split(x, tokens)
+    split = Shard(dim, outer, tokens, REPLICATED, 1, 0).split(x, tokens)
     return split.index_select(1, (curve.inverse if inverse else curve.permutation).tensor(x)).reshape(x.shape)
 
 

@@ -2,9 +2,9 @@
 
     time of a rank    the larger of its tiles' FLOPs and BALANCE FLOPs for each byte of keys and values that it receives
     time of a layout  that of its slowest rank
-    candidates        contiguous, zigzag, striped; where that leaves a rank with more than GOOD times the mean, chunks
-                      assigned to ranks one by one: the costliest first, to the least loaded rank (longest processing
-                      time first, Graham 1969)
+    candidates        the `automatic` ones of `ringpass.layouts.layout.LAYOUTS`; where that leaves a rank with more than
+                      GOOD times the mean, chunks assigned to ranks one by one: the costliest first, to the least loaded
+                      rank (longest processing time first, Graham 1969)
     choice            the first candidate whose time is within GOOD of the best: simple layouts move least
 
 A model has one layout, so layers that attend differently, such as sliding and full ones, are balanced together.
@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringpass.layouts.layout import STRIPES, assigned
+from ringpass.layouts.layout import CONTIGUOUS, LAYOUTS, STRIPES, assigned
 from ringpass.masks.constants import Array
 from ringpass.masks.expr import Expr, parts
 from ringpass.masks.intervals import FULL_CODE, PARTIAL_CODE
 from ringpass.schedule.tiles import CAUSAL_CODE, FINEST, MIRRORED_CODE, THIN, TILE, Problem, Tiling, tiling
 
-CANDIDATES = ("contiguous", "zigzag", "striped")
+CANDIDATES = {name: scheme for name, scheme in LAYOUTS.items() if scheme.automatic}
 BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
 SPARED = 0.05  # relative difference in price that larger tiles may cost
 MANY = 1 << 13  # with at least this many tiles of a site, all partial, no finer ones are tried
@@ -128,7 +128,7 @@ def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
     shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
     chunks = STRIPES * world
     fine = chunks <= MOST_CHUNKS and shortest >= SHORTEST * chunks
-    tried = [estimate(loads, name, world) for name in CANDIDATES if fine or name != "striped"]
+    tried = [estimate(loads, name, world) for name, scheme in CANDIDATES.items() if fine or not scheme.fine]
     if fine and fixed and _first_good(tried).imbalance > GOOD:
         tried.append(estimate(loads, solve(loads, world), world))
     chosen = _first_good(tried)
@@ -160,7 +160,7 @@ def refine(problems: Sequence[Problem], device: str) -> int:
     each costs a launch and a merge.  The edge is halved, starting from the default, until the tiles are many and their
     number multiplies: then the mask is partial everywhere, and smaller tiles gain nothing.
     """
-    flat = [with_layout(problem, "contiguous", problem.world) for problem in problems]
+    flat = [with_layout(problem, CONTIGUOUS, problem.world) for problem in problems]
     edges, counts, paid = [TILE], list[int](), list[float]()
     while True:
         found = [tiling(replace(problem, tile=edges[-1])) for problem in flat]
@@ -184,7 +184,7 @@ def solve(loads: Sequence[Load], world: int) -> str:
     chunks = STRIPES * world
     cost: Array = np.zeros(chunks)
     for load in loads:
-        cost += load.flops * tiling(with_layout(load.problem, "contiguous", chunks)).areas(chunks)
+        cost += load.flops * tiling(with_layout(load.problem, CONTIGUOUS, chunks)).areas(chunks)
     owners, sums, counts = [0] * chunks, [0.0] * world, [0] * world
     for chunk in np.argsort(-cost, kind="stable").tolist():
         rank = min((r for r in range(world) if counts[r] < STRIPES), key=lambda r: (sums[r], r))

@@ -108,7 +108,7 @@ def test_two_merged_tiles_equal_one(name: str, dtype: torch.dtype, kind: str, sh
     global_lse = want_lse.masked_fill(dead, torch.inf)
     want = plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(both))
 
-    forward, backward = KERNELS[name]
+    forward, backward = KERNELS[name].forward, KERNELS[name].backward
     spans = [slice(0, keys[0]), slice(keys[0], sum(keys))]
     parts = [tile_args(kind, both, index == 0, span) for index, span in enumerate(spans)]
     tiles = [forward(q, k[:, :, s], v[:, :, s], a) for s, a in zip(spans, parts, strict=True)]
@@ -136,8 +136,8 @@ def test_padded_widths(name: str, width: int) -> None:
     exact = [x.double() for x in (q, k, v)]
     out, lse = plain(exact[0], exact[1], exact[2], args)
     want = plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
-    assert error(KERNELS[name][0](q, k, v, args)[0], out) < TOLERANCE[dtype]
-    got = KERNELS[name][1](grad, q, k, v, out.to(dtype), lse.float(), args)
+    assert error(KERNELS[name].forward(q, k, v, args)[0], out) < TOLERANCE[dtype]
+    got = KERNELS[name].backward(grad, q, k, v, out.to(dtype), lse.float(), args)
     assert all(error(x, y) < 2 * TOLERANCE[dtype] for x, y in zip(got[:3], want[:3], strict=True))
 
 
@@ -148,8 +148,8 @@ def test_values_of_another_width() -> None:
     exact = [x.double() for x in (q, k, v)]
     out, lse = plain(exact[0], exact[1], exact[2], args)
     want = plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
-    assert error(KERNELS["efficient"][0](q, k, v, args)[0], out) < TOLERANCE[F32]
-    got = KERNELS["efficient"][1](grad, q, k, v, out.float(), lse.float(), args)
+    assert error(KERNELS["efficient"].forward(q, k, v, args)[0], out) < TOLERANCE[F32]
+    got = KERNELS["efficient"].backward(grad, q, k, v, out.float(), lse.float(), args)
     assert all(error(x, y) < TOLERANCE[F32] for x, y in zip(got[:3], want[:3], strict=True))
 
 

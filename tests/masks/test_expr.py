@@ -365,9 +365,9 @@ def test_boxes(text: str, kind: str) -> None:
 
 
 def test_every_operator_has_an_interval() -> None:
-    for name, (_, interval) in OPERATORS.items():
-        arity = interval.__code__.co_argcount
-        low, high = interval(*[(0.0, 1.0)] * arity)
+    for name, record in OPERATORS.items():
+        arity = record.bounds.__code__.co_argcount
+        low, high = record.bounds(*[(0.0, 1.0)] * arity)
         assert low <= high, name
         assert math.isfinite(low) or low < 0
 

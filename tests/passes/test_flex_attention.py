@@ -334,7 +334,7 @@ def site_of(name: str, dtype: torch.dtype = torch.float64) -> AttentionSite:
 def test_what_a_call_does_to_its_scores(name: str) -> None:
     site = site_of(name)
     found = (site.mask, site.bias, site.score)
-    assert tuple(x and str(x) for x in found) == READ[name] and not site.unread
+    assert tuple(x and str(x) for x in found) == READ[name] and not site.unsupported
     assert all(parse(str(x)) == x for x in found if x is not None)
 
 
@@ -344,10 +344,10 @@ def test_kernels_that_would_round_a_bias_do_not_get_it() -> None:
 
 
 def test_a_call_that_is_not_read_says_why() -> None:
-    assert "not elementwise, or uses ops that are not known: aten.lgamma.default" in site_of("not read").unread
+    assert "not elementwise, or uses ops that are not known: aten.lgamma.default" in site_of("not read").unsupported
     q = torch.randn(B, H, S, D)
     (site,) = sites(lambda q: flex_attention(q, q, q, return_aux=AuxRequest(lse=True)), q)
-    assert site.unread == "its log-sum-exp is read"
+    assert site.unsupported == "its log-sum-exp is read"
 
 
 def test_autocast_casts_what_a_call_attends_with() -> None:

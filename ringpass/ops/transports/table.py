@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ringpass.ops.transports.allgather import AllGather
@@ -11,8 +14,29 @@ from ringpass.ops.transports.ring import RingTransport
 from ringpass.schedule.site import Site
 
 
+@dataclass(frozen=True)
+class TransportKind:
+    """A way for keys to reach other ranks and for their gradients to return.
+
+    plain: (site, k, v) -> the transport of a site.
+    dilated: (site, k, v) -> that of a dilated site; None: dilation is refused.
+    """
+
+    plain: Callable[[Site, Tensor, Tensor], Transport]
+    dilated: Callable[[Site, Tensor, Tensor], Transport] | None = None
+
+
+TRANSPORTS: Mapping[str, TransportKind] = {
+    "ring": TransportKind(RingTransport, DilatedTransport),
+    "allgather": TransportKind(AllGather),
+}
+"""The values of the option `comm`."""
+
+
 def transport(site: Site, k: Tensor, v: Tensor) -> Transport:
-    """The transport of a site."""
-    if site.dilation:
-        return DilatedTransport(site, k, v)
-    return {"ring": RingTransport, "allgather": AllGather}[site.comm](site, k, v)
+    """The transport of a site, from the local k (B, G, Lk, D) and v (B, G, Lk, Dv)."""
+    kind = TRANSPORTS[site.comm]
+    if not site.dilation:
+        return kind.plain(site, k, v)
+    assert kind.dilated is not None, "the options refuse dilation with this transport"
+    return kind.dilated(site, k, v)
