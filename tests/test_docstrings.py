@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.test_layers import modules
+from tests.support.package_layers import modules
 
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PATHS = modules()

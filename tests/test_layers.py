@@ -13,21 +13,10 @@ from pathlib import Path
 
 import networkx as nx
 
-from tests.support.package_layers import LAYERS
+from tests.support.package_layers import LAYERS, modules
 from tests.support.repository import ROOT
 
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
-
-
-def modules() -> dict[str, Path]:
-    """The package's modules by dotted name, without `ringpass.`; the packages themselves are left out."""
-    found = {}
-    for root, prefix in ((ROOT / "ringpass", ""), (ROOT / "passes", "passes.")):
-        for path in root.rglob("*.py"):
-            parts = path.relative_to(root).with_suffix("").parts
-            if "passes" not in parts and parts != ("__init__",):
-                found[prefix + ".".join(parts).removesuffix(".__init__")] = path
-    return found
 
 
 def imports(path: Path, names: set[str]) -> Iterator[str]:

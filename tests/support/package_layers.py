@@ -1,18 +1,34 @@
-"""The layers of the package: the table of docs/architecture.md as data, the lowest first."""
+"""The layers of the package: the table of docs/architecture.md as data, the lowest first; and its modules."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "nodes", "precision"),
     ("masks", "kernels"),
     ("layouts", "patterns"),
     ("schedule", "comm"),
-    ("config", "ops", "reference"),
+    ("ops", "reference"),
     ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
-    ("passes.op_rules",),
+    ("passes.op_rules", "shards"),
+    ("config",),
     ("passes.plan",),
-    ("passes.partition", "passes.dump", "shards"),
+    ("passes.partition", "passes.dump"),
     ("passes.lower", "passes.verify"),
     ("passes.pipeline", "compiled"),
     ("backend",),
 )
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules by dotted name, without `ringpass.`; the packages themselves are left out."""
+    found = {}
+    for root, prefix in ((ROOT / "ringpass", ""), (ROOT / "passes", "passes.")):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if "passes" not in parts and parts != ("__init__",):
+                found[prefix + ".".join(parts).removesuffix(".__init__")] = path
+    return found
