@@ -30,7 +30,7 @@ from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.op_rules.table import has_rule, rule_for
 from ringpass.passes.plan.plan import RingPlan, SitePlan, plan
-from ringpass.passes.plan.verify import prove_all
+from ringpass.passes.plan.prove import prove_all
 from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything, window
 from ringpass.schedule.messages import Message, exchanges, strided_ranges

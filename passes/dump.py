@@ -1,4 +1,4 @@
-"""dump: what every stage did, as text, in one directory per rank and graph.
+"""dump: what the stages handed on, as text, in one directory per rank and graph.
 
 <dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py,
 stages.txt

@@ -1,7 +1,7 @@
 """The runner of the stages: it times, checks, dumps and compares what each hands on, so that stages do only their work.
 
     stages = Pipeline(directory, rank)
-    captured = stages.run(capture, gm, example_inputs)      # captured.py, and a line of stages.txt
+    captured = stages.run(capture, gm, example_inputs)      # its files, and a line of stages.txt
 
 `stages.txt` has a line for each stage: seconds, nodes, and the calls that the graph gained and lost since the last one.
 """

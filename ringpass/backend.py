@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule
 
 from ringpass.comm.agreement import Agreement, Ring, ring_of
-from ringpass.comm.data_parallel import concerns
+from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
@@ -35,9 +35,9 @@ from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import place
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.pipeline import Pipeline
-from ringpass.passes.plan.gradients import tracked
 from ringpass.passes.plan.plan import RingPlan, plan
-from ringpass.passes.plan.verify import prove_all
+from ringpass.passes.plan.prove import prove_all
+from ringpass.passes.plan.tracked import tracked
 from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything
 from ringpass.schedule.dilation import Dilation

@@ -63,7 +63,8 @@ class RingConfig:
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
-    strict: True: raise UnsupportedError for an op that has no rule, instead of gathering its inputs with a warning.
+    strict: True: raise UnsupportedError, with the line of the model, for anything but an output that would be gathered;
+        False: gather it with a warning.
     outputs: "lazy" (default): outputs of global shape that gather on first use; "gathered": gathered in the graph;
         "local": plain tensors of this rank's tokens (`ringpass.tokens_of`); "dtensor": DTensors over the ring's mesh.
     tile: edge in tokens, at least 1, of the tiles on which a mask is evaluated; None: chosen for each attention, 1024,

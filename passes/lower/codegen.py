@@ -1,7 +1,7 @@
 """Handing a partitioned graph to a compiler: Inductor, or AOTAutograd alone.
 
-Everything here that leans on private names of torch: the hook after AOTAutograd, and the lowering of communicating ops
-as Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a
+The uses of private torch names in this file are the hook after AOTAutograd, and the lowering of communicating ops as
+Inductor collectives, which its scheduler keeps in graph order.  Order matters: ranks differ in sizes, and a
 scheduler that sorts by size would let two ranks enter two different collectives.  A test compiles and fails when torch
 changes it.
 """
@@ -146,10 +146,7 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()
 
 
-COMPLETE = (
-    ops.gather, ops.redistribute, ops.reduce, ops.reduce_list, ops.reduce_scatter, ops.block_means, ops.ring_attention,
-    ops.ring_attention_backward,
-)  # fmt: skip
+COMPLETE = tuple(op for op in ops.COMMUNICATING if op not in (ops.shard, ops.replicate))
 """Ops that talk to other ranks and are complete when they return."""
 
 

@@ -18,7 +18,7 @@ halo, a random mask) has a `write` of its own.  A rule that does not understand 
 
     pointwise       elementwise ops, casts, dropout, pointwise autograd.Functions
     contractions    linear, matrix products, einsum, embedding
-    normalization   along dims needed replicated: norms, softmax, cumsum, flip
+    along_dims      along dims needed replicated: norms, softmax, cumsum, flip
     reductions      sum, mean, losses (added over ranks); max, var, .. (needed replicated)
     views           view, transpose, expand, split, stack, getitem
     creation        tensors made from sizes: zeros, arange, rand

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from ringpass import ops
 from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of, size_of
-from ringpass.passes.op_rules.normalization import dims_of
+from ringpass.passes.op_rules.along_dims import dims_of
 from ringpass.passes.op_rules.spec import OpRule, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factors, Note, Results, Sweep

@@ -7,10 +7,10 @@ from torch.fx import Node
 
 from ringpass.nodes import mutates, op_name, tags_of
 from ringpass.passes.op_rules import (
+    along_dims,
     attention,
     contractions,
     creation,
-    normalization,
     pointwise,
     reductions,
     routing,
@@ -21,7 +21,7 @@ from ringpass.passes.op_rules import (
 from ringpass.passes.op_rules.spec import OpRule, not_understood
 
 FAMILIES = (
-    attention, contractions, creation, normalization, pointwise, reductions, routing, selecting, slicing, views,
+    along_dims, attention, contractions, creation, pointwise, reductions, routing, selecting, slicing, views,
 )  # fmt: skip
 RULES: dict[str, OpRule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 UNKNOWN = OpRule(not_understood)

@@ -26,8 +26,8 @@ from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.routing import closed
 from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import draws_shared, rule_for
-from ringpass.passes.plan.gradients import differentiable, tracked
 from ringpass.passes.plan.plan import RingPlan, SitePlan
+from ringpass.passes.plan.tracked import differentiable, tracked
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Note, Sweep
 

@@ -258,7 +258,7 @@ class Writer(Emitter):
     def _write_shard(self, node: Node, axis: Axis) -> Node:
         """Of all tokens, those of this rank."""
         args = self.shard_args(node, self._axis_of(node, axis))._replace(layout=axis.layout.name)
-        replicated = self.ordered(self.replicated(node, "change of axis"), args, inverse=False)
+        replicated = self.ordered(self.replicated(node, "used on another sequence axis"), args, inverse=False)
         return self.emit(ops.shard, replicated, *args, self.rank.group, name=f"{node.name}_local")
 
     def _write_redistribution(self, node: Node, axis: Axis) -> Node | None:

@@ -30,7 +30,7 @@ from ringpass.passes.detect.site import AttentionSite
 INFERRED = 16  # CLS, distillation and register tokens
 
 
-def find(sites: Sequence[AttentionSite], config: RingConfig) -> Order | None:
+def find_order(sites: Sequence[AttentionSite], config: RingConfig) -> Order | None:
     """The order that the option asks for.  Raises OptionError where no sequence, or more than one, is meant."""
     if config.hilbert is None:
         return None
@@ -77,7 +77,7 @@ def of_length(order: Order | None, x: Node) -> Order | None:
     return order if order and x.meta["val"].shape[-2] == order.tokens else None
 
 
-def along(site: AttentionSite, orders: Sequence[Order | None], config: RingConfig) -> AttentionSite:
+def in_curve_order(site: AttentionSite, orders: Sequence[Order | None], config: RingConfig) -> AttentionSite:
     """`site` with its queries and its keys in these two orders; None: in their own.
 
     Raises OptionError where a pattern of the options is of another length.

@@ -24,7 +24,7 @@ from ringpass.masks.expr import loads
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.curve_order import along, find, of_length
+from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
 from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
@@ -36,15 +36,15 @@ from ringpass.schedule.program import Program, program
 from ringpass.schedule.tiles import TILE, Problem
 
 SHOWN_RANKS = 64  # up to this many ranks, the plan's text says what each receives
-LOOKED_AT = 2**24  # leaves of at most this many elements may prune the schedule of each call
+MAX_PRUNING_ELEMENTS = 2**24  # leaves of at most this many elements may prune the schedule of each call
 
 
 @dataclass(frozen=True)
 class SitePlan:
     """Where a site's queries and keys live.  None: replicated on every rank.
 
-    `problem` None: the site runs replicated, as the model wrote it.  A replicated site with a problem, which is then of
-    one rank, is the ring of a single rank: there is one only, or an option changes what the model wrote.
+    `problem` None: the site runs replicated, as the model wrote it.  A site with a problem but no query axis is
+    computed by every rank alone, as a ring of one: because P = 1, or because an option changes what it attends to.
     """
 
     site: AttentionSite
@@ -142,15 +142,15 @@ def plan(
     """Chooses the layouts and states each site's schedule problem.  `tracked`: nodes that may need a gradient."""
     axes: dict[Factor, Axis] = {}
     remarks: list[str] = []
-    order, dilated = find(sites, config), dilations(sites, config, remarks)
+    order, dilated = find_order(sites, config), dilations(sites, config, remarks)
     planned = []
     for site in sites:
-        plain = world > 1 and _plain(site, remarks)
+        plain = world > 1 and _fits_ring(site, remarks)
         pair = [_axis(axes, sweep, x, world, order, remarks) if plain else None for x in (site.q, site.k)]
         if pair[0] is None:
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
-        planned.append((site, along(site, orders, config), orders, pair))
+        planned.append((site, in_curve_order(site, orders, config), orders, pair))
     aligned = aligned_axes(axes, sweep, world)
     planned = [
         (site, ordered, orders, [aligned[a.factor] if a else None for a in pair])
@@ -162,7 +162,11 @@ def plan(
     plans = []
     for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
-        make = partial(_problem, ordered, query, key, world) if query else partial(_alone, ordered, orders, world)
+        sharded, alone = (
+            partial(_problem, ordered, query, key, world),
+            partial(_single_rank_problem, ordered, orders, world),
+        )
+        make = sharded if query else alone
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
         problem = _with_learned_bias(make(config, dilation), ordered, learned)
@@ -183,11 +187,11 @@ def _order(order: Order | None, x: Any, axis: Axis | None, replicated: bool) -> 
     return axis.layout.order if axis else of_length(order, x) if replicated else None
 
 
-def _alone(
+def _single_rank_problem(
     site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig, dilation: Dilation | None
 ) -> Problem | None:
     """The problem of a site that every rank computes alone, of all tokens; None: it runs as the model wrote it."""
-    if not (world == 1 or config.altering or any(orders)) or not _plain(site, []):
+    if not (world == 1 or config.altering or any(orders)) or not _fits_ring(site, []):
         return None
     problem = _problem(site, None, None, 1, config, dilation)
     query, key = (Layout(following("contiguous", order), 1) for order in orders)
@@ -197,11 +201,15 @@ def _alone(
 def _pruning(site: AttentionSite) -> tuple[int, ...]:
     """The leaves of the mask that hold booleans or integers, and are small enough to be read in each call."""
     values = [leaf.meta["val"] for leaf in site.leaves]
-    fit = {i for i, x in enumerate(values) if not x.is_floating_point() and x.ndim and hint_of(x.numel()) <= LOOKED_AT}
+    fit = {
+        i
+        for i, x in enumerate(values)
+        if not x.is_floating_point() and x.ndim and hint_of(x.numel()) <= MAX_PRUNING_ELEMENTS
+    }
     return tuple(sorted(fit & loads(site.mask)))
 
 
-def _plain(site: AttentionSite, remarks: list[str]) -> bool:
+def _fits_ring(site: AttentionSite, remarks: list[str]) -> bool:
     """Whether the site could be read, and q, k, v have the shapes that the ring takes.
 
     That is 2 to 4 dims, K/V heads that divide the query heads.

@@ -52,4 +52,5 @@ COMMUNICATING = (
     shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
     ring_attention, ring_attention_backward,
 )  # fmt: skip
-"""Saved for the backward, never recomputed; kept in graph order by code generation."""
+"""Saved for the backward, never recomputed.  Those that talk to other ranks in their forward (all but `shard` and
+`replicate`) are kept in graph order by code generation."""

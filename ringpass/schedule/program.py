@@ -3,8 +3,8 @@
     >>> from ringpass.layouts.layout import Layout
     >>> from ringpass.schedule.tiles import Problem
     >>> zigzag = Layout("zigzag", 2)
-    >>> site = Problem(mask="k <= q", queries=8, keys=8, query_layout=zigzag, key_layout=zigzag)
-    >>> for step in program(site, rank=1).steps: print(step)
+    >>> problem = Problem(mask="k <= q", queries=8, keys=8, query_layout=zigzag, key_layout=zigzag)
+    >>> for step in program(problem, rank=1).steps: print(step)
     local tokens 2:6: causal q0:4 k0:4
     receive 0:2 from rank 0, send 2:6 to rank 0: full q0:4 k0:2
 
@@ -97,7 +97,7 @@ class Program:
 
     @property
     def area(self) -> int:
-        """Number of (query, key) pairs in this rank's tiles; a triangle counts as one."""
+        """Number of (query, key) pairs in this rank's tiles; of a causal or mirrored tile only its triangle counts."""
         return sum(_area(tile) for step in self.steps for tile in step.tiles)
 
     @property

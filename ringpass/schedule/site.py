@@ -8,7 +8,8 @@
     True
 
 The operator `ring_attention` names its site by a key, and finds it in a table that the backend fills in every process
-before it compiles: nothing is parsed, rewritten or classified again when the graph runs.  The key is a digest of the
+before it compiles: nothing is parsed, rewritten or classified again when the graph runs, except for a length that is
+symbolic and for data of the call that prune the schedule.  The key is a digest of the
 site's contents, so that equal sites share one, in every process.
 """
 
@@ -86,7 +87,8 @@ class Site:
         return any(loads(parse(text)) & {*self.learned} for text in (self.bias, self.score) if text)
 
     def with_constants(self, leaves: Sequence[Tensor]) -> Site:
-        """The site in a call with these leaves, which are equal on all ranks, so that their schedules match."""
+        """The site with the values of its pruning leaves, which must be equal on all ranks for their schedules to
+        match."""
         if not self.pruning:
             return self
         constants = tuple((i, ConstantArray(leaves[i])) for i in self.pruning)

@@ -113,7 +113,7 @@ class Tiling:
 
     @cached_property
     def area(self) -> Array:
-        """(n,): number of (query, key) pairs of each tile; a triangle counts as one, not as its square."""
+        """(n,): number of (query, key) pairs of each tile; of a causal or mirrored tile only its triangle counts."""
         n, m = self.q[1] - self.q[0], self.k[1] - self.k[0]
         pairs: Array = np.where(self.kind >= CAUSAL_CODE, n * (n + 1) // 2, n * m)
         return pairs

@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.codecache import PyCodeCache
 
 import ringpass
+from ringpass import ops
+from ringpass.ops import primitives
 from ringpass.passes.lower import codegen
 from tests.support.model_parity import compiled, relative
 from tests.support.process_ranks import Workers
@@ -68,6 +70,9 @@ def test_warm_caches_serve_the_right_graph(workers: Workers, tmp_path: Path) -> 
                 assert (hits > 0 and misses == 0) if warm else (hits == 0 and misses > 0), (ranks, options, counts)
 
 
+RINGS = {ops.ring_attention, ops.ring_attention_backward}  # their group is part of the planned site
+
+
 def uuid(*key: Any) -> Any:
     return codegen._Lower(key, lambda stage, graph: None).uuid()
 
@@ -94,3 +99,14 @@ def test_every_module_is_in_the_key() -> None:
         with patch.object(Path, "read_bytes", lambda self, changed=changed: b"" if self == changed else read(self)):
             assert uuid(*here) != before or not read(changed), changed
     codegen._sources.cache_clear()
+
+
+def test_every_op_that_talks_to_ranks_is_an_inductor_collective() -> None:
+    """Code generation keeps these in graph order; `shard` and `replicate` only do so in their backward."""
+    talking = {
+        overload
+        for name in torch.ops.ringpass
+        for overload in (getattr(torch.ops.ringpass, name).default,)
+        if any(argument.name == "group" for argument in overload._schema.arguments)
+    }
+    assert talking - {ops.shard, ops.replicate, primitives.exchange} <= {*codegen.COMPLETE} <= talking | RINGS

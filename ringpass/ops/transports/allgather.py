@@ -47,9 +47,9 @@ class AllGather(Transport):
             elif step.tokens:
                 yield [(0, step, (rows_at(full[0], step.tokens), rows_at(full[1], step.tokens)))], []
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Keeps the gradients for `finish`."""
-        self.given.append((served[0][1].tokens, given[0]))
+        self.given.append((served[0][1].tokens, grads[0]))
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Reduce-scatters the gradients of all keys."""

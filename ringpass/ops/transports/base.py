@@ -84,7 +84,10 @@ class Transport(ABC):
 
 
 def start_exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int | None, numel: int) -> Tensor:
-    """Starts an exchange; returns the buffer for the `numel` received elements."""
+    """Starts an exchange; returns the buffer for the `numel` received elements.
+
+    `tag`: 2 t for the keys of step t, 2 t + 1 for their gradients.
+    """
     ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
     with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"):
         received: Tensor = primitives.exchange([sent], numel, *ranks, tag, site.group)[0]

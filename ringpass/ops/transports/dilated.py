@@ -93,18 +93,18 @@ class DilatedTransport(Transport):
         """Number of elements of K and V, or of their gradients, in a message."""
         return message.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if message else 0
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV of all head groups back in one message; those of the exchange before are waited for."""
         exchange = next(exchange for exchange in self.exchanges if exchange.shift == served[0][1].shift)
         sent = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
         with label(f"send_gradients_step{exchange.shift}"):
             if exchange.receive:
                 block_indices, parts = [], []
-                for (i, step, _), grads in zip(served, given, strict=True):
+                for (i, step, _), block_grads in zip(served, grads, strict=True):
                     if step.tokens:
                         tokens = self._head_group(i).tokens(step.tokens)
                         block_indices.append(([0], exchange.receive.find(self.key_heads(i), tokens)))
-                        parts.append([g.flatten(1, 2).unsqueeze(1) for g in grads])
+                        parts.append([g.flatten(1, 2).unsqueeze(1) for g in block_grads])
                 sums = [added(xs, block_indices, 1, exchange.receive.rows) for xs in zip(*parts, strict=True)]
                 sent = primitives.pack(sums, [0, exchange.receive.rows])
         dst, src = exchange.receive.src if exchange.receive else None, exchange.send.dst if exchange.send else None

@@ -37,13 +37,13 @@ class RingTransport(Transport):
                 arriving = self._start(steps[index + 1])
             yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
 
-    def give_back(self, served: Served, given: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
+    def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV back to the owner of the block; those of the step before are waited for."""
-        ((_, step, _),), (grads,) = served, given
+        ((_, step, _),), (block_grads,) = served, grads
         back, home = _reverse(step.receive), _reverse(step.send)
         with label(f"send_gradients_step{step.shift}_{peer_label('to', back.dst if back else None)}"):
             nothing = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
-            sent = primitives.pack(list(grads), [0, grads[0].shape[2]]) if back else nothing
+            sent = primitives.pack(list(block_grads), [0, block_grads[0].shape[2]]) if back else nothing
         started = self._exchange(2 * step.shift + 1, sent, back, home)
         self.finish(local_sums)
         self.returning, self.pending = [started], step
