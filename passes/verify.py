@@ -31,9 +31,6 @@ from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.factors import Sweep, product
 
-PYTHON_MODULES = ("_operator", "torch", "math", "torch._C", "torch.amp.autocast_mode")
-"""Where functions come from that a captured graph calls though they are no ops: on sizes, and mode switches."""
-
 
 class VerificationError(AssertionError):
     """A stage broke its contract: a fault of ringpass, not of the model."""
@@ -49,19 +46,25 @@ def _captured(captured: Captured) -> Sequence[str]:
     gm = captured.gm
     given = gm.graph.find_nodes(op="placeholder")
     wrong = [f"{len(given)} inputs, {len(captured.inputs)} values"] if len(given) != len(captured.inputs) else []
-    kinds = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
     for node in gm.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             wrong.append(f"{node.name} is a {node.op}")
         elif node.op == "call_function":
-            python = getattr(node.target, "__module__", "") in PYTHON_MODULES
-            if not isinstance(node.target, kinds) and not python and not has_effect(node):
+            if not _is_op(node) and not has_effect(node):
                 wrong.append(f"{node.name} calls {node.target}")
             if mutates(node) and node.target is not torch.ops.aten.copy_.default:
                 wrong.append(f"{node.name} changes a tensor in place")
-            if "val" not in node.meta and not has_effect(node):
+            if "val" not in node.meta and node.users:
                 wrong.append(f"{node.name} has no value")
     return wrong
+
+
+def _is_op(node: Node) -> bool:
+    """Whether a node calls an op, picks one of its results, or computes a size."""
+    value = node.meta.get("val")
+    ops = isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+    numbers = isinstance(value, bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+    return ops or node.target is operator.getitem or numbers
 
 
 def _sites(sites: Sequence[AttentionSite]) -> Sequence[str]:
@@ -128,9 +131,7 @@ def _partitioned(program: Partitioned) -> Sequence[str]:
         if spec is not None and not (isinstance(value, Node) and len(tensors_of(value)) == 1):
             wrong.append(f"output {spec.name} is described as sharded and is no tensor")
     wrong += [
-        f"{n.name} has no value"
-        for n in graph.nodes
-        if n.op == "call_function" and "val" not in n.meta and not has_effect(n)
+        f"{n.name} has no value" for n in graph.nodes if n.op == "call_function" and "val" not in n.meta and n.users
     ]
     return wrong
 

@@ -30,6 +30,13 @@ def _along_dims(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
 
 
+def _glu(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """It halves its dim."""
+    dims, (dim,) = list(_along_dims(sweep, node, note)), dims_of(node)
+    dims[dim] = sweep.new(node.meta["val"].shape[dim])
+    return tuple(dims)
+
+
 def _last_dims(count: Callable[[Node], int]) -> Callable[[Sweep, Node, Note], Dims]:
     """The dims of an op that acts along its last `count` dims."""
 
@@ -46,8 +53,8 @@ RULES = {
     **dict.fromkeys((
         "softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default", "cumsum.default",
         "cumprod.default", "logcumsumexp.default", "flip.default", "roll.default", "tril.default", "triu.default",
-        "glu.default",
     ), OpRule(_along_dims)),
+    "glu.default": OpRule(_glu),
     "layer_norm.default": _NORM,
     "rms_norm.default": _NORM,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ringpass.nodes import args_of
@@ -15,16 +16,21 @@ LOWERED = re.compile(r"(scaled_dot_product|flex_attention)(?!.*backward)")
 
 
 def _attention(sweep: Sweep, node: Node, note: Note) -> Dims:
-    q, k, v = (sweep.dims(n) for n in args_of(node)[:3])
-    sweep.broadcast([q[:1], k[:1], v[:1]], note)
-    sweep.tie(k[-2], v[-2], note)
-    return (*q[:-1], v[-1])
+    return _output(sweep, node, note, node.meta["val"])
 
 
 def _flex_attention(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """Its output, and two numbers per row: log-sum-exp and maximum."""
-    out = _attention(sweep, node, note)
+    out = _output(sweep, node, note, node.meta["val"][0])
     return out, out[:-1], out[:-1]
+
+
+def _output(sweep: Sweep, node: Node, note: Note, value: Tensor) -> Dims:
+    """The dims of the queries, with the width of the values; where keys broadcast a dim of the queries, a new one."""
+    q, k, v = (sweep.dims(n) for n in args_of(node)[:3])
+    sweep.broadcast([q[:1], k[:1], v[:1]], note)
+    sweep.tie(k[-2], v[-2], note)
+    return tuple(d if d else sweep.new(n) for d, n in zip((*q[:-1], v[-1]), value.shape, strict=True))
 
 
 def attentions(graph: Graph) -> list[Node]:

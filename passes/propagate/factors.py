@@ -17,6 +17,7 @@ which it *reduces* (sums over); for every other factor, op on shards equals shar
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,8 +26,10 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from ringpass.nodes import Size, operands_of, size_of, tensors_of
+from ringpass.nodes import Size, op_name, operands_of, size_of, tensors_of
 from ringpass.passes.propagate.alignment import SequenceAlignment
+
+log = logging.getLogger("ringpass")
 
 Factors = tuple["Factor", ...]
 """One dim of a tensor: its factors, outermost first; none for a dim of size 1."""
@@ -120,8 +123,27 @@ class Sweep:
                 self.values[node] = self.fresh(node.meta["val"].shape)
                 continue
             dims = rule_for(node).dims(self, node, note)
+            if dims is not None and not self._fits(node, dims):
+                log.warning(
+                    "the rule of %s does not fit %s: its operands are gathered. Please report this with the op's "
+                    "arguments: %s",
+                    op_name(node), node.name, node.format_node(),
+                )  # fmt: skip
+                dims = None
             self.values[node] = self._unknown(node, note) if dims is None else dims
         return self
+
+    def _fits(self, node: Node, dims: Results) -> bool:
+        """Whether a rule's dims are as many as the result has, and of its sizes where these are known."""
+        values = node.meta["val"]
+        pairs: Any = [(values, dims)] if isinstance(values, torch.Tensor) else zip(values, dims, strict=False)
+        return all(self._has_dims(x, of_one) for x, of_one in pairs if isinstance(x, torch.Tensor))
+
+    def _has_dims(self, x: torch.Tensor, dims: Dims) -> bool:
+        if len(dims) != x.ndim:
+            return False
+        sizes = [(n, product(self.resolve(d))) for n, d in zip(x.shape, dims, strict=True) if isinstance(n, int)]
+        return all(n <= 1 or n == size for n, size in sizes)
 
     # --- the vocabulary of rules ------------------------------------------------------------------------------------
 

@@ -120,6 +120,7 @@ SHARDED = [  # op on shards = shards of op
     Case("transpose.int", lambda x: x.transpose(0, 1)),
     Case("t.default", torch.t, ((S, D),)),
     Case("numpy_T.default", lambda x: x.T, ((S, D),)),
+    Case("numpy_T.default", lambda x: x.T),  # torch deprecates it
     Case("mT.default", lambda x: x.mT),
     Case("permute.default", lambda x: x.permute(2, 0, 3, 1), (HEADS,)),
     Case("view_as_complex.default", lambda x: torch.view_as_complex(x.view(B, S, 2, 2).contiguous()).abs()),
@@ -288,6 +289,7 @@ CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *GATHERED]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors of dimension other than 2")
 @pytest.mark.parametrize("layout", ("zigzag",))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 3) -> None:

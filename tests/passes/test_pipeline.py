@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from ringpass import RingConfig, backend, ops
@@ -22,7 +23,7 @@ from ringpass.masks.expr import parse
 from ringpass.ops import primitives
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.op_rules.spec import Rank
-from ringpass.passes.op_rules.table import rule_for
+from ringpass.passes.op_rules.table import RULES, rule_for
 from ringpass.passes.partition.placement import place
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.pipeline import Pipeline
@@ -173,3 +174,63 @@ def test_the_runner_times_and_compares(tmp_path: Path) -> None:
     first, second = text.splitlines()
     assert first.startswith("<lambda>: 0.") and first.endswith("s, 5 nodes")
     assert second.startswith("grow: 0.") and second.endswith("6 nodes; +1 neg.default")
+
+
+# --- graphs that are right --------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Self-attention over (B, S, 8), and what a test does after it."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.project, self.after = nn.Linear(8, 24), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return self.after(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def assert_finite(x: Tensor) -> Tensor:
+    torch._assert_async(x.isfinite().all())  # a call without a result
+    return x * 2
+
+
+def latents(x: Tensor) -> Tensor:
+    """Queries of one batch entry over the keys of all."""
+    return F.scaled_dot_product_attention(x[:1, None, :5] * 2, x[:, None], x[:, None])
+
+
+RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
+    "a call without a result": assert_finite,
+    "a gated linear unit": lambda x: F.glu(x),
+    "queries that keys broadcast": latents,
+    "a rounded size": lambda x: x * round(x.shape[1] * 0.5),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_graphs_pass(name: str, dynamic: bool) -> None:
+    """Ordinary models, on one rank that partitions because of an option."""
+    model, x = Layer(RIGHT[name]).double(), torch.randn(2, 23, 8, dtype=torch.float64)
+    options: dict[str, Any] = {"compiler": "aot_eager", "layout": "zigzag", "tile": 16}
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="ring_dilated", options=options, dynamic=dynamic)
+    if (name, dynamic) == ("a rounded size", True):
+        with pytest.raises(Exception, match="cannot compute the size"):
+            run(x)
+        return
+    torch.testing.assert_close(run(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_rule_that_does_not_fit_gathers(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault in an op's record costs memory and a warning, not the numbers."""
+    wrong = replace(RULES["relu.default"], dims=lambda sweep, node, note: sweep.fresh((3, 5)))
+    with patch.dict(RULES, {"relu.default": wrong}), caplog.at_level("WARNING", "ringpass"):
+        model, x = Layer(lambda x: x.relu() * 2).double(), torch.randn(2, 23, 8, dtype=torch.float64)
+        options: dict[str, Any] = {"compiler": "aot_eager", "tile": 16}
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="ring_dilated", options=options)(x)
+    torch.testing.assert_close(got, model(x), rtol=0, atol=1e-12)
+    assert "the rule of relu.default does not fit" in caplog.text

@@ -74,6 +74,7 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
     captured = captured_of(case)
     assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
     sweep = propagate(captured.gm, rules.rule_for)
+    verify("propagate", sweep)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
     axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
