@@ -1,19 +1,30 @@
-"""verify: proves the schedules of a plan before anything is sent."""
+"""prove: proves the schedules of a plan before anything is sent."""
 
 from __future__ import annotations
 
-from ringpass.passes.plan.plan import RingPlan
-from ringpass.schedule.proof import Proof, prove, prove_from
+from ringpass.passes.plan.plan import RingPlan, SitePlan
+from ringpass.schedule.messages import exchanges
+from ringpass.schedule.proof import Proof, prove, prove_from, prove_order
 from ringpass.schedule.tiles import tiling
 
 PROVED = 16_384  # tiles of a schedule whose programs on all ranks are written down and proved one by one
 
 
 def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
-    """Proves the schedule of each site of a plan, equal ones once.
+    """Proves the schedule of each site of a plan, equal ones once, with gloo's and with NCCL's order of exchanges.
 
     A schedule of more than PROVED tiles is proved as arrays, and the program of `rank` alone is compared with them.
     Raises ScheduleError for one that is wrong.
     """
     problems = dict.fromkeys(problem for site in plan.sites for problem in site.problems)
-    return tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
+    proofs = tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
+    for site in plan.sites:
+        _prove_shared_exchanges(site)
+    return proofs
+
+
+def _prove_shared_exchanges(site: SitePlan) -> None:
+    """The head groups of a dilated site share exchanges, whose order is not that of any one group."""
+    if site.query_axis and sum(len(tiling(p)) for p in site.problems) <= PROVED and site.group_problems:
+        ranks = range(site.group_problems[0].problem.world)
+        prove_order([[x.ends for x in exchanges(site.group_problems, r, *site.site.heads)[1:]] for r in ranks])

@@ -51,7 +51,7 @@ def forward(
     queries = [_queries(group_site, q) for group_site in keys.sites]
     states = [row_accumulator(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
-    for served, in_flight in keys.blocks():
+    for served, in_flight in keys.blocks(backward=False):
         for i, step, (k_block, v_block) in served:
             group_site, group_q = keys.sites[i], queries[i]
             for launch in _launches(group_site, step.tiles, group_q):
@@ -85,7 +85,7 @@ def backward(
     sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
     local_sums: list[RowAccumulator] = []
     local: Served = []
-    for served, in_flight in keys.blocks():
+    for served, in_flight in keys.blocks(backward=True):
         beside = [*in_flight, *keys.returning]
         if local:
             keys.give_back(served, [sums.of(block, beside) for block in served], local_sums)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringpass.schedule.dilation import GroupProblem, HeadGroup
+from ringpass.schedule.order import Ends
 from ringpass.schedule.program import Step, Transfer, program
 from ringpass.schedule.tiles import Problem
 
@@ -70,6 +71,11 @@ class Exchange:
     steps: tuple[tuple[int, Step], ...]
     receive: Message | None = None
     send: Message | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """With whom the rank exchanges."""
+        return Ends(self.shift, self.send.dst if self.send else None, self.receive.src if self.receive else None)
 
 
 @lru_cache(maxsize=64)

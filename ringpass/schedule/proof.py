@@ -13,7 +13,7 @@ they lack.
 
     wellformed   each step is about its rank: local queries, local rows sent, tiles inside the key block
     exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
-    waits        no deadlock, forward and backward: an exchange completes only after both ends have started it
+    order        no deadlock, forward and backward, with gloo's matching by tag and with NCCL's order of starts
     coverage     tiles are disjoint; pairs outside of tiles may not attend; in full tiles and triangles all must
     thrift       each received token is used by a tile; no tile is provably empty or larger than necessary
 
@@ -23,7 +23,7 @@ Coverage is checked element by element if the mask has at most BRUTE elements, e
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -38,6 +38,7 @@ from ringpass.masks.expr import Expr
 from ringpass.masks.intervals import EMPTY, FULL, FULL_CODE, PARTIAL, classify, extents
 from ringpass.masks.rewrite import without_data
 from ringpass.schedule.coverage import cover
+from ringpass.schedule.order import Ends, Event, order
 from ringpass.schedule.program import Program, Step, Transfer, program
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, TRIANGLES, Problem, Tile, Tiling, tiling
 
@@ -76,14 +77,17 @@ def prove_from(problem: Problem, rank: int) -> Proof:
     """Proves the tiles of all ranks as arrays, and that the program of `rank` agrees with them.
 
     For schedules of many tiles, where building the programs of all ranks would take minutes.  Every send has a receive,
-    since both ends read one table.  There is no deadlock, since every rank's shifts ascend: a wait for shift t only
-    depends on what the peer does after its waits for shifts below t.  Raises ScheduleError if something is wrong.
+    since both ends read one table.  There is no deadlock, since every rank's shifts ascend, and so do the keys of its
+    starts (`schedule.order`): an exchange only waits for exchanges with smaller keys.  Raises ScheduleError if
+    something is wrong.
     """
     whole, one = tiling(problem), program(problem, rank)
     for index, step in enumerate(one.steps):
         _wellformed(one, index, step)
     shifts = [step.shift for step in one.steps]
     _demand(shifts == sorted(set(shifts)), rank, None, "its shifts {} do not ascend", shifts)
+    starts = [event.key for event in order(shifts[1:], backward=True) if event.action == "start"]
+    _demand(starts == sorted(set(starts)), rank, None, "its starts {} are not in the global order", starts)
     runs, sent = whole.of(rank).used(), whole.serving(rank).used()
     for side, peers, table in (("receive", runs.src, runs), ("send", sent.dst, sent)):
         found = [(x.src, x.dst, span) for s in one.steps if (x := getattr(s, side)) for span in x.tokens]
@@ -117,7 +121,7 @@ def check(programs: Sequence[Program]) -> Proof:
         for index, step in enumerate(one.steps):
             _wellformed(one, index, step)
     _exchanges(programs)
-    _waits(programs)
+    prove_order([ends_of(one) for one in programs])
     for one in programs:
         _coverage(one)
         _thrift(one)
@@ -207,40 +211,72 @@ def _exchanges(programs: Sequence[Program]) -> None:
             _demand(out == back, pair[0], None, "step {}: sends {}, rank {} receives {}", shift, out, pair[1], back)
 
 
-Event = tuple[int, str, int]  # (rank, what it does, index of the exchange)
+def ends_of(one: Program) -> tuple[Ends, ...]:
+    """The exchanges of a rank's program."""
+    remote = one.steps[1:]
+    return tuple(Ends(s.shift, s.send.dst if s.send else None, s.receive.src if s.receive else None) for s in remote)
 
 
-def _waits(programs: Sequence[Program]) -> None:
-    """Edges point forward in time.  The backward alone: it holds the forward's events, in the same order."""
-    graph: nx.DiGraph[Event] = nx.DiGraph()
-    for one in programs:
-        nx.add_path(graph, _events(one))
-        for step in one.steps[1:]:
-            peers = {step.receive.src if step.receive else one.rank, step.send.dst if step.send else one.rank}
-            for peer in peers - {one.rank}:
-                graph.add_edge((peer, "start", step.shift), (one.rank, "wait", step.shift))
-                graph.add_edge((peer, "start return", step.shift), (one.rank, "wait return", step.shift))
+Issue = Callable[[Sequence[int], bool], Iterable[Event]]
+"""(shifts of a rank, whether backward) -> its starts and waits in order."""
+
+
+def prove_order(ranks: Sequence[Sequence[Ends]], issue: Issue = order) -> None:
+    """Proves that the exchanges of all ranks complete, forward and backward, with gloo and with NCCL.
+
+    `ranks`: the exchanges of ranks 0, 1, ..; `issue`: the order in which a rank starts and awaits them.  Raises
+    ScheduleError with the circle of waits.
+
+    gloo    a wait ends once both ends have started the exchange, whatever else they have started
+    NCCL    the exchanges of a rank run one after the other, in the order of their starts; one that has its turn ends
+            once it has its turn on both ends; nothing is buffered
+    """
+    for backward in (False, True):
+        events = [list(issue([ends.shift for ends in of_rank], backward)) for of_rank in ranks]
+        for engine, graph in (("gloo", _matched_by_tag), ("NCCL", _one_after_the_other)):
+            _refuse_circle(graph(ranks, events), engine, "backward" if backward else "forward")
+
+
+Moment = tuple[int, str, str, int]  # (rank, what happens, to keys or gradients, shift)
+
+
+def _matched_by_tag(ranks: Sequence[Sequence[Ends]], events: Sequence[Sequence[Event]]) -> nx.DiGraph[Moment]:
+    """What happens, with edges forward in time."""
+    graph: nx.DiGraph[Moment] = nx.DiGraph()
+    for rank, (exchanges, of_rank) in enumerate(zip(ranks, events, strict=True)):
+        nx.add_path(graph, [(rank, event.action, event.what, event.shift) for event in of_rank])
+        peers = {ends.shift: ends.peers - {rank} for ends in exchanges}
+        for event in of_rank:
+            if event.action == "wait":
+                for peer in peers[event.shift]:
+                    graph.add_edge((peer, "start", event.what, event.shift), (rank, "wait", event.what, event.shift))
+    return graph
+
+
+def _one_after_the_other(ranks: Sequence[Sequence[Ends]], events: Sequence[Sequence[Event]]) -> nx.DiGraph[Moment]:
+    """The same where an exchange has its turn, and ends."""
+    graph: nx.DiGraph[Moment] = nx.DiGraph()
+    for rank, (exchanges, of_rank) in enumerate(zip(ranks, events, strict=True)):
+        peers = {ends.shift: ends.peers - {rank} for ends in exchanges}
+        before: list[Moment] = []  # what must have ended: the exchange that was started last, and what was waited for
+        for event in of_rank:
+            turn, end = ((rank, what, event.what, event.shift) for what in ("turn", "end"))
+            if event.action == "wait":
+                before.append(end)
+                continue
+            graph.add_edge(turn, end)
+            graph.add_edges_from((moment, turn) for moment in before)
+            graph.add_edges_from(((peer, "turn", event.what, event.shift), end) for peer in peers[event.shift])
+            before = [end]
+    return graph
+
+
+def _refuse_circle(graph: nx.DiGraph[Moment], engine: str, direction: str) -> None:
     if not nx.is_directed_acyclic_graph(graph):
         circle = [edge[0] for edge in nx.find_cycle(graph)]
-        text = " -> ".join(f"rank {rank}: {what} {shift}" for rank, what, shift in [*circle, circle[0]])
-        _demand(False, circle[0][0], None, "step {}: waits in a circle: {}", circle[0][2], text)
-
-
-def _events(one: Program) -> Iterator[Event]:
-    """The events of `ringpass.ops.ring` in order: an exchange starts once the last is complete, returns lag a step."""
-    pending = None
-    for index, step in enumerate(one.steps):
-        if index:
-            yield (one.rank, "wait", step.shift)
-        for following in one.steps[index + 1 : index + 2]:
-            yield (one.rank, "start", following.shift)
-        if index:
-            yield (one.rank, "start return", step.shift)
-        if pending is not None:
-            yield (one.rank, "wait return", pending)
-        pending = step.shift if index else None
-    if pending is not None:
-        yield (one.rank, "wait return", pending)
+        text = " -> ".join(f"rank {r}: {happens} {what} {shift}" for r, happens, what, shift in [*circle, circle[0]])
+        complaint = "step {}: with {}, its {} waits in a circle: {}"
+        _demand(False, circle[0][0], None, complaint, circle[0][3], engine, direction, text)
 
 
 def _coverage(one: Program) -> None:

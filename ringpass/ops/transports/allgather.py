@@ -35,7 +35,7 @@ class AllGather(Transport):
         """None: all gradients come at once, in `finish`."""
         return ()
 
-    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+    def blocks(self, backward: bool) -> Iterator[tuple[Served, list[Tensor]]]:
         """Gathers K and V, then yields the tokens of each step of the ring; nothing is in flight."""
         full = [self.k, self.v]
         if self.gathers:

@@ -28,7 +28,7 @@ Served = list[Block]
 class Transport(ABC):
     """How the loop uses it, forward and backward (`site`: the call as this rank runs it):
 
-        for served, in_flight in transport.blocks():      # local keys first
+        for served, in_flight in transport.blocks(backward):  # local keys first
             compute the tiles of each served block
             transport.give_back(served, grads, local_sums)    # backward, of every block but the local one
         transport.finish(local_sums)                          # backward
@@ -61,10 +61,11 @@ class Transport(ABC):
         """The ranges of rows at which `local_sums` gets gradients from other ranks."""
 
     @abstractmethod
-    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+    def blocks(self, backward: bool) -> Iterator[tuple[Served, list[Tensor]]]:
         """(the blocks that one exchange brought, the buffers in flight while their tiles are computed), step by step.
 
-        The local keys are first.  The next exchange is started before a block is yielded.
+        The local keys are first.  The next exchange is started before a block is yielded; in a backward whose next step
+        leaves out a shift, after `give_back`, so that all ranks start exchanges in one order (`schedule.order`).
         """
 
     @abstractmethod

@@ -18,6 +18,7 @@ from ringpass.ops.transports.base import Served, Transport, peer_label, start_ex
 from ringpass.precision import accumulator
 from ringpass.schedule.dilation import HeadGroup
 from ringpass.schedule.messages import Exchange, Message, StridedSpec, exchanges, rows_of
+from ringpass.schedule.order import starts_early
 from ringpass.schedule.program import Step
 from ringpass.schedule.site import Site
 
@@ -49,7 +50,7 @@ class DilatedTransport(Transport):
         """The rows of `tokens` in this rank's block."""
         return rows_of(self.site.problem, self.site.rank, tokens)
 
-    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+    def blocks(self, backward: bool) -> Iterator[tuple[Served, list[Tensor]]]:
         """The blocks of all head groups that one exchange brought; the next exchange is in flight."""
         _, *remote = self.exchanges
         block: tuple[Tensor, ...] = (self.k, self.v)
@@ -59,9 +60,12 @@ class DilatedTransport(Transport):
                 with label(f"wait_step{exchange.shift}"):
                     rows = exchange.receive.rows if exchange.receive else 0
                     block = unpack(primitives.wait(arriving), rows, 1, self.k, self.v)
-            arriving = self._start(following) if following else None
+            early = following is not None and starts_early(exchange.shift, following.shift, backward)
+            arriving = self._start(following) if following is not None and early else None
             served = [(i, step, self._block(exchange, i, step, block)) for i, step in exchange.steps]
             yield served, [arriving] if arriving is not None else []
+            if following is not None and not early:
+                arriving = self._start(following)
 
     def _block(self, exchange: Exchange, index: int, step: Step, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The keys and values of a site's step, from the local ones or from a message."""

@@ -12,6 +12,7 @@ from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, fold_ranges, label
 from ringpass.ops.transports.base import Served, Transport, peer_label, start_exchange, unpack
 from ringpass.precision import accumulator
+from ringpass.schedule.order import starts_early
 from ringpass.schedule.program import Step, Transfer
 from ringpass.schedule.site import Site
 
@@ -26,16 +27,20 @@ class RingTransport(Transport):
         """Those that the rank sent, step by step."""
         return tuple(span for step in self.steps(0) for span in sent_rows(self.site, step))
 
-    def blocks(self) -> Iterator[tuple[Served, list[Tensor]]]:
+    def blocks(self, backward: bool) -> Iterator[tuple[Served, list[Tensor]]]:
         """One block per step; the exchange of the next step is in flight."""
-        block, arriving = (self.k, self.v), None
-        for index, step in enumerate(steps := self.steps(0)):
+        block: tuple[Tensor, Tensor] = (self.k, self.v)
+        arriving: Tensor | None = None
+        steps = self.steps(0)
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
             if arriving is not None:
                 with label(f"wait_step{step.shift}"):
                     block = unpack(primitives.wait(arriving), size(step.tokens), self.k.shape[1], self.k, self.v)
-            if index + 1 < len(steps):
-                arriving = self._start(steps[index + 1])
-            yield [(0, step, block)], [arriving] if arriving is not None and index + 1 < len(steps) else []
+            early = following is not None and starts_early(step.shift, following.shift, backward)
+            arriving = self._start(following) if following is not None and early else None
+            yield [(0, step, block)], [arriving] if arriving is not None else []
+            if following is not None and not early:
+                arriving = self._start(following)
 
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV back to the owner of the block; those of the step before are waited for."""
