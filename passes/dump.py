@@ -19,7 +19,7 @@ from ringpass.config import DUMP_VARIABLE
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.schedule.program import Rectangle
 
-SHOWN = 64  # empty rectangles of a schedule that are listed one by one
+LISTED_RECTANGLES = 64  # empty rectangles of a schedule that are listed one by one
 _numbers = count()
 
 
@@ -90,5 +90,7 @@ def schedule(plan: RingPlan, rank: int) -> str:
 
 
 def _rectangles(found: list[Rectangle]) -> str:
-    shown = [f"queries {a}:{b} x keys {c}:{d}" for (a, b), (c, d) in found[:SHOWN]]
-    return ", ".join([*shown, *([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])])
+    shown = [f"queries {a}:{b} x keys {c}:{d}" for (a, b), (c, d) in found[:LISTED_RECTANGLES]]
+    return ", ".join(
+        [*shown, *([f"and {len(found) - LISTED_RECTANGLES} more"] if len(found) > LISTED_RECTANGLES else [])]
+    )

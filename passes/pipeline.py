@@ -21,7 +21,7 @@ from ringpass.passes.verify import verify
 
 P = ParamSpec("P")
 R = TypeVar("R")
-SHOWN = 12  # calls gained or lost that a line names
+NAMED_CHANGES = 12  # calls gained or lost that a line names
 
 
 class Pipeline:
@@ -83,6 +83,6 @@ class Pipeline:
 def _changes(before: Counter[str], after: Counter[str]) -> str:
     """; +3 linear.default, -1 view.default"""
     changes = {name: after[name] - before[name] for name in sorted({*before, *after}) if after[name] != before[name]}
-    shown = [f"{change:+d} {name}" for name, change in list(changes.items())[:SHOWN]]
-    more = [f"and {len(changes) - SHOWN} more ops"] if len(changes) > SHOWN else []
+    shown = [f"{change:+d} {name}" for name, change in list(changes.items())[:NAMED_CHANGES]]
+    more = [f"and {len(changes) - NAMED_CHANGES} more ops"] if len(changes) > NAMED_CHANGES else []
     return "; " + ", ".join([*shown, *more]) if changes else "; as before"

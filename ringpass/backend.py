@@ -45,7 +45,7 @@ from ringpass.schedule.tiles import tiling
 
 log = logging.getLogger("ringpass")
 
-SHOWN = 4  # attentions that a message names
+NAMED_ATTENTIONS = 4  # attentions that a message names
 
 
 def ring_dilated(
@@ -217,7 +217,12 @@ def _dilated(planned: RingPlan) -> list[str]:
 
 
 def _first_few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:SHOWN], *([f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else [])])
+    return ", ".join(
+        [
+            *names[:NAMED_ATTENTIONS],
+            *([f"and {len(names) - NAMED_ATTENTIONS} more"] if len(names) > NAMED_ATTENTIONS else []),
+        ]
+    )
 
 
 def _warn_rank0(ring: Ring, text: str) -> None:

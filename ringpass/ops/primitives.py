@@ -30,7 +30,7 @@ from ringpass.kernels.blocks import empty_rows_first, rows_first
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import parse
-from ringpass.ops import counter_random as dropout
+from ringpass.ops import counter_random
 from ringpass.ops.library import define, implement
 from ringpass.precision import accumulator
 
@@ -195,7 +195,7 @@ def _keep_tile(seed: Tensor, stream: int, p: float, dropout_indices: str, *spans
     """`dropout_indices`: expressions of head, query and key that seed the keep mask."""
     where = indices(seed.device, *spans)
     at = [evaluate(parse(text), where, []).reshape(-1) for text in dropout_indices.split("; ")]
-    return dropout.keep(seed, stream, p, [where["b"].reshape(-1), *at])
+    return counter_random.keep(seed, stream, p, [where["b"].reshape(-1), *at])
 
 
 def _fake_keep_tile(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringpass.comm.collectives import Shard
-from ringpass.ops import counter_random as counter
+from ringpass.ops import counter_random
 from ringpass.ops.library import LIBRARY, SHARD, define, implement
 
 define(f"keep(Tensor seed, SymInt[] shape, float p, int stream, {SHARD}) -> Tensor")
@@ -31,7 +31,7 @@ def _keep(seed: Tensor, shape: Sequence[int], p: float, stream: int, *args: Any)
     indices = [torch.arange(n, device=seed.device) for n in shape]
     if not where.layout.replicated:
         indices[where.dim] = _global_index(where, shape[where.dim], seed.device)
-    return counter.keep(seed, stream, p, indices)
+    return counter_random.keep(seed, stream, p, indices)
 
 
 def _global_index(where: Shard, size: int, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, add, label, merge, row_accumulator
 from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
-from ringpass.ops.transports.table import transport
+from ringpass.ops.transports.table import make_transport
 from ringpass.precision import accumulator
 from ringpass.schedule.launches import STACK, Launch, launches
 from ringpass.schedule.messages import rows_of
@@ -47,13 +47,13 @@ def forward(
     site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
-    keys, dtype = transport(site, k, v), accumulator(q.dtype)
-    queries = [_queries(group_site, q) for group_site in keys.sites]
-    states = [row_accumulator(x.shape[2], partial(_query_spans, keys, i, x)) for i, x in enumerate(queries)]
+    transport, dtype = make_transport(site, k, v), accumulator(q.dtype)
+    queries = [_queries(group_site, q) for group_site in transport.sites]
+    states = [row_accumulator(x.shape[2], partial(_query_spans, transport, i, x)) for i, x in enumerate(queries)]
     op = primitives.scored_tile if site.score else primitives.attention_tile
-    for served, in_flight in keys.blocks(backward=False):
+    for served, in_flight in transport.blocks(backward=False):
         for i, step, (k_block, v_block) in served:
-            group_site, group_q = keys.sites[i], queries[i]
+            group_site, group_q = transport.sites[i], queries[i]
             for launch in _launches(group_site, step.tiles, group_q):
                 name = _name(group_site, step, launch)
                 args = _tile_args(group_site, step, launch, group_q, leaves, seed, in_flight)
@@ -63,7 +63,7 @@ def forward(
                 states[i].fold(launch.q, found, merge, f"merge_{name}")
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
-        out, lse = _merged(keys.sites, joined, q) if site.dilation else joined[0]
+        out, lse = _merged(transport.sites, joined, q) if site.dilation else joined[0]
     if site.sink:
         out, lse = _with_sink(site, out, lse, leaves)
     return out.to(q.dtype), lse
@@ -81,29 +81,29 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
-    keys = transport(site, k, v)
-    sums = _Gradients(site, keys, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
+    transport = make_transport(site, k, v)
+    sums = _Gradients(site, transport, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
     local_sums: list[RowAccumulator] = []
     local: Served = []
-    for served, in_flight in keys.blocks(backward=True):
-        beside = [*in_flight, *keys.returning]
-        if local:
-            keys.give_back(served, [sums.of(block, beside) for block in served], local_sums)
+    for served, in_flight in transport.blocks(backward=True):
+        beside = [*in_flight, *transport.returning]
+        if local:  # blocks of other ranks, which come after the local one
+            transport.give_back(served, [sums.of_block(block, beside) for block in served], local_sums)
             continue
         local, local_sums = (
             served,
             [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served],
         )
         for block, dkv in zip(local, local_sums, strict=True):
-            sums.add(block, sums.halves[block[0]][0], beside, dkv)
+            sums.accumulate(block, sums.halves[block[0]][0], beside, dkv)
     for block, dkv in zip(local, local_sums, strict=True):
-        sums.add(block, sums.halves[block[0]][1], keys.returning, dkv)
-    keys.finish(local_sums)
+        sums.accumulate(block, sums.halves[block[0]][1], transport.returning, dkv)
+    transport.finish(local_sums)
     if site.sink and site.learned:
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
-        dk, dv = keys.collect(local_sums)
-        dq = _dq(site, keys.sites, sums.dqs, q)
+        dk, dv = transport.collect(local_sums)
+        dq = _dq(site, transport.sites, sums.dqs, q)
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 
@@ -112,55 +112,64 @@ class _Gradients:
     """The sums of one backward: `dqs`, of the queries of each site, and `dleaves`, of the learned leaves."""
 
     def __init__(
-        self, site: Site, keys: Transport, mine: Sequence[Tensor], leaves: Sequence[Tensor], seed: Tensor | None
+        self,
+        site: Site,
+        transport: Transport,
+        query_side: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        seed: Tensor | None,
     ) -> None:
-        self.keys, self.leaves, self.seed = keys, leaves, seed
-        self.dtype = accumulator(mine[1].dtype)
+        self.transport, self.leaves, self.seed = transport, leaves, seed
+        self.dtype = accumulator(query_side[1].dtype)
         self.op = primitives.scored_tile_backward if site.score else primitives.attention_tile_backward
-        self.ours = [[_queries(group_site, x) for x in mine] for group_site in keys.sites]  # grad, q, out, lse
+        # grad, q, out, lse of each site
+        self.query_sides = [[_queries(group_site, x) for x in query_side] for group_site in transport.sites]
         self.halves = [
-            self._halves(i) for i in range(len(keys.sites))
+            self._halves(i) for i in range(len(transport.sites))
         ]  # launches of local tiles: first ones, last ones
-        self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.ours)]
+        self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.query_sides)]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
     def _halves(self, index: int) -> tuple[list[Launch], list[Launch]]:
-        group_site, tiles = self.keys.sites[index], self.keys.steps(index)[0].tiles
-        first, last = divided(tiles) if self.keys.remote else (tiles, ())
-        return _launches(group_site, first, self.ours[index][1]), _launches(group_site, last, self.ours[index][1])
+        group_site, tiles = self.transport.sites[index], self.transport.steps(index)[0].tiles
+        first, last = divided(tiles) if self.transport.remote else (tiles, ())
+        q = self.query_sides[index][1]
+        return _launches(group_site, first, q), _launches(group_site, last, q)
 
     def _spans(self, index: int) -> list[tuple[int, int]]:
         """The rows to which gradients of a site's queries are added."""
         local = [launch.q for half in self.halves[index] for launch in half]
-        return [*local, *_query_spans(self.keys, index, self.ours[index][1], first=1)]
+        return [*local, *_query_spans(self.transport, index, self.query_sides[index][1], first=1)]
 
     def local_spans(self, index: int) -> list[tuple[int, int]]:
         """The rows to which gradients of the local keys are added."""
-        return [*_key_spans(launch for half in self.halves[index] for launch in half), *self.keys.returned_rows]
+        return [*_key_spans(launch for half in self.halves[index] for launch in half), *self.transport.returned_rows]
 
-    def of(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
+    def of_block(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
         """dK and dV of a received block."""
         i, step, (k, v) = block
-        found = _launches(self.keys.sites[i], step.tiles, self.ours[i][1])
+        found = _launches(self.transport.sites[i], step.tiles, self.query_sides[i][1])
         dkv = row_accumulator(k.shape[2], partial(_key_spans, found))
-        self.add(block, found, in_flight, dkv)
+        self.accumulate(block, found, in_flight, dkv)
         return dkv.join(partial(zero_block, k, v, self.dtype))
 
-    def add(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
+    def accumulate(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
         """Adds the gradients of `some` launches of a block; dK and dV to `dkv`."""
         i, step, blocks = block
-        group_site, ours = self.keys.sites[i], self.ours[i]
+        group_site, query_side = self.transport.sites[i], self.query_sides[i]
         for launch in some:
             name = _name(group_site, step, launch)
-            args = _tile_args(group_site, step, launch, ours[1], self.leaves, self.seed, in_flight)
+            args = _tile_args(group_site, step, launch, query_side[1], self.leaves, self.seed, in_flight)
             with label(f"attention_backward_{name}"):
-                mine, theirs = [_rows(x, launch) for x in ours], [_keys(x, launch) for x in blocks]
-                dq, dk, dv, *others = self.op(*mine[:2], *theirs, *mine[2:], *args)
+                rows, keys = [_rows(x, launch) for x in query_side], [_keys(x, launch) for x in blocks]
+                dq, dk, dv, *others = self.op(*rows[:2], *keys, *rows[2:], *args)
                 dq = unstacked(dq, launch.count)
             self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
             _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
             if others:
-                self.dleaves = _add_leaf_grads(group_site, step, launch, ours[1], self.leaves, others, self.dleaves)
+                self.dleaves = _add_leaf_grads(
+                    group_site, step, launch, query_side[1], self.leaves, others, self.dleaves
+                )
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -206,8 +215,12 @@ def _each(x: Tensor, launch: Launch) -> Tensor:
     return apart
 
 
-def _query_spans(keys: Transport, index: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
-    return [launch.q for step in keys.steps(index)[first:] for launch in _launches(keys.sites[index], step.tiles, q)]
+def _query_spans(transport: Transport, index: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
+    return [
+        launch.q
+        for step in transport.steps(index)[first:]
+        for launch in _launches(transport.sites[index], step.tiles, q)
+    ]
 
 
 def _key_spans(some: Iterable[Launch]) -> list[tuple[int, int]]:

@@ -132,13 +132,13 @@ def _of_group(site: Site, index: int, group: GroupProblem) -> Site:
 
 SITES: dict[str, Site] = {}
 """Sites by key, for the life of the process: compiled graphs name them."""
-SHOWN = 40  # characters of a mask that stand in a key, for readers of graphs
+MASK_CHARACTERS = 40  # characters of a mask that stand in a key, for readers of graphs
 
 
 def register(site: Site) -> str:
     """The key by which an operator names `site`: the beginning of its mask, and a digest of its contents."""
     digest = hashlib.sha256(repr(site).encode()).hexdigest()[:16]
-    mask = site.mask if len(site.mask) <= SHOWN else f"{site.mask[:SHOWN]}.."
+    mask = site.mask if len(site.mask) <= MASK_CHARACTERS else f"{site.mask[:MASK_CHARACTERS]}.."
     key = f"{mask} #{digest}"
     SITES.setdefault(key, site)
     return key

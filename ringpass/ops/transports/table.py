@@ -33,7 +33,7 @@ TRANSPORTS: Mapping[str, TransportKind] = {
 """The values of the option `comm`."""
 
 
-def transport(site: Site, k: Tensor, v: Tensor) -> Transport:
+def make_transport(site: Site, k: Tensor, v: Tensor) -> Transport:
     """The transport of a site, from the local k (B, G, Lk, D) and v (B, G, Lk, Dv)."""
     kind = TRANSPORTS[site.comm]
     if not site.dilation:
