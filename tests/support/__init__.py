@@ -28,6 +28,7 @@ What is read:
 
 - `pipeline_stages`: the stages of the pipeline one by one, and the graphs that they hand on
 - `generated_code`: the code that Inductor generates
+- `graph_snapshot`: all that is made of five models, as files, to compare two versions
 - `package_layers`: the layers of the package as data
 - `repository`: where the repository is
 - `marks`: marks for single cases of parametrised tests
