@@ -22,14 +22,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from ringpass import ops
 from ringpass.masks.expr import Expr, Index, Load, parts
-from ringpass.nodes import has_effect, mutates, size_of, tensors_of
+from ringpass.nodes import has_effect, mutates, tensors_of
 from ringpass.ops import primitives
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.factors import Sweep, product
+from ringpass.passes.propagate.factors import Sweep
 
 
 class VerificationError(AssertionError):
@@ -84,18 +84,9 @@ def _walk(expr: Expr) -> list[Expr]:
 
 
 def _sweep(sweep: Sweep) -> Sequence[str]:
-    wrong = []
-    for node in sweep.values:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            dims = sweep.dims(node)
-            if len(dims) != value.ndim:
-                wrong.append(f"{node.name} has {value.ndim} dims and factors for {len(dims)}")
-                continue
-            for n, factors in zip(value.shape, dims, strict=True):
-                if isinstance(n, int) and n > 1 and product(factors) != size_of(n):
-                    wrong.append(f"a dim of {node.name} has {n} elements and factors of {product(factors)}")
-    return wrong
+    return [
+        f"the factors of {n.name} do not fit its dims" for n, dims in sweep.values.items() if not sweep.fits(n, dims)
+    ]
 
 
 def _plan(plan: RingPlan) -> Sequence[str]:

@@ -123,7 +123,7 @@ class Sweep:
                 self.values[node] = self.fresh(node.meta["val"].shape)
                 continue
             dims = rule_for(node).dims(self, node, note)
-            if dims is not None and not self._fits(node, dims):
+            if dims is not None and not self.fits(node, dims):
                 log.warning(
                     "the rule of %s does not fit %s: its operands are gathered. Please report this with the op's "
                     "arguments: %s",
@@ -133,8 +133,8 @@ class Sweep:
             self.values[node] = self._unknown(node, note) if dims is None else dims
         return self
 
-    def _fits(self, node: Node, dims: Results) -> bool:
-        """Whether a rule's dims are as many as the result has, and of its sizes where these are known."""
+    def fits(self, node: Node, dims: Results) -> bool:
+        """Whether these dims are as many as the values of `node` have, and of their sizes where these are known."""
         values = node.meta["val"]
         pairs: Any = [(values, dims)] if isinstance(values, torch.Tensor) else zip(values, dims, strict=False)
         return all(self._has_dims(x, of_one) for x, of_one in pairs if isinstance(x, torch.Tensor))
