@@ -122,9 +122,11 @@ def without_exchanges(run: Step) -> Step:
 
     buffers: dict[int, Tensor] = {}
 
-    def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> p2p.PendingExchange:
+    def start(
+        sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
+    ) -> p2p.PendingExchange:
         if tag not in buffers:
-            buffers[tag] = sent.clone() if sent.numel() == numel else torch.randn(numel)
+            buffers[tag] = sent.clone() if sent.numel() == received.numel() else torch.randn(received.numel())
         return p2p.PendingExchange(buffers[tag], sent, [], (dst, src))
 
     return with_start(run, start)

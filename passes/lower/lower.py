@@ -5,7 +5,7 @@
     ring_attention_backward     merge is a node, named after its step and tile.  Rolled, one node whose body runs the
                                 same code: above the unroll limit (the larger of P and the number of tiles, summed over
                                 all sites), with a symbolic length, or where data of each call prunes the schedule
-    pack, merge               kept in the graph that is shown; `inline_arithmetic` then replaces them by ATen arithmetic
+    merge                     kept in the graph that is shown; `inline_arithmetic` then replaces it by ATen arithmetic
     shard, gather             kept, renamed permute_<layout>, restore_<layout>
     permute                   kept, renamed permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
 
@@ -36,7 +36,7 @@ ROLLED: dict[Any, Callable[..., Any]] = {
     ops.ring_attention: ops.ring_attention_body,
     ops.ring_attention_backward: ops.ring_attention_backward_body,
 }
-ARITHMETIC = {primitives.pack: primitives.pack_body, primitives.merge: primitives.merge_body}
+ARITHMETIC = {primitives.merge: primitives.merge_body}
 """`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
@@ -67,7 +67,7 @@ def lower(graph: Graph, unroll_limit: int, left: int) -> None:
 
 
 def inline_arithmetic(graph: Graph) -> None:
-    """Replaces each `pack` and `merge` by the ATen ops of its body.  In place; the last step before code generation."""
+    """Replaces each `merge` by the ATen ops of its body.  In place; the last step before code generation."""
     traced: dict[str, GraphModule] = {}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in ARITHMETIC:

@@ -44,14 +44,13 @@ class PendingExchange:
         self.sent = None
 
 
-def start(sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str) -> PendingExchange:
-    """Starts sending `sent` (1-D) to group rank `dst` and receiving `numel` elements of its dtype from `src`.
+def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str) -> PendingExchange:
+    """Starts sending `sent` (1-D) to group rank `dst` and filling `received` (1-D) from `src`.
 
     `dst` None: nothing to send; `src` None: nothing to receive.  Messages between two ranks match by `tag`.
     Raises PeerError if another rank died.
     """
     pg = process_group(group)
-    received = sent.new_empty(numel if src is not None else 0)
     ops = []
     if dst is not None:
         ops.append(dist.P2POp(dist.isend, sent, group=pg, tag=tag, group_peer=dst))

@@ -20,15 +20,15 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 2)
 
 
-def empty_rows(x: Tensor, length: int, heads: int | None = None) -> Tensor:
-    """An uninitialised block of `length` rows (dim 2) like those of `x`, with its heads or `heads`.
+def empty_rows(x: Tensor, length: int, heads: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised block of `length` rows (dim 2) like those of `x`, with its heads or `heads`, dtype or `dtype`.
 
     (B, H, L) or (B, H, L, D), the latter rows first.
     """
     heads = x.shape[1] if heads is None else heads
     if x.ndim == 4:
-        return x.new_empty((x.shape[0], length, heads, x.shape[3])).transpose(1, 2)
-    return x.new_empty((x.shape[0], heads, length))
+        return x.new_empty((x.shape[0], length, heads, x.shape[3]), dtype=dtype or x.dtype).transpose(1, 2)
+    return x.new_empty((x.shape[0], heads, length), dtype=dtype or x.dtype)
 
 
 def empty_rows_first(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -37,6 +37,7 @@ from ringpass.kernels import cpu as kernels_cpu
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.tile import Grads, TileArgs
+from ringpass.precision import accumulator
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
@@ -63,6 +64,7 @@ class KernelSpec:
     wide_values: V may be wider or narrower than Q.
     long_causal: causal tiles may have Lq != Lk.
     mirrors: takes mirrored tiles as they are.
+    narrow_gradients: its gradients come in the dtype of q; else in the accumulator's.
     """
 
     forward: Forward
@@ -76,6 +78,7 @@ class KernelSpec:
     wide_values: bool = True
     long_causal: bool = True
     mirrors: bool = False
+    narrow_gradients: bool = False
 
 
 def _since(capability: Capability, *dtypes: torch.dtype) -> dict[torch.dtype, Capability]:
@@ -102,6 +105,7 @@ KERNELS: dict[str, KernelSpec] = {
         widths=(1, 256),
         wide_values=False,
         long_causal=False,
+        narrow_gradients=True,
     ),
     "cudnn": KernelSpec(
         kernels_cuda.cudnn,
@@ -111,6 +115,7 @@ KERNELS: dict[str, KernelSpec] = {
         takes=frozenset({"causal"}),
         widths=(1, 128),
         wide_values=False,
+        narrow_gradients=True,
     ),
     "flex": KernelSpec(
         kernels_cuda.flex,
@@ -122,6 +127,7 @@ KERNELS: dict[str, KernelSpec] = {
         widths=(16, 256),
         block=128,
         wide_values=False,
+        narrow_gradients=True,
     ),
     "efficient": KernelSpec(
         kernels_cuda.efficient,
@@ -191,6 +197,11 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     grad, q, k, v, out, lse = (x.flip(2) for x in (grad, q, k, v, out, lse))
     grads = spec.backward(grad, q, k, v, out, lse, _unmirrored(args))
     return *(g.flip(2) for g in grads[:3]), None
+
+
+def gradient_dtype(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> torch.dtype:
+    """The dtype of dq, dk and dv of a tile: that of q where its kernel computes them so, else the accumulator's."""
+    return q.dtype if _chosen(q, k, v, args).narrow_gradients else accumulator(q.dtype)
 
 
 def _unmirrored(args: TileArgs) -> TileArgs:

@@ -51,6 +51,21 @@ def rows(ranges: Ranges, owned: Ranges) -> Ranges:
     return tuple(out)
 
 
+def union(ranges: Ranges) -> Ranges:
+    """The tokens that are in any of `ranges`, which may overlap and be in any order.
+
+    >>> union(((5, 9), (0, 3), (2, 4), (9, 10)))
+    ((0, 4), (5, 10))
+    """
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], stop)
+        else:
+            out.append((start, stop))
+    return tuple(out)
+
+
 def clipped(ranges: Ranges, low: int, high: int, shift: int = 0) -> Ranges:
     """The part of `ranges` from token `low` to token `high`, shifted by `shift` tokens.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -36,10 +37,16 @@ def label(text: str) -> Iterator[None]:
 
 
 class RowAccumulator:
-    """Accumulates values over a block of `length` rows.  A value is a tuple of tensors with the rows in dim 2."""
+    """Accumulates values over a block of `length` rows, in one dtype.
 
-    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
-        """Combines `new`, the value of rows `span`, with the value of these rows so far; `text` labels the nodes."""
+    A value is a tuple of tensors with the rows in dim 2.
+    """
+
+    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> list[Tensor]:
+        """Combines `new`, the value of rows `span`, with the value of these rows so far; `text` labels the nodes.
+
+        While the loop is traced, returns tensors that exist once this is done: what was combined, else `new`.
+        """
         raise NotImplementedError
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -47,25 +54,25 @@ class RowAccumulator:
         raise NotImplementedError
 
 
-def row_accumulator(length: int, spans: Callable[[], Iterable[tuple[int, int]]]) -> RowAccumulator:
+def row_accumulator(length: int, dtype: torch.dtype, spans: Callable[[], Iterable[tuple[int, int]]]) -> RowAccumulator:
     """An accumulator over `length` rows; `spans()`, those it will be given, is only called when the loop is traced."""
-    return _InPlace(length) if get_proxy_mode() is None else _Traced(length, spans())
+    return _InPlace(length, dtype) if get_proxy_mode() is None else _Traced(length, dtype, spans())
 
 
 class _InPlace(RowAccumulator):
     """While the loop runs: one tensor of all rows, written in place."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, dtype: torch.dtype) -> None:
+        self.length, self.dtype = length, dtype
         self.values: tuple[Tensor, ...] = ()
         self.edges: list[int] = []  # start, stop, start, stop, .. of the ranges of rows that hold a value
 
-    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
+    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> list[Tensor]:
         start, stop = span
         if not self.values and span == (0, self.length):
-            self.values = new
+            self.values = tuple(x.to(self.dtype) for x in new)
         else:
-            self.values = self.values or tuple(empty_rows(x, self.length) for x in new)
+            self.values = self.values or tuple(empty_rows(x, self.length, dtype=self.dtype) for x in new)
             first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
             for i, piece in enumerate(pairwise([start, *self.edges[first:last], stop]), first):
                 part = tuple(row_slice(x, (piece[0] - start, piece[1] - start)) for x in new)
@@ -76,6 +83,7 @@ class _InPlace(RowAccumulator):
                     _copy(old, part)
         low, high = bisect_left(self.edges, start), bisect_right(self.edges, stop)
         self.edges[low:high] = [start] * (low % 2 == 0) + [stop] * (high % 2 == 0)
+        return []
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if not self.values:
@@ -94,17 +102,24 @@ def _copy(into: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
 class _Traced(RowAccumulator):
     """While the loop is traced: one tensor for each part between edges of spans, none written in place."""
 
-    def __init__(self, length: int, spans: Iterable[tuple[int, int]]) -> None:
+    def __init__(self, length: int, dtype: torch.dtype, spans: Iterable[tuple[int, int]]) -> None:
+        self.dtype = dtype
         edges = sorted({0, length, *(edge for span in spans for edge in span)})
         self.starts, self.parts = edges[:-1], list(pairwise(edges))
         self.values: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> None:
+    def fold(self, span: tuple[int, int], new: tuple[Tensor, ...], combine: Combine, text: str) -> list[Tensor]:
         inside = self.parts[bisect_left(self.starts, span[0]) : bisect_left(self.starts, span[1])]
+        combined: list[Tensor] = []
         for piece in inside:
             with label(text if len(inside) == 1 else f"{text}_rows{piece[0]}to{piece[1]}"):
                 part = tuple(row_slice(x, (piece[0] - span[0], piece[1] - span[0])) for x in new)
-                self.values[piece] = combine(self.values[piece], part) if piece in self.values else part
+                if piece in self.values:
+                    self.values[piece] = combine(self.values[piece], part)
+                    combined += self.values[piece]
+                else:
+                    self.values[piece] = tuple(x.to(self.dtype) for x in part)
+        return combined or list(new)
 
     def join(self, missing: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if not self.parts:
@@ -117,7 +132,7 @@ def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...
     """Combines (out, lse) of the same rows by their log-sum-exp; `old` may be overwritten while the loop runs."""
     if get_proxy_mode() is None:
         (out, lse), (more, more_lse) = old, new
-        return merge_by_lse(out, lse, more, more_lse, in_place=True)
+        return merge_by_lse(out, lse, more.to(out.dtype), more_lse, in_place=True)
     return tuple(primitives.merge(*old, *new))
 
 
@@ -128,9 +143,14 @@ def add(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(a + b for a, b in zip(old, new, strict=True))
 
 
-def fold_ranges(into: RowAccumulator, ranges: Ranges, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds gradients, (B, G, n, D) each, whose rows are the concatenated `ranges` of rows of `into`."""
-    offset = 0
+def fold_ranges(into: RowAccumulator, ranges: Ranges, grads: tuple[Tensor, ...], text: str) -> list[Tensor]:
+    """Adds gradients, (B, G, n, D) each, whose rows are the concatenated `ranges` of rows of `into`.
+
+    Returns what `RowAccumulator.fold` does.
+    """
+    offset, combined = 0, list[Tensor]()
     for start, stop in ranges:
-        into.fold((start, stop), tuple(row_slice(x, (offset, offset + stop - start)) for x in grads), add, text)
+        part = tuple(row_slice(x, (offset, offset + stop - start)) for x in grads)
+        combined += into.fold((start, stop), part, add, text)
         offset += stop - start
+    return combined

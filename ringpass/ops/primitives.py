@@ -1,6 +1,6 @@
 """The steps of ring attention as operators: each is a node of the unrolled graph, or a call in the rolled loop.
 
-    pack                rows of K and V (dK and dV) as one message
+    pack                rows of K and V (dK and dV) as one message, token by token
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
     wait                that buffer, complete
     attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
@@ -9,9 +9,12 @@
     mask_tile           a mask or bias expression on one tile;  mask_tile_backward: gradients of its learned leaves
     keep_tile           the keep mask of attention dropout on one tile
 
-`pack` and `merge` are arithmetic: the compiler gets their bodies, to fuse.  `after` lists buffers that are in flight
-while a tile is computed: the op does not read them, but through them code generation starts these exchanges before the
-tile.  Spans are flat lists of token ranges, [start, stop, start, stop, ..], in curve positions if the layout names a
+`merge` is arithmetic: the compiler gets its body, to fuse.  `pack` is a call, so that all messages are ranges of one
+buffer.  `after` lists tensors that an op does not read and that must exist before it runs, in whatever order code
+generation prefers: buffers in flight while a tile is computed, so that their exchanges start before it, and the latest
+merges, which bounds what waits to be merged.
+
+Spans are flat lists of token ranges, [start, stop, start, stop, ..], in curve positions if the layout names a
 curve.  The keep mask of dropout depends on the original index of a token, not on its position.
 """
 
@@ -38,7 +41,10 @@ TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool
 SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("pack(Tensor[] tensors, int[] rows) -> Tensor")
-define("exchange(Tensor[] sent, int numel, int dst, int src, int tag, str group) -> Tensor[]")
+define(
+    "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str group) "
+    "-> Tensor[]"
+)
 define("wait(Tensor(a) received) -> Tensor(a)")
 for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
     define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after) -> Tensor[]")
@@ -68,25 +74,58 @@ NOBODY = -1
 # --- exchanges --------------------------------------------------------------------------------------------------------
 
 
-def pack_body(tensors: list[Tensor], rows: list[int]) -> Tensor:
-    """The given rows (start, stop, start, stop, ..) of each (B, G, L, D) tensor, flattened and concatenated: 1-D."""
-    spans = list(zip(rows[::2], rows[1::2], strict=True))
-    return torch.cat([torch.cat([x[:, :, a:b] for a, b in spans], dim=2).reshape(-1) for x in tensors])
+def _pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
+    """The given rows (start, stop, start, stop, ..) of each (B, G, L, D) tensor as a message: 1-D.
+
+    A message goes token by token, each with what all tensors hold of it, so that a range of its tokens is one range of
+    its elements.
+    """
+    message = _fake_pack(tensors, rows)
+    for x, part in zip(tensors, unpack(message, tensors), strict=True):
+        offset = 0
+        for start, stop in zip(rows[::2], rows[1::2], strict=True):
+            part[:, :, offset : offset + stop - start].copy_(x[:, :, start:stop])
+            offset += stop - start
+    return message
+
+
+def unpack(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The (B, G, n, D) views of a message's n tokens: one tensor for each of `like`, with its B, G and D."""
+    sizes = [token_size([x]) for x in like]
+    parts = message.view(-1, sum(sizes)).split(sizes, 1)
+    return [
+        part.unflatten(1, (x.shape[0], x.shape[1], x.shape[3])).permute(1, 2, 0, 3)
+        for part, x in zip(parts, like, strict=True)
+    ]
+
+
+def token_size(tensors: Sequence[Tensor]) -> int:
+    """The elements that a message has of one token of (B, G, L, D) tensors."""
+    return sum(x.shape[0] * x.shape[1] * x.shape[3] for x in tensors)
 
 
 def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
-    count = sum(rows[1::2]) - sum(rows[::2])
-    return tensors[0].new_empty(sum(x.shape[0] * x.shape[1] * x.shape[3] for x in tensors) * count)
+    return tensors[0].new_empty(token_size(tensors) * (sum(rows[1::2]) - sum(rows[::2])))
 
 
-implement("pack", pack_body, _fake_pack)
+implement("pack", _pack, _fake_pack)
 
 _in_flight: dict[int, p2p.PendingExchange] = {}
 
 
-def _exchange(sent: list[Tensor], numel: int, dst: int, src: int, tag: int, group: str) -> list[Tensor]:
+def _exchange(
+    sent: list[Tensor],
+    numel: int,
+    dtype: torch.dtype,
+    dst: int,
+    src: int,
+    tag: int,
+    after: list[Tensor],
+    group: str,
+) -> list[Tensor]:
     (message,) = sent
-    started = p2p.start(message, dst if dst != NOBODY else None, numel, src if src != NOBODY else None, tag, group)
+    received = message.new_empty(numel, dtype=dtype)
+    started = p2p.start(message, dst if dst != NOBODY else None, received, src if src != NOBODY else None, tag, group)
     _in_flight[_key(started.received)] = started
     return [started.received]
 
@@ -100,7 +139,7 @@ def _key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-implement("exchange", _exchange, lambda sent, numel, *args: [sent[0].new_empty(numel)])
+implement("exchange", _exchange, lambda sent, numel, dtype, *args: [sent[0].new_empty(numel, dtype=dtype)])
 implement("wait", _wait, lambda received: received)
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -140,16 +179,17 @@ def _attention_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
     dq, dk, dv, *others = kernels.backward(grad, q, k, v, out, lse, _args(q, args))
-    dtype = accumulator(q.dtype)
+    dtype = kernels.gradient_dtype(q, k, v, _args(q, args))
     return [*(rows_first(g.to(dtype)) for g in (dq, dk, dv)), *(g.contiguous() for g in others if g is not None)]
 
 
 def _fake_attention_tile_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> list[Tensor]:
-    dtype, tile = accumulator(q.dtype), _args(q, args)
+    tile = _args(q, args)
+    dtype = kernels.gradient_dtype(q, k, v, tile)
     learned = [tile.bias] if tile.learned and tile.bias is not None else []
-    others = [x.new_empty(x.shape, dtype=dtype) for x in (*learned, *tile.parameters)]
+    others = [x.new_empty(x.shape, dtype=accumulator(q.dtype)) for x in (*learned, *tile.parameters)]
     return [*(empty_rows_first(x, x.shape[3], dtype) for x in (q, k, v)), *others]
 
 

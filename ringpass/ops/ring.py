@@ -8,6 +8,9 @@ heads, G key/value heads, D head width, Lq and Lk local query and key tokens.
         start the exchange of the next step                  <- before the tiles of this one
         for each launch of its tiles: attend, merge into the accumulated (out, lse) of its rows
 
+While the loop is traced, each tile and each exchange comes after what was merged last.  So, in any order that code
+generation chooses, at most two exchanges are in flight, and the results of one launch wait to be merged.
+
 The backward sends K and V round again and returns each block's dK, dV to its owner, one step behind; the tiles of the
 local keys are divided in two, so that both the first and the last exchange overlap with some.  K and V (dK and dV) are
 sent as one message.  Partial results are merged in float32 (float64 for float64 inputs).
@@ -34,11 +37,11 @@ from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import make_transport
 from ringpass.precision import accumulator
-from ringpass.schedule.launches import STACK, Launch, launches
+from ringpass.schedule.launches import Launch
 from ringpass.schedule.messages import rows_of
 from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
-from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, Tile
+from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED
 
 MOST_NAMED = 4  # ranges of keys in the name of a node
 
@@ -49,24 +52,36 @@ def forward(
     """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
     transport, dtype = make_transport(site, k, v), accumulator(q.dtype)
     queries = [_queries(group_site, q) for group_site in transport.sites]
-    states = [row_accumulator(x.shape[2], partial(_query_spans, transport, i, x)) for i, x in enumerate(queries)]
-    op = primitives.scored_tile if site.score else primitives.attention_tile
+    states = [row_accumulator(x.shape[2], dtype, partial(_query_spans, transport, i, x)) for i, x in enumerate(queries)]
     for served, in_flight in transport.blocks(backward=False):
-        for i, step, (k_block, v_block) in served:
-            group_site, group_q = transport.sites[i], queries[i]
-            for launch in _launches(group_site, step.tiles, group_q):
-                name = _name(group_site, step, launch)
-                args = _tile_args(group_site, step, launch, group_q, leaves, seed, in_flight)
-                with label(f"attention_{name}"):
-                    out, lse = op(_rows(group_q, launch), *(_keys(x, launch) for x in (k_block, v_block)), *args)
-                    found = tuple(unstacked(x, launch.count) for x in (out.to(dtype), lse))
-                states[i].fold(launch.q, found, merge, f"merge_{name}")
+        _attend(transport, served, queries, in_flight, (leaves, seed), states)
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
         out, lse = _merged(transport.sites, joined, q) if site.dilation else joined[0]
     if site.sink:
         out, lse = _with_sink(site, out, lse, leaves)
     return out.to(q.dtype), lse
+
+
+def _attend(
+    transport: Transport,
+    served: Served,
+    queries: Sequence[Tensor],
+    in_flight: list[Tensor],
+    data: tuple[Sequence[Tensor], Tensor | None],
+    states: Sequence[RowAccumulator],
+) -> None:
+    """Merges attention over each block into the state of its site.  `data`: the leaves and the seed."""
+    for i, step, block in served:
+        site, q, (leaves, seed) = transport.sites[i], queries[i], data
+        op = primitives.scored_tile if site.score else primitives.attention_tile
+        for launch in site.launches(step.tiles, q.shape[0]):
+            name = _name(site, step, launch)
+            args = _tile_args(site, step, launch, q, leaves, seed, [*in_flight, *transport.merged])
+            with label(f"attention_{name}"):
+                found = op(_rows(q, launch), *(_keys(x, launch) for x in block), *args)
+                found = tuple(unstacked(x, launch.count) for x in found)
+            transport.note(states[i].fold(launch.q, found, merge, f"merge_{name}"))
 
 
 def backward(
@@ -83,21 +98,16 @@ def backward(
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
     transport = make_transport(site, k, v)
     sums = _Gradients(site, transport, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
-    local_sums: list[RowAccumulator] = []
-    local: Served = []
-    for served, in_flight in transport.blocks(backward=True):
-        beside = [*in_flight, *transport.returning]
-        if local:  # blocks of other ranks, which come after the local one
-            transport.give_back(served, [sums.of_block(block, beside) for block in served], local_sums)
-            continue
-        local, local_sums = (
-            served,
-            [row_accumulator(k.shape[2], partial(sums.local_spans, i)) for i, _, (k, _) in served],
-        )
-        for block, dkv in zip(local, local_sums, strict=True):
-            sums.accumulate(block, sums.halves[block[0]][0], beside, dkv)
+    blocks = transport.blocks(backward=True)
+    served, in_flight = next(blocks)
+    local = [*served]  # the local keys
+    local_sums = [row_accumulator(k.shape[2], sums.dtype, partial(sums.local_spans, i)) for i, _, (k, _) in local]
     for block, dkv in zip(local, local_sums, strict=True):
-        sums.accumulate(block, sums.halves[block[0]][1], transport.returning, dkv)
+        sums.accumulate(block, sums.halves[block[0]][0], in_flight, dkv)
+    for served, in_flight in blocks:
+        transport.give_back(served, [sums.of_block(block, in_flight) for block in served], local_sums)
+    for block, dkv in zip(local, local_sums, strict=True):
+        sums.accumulate(block, sums.halves[block[0]][1], [], dkv)
     transport.finish(local_sums)
     if site.sink and site.learned:
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
@@ -127,14 +137,16 @@ class _Gradients:
         self.halves = [
             self._halves(i) for i in range(len(transport.sites))
         ]  # launches of local tiles: first ones, last ones
-        self.dqs = [row_accumulator(x[1].shape[2], partial(self._spans, i)) for i, x in enumerate(self.query_sides)]
+        self.dqs = [
+            row_accumulator(x[1].shape[2], self.dtype, partial(self._spans, i)) for i, x in enumerate(self.query_sides)
+        ]
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
     def _halves(self, index: int) -> tuple[list[Launch], list[Launch]]:
         group_site, tiles = self.transport.sites[index], self.transport.steps(index)[0].tiles
         first, last = divided(tiles) if self.transport.remote else (tiles, ())
         q = self.query_sides[index][1]
-        return _launches(group_site, first, q), _launches(group_site, last, q)
+        return group_site.launches(first, q.shape[0]), group_site.launches(last, q.shape[0])
 
     def _spans(self, index: int) -> list[tuple[int, int]]:
         """The rows to which gradients of a site's queries are added."""
@@ -148,10 +160,11 @@ class _Gradients:
     def of_block(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
         """dK and dV of a received block."""
         i, step, (k, v) = block
-        found = _launches(self.transport.sites[i], step.tiles, self.query_sides[i][1])
-        dkv = row_accumulator(k.shape[2], partial(_key_spans, found))
+        found = self.transport.sites[i].launches(step.tiles, self.query_sides[i][1].shape[0])
+        dtype = self.transport.gradient_dtype(step.receive)
+        dkv = row_accumulator(k.shape[2], dtype, partial(_key_spans, found))
         self.accumulate(block, found, in_flight, dkv)
-        return dkv.join(partial(zero_block, k, v, self.dtype))
+        return dkv.join(partial(zero_block, k, v, dtype))
 
     def accumulate(self, block: Block, some: Sequence[Launch], in_flight: list[Tensor], dkv: RowAccumulator) -> None:
         """Adds the gradients of `some` launches of a block; dK and dV to `dkv`."""
@@ -159,13 +172,15 @@ class _Gradients:
         group_site, query_side = self.transport.sites[i], self.query_sides[i]
         for launch in some:
             name = _name(group_site, step, launch)
-            args = _tile_args(group_site, step, launch, query_side[1], self.leaves, self.seed, in_flight)
+            after = [*in_flight, *self.transport.returning, *self.transport.merged]
+            args = _tile_args(group_site, step, launch, query_side[1], self.leaves, self.seed, after)
             with label(f"attention_backward_{name}"):
                 rows, keys = [_rows(x, launch) for x in query_side], [_keys(x, launch) for x in blocks]
                 dq, dk, dv, *others = self.op(*rows[:2], *keys, *rows[2:], *args)
                 dq = unstacked(dq, launch.count)
-            self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
-            _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
+            combined = self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
+            combined += _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
+            self.transport.note(combined)
             if others:
                 self.dleaves = _add_leaf_grads(
                     group_site, step, launch, query_side[1], self.leaves, others, self.dleaves
@@ -173,13 +188,6 @@ class _Gradients:
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
-
-
-def _launches(group_site: Site, tiles: Sequence[Tile], q: Tensor) -> list[Launch]:
-    """The launches for `tiles`; if the site splits full tiles, to save memory, none is larger than a tile."""
-    if group_site.problem.cut_all:
-        return launches(tiles, group_site.problem.tile, stack=0)
-    return launches(tiles, stack=0 if _depends_on_tokens(group_site) else STACK // max(1, q.shape[0]))
 
 
 def _rows(x: Tensor, launch: Launch) -> Tensor:
@@ -193,20 +201,22 @@ def _keys(block: Tensor, launch: Launch) -> Tensor:
     return parts[0] if len(parts) == 1 else join_rows(parts)
 
 
-def _fold_keys(into: RowAccumulator, launch: Launch, grads: tuple[Tensor, ...], text: str) -> None:
-    """Adds `grads` of the key rows of a launch to those of the block."""
-    offset = 0
+def _fold_keys(into: RowAccumulator, launch: Launch, grads: tuple[Tensor, ...], text: str) -> list[Tensor]:
+    """Adds `grads` of the key rows of a launch to those of the block; returns what `RowAccumulator.fold` does."""
+    offset, combined = 0, list[Tensor]()
     for tile, by, spans in zip(launch.tiles, launch.shifts, launch.k, strict=True):
         length = tile.k[1] - tile.k[0]
         part = tuple(row_slice(x, (offset, offset + length)) for x in grads)
         offset += length
         if len(spans) > 1:  # apart, or overlapping
             for span, *values in zip(spans, *(_each(x, launch).unbind(1) for x in part), strict=True):
-                into.fold(span, tuple(values), add, text)
+                combined += into.fold(span, tuple(values), add, text)
         elif by or launch.count == 1:
-            into.fold(spans[0], tuple(unstacked(x, launch.count) for x in part), add, text)
+            combined += into.fold(spans[0], tuple(unstacked(x, launch.count) for x in part), add, text)
         else:
-            into.fold(spans[0], tuple(_each(x, launch).sum(1) for x in part), add, text)
+            repeated = tuple(_each(x, launch).sum(1, dtype=accumulator(x.dtype)) for x in part)
+            combined += into.fold(spans[0], repeated, add, text)
+    return combined
 
 
 def _each(x: Tensor, launch: Launch) -> Tensor:
@@ -219,7 +229,7 @@ def _query_spans(transport: Transport, index: int, q: Tensor, first: int = 0) ->
     return [
         launch.q
         for step in transport.steps(index)[first:]
-        for launch in _launches(transport.sites[index], step.tiles, q)
+        for launch in transport.sites[index].launches(step.tiles, q.shape[0])
     ]
 
 
@@ -298,11 +308,11 @@ def _tile_args(
     q: Tensor,
     leaves: Sequence[Tensor],
     seed: Tensor | None,
-    in_flight: list[Tensor],
+    after: list[Tensor],
 ) -> tuple[Any, ...]:
     """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
     kind, name = launch.kind, _name(site, step, launch)
-    spans: tuple[Any, ...] = _spans(site, step, launch, q) if kind == PARTIAL or _depends_on_tokens(site) else ()
+    spans: tuple[Any, ...] = _spans(site, step, launch, q) if kind == PARTIAL or site.depends_on_tokens else ()
     allowed = bias = keep = None
     with label(f"mask_{name}"):
         if kind == PARTIAL:
@@ -314,12 +324,7 @@ def _tile_args(
             keep = primitives.keep_tile(seed, site.stream, site.dropout, site.dropout_indices, *spans)
     score = (site.score, list(leaves), list(site.learned), *spans[2:]) if site.score else ()
     triangle = kind == CAUSAL_TILE, kind == MIRRORED
-    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, in_flight
-
-
-def _depends_on_tokens(site: Site) -> bool:
-    """Whether anything that acts on a tile's scores, other than its mask, depends on the tokens."""
-    return bool(site.bias or site.dropout or site.score)
+    return allowed, bias, keep, site.scale, *triangle, site.dropout, site.learns, *score, after
 
 
 def _spans(site: Site, step: Step, launch: Launch, q: Tensor) -> tuple[int, int, list[int], list[int]]:

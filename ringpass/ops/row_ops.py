@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass.kernels.blocks import empty_rows
 from ringpass.kernels.tile import merge_by_lse
+from ringpass.ops import primitives
 from ringpass.ops.library import define, implement
 from ringpass.schedule.messages import count
 
@@ -126,11 +127,15 @@ def _fake_take_rows(x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
 
 
 def _pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
-    return torch.cat([_message(x, list(_block_indices(*where))) for x in tensors])
-
-
-def _message(x: Tensor, block_indices: Sequence[BlockIndex]) -> Tensor:
-    return torch.cat([_take(x, block_index).flatten(1, 2) for block_index in block_indices], dim=1).reshape(-1)
+    """As `primitives.pack`, where a row is a (head, token) of each of the parts in turn."""
+    message, block_indices = _fake_pack_rows(tensors, *where), list(_block_indices(*where))
+    for x, found in zip(tensors, primitives.unpack(message, [x[:, :1] for x in tensors]), strict=True):
+        offset = 0
+        for block_index in block_indices:
+            part = _take(x, block_index).flatten(1, 2)
+            found[:, 0, offset : offset + part.shape[1]].copy_(part)
+            offset += part.shape[1]
+    return message
 
 
 def _fake_pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:

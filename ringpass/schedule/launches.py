@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ringpass.layouts.ranges import Ranges
 from ringpass.masks.intervals import FULL, PARTIAL
@@ -84,6 +85,13 @@ def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> lis
             latest[shape] = len(out)
             out.append(Launch(some, 1, (0,) * len(some)))
     return out
+
+
+def gives_each_key_once(some: Sequence[Launch]) -> bool:
+    """Whether no key row is in two launches, or twice in one: each then gets its gradient from one kernel call."""
+    repeated = any(launch.count > 1 and 0 in launch.shifts for launch in some)
+    spans = sorted(span for launch in some for ranges in launch.k for span in ranges)
+    return not repeated and all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
 def _longer(launch: Launch, tiles: tuple[Tile, ...]) -> Launch | None:

@@ -6,8 +6,8 @@
     start gradients 1
     start keys 3
     wait keys 3
-    start gradients 3
     wait gradients 1
+    start gradients 3
     wait gradients 3
 
 Gloo matches messages by tag, so that two ranks may start the same exchanges in different orders.  NCCL does not: it
@@ -17,7 +17,8 @@ t at 2t + 3, one step behind.  A rank whose next step is t + 1 starts its keys (
 which hide them; a rank that leaves out step t + 1 starts the gradients of step t first.
 
 Contract: the starts of a rank ascend by key, and both ends of an exchange have one key.  Then no exchange waits for one
-with a larger key, and nothing waits in a circle, under either engine (`schedule.proof` proves it for both).
+with a larger key, and nothing waits in a circle, under either engine (`schedule.proof` proves it for both).  Two
+exchanges are in flight at most: keys, and in a backward the gradients of the step before.
 """
 
 from __future__ import annotations
@@ -80,12 +81,11 @@ def order(shifts: Sequence[int], backward: bool) -> Iterator[Event]:
         if following is not None and early:
             yield Event("start", KEYS, following)
         if backward and shift:
-            yield Event("start", GRADIENTS, shift)
-        if following is not None and not early:
-            yield Event("start", KEYS, following)
-        if backward and shift:
             if pending is not None:
                 yield Event("wait", GRADIENTS, pending)
+            yield Event("start", GRADIENTS, shift)
             pending = shift
+        if following is not None and not early:
+            yield Event("start", KEYS, following)
     if pending is not None:
         yield Event("wait", GRADIENTS, pending)

@@ -161,6 +161,12 @@ def _read(tiles: Tiling, problem: Problem, rank: int) -> Program:
     return Program(problem, rank, tuple(steps))
 
 
+def tiles_between(problem: Problem, rank: int, src: int) -> tuple[Tile, ...]:
+    """The tiles of `rank` that use keys of another rank, `src`, as its program has them: readable on every rank."""
+    mine, queries = tiling(problem).of(rank), problem.query_layout.ranges(rank, problem.queries)
+    return _tiles(problem, queries, _by_peer(mine.used(), "src").get(src, ()), _from(mine, src))
+
+
 def _from(mine: Tiling, src: int) -> Tiling:
     """The tiles of one rank that use keys of rank `src`."""
     return mine.take(slice(*np.searchsorted(mine.src, (src, src + 1))))

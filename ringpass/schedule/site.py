@@ -26,8 +26,9 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import H, K, Q, loads, parse, table
 from ringpass.schedule.dilation import Dilation, GroupProblem, HeadGroup, group_problems
-from ringpass.schedule.program import Program, program
-from ringpass.schedule.tiles import Problem
+from ringpass.schedule.launches import STACK, Launch, gives_each_key_once, launches
+from ringpass.schedule.program import Program, program, tiles_between
+from ringpass.schedule.tiles import Problem, Tile
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,20 @@ class Site:
         """Whether its tiles give gradients of leaves."""
         return any(loads(parse(text)) & {*self.learned} for text in (self.bias, self.score) if text)
 
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether anything that acts on a tile's scores, other than its mask, depends on the tokens."""
+        return bool(self.bias or self.dropout or self.score)
+
+    def launches(self, tiles: Sequence[Tile], batch: int) -> list[Launch]:
+        """The launches for `tiles` of a step, of `batch` sequences.
+
+        If the site splits full tiles, to save memory, none is larger than a tile.
+        """
+        if self.problem.cut_all:
+            return launches(tiles, self.problem.tile, stack=0)
+        return launches(tiles, stack=0 if self.depends_on_tokens else STACK // max(1, batch))
+
     def with_constants(self, leaves: Sequence[Tensor]) -> Site:
         """The site with the values of its pruning leaves, which must be equal on all ranks for their schedules to
         match."""
@@ -126,6 +141,12 @@ def _of_group(site: Site, index: int, group: GroupProblem) -> Site:
         head_group=group.head_group,
         group_index=index,
     )
+
+
+@lru_cache(maxsize=4096)
+def one_launch_per_key(site: Site, rank: int, src: int, batch: int) -> bool:
+    """Whether one launch of `rank` gives the gradient of each key that it uses of rank `src`."""
+    return gives_each_key_once(site.launches(tiles_between(site.problem, rank, src), batch))
 
 
 # --- the table of planned sites ---------------------------------------------------------------------------------------

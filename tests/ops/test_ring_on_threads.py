@@ -25,7 +25,7 @@ def test_messages_arrive_in_order_and_late() -> None:
 
     def job(rank: int, group: str) -> list[float]:
         sent = [torch.full((3,), float(10 * rank + i)) for i in range(2)]
-        under_way = [p2p.start(x, 1 - rank, 3, 1 - rank, 0, group) for x in sent]
+        under_way = [p2p.start(x, 1 - rank, torch.empty(3), 1 - rank, 0, group) for x in sent]
         for exchange in under_way:
             exchange.wait()
         return [exchange.received[0].item() for exchange in under_way]
@@ -39,7 +39,7 @@ def test_an_error_of_a_rank_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def job(rank: int, group: str) -> None:
         if rank == 1:
             raise ZeroDivisionError
-        p2p.start(torch.ones(1), 1, 1, 1, 0, group).wait()
+        p2p.start(torch.ones(1), 1, torch.empty(1), 1, 0, group).wait()
 
     with pytest.raises((ZeroDivisionError, PeerError)):
         thread_ranks.run(2, job)
@@ -47,7 +47,7 @@ def test_an_error_of_a_rank_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_message_that_nobody_waits_for_is_noticed() -> None:
     def job(rank: int, group: str) -> None:
-        p2p.start(torch.ones(1), 1 - rank, 1, 1 - rank, 0, group)
+        p2p.start(torch.ones(1), 1 - rank, torch.empty(1), 1 - rank, 0, group)
 
     with pytest.raises(AssertionError):
         thread_ranks.run(2, job)

@@ -91,7 +91,7 @@ def test_they_give_the_same_numbers(kind: str, world: int) -> None:
 
 
 def of_site(here: Site, q: Tensor) -> list[Launch]:
-    return [launch for step in here.program.steps for launch in ring._launches(here, step.tiles, q)]
+    return [launch for step in here.program.steps for launch in here.launches(step.tiles, q.shape[0])]
 
 
 def problem(mask: patterns.Pattern | str, tokens: int, tile: int, world: int = 1) -> Problem:

@@ -183,10 +183,11 @@ def started(about: dict[str, Any]) -> tuple[list[list[tuple[str, int]]], list[li
     found: list[list[tuple[str, int]]] = [[] for _ in range(WORLD)]
     real = thread_ranks.Mailboxes.start
 
-    def watched(self: Any, message: Any, dst: Any, numel: int, src: Any, tag: int, group: str) -> p2p.PendingExchange:
+    def watched(self: Any, *given: Any) -> p2p.PendingExchange:
+        *_, tag, group = given
         what = (GRADIENTS if tag % 2 else KEYS), tag // 2
         found[int(group.removeprefix(thread_ranks.NAME))].append(what)
-        return real(self, message, dst, numel, src, tag, group)
+        return real(self, *given)
 
     def job(rank: int, group: str) -> tuple[int, Site]:
         about_site = {"layout": "zigzag", **about}

@@ -43,13 +43,18 @@ class Message:
     def wait(self) -> None:
         """As a process group's work: returns when both buffers are their owners' again."""
         with self.posted:
-            if not self.posted.wait_for(lambda: self.sent is not None and self.received is not None, TIMEOUT):
+            if not self.posted.wait_for(lambda: self.delivered or self._both, TIMEOUT):
                 raise RuntimeError(f"the other side posted nothing within {TIMEOUT:g} s")
+            if self.delivered:
+                return
             assert self.sent is not None and self.received is not None
-            if not self.delivered:
-                assert (self.sent.shape, self.sent.dtype) == (self.received.shape, self.received.dtype)
-                self.received.copy_(self.sent)
-                self.delivered = True
+            assert (self.sent.shape, self.sent.dtype) == (self.received.shape, self.received.dtype)
+            self.received.copy_(self.sent)
+            self.sent, self.received, self.delivered = None, None, True
+
+    @property
+    def _both(self) -> bool:
+        return self.sent is not None and self.received is not None
 
 
 class Mailboxes:
@@ -61,11 +66,10 @@ class Mailboxes:
         self.posted: dict[tuple[int, int, int, str], int] = {}
 
     def start(
-        self, sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str
+        self, sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
     ) -> p2p.PendingExchange:
         """In place of `p2p.start`."""
         rank = int(group.removeprefix(NAME))
-        received = sent.new_empty(numel if src is not None else 0)
         works: list[Any] = []
         if dst is not None:
             works.append(self._message(rank, dst, tag, "sent"))

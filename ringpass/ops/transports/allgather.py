@@ -49,16 +49,16 @@ class AllGather(Transport):
 
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Keeps the gradients for `finish`."""
-        self.given.append((served[0][1].tokens, grads[0]))
+        self.given.append((served.pop()[1].tokens, grads[0]))
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Reduce-scatters the gradients of all keys."""
         if not self.gathers:
             return
-        total = row_accumulator(self.site.problem.keys, lambda: [span for ranges, _ in self.given for span in ranges])
+        dtype, spans = accumulator(self.k.dtype), [span for ranges, _ in self.given for span in ranges]
+        total = row_accumulator(self.site.problem.keys, dtype, lambda: spans)
         for ranges, grads in self.given:
             fold_ranges(total, ranges, grads, "add_gradients")
-        dtype = accumulator(self.k.dtype)
         with label("reduce_scatter_gradients"):
             sums = total.join(partial(zero_block, self.k, self.v, dtype))
             home = tuple(boundary.reduce_scatter(x, *self.where) for x in sums)

@@ -6,9 +6,8 @@ gradients.  Shapes: k (B, G, Lk, D), v (B, G, Lk, Dv) of the Lk local keys; a re
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -18,10 +17,10 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, label
 from ringpass.precision import accumulator
-from ringpass.schedule.program import Step
+from ringpass.schedule.program import Step, Transfer
 from ringpass.schedule.site import Site
 
-Block = tuple[int, Step, tuple[Tensor, Tensor]]  # index of a site, its step, its keys and values
+Block = tuple[int, Step, Sequence[Tensor]]  # index of a site, its step, its keys and values
 Served = list[Block]
 
 
@@ -40,6 +39,8 @@ class Transport(ABC):
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         self.site, self.k, self.v = site, k, v
         self.returning: list[Tensor] = []  # buffers of gradients in flight
+        self.merged: list[Tensor] = []  # while the loop is traced: what was merged or added last
+        self.packed: dict[tuple[int, ...], Tensor] = {}  # messages of keys by what they hold: each is packed once
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -70,7 +71,7 @@ class Transport(ABC):
 
     @abstractmethod
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
-        """Starts the return of (dK, dV) of the served blocks to the ranks that hold the keys.
+        """Starts the return of (dK, dV) of the served blocks to the ranks that hold the keys, and empties `served`.
 
         Gradients that arrived meanwhile, of keys that this rank sent, are added to `local_sums`.
         """
@@ -79,32 +80,47 @@ class Transport(ABC):
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Waits for the gradients that are still under way, and adds them to `local_sums`."""
 
+    def gradient_dtype(self, transfer: Transfer | None) -> torch.dtype:
+        """The dtype in which the gradients of what a transfer brought return: by default, that of the accumulator."""
+        return accumulator(self.k.dtype)
+
+    def note(self, combined: list[Tensor]) -> None:
+        """Notes what was merged last, which the next tile and the next exchange then come after.
+
+        So what is in flight and not yet merged is bounded in any order that a compiler may choose.
+        """
+        self.merged = combined
+
+    def start_exchange(
+        self,
+        tag: int,
+        sent: Tensor,
+        peers: tuple[int | None, int | None],
+        numel: int,
+        dtype: torch.dtype,
+        after: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Starts an exchange, after what was merged last; returns the buffer for what is received.
+
+        `tag`: 2 t for the keys of step t, 2 t + 1 for their gradients; `peers`: the ranks sent to and received from,
+        None: there is none; `numel` elements of `dtype` are received; `after`: what else must be complete.
+        """
+        dst, src = peers
+        ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
+        with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"):
+            received: Tensor = primitives.exchange(
+                [sent], numel if src is not None else 0, dtype, *ranks, tag, [*self.merged, *after], self.site.group
+            )[0]
+        return received
+
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the local keys, in the accumulator's dtype."""
         return local_sums[0].join(partial(zero_block, self.k, self.v, accumulator(self.k.dtype)))
 
 
-def start_exchange(site: Site, tag: int, sent: Tensor, dst: int | None, src: int | None, numel: int) -> Tensor:
-    """Starts an exchange; returns the buffer for the `numel` received elements.
-
-    `tag`: 2 t for the keys of step t, 2 t + 1 for their gradients.
-    """
-    ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
-    with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"):
-        received: Tensor = primitives.exchange([sent], numel, *ranks, tag, site.group)[0]
-    return received
-
-
 def peer_label(way: str, rank: int | None) -> str:
     """`from_rank3`, or `nothing`: the end of a node's name."""
     return "nothing" if rank is None else f"{way}_rank{rank}"
-
-
-def unpack(flat: Tensor, tokens: int, heads: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of a message of `tokens` rows and `heads` heads."""
-    shapes = [(x.shape[0], heads, tokens, x.shape[3]) for x in (k, v)]
-    split = math.prod(shapes[0])
-    return flat[:split].view(shapes[0]), flat[split:].view(shapes[1])
 
 
 def zero_block(k: Tensor, v: Tensor, dtype: torch.dtype, n: int) -> tuple[Tensor, Tensor]:

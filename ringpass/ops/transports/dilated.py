@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, label
 from ringpass.ops.row_ops import BlockIndex, added, flat, pack_rows, taken
-from ringpass.ops.transports.base import Served, Transport, peer_label, start_exchange, unpack, zero_block
+from ringpass.ops.transports.base import Served, Transport, peer_label, zero_block
 from ringpass.precision import accumulator
 from ringpass.schedule.dilation import HeadGroup
 from ringpass.schedule.messages import Exchange, Message, StridedSpec, exchanges, rows_of
@@ -30,7 +30,7 @@ class DilatedTransport(Transport):
         super().__init__(site, k, v)
         self.exchanges = exchanges(site.group_problems, site.rank, site.heads, k.shape[1])
         self.pending: Exchange | None = None
-        self.returned: list[tuple[BlockIndex, tuple[Tensor, ...]]] = []
+        self.returned: list[tuple[BlockIndex, Sequence[Tensor]]] = []
 
     @property
     def returned_rows(self) -> Ranges:
@@ -53,41 +53,49 @@ class DilatedTransport(Transport):
     def blocks(self, backward: bool) -> Iterator[tuple[Served, list[Tensor]]]:
         """The blocks of all head groups that one exchange brought; the next exchange is in flight."""
         _, *remote = self.exchanges
-        block: tuple[Tensor, ...] = (self.k, self.v)
         arriving: Tensor | None = None
         for exchange, following in zip(self.exchanges, [*remote, None], strict=True):
+            received: list[Tensor] = []
             if arriving is not None:
                 with label(f"wait_step{exchange.shift}"):
-                    rows = exchange.receive.rows if exchange.receive else 0
-                    block = unpack(primitives.wait(arriving), rows, 1, self.k, self.v)
+                    received = primitives.unpack(primitives.wait(arriving), self._by_head())
             early = following is not None and starts_early(exchange.shift, following.shift, backward)
             arriving = self._start(following) if following is not None and early else None
-            served = [(i, step, self._block(exchange, i, step, block)) for i, step in exchange.steps]
+            served: Served = [(i, step, self._block(exchange, i, step, received)) for i, step in exchange.steps]
+            del received
             yield served, [arriving] if arriving is not None else []
+            served.clear()  # the blocks are free before others are received
             if following is not None and not early:
                 arriving = self._start(following)
 
-    def _block(self, exchange: Exchange, index: int, step: Step, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _by_head(self) -> list[Tensor]:
+        """K and V with one head: a message goes by (token, head)."""
+        return [self.k[:, :1], self.v[:, :1]]
+
+    def _block(self, exchange: Exchange, index: int, step: Step, received: Sequence[Tensor]) -> list[Tensor]:
         """The keys and values of a site's step, from the local ones or from a message."""
-        k, v = block
         heads, tokens = self.key_heads(index), self._head_group(index).tokens(step.tokens)
         with label(f"take_group{index}_step{step.shift}"):
             if exchange.receive is None or not len(tokens):
                 rows = self._rows(tokens)
-                return taken(self.k, heads, rows), taken(self.v, heads, rows)
+                return [taken(x, heads, rows) for x in (self.k, self.v)]
             rows = exchange.receive.find(heads, tokens)
-            shapes = [(x.shape[0], len(heads), len(tokens), x.shape[3]) for x in (k, v)]
-            return taken(k, [0], rows).view(shapes[0]), taken(v, [0], rows).view(shapes[1])
+            shape = len(heads), len(tokens)
+            return [taken(x, [0], rows).squeeze(1).unflatten(1, shape) for x in received]
 
     def _start(self, exchange: Exchange) -> Tensor:
         with label(f"send_step{exchange.shift}_{peer_label('to', exchange.send.dst if exchange.send else None)}"):
-            sent = (
-                pack_rows([self.k, self.v], *flat(self._block_indices(exchange.send)))
-                if exchange.send
-                else self.k.new_empty(0)
-            )
-        dst, src = exchange.send.dst if exchange.send else None, exchange.receive.src if exchange.receive else None
-        return start_exchange(self.site, 2 * exchange.shift, sent, dst, src, self._numel(exchange.receive))
+            sent = self._packed(exchange.send) if exchange.send else self.k.new_empty(0)
+        peers = exchange.send.dst if exchange.send else None, exchange.receive.src if exchange.receive else None
+        return self.start_exchange(2 * exchange.shift, sent, peers, self._numel(exchange.receive), self.k.dtype)
+
+    def _packed(self, message: Message) -> Tensor:
+        """The keys and values of a message; two of the same rows are packed once."""
+        heads, rows, sizes = flat(self._block_indices(message))
+        held = *heads, *rows, *sizes
+        if held not in self.packed:
+            self.packed[held] = pack_rows([self.k, self.v], heads, rows, sizes)
+        return self.packed[held]
 
     def _block_indices(self, message: Message) -> list[BlockIndex]:
         """The block index of each part of a message that the rank sends."""
@@ -99,52 +107,76 @@ class DilatedTransport(Transport):
 
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV of all head groups back in one message; those of the exchange before are waited for."""
-        exchange = next(exchange for exchange in self.exchanges if exchange.shift == served[0][1].shift)
-        sent = self.k.new_empty(0, dtype=accumulator(self.k.dtype))
+        steps = [(i, step) for i, step, _ in served]
+        served.clear()
+        exchange = next(exchange for exchange in self.exchanges if exchange.shift == steps[0][1].shift)
+        arrived, before, wide = self._arrived(), self.pending, accumulator(self.k.dtype)
+        sent = self.k.new_empty(0)
         with label(f"send_gradients_step{exchange.shift}"):
             if exchange.receive:
                 block_indices, parts = [], []
-                for (i, step, _), block_grads in zip(served, grads, strict=True):
+                for (i, step), block_grads in zip(steps, grads, strict=True):
                     if step.tokens:
                         tokens = self._head_group(i).tokens(step.tokens)
                         block_indices.append(([0], exchange.receive.find(self.key_heads(i), tokens)))
                         parts.append([g.flatten(1, 2).unsqueeze(1) for g in block_grads])
                 sums = [added(xs, block_indices, 1, exchange.receive.rows) for xs in zip(*parts, strict=True)]
                 sent = primitives.pack(sums, [0, exchange.receive.rows])
-        dst, src = exchange.receive.src if exchange.receive else None, exchange.send.dst if exchange.send else None
-        started = start_exchange(self.site, 2 * exchange.shift + 1, sent, dst, src, self._numel(exchange.send))
-        self.finish(local_sums)
+        peers = exchange.receive.src if exchange.receive else None, exchange.send.dst if exchange.send else None
+        started = self.start_exchange(2 * exchange.shift + 1, sent, peers, self._numel(exchange.send), wide, arrived)
+        self._record(arrived, before)
         self.returning, self.pending = [started], exchange
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Waits for the return that is pending."""
+        self._record(self._arrived(), self.pending)
+
+    def _arrived(self) -> list[Tensor]:
+        """The gradients that were under way, complete."""
+        found = []
         for arriving in self.returning:
             assert self.pending is not None
             with label(f"wait_gradients_step{self.pending.shift}"):
-                received = primitives.wait(arriving)
-                if self.pending.send:
-                    self._return(self.pending.send, unpack(received, self.pending.send.rows, 1, self.k, self.v))
+                found.append(primitives.wait(arriving))
         self.returning = []
+        return found
 
-    def _return(self, message: Message, grads: tuple[Tensor, ...]) -> None:
+    def _record(self, arrived: Sequence[Tensor], exchange: Exchange | None) -> None:
+        """Records gradients that came back for the keys that `exchange` sent; adds them up when they fill a block."""
+        for message in arrived:
+            assert exchange is not None
+            if exchange.send is not None:
+                with label(f"wait_gradients_step{exchange.shift}"):
+                    self._return(exchange.send, primitives.unpack(message, self._by_head()))
+        groups, length = self.k.shape[1:3]
+        if sum(x.shape[1] * x.shape[2] for _, (x, _) in self.returned[1:]) > groups * length:
+            with label("add_gradients"):
+                sums = self._sum(self.returned)
+            self.returned = [((range(groups), [0, length, 1]), sums)]
+            self.note(list(sums))
+
+    def _return(self, message: Message, grads: Sequence[Tensor]) -> None:
         """Records the gradients of the parts of `message`, which the rank sent."""
         offset = 0
         for block_index, part in zip(self._block_indices(message), message.parts, strict=True):
             shape = len(part.heads), len(part.tokens)
-            parts = tuple(row_slice(g, (offset, offset + part.rows)).squeeze(1).unflatten(1, shape) for g in grads)
+            parts = [row_slice(g, (offset, offset + part.rows)).squeeze(1).unflatten(1, shape) for g in grads]
             self.returned.append((block_index, parts))
             offset += part.rows
+
+    def _sum(self, found: Sequence[tuple[BlockIndex, Sequence[Tensor]]]) -> tuple[Tensor, ...]:
+        """The sums of dK and of dV over parts of the local block."""
+        block_indices = [block_index for block_index, _ in found]
+        sums = zip(*(parts for _, parts in found), strict=True)
+        return tuple(added(xs, block_indices, self.k.shape[1], self.k.shape[2]) for xs in sums)
 
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the local keys: those of each head group's local queries, and those that came back."""
         dtype = accumulator(self.k.dtype)
-        found: list[tuple[BlockIndex, tuple[Tensor, ...]]] = []
+        found: list[tuple[BlockIndex, Sequence[Tensor]]] = [*self.returned]
         for i, group_site in enumerate(self.sites):
             heads = self.key_heads(i)
             k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))
             parts = local_sums[i].join(partial(zero_block, k, v, dtype))
             found.append(((heads, self._rows(self._head_group(i).tokens(group_site.owned_keys))), parts))
-        found += self.returned
-        block_indices = [block_index for block_index, _ in found]
-        sums = zip(*(parts for _, parts in found), strict=True)
-        return tuple(added(xs, block_indices, self.k.shape[1], self.k.shape[2]) for xs in sums)
+        return self._sum(found)
