@@ -239,6 +239,6 @@ def test_the_unrolled_graph_starts_in_the_proved_order(rank: int) -> None:
     shifts = [s.shift for s in program(Problem(str(pattern), TOKENS, TOKENS, layout, layout, 4), rank).steps[1:]]
     for stage, backward in (("forward", False), ("backward", True)):
         nodes = [n for n in seen[stage][0].graph.nodes if n.target is primitives.exchange]
-        tags = [n.args[4] for n in nodes]
+        tags = [n.args[5] for n in nodes]
         want = [2 * e.shift + (e.what == GRADIENTS) for e in order(shifts, backward) if e.action == "start"]
         assert tags == want

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ringpass.layouts.ranges import Ranges, rows, size, union
+from ringpass.layouts.ranges import Ranges, rows, union
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, fold_ranges, label
 from ringpass.ops.transports.base import Served, Transport, peer_label
@@ -85,9 +85,8 @@ class RingTransport(Transport):
         found = union(rows(wanted, everything))
         if len(found) > 1:
             return self._packed(wanted)
-        tokens, (start, stop) = primitives.token_size((self.k, self.v)), found[0]
-        message = self._packed(everything)
-        return message if (start, stop) == (0, size(everything)) else message[start * tokens : stop * tokens]
+        each, (start, stop) = primitives.token_size((self.k, self.v)), found[0]
+        return self._packed(everything)[start * each : stop * each]
 
     def _packed(self, of: Ranges) -> Tensor:
         flat = tuple(edge for span in of for edge in span)
