@@ -105,7 +105,7 @@ def _drop_replicate(graph: Graph, node: Node) -> None:
 
 def _key(node: Node) -> tuple[str, Any, Any]:
     """(key, queries, keys) of a ring operator: which planned site, for how many tokens."""
-    _, key, queries, keys = node.args[SITE[node.target] :]  # type: ignore[index]
+    _, key, queries, keys, _ = node.args[SITE[node.target] :]  # type: ignore[index]
     return str(key), queries, keys
 
 

@@ -72,7 +72,7 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
         plan.dilation, site.heads[0], plan.learned, pruning,
     )  # fmt: skip
     name = f"ring_attention_{site.index}"
-    call = writer.emit(ops.ring_attention, q, k, v, leaves, seed, register(planned), *lengths, name=name)
+    call = writer.emit(ops.ring_attention, q, k, v, leaves, seed, register(planned), *lengths, rank.group, name=name)
     out = writer.emit(operator.getitem, call, 0, name=site.node.name)
     if plan.query_axis is None:
         out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)

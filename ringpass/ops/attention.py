@@ -14,8 +14,11 @@ from ringpass.ops.library import define, differentiate, implement
 from ringpass.precision import accumulator
 from ringpass.schedule.site import SITES, Site, lookup
 
-SITE = "Tensor? seed, str site, SymInt queries, SymInt keys"
-"""`site`: the key of what the plan decided (`ringpass.schedule.site`); the lengths in tokens, which may be symbolic."""
+SITE = "Tensor? seed, str site, SymInt queries, SymInt keys, str group"
+"""`site`: the key of what the plan decided (`ringpass.schedule.site`); the lengths in tokens, which may be symbolic.
+
+`group`, the site's, is the last argument, as in all ops that talk to ranks: there Inductor reads it, to estimate times.
+"""
 define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
 define(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
@@ -28,12 +31,12 @@ ring_attention_backward = torch.ops.ringpass.ring_attention_backward.default
 
 def site_of(args: Sequence[Any]) -> tuple[Tensor | None, Site]:
     """(seed, Site) from the arguments that follow the leaves."""
-    seed, key, queries, keys = args
+    seed, key, queries, keys, _ = args
     return seed, lookup(key, int(queries), int(keys))
 
 
 def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
-    """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys."""
+    """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys, group."""
     seed, site = site_of(args)
     out, lse = ring.forward(site.with_constants(leaves), q, k, v, leaves, seed)
     return [rows_first(out), lse.contiguous()]

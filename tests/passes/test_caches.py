@@ -70,9 +70,6 @@ def test_warm_caches_serve_the_right_graph(workers: Workers, tmp_path: Path) -> 
                 assert (hits > 0 and misses == 0) if warm else (hits == 0 and misses > 0), (ranks, options, counts)
 
 
-RINGS = {ops.ring_attention, ops.ring_attention_backward}  # their group is part of the planned site
-
-
 def uuid(*key: Any) -> Any:
     return codegen._Lower(key, lambda stage, graph: None).uuid()
 
@@ -109,4 +106,4 @@ def test_every_op_that_talks_to_ranks_is_an_inductor_collective() -> None:
         for overload in (getattr(torch.ops.ringpass, name).default,)
         if any(argument.name == "group" for argument in overload._schema.arguments)
     }
-    assert talking - {ops.shard, ops.replicate, primitives.exchange} <= {*codegen.COMPLETE} <= talking | RINGS
+    assert talking - {ops.shard, ops.replicate, primitives.exchange} <= {*codegen.COMPLETE} <= talking

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import comm_analysis, ir
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -103,6 +106,35 @@ def test_generated_code_keeps_the_order() -> None:
     for site in (order[: len(order) // 2], order[len(order) // 2 :]):
         assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the local tiles
         assert site[-3:] == ["attention_tile_backward", "attention_tile_backward", "wait"]  # the rest of them
+
+
+@pytest.mark.parametrize("unroll_limit", (0, 128), ids=("rolled", "unrolled"))
+def test_inductor_can_estimate_the_time_of_every_collective(unroll_limit: int) -> None:
+    """It finds the number of ranks by the last argument; other errors than TypeError would stop a compilation."""
+    sizes: dict[str, set[int]] = {}
+    codegen = Scheduler.codegen
+
+    def estimating(scheduler: Scheduler) -> None:
+        for node in (scheduled.node for scheduled in scheduler.nodes):
+            if isinstance(node, ir._CollectiveKernel) and not isinstance(node, ir._WaitKernel):
+                comm_analysis.estimate_nccl_collective_runtime(node)
+                name = str(node.op_overload)
+                sizes.setdefault(name, set()).add(comm_analysis.get_collective_group_size(node))
+        codegen(scheduler)
+
+    with fake_ring(1, 3), fresh_cache(), patch.object(Scheduler, "codegen", estimating):
+        options = {"layout": "zigzag", "unroll_limit": unroll_limit}
+        run: Any = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", options=options)
+        loss_of(run(**batch_for("nanogpt", 23))).backward()
+    attention = ["exchange"] if unroll_limit else ["ring_attention", "ring_attention_backward"]
+    assert {f"ringpass.{name}.default" for name in (*attention, "reduce_list")} <= set(sizes)
+    assert all(found == {3} for found in sizes.values()), sizes
+
+
+def test_every_op_names_its_group_last() -> None:
+    for name in torch.ops.ringpass:
+        arguments = [a.name for a in getattr(torch.ops.ringpass, name).default._schema.arguments]
+        assert "group" not in arguments[:-1], name
 
 
 def step(run: Any, x: torch.Tensor) -> None:
