@@ -46,6 +46,8 @@ from ringpass.schedule.tiles import tiling
 log = logging.getLogger("ringpass")
 
 NAMED_ATTENTIONS = 4  # attentions that a message names
+WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "leave the mode out", "max-autotune": "use mode='max-autotune-no-cudagraphs'"}
+"""Inductor's modes that turn on CUDA graphs, and what to do instead."""
 
 
 def ring_dilated(
@@ -55,7 +57,7 @@ def ring_dilated(
 
         model = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
 
-    `options`: those of `RingConfig`; `mode`: one of Inductor's modes.  Raises OptionError for bad options and
+    `options`: those of `RingConfig`; `mode`: one of Inductor's modes without CUDA graphs.  Raises OptionError for bad options and
     UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The compiled
     function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
@@ -69,6 +71,7 @@ def ring_dilated(
     sites = stages.run(detect, captured.gm, everything() if config.along_curve else config.mask)
     if (call := _unpartitioned(gm, example_inputs, captured, sites, ring, config, inductor)) is not None:
         return call
+    _refuse_cuda_graphs(inductor, mode)
     stages.open()
     sharded = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
@@ -145,6 +148,19 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
             f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one"
         )
     return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+
+
+def _refuse_cuda_graphs(inductor: Mapping[str, Any], mode: str | None) -> None:
+    """Refuses CUDA graphs for a partitioned program: a replay runs kernels alone, nothing that the host does."""
+    if not inductor.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs):
+        return
+    instead = WITHOUT_CUDA_GRAPHS.get(mode or "")
+    asked = f"mode={mode!r}" if instead else "Inductor's option 'triton.cudagraphs'"
+    raise OptionError(
+        f"{asked} turns on CUDA graphs, which replay kernels alone, and a program that is partitioned over ranks has the "
+        "host start its exchanges, wait for them and compare the ranks in every call: "
+        f"{instead or 'set it to False'}"
+    )
 
 
 def _check_data_parallel_wrappers(ring: Ring, config: RingConfig) -> None:

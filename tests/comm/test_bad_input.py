@@ -22,6 +22,7 @@ from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedEr
 from tests.support.errors import error_message
 from tests.support.model_parity import compiled
 from tests.support.models import MODELS, batch_for, loss_of
+from tests.support.pipeline_stages import fake_ring
 from tests.support.process_ranks import Workers, spawn
 
 BOUND = 120.0  # seconds for a whole run of a few processes, start included
@@ -68,6 +69,31 @@ def test_mode_without_inductor() -> None:
 
     with pytest.raises(OptionError, match="drop one"):
         ring_dilated(torch.fx.symbolic_trace(nn.Identity()), [], options={"compiler": "aot_eager"}, mode="max-autotune")
+
+
+@pytest.mark.parametrize(
+    ("mode", "inductor", "said"),
+    [
+        ("reduce-overhead", {}, "mode='reduce-overhead' .*: leave the mode out"),
+        ("max-autotune", {}, "mode='max-autotune' .*: use mode='max-autotune-no-cudagraphs'"),
+        (None, {"triton.cudagraphs": True}, "option 'triton.cudagraphs' .*: set it to False"),
+    ],
+)
+def test_cuda_graphs_are_refused_for_a_partitioned_program(
+    mode: str | None, inductor: dict[str, Any], said: str
+) -> None:
+    options: Any = {"inductor": inductor} if inductor else None
+    with fake_ring(0, 2), pytest.raises(BackendCompilerFailed, match=said):
+        run = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", mode=mode, options=options)
+        run(**batch_for("nanogpt", 23))
+
+
+def test_one_rank_may_use_cuda_graphs() -> None:
+    """It runs plain Inductor, which leaves them out on a CPU."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="ring_dilated", mode="reduce-overhead")
+    torch.testing.assert_close(loss_of(run(**batch)), loss_of(model(**batch)))
 
 
 # --- ranks that disagree ----------------------------------------------------------------------------------------------
