@@ -20,12 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import lost, process_group
+from ringpass.comm.p2p import lost, process_group, sendable
 from ringpass.layouts.layout import Layout
-from ringpass.layouts.ranges import Ranges
+from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
-from ringpass.masks.constants import Array
 from ringpass.precision import accumulator
+
+all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gathers equal parts into one tensor; torch 2.13 renamed it."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,21 @@ def take(x: Tensor, shard: Shard) -> Tensor:
 
 def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     """All tokens in original order, from the local `x` of all ranks: the inverse of `take`."""
-    if x.is_complex():
-        return torch.view_as_complex(gather(torch.view_as_real(x.contiguous()), shard, group))
-    ranks = range(shard.world)
-    lengths = [shard.layout.length(rank, shard.tokens) for rank in ranks]
+    ranges = [shard.layout.ranges(rank, shard.tokens) for rank in range(shard.world)]
+    longest = max(size(of_rank) for of_rank in ranges)
     local = shard.split(x, shard.length)
-    padded = local.new_zeros((local.shape[0], max(lengths), local.shape[2]))
+    padded = local.new_zeros((local.shape[0], longest, local.shape[2]))
     padded[:, : shard.length] = local
     everyone = padded.new_empty((shard.world, *padded.shape))
-    run_collective(dist.all_gather, list(everyone.unbind(0)), padded, group=group)
-    out = x.new_empty(shard.resized(x.shape, shard.length, shard.tokens))
-    flat = out.view(local.shape[0], shard.tokens, local.shape[2])
-    for rank in ranks:
+    run_collective(all_gather, sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
+    parts = {}
+    for rank, of_rank in enumerate(ranges):
         offset = 0
-        for start, stop in shard.layout.ranges(rank, shard.tokens):
-            flat[:, start:stop] = everyone[rank, :, offset : offset + stop - start]
+        for start, stop in of_rank:
+            parts[start] = everyone[rank, :, offset : offset + stop - start]
             offset += stop - start
-    return out
+    full = torch.cat([parts[start] for start in sorted(parts)], dim=1)
+    return full.reshape(shard.resized(x.shape, shard.length, shard.tokens))
 
 
 def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
@@ -163,18 +163,19 @@ def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) 
     """
     halo_ranges = HaloRanges(shard, x.shape[shard.dim] // shard.length, left, right)
     rows = move(shard.split(x, x.shape[shard.dim]), halo_ranges.held, halo_ranges.wanted, shard.rank, group)
-    inside = halo_ranges.inside(x)
-    size = x.shape[shard.dim] + most * (left + right)
-    out = rows.new_zeros((rows.shape[0], size, rows.shape[2]))
-    out[:, : len(inside)][:, inside] = rows
-    return out.reshape(*x.shape[: shard.dim], size, *x.shape[shard.dim + 1 :])
+    length = x.shape[shard.dim] + most * (left + right)
+    out = rows.new_zeros((rows.shape[0], length, rows.shape[2]))
+    inside = halo_ranges.inside
+    for (start, stop), part in zip(inside, rows.split([b - a for a, b in inside], dim=1), strict=True):
+        out[:, start:stop] = part
+    return out.reshape(*x.shape[: shard.dim], length, *x.shape[shard.dim + 1 :])
 
 
 def halo_back(grad: Tensor, shard: Shard, each: int, left: int, right: int, group: str) -> Tensor:
     """The transpose of `halo`: sums the cotangents of each element on the rank that holds it."""
     halo_ranges = HaloRanges(shard, each, left, right)
-    inside = halo_ranges.inside(grad)
-    rows = shard.split(grad, grad.shape[shard.dim])[:, : len(inside)][:, inside]
+    full = shard.split(grad, grad.shape[shard.dim])
+    rows = torch.cat([full[:, :0], *(full[:, start:stop] for start, stop in halo_ranges.inside)], dim=1)
     out = move_back(rows, halo_ranges.held, halo_ranges.wanted, shard.rank, group)
     return out.reshape(*grad.shape[: shard.dim], shard.length * each, *grad.shape[shard.dim + 1 :])
 
@@ -202,12 +203,16 @@ class HaloRanges:
             for rank in range(self.shard.world)
         ]
 
-    def inside(self, like: Tensor) -> Tensor:
-        """(n,) bools: which elements of this rank's extended ranges, concatenated, are in the sequence."""
-        wider = [torch.arange(a, b, device=like.device) for a, b in self._wider(self.shard.rank)]
-        at = torch.cat(wider)
-        found: Tensor = (at >= 0) & (at < self.shard.tokens * self.each)
-        return found
+    @property
+    def inside(self) -> Ranges:
+        """The rows of `halo`'s result that hold elements of the sequence: those of `wanted`, in its order."""
+        most, offset = self.shard.tokens * self.each, 0
+        found = []
+        for a, b in self._wider(self.shard.rank):
+            if min(b, most) > max(a, 0):
+                found.append((offset + max(a, 0) - a, offset + min(b, most) - a))
+            offset += b - a
+        return tuple(found)
 
     def _wider(self, rank: int) -> list[tuple[int, int]]:
         return [(a * self.each - self.left, b * self.each + self.right) for a, b in self._ranges(rank)]
@@ -219,8 +224,8 @@ class HaloRanges:
 def carry(x: Tensor, plan: Redistribution, group: str) -> Tensor:
     """(before, wanted rows, after) from `x`, (before, held rows, after)."""
     rows = x.transpose(0, 1)
-    received = _exchanged(rows.index_select(0, _index(plan.rows, x)), plan, False, group)
-    found: Tensor = torch.cat([rows, received]).index_select(0, _index(plan.found, x)).transpose(0, 1)
+    received = _exchanged(rows.index_select(0, plan.row_index.tensor(x)), plan, False, group)
+    found: Tensor = torch.cat([rows, received]).index_select(0, plan.found_index.tensor(x)).transpose(0, 1)
     return found.contiguous()
 
 
@@ -229,9 +234,9 @@ def carry_back(grad: Tensor, plan: Redistribution, group: str) -> Tensor:
     summed = accumulator(grad.dtype) if grad.is_floating_point() else grad.dtype
     shape = plan.held + sum(plan.received), grad.shape[0], grad.shape[2]
     rows: Tensor = grad.new_zeros(shape, dtype=summed)
-    rows.index_add_(0, _index(plan.found, grad), grad.transpose(0, 1).to(summed))
+    rows.index_add_(0, plan.found_index.tensor(grad), grad.transpose(0, 1).to(summed))
     mine, theirs = rows[: plan.held], rows[plan.held :]
-    mine.index_add_(0, _index(plan.rows, grad), _exchanged(theirs, plan, True, group))
+    mine.index_add_(0, plan.row_index.tensor(grad), _exchanged(theirs, plan, True, group))
     return mine.to(grad.dtype).transpose(0, 1).contiguous()
 
 
@@ -240,13 +245,9 @@ def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Te
     sent, received = (plan.received, plan.sent) if back else (plan.sent, plan.received)
     out = rows.new_empty((sum(received), *rows.shape[1:]))
     if not plan.idle:
-        parts = [torch.view_as_real(x) if x.is_complex() else x for x in (out, rows.contiguous())]
+        parts = [sendable(x) for x in (out, rows.contiguous())]
         run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
     return out
-
-
-def _index(rows: Array, like: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(like.device)
 
 
 def run_collective(collective: Callable[..., object], *args: object, group: str) -> None:

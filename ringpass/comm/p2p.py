@@ -9,10 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.errors import PeerError
+
+
+SENDABLE = frozenset({
+    torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+})  # fmt: skip
+"""The dtypes that NCCL and gloo both send."""
+
+
+def sendable(x: Tensor) -> Tensor:
+    """The contiguous `x` of one dim or more, to be moved and not added: itself, or its bytes if NCCL lacks its dtype.
+
+    >>> sendable(torch.ones(2, dtype=torch.int16))
+    tensor([1, 0, 1, 0], dtype=torch.uint8)
+    """
+    return x if x.dtype in SENDABLE else x.view(torch.uint8)
 
 
 def process_group(name: str) -> dist.ProcessGroup:
@@ -53,9 +69,9 @@ def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag:
     pg = process_group(group)
     ops = []
     if dst is not None:
-        ops.append(dist.P2POp(dist.isend, sent, group=pg, tag=tag, group_peer=dst))
+        ops.append(dist.P2POp(dist.isend, sendable(sent), group=pg, tag=tag, group_peer=dst))
     if src is not None:
-        ops.append(dist.P2POp(dist.irecv, received, group=pg, tag=tag, group_peer=src))
+        ops.append(dist.P2POp(dist.irecv, sendable(received), group=pg, tag=tag, group_peer=src))
     try:
         return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
     except RuntimeError as error:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, spread
-from ringpass.masks.constants import Array
+from ringpass.masks.constants import Array, DeviceCopies
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,16 @@ class Redistribution:
     received: tuple[int, ...]  # number of rows from each rank
     found: Array
     idle: bool
+
+    @cached_property
+    def row_index(self) -> DeviceCopies:
+        """`rows` on the devices that use them."""
+        return DeviceCopies(self.rows)
+
+    @cached_property
+    def found_index(self) -> DeviceCopies:
+        """`found` on the devices that use them."""
+        return DeviceCopies(self.found)
 
 
 def redistribution(held: Sequence[Array], wanted: Sequence[Array], rank: int) -> Redistribution:

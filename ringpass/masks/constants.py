@@ -37,7 +37,28 @@ def outward(low: Any, high: Any) -> Interval:
     return np.where(large[0], np.nextafter(low, -np.inf), low), np.where(large[1], np.nextafter(high, np.inf), high)
 
 
-class ConstantArray:
+class DeviceCopies:
+    """An array that does not change, with its copies on devices: each is made at its first use there.
+
+    >>> DeviceCopies(np.array([2, 0])).tensor(torch.zeros(3))
+    tensor([2, 0])
+    """
+
+    def __init__(self, values: Array) -> None:
+        self.values = values
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The array as a tensor on the device of `like`; a fake one if `like` is fake."""
+        if isinstance(like, FakeTensor):
+            return like.new_empty(self.values.shape, dtype=torch.from_numpy(self.values[:0]).dtype)
+        if like.device not in self._copies:
+            with torch.inference_mode(False):  # a backward could not save a tensor of inference mode
+                self._copies[like.device] = torch.from_numpy(self.values).to(like.device)
+        return self._copies[like.device]
+
+
+class ConstantArray(DeviceCopies):
     """A constant array of bools or integers; arrays of equal contents are equal, by digest.
 
     `values`: a tensor, an array or nested lists, of one dim or more.  Raises ValueError for other dtypes, for scalars
@@ -48,10 +69,9 @@ class ConstantArray:
         found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if found.dtype.kind not in "bui" or found.ndim < 1 or not found.size:
             raise ValueError(f"expected bools or integers of at least one dim, got {found.dtype} {list(found.shape)}")
-        self.values: Array = np.array(found, order="C")  # a copy: the tensor may be written to later
+        super().__init__(np.array(found, order="C"))  # a copy: the tensor may be written to later
         about = f"{self.values.dtype}{self.values.shape}".encode()
         self.digest = hashlib.blake2b(about + self.values.tobytes(), digest_size=6).hexdigest()
-        self._tensors: dict[torch.device, Tensor] = {}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConstantArray) and self.digest == other.digest
@@ -66,14 +86,6 @@ class ConstantArray:
     def shape(self) -> tuple[int, ...]:
         """The sizes of the dims."""
         return self.values.shape
-
-    def tensor(self, like: Tensor) -> Tensor:
-        """The array as a tensor on the device of `like`; a fake one if `like` is fake."""
-        if isinstance(like, FakeTensor):
-            return like.new_empty(self.shape, dtype=torch.from_numpy(self.values[:0]).dtype)
-        if like.device not in self._tensors:
-            self._tensors[like.device] = torch.from_numpy(self.values).to(like.device)
-        return self._tensors[like.device]
 
     def bounds(self, indices: Sequence[Interval]) -> Interval:
         """(smallest, largest) element for closed intervals of indices, one per dim, clipped to the size of the dim.

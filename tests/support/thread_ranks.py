@@ -103,9 +103,8 @@ class Rendezvous:
         if collective is dist.all_to_all_single:
             return self._all_to_all(rank, out, *given)
         everyone = self._shown(rank, given[0] if given else out.clone())
-        if collective is dist.all_gather:
-            for mine, one in zip(out, everyone, strict=True):
-                mine.copy_(one)
+        if collective is collectives.all_gather:
+            out.copy_(torch.cat(everyone))
         else:
             total = torch.stack(everyone).sum(0)
             out.copy_(total if collective is dist.all_reduce else total.chunk(len(everyone))[rank])
