@@ -9,7 +9,8 @@ token takes the local tokens instead, without a gather.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ringpass.comm.agreement import Ring
 from ringpass.comm.collectives import Shard
 from ringpass.errors import PeerError
 from ringpass.layouts.redistribution import held_by
-from ringpass.masks.constants import Array
+from ringpass.masks.constants import Array, DeviceCopies
 from ringpass.ops import boundary
 
 
@@ -62,17 +63,19 @@ class Origin:
         part = f", of which {self.part}" if self.part else ""
         return f"local tokens of {s.tokens} in dim {s.dim} ({s.outer} x S x {self.inner}), {s.layout_name}{part}"
 
-    def held(self, rank: int) -> Array:
+    def held(self, rank: int) -> DeviceCopies:
         """The positions along the sequence dim of the model's output that `rank` holds, in the order of rows."""
-        return held(self.shard, self.part, self.inner, rank)
+        return _held(self.shard, self.part, self.inner, rank)
+
+    def held_tokens(self, rank: int) -> DeviceCopies:
+        """The tokens of one sequence that `rank` holds, in the order of rows."""
+        return _held(replace(self.shard, outer=1), None, 1, rank)
 
     def local_rows(self, local: Tensor) -> Tensor:
         """The rows of `local` that are in the model's output: all of them unless it is a `part`."""
         if self.part is None:
             return local
-        tokens = held_by(self.shard.layout, self.shard.rank, self.shard.tokens)
-        rows = np.flatnonzero(_inside(tokens, self.part))
-        return local.index_select(self.shard.dim, torch.from_numpy(rows).to(local.device))
+        return local.index_select(self.shard.dim, _part_rows(self.shard, self.part).tensor(local))
 
     def gather(self, local: Tensor) -> Tensor:
         """The model's output, replicated, from the local tensors of all ranks: a collective."""
@@ -111,6 +114,17 @@ def held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> A
     outer = np.arange(shard.outer)[:, None, None]
     positions: Array = ((outer * shard.tokens + tokens[:, None]) * inner + np.arange(inner)).reshape(-1)
     return positions
+
+
+@lru_cache(maxsize=64)
+def _held(shard: Shard, part: tuple[int, int] | None, inner: int, rank: int) -> DeviceCopies:
+    return DeviceCopies(held(shard, part, inner, rank))
+
+
+@lru_cache(maxsize=64)
+def _part_rows(shard: Shard, part: tuple[int, int]) -> DeviceCopies:
+    """The rows of the tokens `part` among those that this rank holds."""
+    return DeviceCopies(np.flatnonzero(_inside(held_by(shard.layout, shard.rank, shard.tokens), part)))
 
 
 def _inside(tokens: Array, part: tuple[int, int]) -> Array:

@@ -35,7 +35,7 @@ from ringpass.comm.collectives import Shard
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, CONTIGUOUS, INPUTS, Layout
 from ringpass.layouts.ranges import spread
-from ringpass.layouts.redistribution import Redistribution, held_by, redistribution
+from ringpass.layouts.redistribution import Redistribution, redistribution
 from ringpass.lazy import LazyOutput, Origin, held, show
 
 Output = TypeVar("Output")
@@ -145,7 +145,7 @@ def tokens_of(output: Tensor, dim: int = 1) -> Tensor:
     origin = _origin(output)
     if origin is None:
         return torch.arange(output.shape[dim], device=output.device)
-    return torch.from_numpy(origin.held(origin.shard.rank)).to(output.device)
+    return origin.held(origin.shard.rank).tensor(output).clone()
 
 
 def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
@@ -166,7 +166,7 @@ def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
     if size == origin.size:
         positions = origin.held(shard.rank)
     elif size == shard.tokens and origin.part is None:  # positions in one sequence, while `like` merges several
-        positions = held_by(shard.layout, shard.rank, shard.tokens)
+        positions = origin.held_tokens(shard.rank)
     else:
         sizes = {origin.size, shard.tokens} if origin.part is None else {origin.size}
         raise InputError(
@@ -174,7 +174,7 @@ def local(x: Tensor, like: Tensor, dim: int = 1) -> Tensor:
             f"{list(x.shape)}: pass the replicated tensor, and the dim of its sequence"
         )
     full = ops.replicate([x], origin.ring.name)[0] if x.requires_grad else x
-    return full.index_select(dim, torch.from_numpy(positions).to(x.device))
+    return full.index_select(dim, positions.tensor(x))
 
 
 def _origin(output: Tensor) -> Origin | None:

@@ -15,14 +15,17 @@ that has all rows is reused as the result, and selecting all rows of all heads r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass.kernels.blocks import empty_rows
 from ringpass.kernels.tile import merge_by_lse
+from ringpass.masks.constants import DeviceCopies
 from ringpass.ops import primitives
 from ringpass.ops.library import define, implement
 from ringpass.schedule.messages import count
@@ -85,12 +88,17 @@ def _block_indices(heads: Sequence[int], rows: Sequence[int], sizes: Sequence[in
         i, j = i + n, j + m
 
 
-def _index(block_index: BlockIndex, device: torch.device) -> tuple[Index, Index]:
-    """Slices for evenly spaced heads and rows, else tensors."""
-    heads, rows = block_index
+@lru_cache(maxsize=256)
+def _copies(heads: tuple[int, ...]) -> DeviceCopies:
+    return DeviceCopies(np.array(heads, dtype=np.int64))
+
+
+def _index(block_index: BlockIndex, like: Tensor) -> tuple[Index, Index]:
+    """Slices for evenly spaced heads and rows, else tensors on the device of `like`."""
+    (heads, rows), device = block_index, like.device
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     even = step > 0 and list(heads) == list(range(heads[0], heads[0] + step * len(heads), step))
-    found: list[Index] = [slice(heads[0], heads[-1] + 1, step) if even else torch.tensor(heads, device=device)]
+    found: list[Index] = [slice(heads[0], heads[-1] + 1, step) if even else _copies(tuple(heads)).tensor(like)]
     if len(rows) == 3:
         return found[0], slice(*rows)
     spans = zip(rows[::3], rows[1::3], rows[2::3], strict=True)
@@ -98,13 +106,13 @@ def _index(block_index: BlockIndex, device: torch.device) -> tuple[Index, Index]
 
 
 def _take(x: Tensor, block_index: BlockIndex) -> Tensor:
-    heads, rows = _index(block_index, x.device)
+    heads, rows = _index(block_index, x)
     return x[:, heads][:, :, rows]
 
 
 def _put(x: Tensor, block_index: BlockIndex, part: Tensor, add: bool) -> None:
     """Writes `part` to its rows of `x`, or adds it; a head may be repeated only if `add`."""
-    heads, rows = _index(block_index, x.device)
+    heads, rows = _index(block_index, x)
     if isinstance(heads, slice):
         there = x[:, heads]
         if isinstance(rows, slice):
@@ -185,7 +193,7 @@ def _merge(
             continue
         old, old_lse = _take(out, block_indices[i]), _take(lse, block_indices[i])
         merge_by_lse(old, old_lse, outs[i], lses[i], in_place=True)
-        if not all(isinstance(index, slice) for index in _index(block_indices[i], out.device)):
+        if not all(isinstance(index, slice) for index in _index(block_indices[i], out)):
             _put(out, block_indices[i], old, add=False)
             _put(lse, block_indices[i], old_lse, add=False)
     return [out, lse]

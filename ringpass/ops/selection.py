@@ -31,7 +31,7 @@ def _locate(positions: Tensor, tokens: int, layout: str, world: int, rank: int) 
     where, wanted = Layout(layout, world), positions % tokens
     if where.order:
         wanted = where.order.inverse.tensor(wanted)[wanted]
-    held = torch.cat([torch.arange(a, b) for a, b in where.ranges(rank, tokens)]).to(positions.device)
+    held = torch.cat([torch.arange(a, b, device=positions.device) for a, b in where.ranges(rank, tokens)])
     rows = torch.full((tokens,), -1, dtype=torch.int64, device=positions.device)
     rows[held] = torch.arange(len(held), device=positions.device)
     return rows[wanted]

@@ -20,6 +20,7 @@ Similar: MInference (arXiv 2407.02490), SeerAttention (2410.13276), XAttention (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ringpass.errors import OptionError
 from ringpass.kernels.tile import per_query_head
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.ranges import Ranges
-from ringpass.masks.constants import Array
+from ringpass.masks.constants import Array, DeviceCopies
 from ringpass.masks.expr import B, Const, Expr, K, Load, Q, call, parse
 from ringpass.masks.intervals import EMPTY_CODE, classify_all
 from ringpass.precision import accumulator
@@ -97,7 +98,7 @@ def choose(q: Tensor, k: Tensor, scale: float, mask: str, tokens: tuple[int, int
 
     `tokens`: number of queries and of keys.
     """
-    allowed = torch.from_numpy(open_blocks(parse(mask), tokens, selection.block)).to(q.device)
+    allowed = _open_blocks(mask, tokens, selection.block).tensor(q)
     scores = (q @ per_query_head(k, q).mT * scale).masked_fill(~allowed, -torch.inf)
     weight = scores.softmax(-1).nan_to_num(0.0).mean(1)
     rank = weight + allowed  # masked blocks come last
@@ -118,6 +119,11 @@ def chosen_blocks(mask: Expr, leaf: int, selection: TopBlocks) -> Expr:
     """`mask` restricted to the pairs of blocks that leaf number `leaf` (B, Nq, Nk) keeps."""
     at = [call("floordiv", x, Const(selection.block)) for x in (Q, K)]
     return call("and", mask, Load(leaf, (B, *at)))
+
+
+@lru_cache(maxsize=64)
+def _open_blocks(mask: str, tokens: tuple[int, int], block: int) -> DeviceCopies:
+    return DeviceCopies(open_blocks(parse(mask), tokens, block))
 
 
 def open_blocks(expr: Expr, tokens: tuple[int, int], block: int) -> Array:
