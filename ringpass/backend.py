@@ -57,7 +57,7 @@ def ring_dilated(
 
         model = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
 
-    `options`: those of `RingConfig`; `mode`: one of Inductor's modes without CUDA graphs.  Raises OptionError for bad options and
+    `options`: those of `RingConfig`; `mode`: one of Inductor's modes without CUDA graphs.  Raises OptionError for bad options,
     UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The compiled
     function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
@@ -157,8 +157,8 @@ def _refuse_cuda_graphs(inductor: Mapping[str, Any], mode: str | None) -> None:
     instead = WITHOUT_CUDA_GRAPHS.get(mode or "")
     asked = f"mode={mode!r}" if instead else "Inductor's option 'triton.cudagraphs'"
     raise OptionError(
-        f"{asked} turns on CUDA graphs, which replay kernels alone, and a program that is partitioned over ranks has the "
-        "host start its exchanges, wait for them and compare the ranks in every call: "
+        f"{asked} turns on CUDA graphs, which replay kernels alone, and a program that is partitioned over ranks has "
+        "the host start its exchanges, wait for them and compare the ranks in every call: "
         f"{instead or 'set it to False'}"
     )
 

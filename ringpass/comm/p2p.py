@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ringpass.errors import PeerError
 
-
 SENDABLE = frozenset({
     torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 })  # fmt: skip

@@ -123,7 +123,7 @@ def test_inductor_can_estimate_the_time_of_every_collective(unroll_limit: int) -
         codegen(scheduler)
 
     with fake_ring(1, 3), fresh_cache(), patch.object(Scheduler, "codegen", estimating):
-        options = {"layout": "zigzag", "unroll_limit": unroll_limit}
+        options: Any = {"layout": "zigzag", "unroll_limit": unroll_limit}
         run: Any = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", options=options)
         loss_of(run(**batch_for("nanogpt", 23))).backward()
     attention = ["exchange"] if unroll_limit else ["ring_attention", "ring_attention_backward"]
