@@ -57,9 +57,9 @@ def ring_dilated(
 
         model = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
 
-    `options`: those of `RingConfig`; `mode`: one of Inductor's modes without CUDA graphs.  Raises OptionError for bad options,
-    UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The compiled
-    function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
+    `options`: those of `RingConfig`; `mode`: one of Inductor's modes without CUDA graphs.  Raises OptionError for bad
+    options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The
+    compiled function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
