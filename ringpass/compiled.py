@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from ringpass.comm.agreement import Agreement, Ring
+from ringpass.comm.agreement import Agreement, Comparison, Ring
 from ringpass.comm.collectives import Shard
 from ringpass.config import RingConfig
+from ringpass.devices import device_of
 from ringpass.lazy import LazyOutput, Origin
 from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, ShardedOutput
 from ringpass.shards import OUTPUTS, on_all_ranks
+
+COMPARED_FIRST = 2  # calls of each graph that are compared before they run, on a GPU too
 
 
 def compiled_call(
@@ -21,18 +24,24 @@ def compiled_call(
 ) -> Callable[..., Any]:
     """The function that Dynamo calls for a partitioned program: `run` is the program compiled, on local arguments.
 
-    Each call checks that the ranks agree and shares one random seed, then runs, and returns sharded outputs as the
-    option `outputs` says.  The call raises MismatchError or PeerError on all ranks.
+    Each call checks that the ranks agree and shares one random seed, runs, and returns sharded outputs as the option
+    `outputs` says.  The call raises MismatchError or PeerError on all ranks.
     """
     sharded = {one.position: one for one in program.sharded_inputs}
 
     def call(*given: Any) -> Any:
-        draws = program.seeded or program.draws
-        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if draws else 0
-        seed = agreement.seed([x.kind if isinstance(x, LazyOutput) else x for x in given], drawn)
-        args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
-        with _generator(seed) if program.draws else nullcontext():
-            results = run(*args, torch.tensor(seed, dtype=torch.int64)) if program.seeded else run(*args)
+        device = device_of(given)
+        drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if program.seeded or program.draws else 0
+        values = [x.kind if isinstance(x, LazyOutput) else x for x in given]
+        comparison = agreement.begin(values, drawn, device)
+
+        def launch() -> Any:
+            ring.warm_up(device)
+            args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
+            with _generator(comparison, device) if program.draws else nullcontext():
+                return run(*args, comparison.seed) if program.seeded else run(*args)
+
+        results = compare_around(comparison, launch, first=_compares_first(program, agreement, device))
         outputs, extras = results[: len(program.outputs)], results[len(program.outputs) :]
         return [
             _hand_out(o, i, spec, extras, ring, config) if spec else on_all_ranks(o)
@@ -40,6 +49,29 @@ def compiled_call(
         ]
 
     return call
+
+
+def compare_around(comparison: Comparison, launch: Callable[[], Any], first: bool) -> Any:
+    """What `launch` returns, with the ranks compared: before it if `first`, else once it has queued its work.
+
+    Either way this raises MismatchError or PeerError if the ranks differ, also where `launch` raises because they do.
+    """
+    if first:
+        comparison.finish()
+        return launch()
+    try:
+        return launch()
+    finally:
+        comparison.finish()
+
+
+def _compares_first(program: Partitioned, agreement: Agreement, device: torch.device) -> bool:
+    """Whether a call may queue no work before the ranks are known to agree.
+
+    On a GPU it may, unless the host needs the device's answers: a device that waits for a rank that runs something else
+    must not stop the host, which reports the difference.  The first calls of each graph find graphs that differ.
+    """
+    return device.type != "cuda" or program.draws or agreement.compared < COMPARED_FIRST
 
 
 def replicated_call(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,11 +88,16 @@ def _argument(arg: Any, spec: ShardedInput | None, ring: Ring | None) -> Any:
 
 
 @contextmanager
-def _generator(seed: int) -> Iterator[None]:
-    """Seeds the default generators inside, so that all ranks draw the same numbers, and restores them afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+def _generator(comparison: Comparison, device: torch.device) -> Iterator[None]:
+    """Seeds the default generators inside, of the host and of `device`, and restores them afterwards.
+
+    Rank 0's number is the seed, so that all ranks draw the same numbers.
+    """
+    seed, gpus = comparison.finish()[0], [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu.index].manual_seed(seed)
         yield
 
 

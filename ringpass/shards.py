@@ -223,7 +223,7 @@ def sharded(
     dim, mine = dim % x.ndim, x.shape[dim]
     rest = [*x.shape[:dim], "S", *x.shape[dim + 1 :]]
     kind = f"{x.dtype} [{', '.join(map(str, rest))}], {layout}{', needs a gradient' if x.requires_grad else ''}"
-    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("shard", kind)), ()).numbers((), mine)
+    lengths = Agreement(ring, (("call", "ringpass.sharded"), ("shard", kind)), ()).numbers((), mine, x.device)
     tokens, world = sum(lengths), ring.world
     if world == 1:
         return x

@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
+from ringpass.devices import device_of
 from ringpass.errors import UnsupportedError
 from ringpass.layouts.layout import REPLICATED, Layout
 from ringpass.nodes import args_of, bound_of, bytes_of, first_of, op_name, size_of
@@ -76,7 +77,7 @@ class Writer(Emitter):
         sharded = tuple(filter(None, (self._write_input(i, node) for i, node in enumerate(placeholders))))
         if any(self._draws(n) for n in live):
             with self.captured.fake_mode:
-                self.seed = self.placeholder("ringpass_seed", {"val": torch.zeros((), dtype=torch.int64)})
+                self.seed = self.placeholder("ringpass_seed", {"val": self._seed()})
         self._replicate_parameters()
         for node in nodes:
             if node in live and node.op not in ("placeholder", "output"):
@@ -90,6 +91,10 @@ class Writer(Emitter):
         gm = GraphModule(self.captured.gm, self.graph)
         draws, seeded = any(draws_shared(n) for n in live), self.seed is not None
         return Partitioned(gm, tuple(inputs), outputs, extras, tuple(self.gathers), seeded, sharded, draws)
+
+    def _seed(self) -> torch.Tensor:
+        """What stands for the seed of a call, on the device where its random numbers are drawn."""
+        return torch.zeros((), dtype=torch.int64, device=device_of(self.captured.inputs))
 
     def _write_input(self, position: int, node: Node) -> ShardedInput | None:
         """The placeholder of an input: replicated, or, if it comes sharded, of the local shape."""

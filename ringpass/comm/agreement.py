@@ -4,26 +4,33 @@ Every call of a compiled graph starts with one small collective, in which each r
 graph that it is about to run, a checksum of its inputs, a checksum of the weights (in a graph's first call) and a
 random seed.  All ranks see all headers, so they reach the same decision: continue with rank 0's seed, or raise the same
 MismatchError.  On a mismatch they exchange details through the store, to name the ranks and the first difference.
-Every wait is limited to `timeout` seconds.
+
+    comparison = agreement.begin(args, number, device)     # the headers are gathered; rank 0's number is on the device
+    comparison.finish()                                    # they are read on the host, and compared
+
+On CUDA the caller may launch its work between the two, so that the device does not wait for the host
+(`ringpass.compiled`).  Every wait is limited to `timeout` seconds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
 from ringpass.errors import MismatchError, OptionError, PeerError
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SAMPLE = 65536
+CPU = torch.device("cpu")
+Sheet = list[tuple[str, str]]
+"""What a rank has to say of a call: (name, text) pairs."""
 
 
 @dataclass
@@ -31,12 +38,16 @@ class Ring:
     """The ranks that share a sequence, seen from one of them.
 
     `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
-    seconds.  `calls`: number of compared calls so far.
+    seconds.  `calls`: number of compared calls so far.  `warm`: the GPUs on which all ranks have met.  `met`, `told`:
+    the keys of the store in which ranks last met, and in which this one last told the others a text.
     """
 
     pg: dist.ProcessGroup | None
     timeout: float
     calls: int = 0
+    warm: set[torch.device] = field(default_factory=set)
+    met: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -58,23 +69,60 @@ class Ring:
         """`timeout` as the type that torch.distributed takes."""
         return timedelta(seconds=self.timeout)
 
-    @property
+    @cached_property
     def store(self) -> dist.distributed_c10d.Store:
         """The part of the process group's key-value store that ringpass uses."""
         assert self.pg is not None, "a single process waits for nobody"
         return dist.distributed_c10d.PrefixStore("ringpass", self.pg.get_group_store())
 
+    def warm_up(self, device: torch.device) -> None:
+        """Lets all ranks meet on a GPU once: NCCL connects all of them in a first collective, never in an exchange."""
+        if device.type != "cuda" or device in self.warm or self.pg is None:
+            return
+        dist.all_reduce(torch.zeros(1, device=device), group=self.pg)
+        self.warm.add(device)
+
     def await_everyone(self, key: str) -> list[int]:
-        """Waits until all ranks have reached `key`; returns the ranks that did not within `timeout` seconds."""
-        store = self.store
-        store.set(f"{key}/{self.rank}", "here")
-        missing: list[int] = []
-        for rank in range(self.world):
-            try:
-                store.wait([f"{key}/{rank}"], self.limit if not missing else timedelta(milliseconds=10))
-            except RuntimeError:
-                missing.append(rank)
-        return missing
+        """Waits until all ranks have reached `key`; returns the ranks that did not within `timeout` seconds.
+
+        Each rank asks the store three times, whatever P: the last one to come lets the others go on, and deletes the
+        keys of the meeting before, which all have left.
+        """
+        store, count, here = self.store, f"count/{key}", f"here/{key}"
+        store.set(f"met/{self.rank}", key)
+        if store.add(count, 1) == self.world:
+            _delete(store, self.met)
+            store.set(here, "all")
+        try:
+            store.wait([here], self.limit)
+        except RuntimeError:
+            store.add(count, -1)
+            others = [rank for rank in range(self.world) if rank != self.rank]
+            return [rank for rank in others if self._last(f"met/{rank}") != key] or others
+        self.met = (count, here)
+        return []
+
+    def exchange_texts(self, mine: str) -> list[str]:
+        """The text of each rank, by rank.  All ranks call this in the same call of a compiled model."""
+        store, keys = self.store, [f"differ/{self.calls}/{rank}" for rank in range(self.world)]
+        _delete(store, self.told)
+        store.set(keys[self.rank], mine)
+        self.told = (keys[self.rank],)
+        store.wait(keys, self.limit)
+        return [store.get(key).decode() for key in keys]
+
+    def absent(self) -> list[int]:
+        """The ranks that have not begun as many calls as this one."""
+        return [rank for rank in range(self.world) if int(self._last(f"at/{rank}") or 0) < self.calls]
+
+    def _last(self, key: str) -> str:
+        """What the store has under `key`; nothing if nobody has set it."""
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+
+def _delete(store: dist.distributed_c10d.Store, keys: Iterable[str]) -> None:
+    for key in keys:
+        store.delete_key(key)
 
 
 def group_of(given: object) -> dist.ProcessGroup | None:
@@ -115,81 +163,77 @@ def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
 class Agreement:
     """What the ranks compare for one compiled graph.
 
-    `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.  `first`:
-    no call was compared yet, so weights are compared too.
+    `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.
+    `compared`: number of calls that were; before the first one, weights are compared too.
     """
 
     ring: Ring
     facts: tuple[tuple[str, str], ...]
     names: tuple[str, ...]
-    first: bool = True
-    history: list[str] = field(default_factory=list)
+    compared: int = 0
 
-    @property
+    @cached_property
     def graph(self) -> int:
         """A digest of `facts`."""
-        return _digest(json.dumps(self.facts))
+        return digest(json.dumps(self.facts))
 
-    def seed(self, args: Sequence[object], seed: int) -> int:
-        """The seed that all ranks use in this call: rank 0's, from the `seed` of each.
+    def numbers(self, args: Sequence[object], mine: int, device: torch.device = CPU) -> list[int]:
+        """The number `mine` of each rank, by rank, after a check that all ranks make the same call: `begin`, `finish`.
 
         Raises MismatchError, on all ranks, if the calls differ, and PeerError if a rank does not arrive in time.
         """
-        return self.numbers(args, seed)[0]
+        return self.begin(args, mine, device).finish()
 
-    def numbers(self, args: Sequence[object], mine: int) -> list[int]:
-        """The number `mine` of each rank, by rank, after a check that all ranks make the same call.
+    def begin(self, args: Sequence[object], mine: int, device: torch.device = CPU) -> Comparison:
+        """Gathers the headers of a call on `device`, to which this rank contributes the number `mine`.
 
-        `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.  Raises
-        MismatchError, on all ranks, if the calls differ, and PeerError if a rank does not arrive in time.
+        `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.  Raises PeerError
+        if a rank does not arrive in time.
         """
-        if self.ring.world == 1:
-            return [mine]
-        self.ring.calls += 1
-        inputs = [
-            (n, a if isinstance(a, str) else checksum(a))
-            for n, a in zip(self.names, args, strict=False)
-            if not isinstance(a, torch.nn.Parameter)
-        ]
-        weights = [
-            (n, checksum(a))
-            for n, a in zip(self.names, args, strict=False)
-            if isinstance(a, torch.nn.Parameter) and self.first
-        ]
-        header = [self.graph, _digest(json.dumps(inputs)), _digest(json.dumps(weights)), mine]
-        headers = self._exchange(header)
-        if any(h[:3] != header[:3] for h in headers):
-            raise self._mismatch(inputs, weights)
-        self.first = False
-        return [h[3] for h in headers]
-
-    def _exchange(self, mine: list[int]) -> list[list[int]]:
-        """The headers of all ranks, by rank, given this rank's."""
         ring = self.ring
-        device = (
-            torch.device("cpu")
-            if "gloo" in str(dist.get_backend_config(ring.pg))
-            else torch.device("cuda", torch.cuda.current_device())
-        )
-        store, call = ring.store, ring.calls
-        store.set(f"at/{ring.rank}", str(call))
-        sent = torch.tensor(mine, dtype=torch.int64, device=device)
-        received = [torch.empty_like(sent) for _ in range(ring.world)]
+        if ring.pg is None or ring.world == 1:
+            mine_alone = torch.tensor([[mine]], dtype=torch.int64)
+            return Comparison(self, _Said([], [], []), to_host(mine_alone), onto(mine_alone[0, 0], device))
+        ring.calls += 1
+        ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
+        where = header_device(ring.pg, device)
+        if where is None:
+            raise OptionError(
+                f"the ring's process group ({dist.get_backend_config(ring.pg)}) moves no tensors of the host, and this "
+                "call has no others: move the model and its inputs to the GPU, or pass init_process_group(device_id=..)"
+            )
+        said = self._said(args)
         try:
-            work = dist.all_gather(received, sent, group=ring.pg, async_op=True)
-            work.wait(ring.limit)
+            headers = gather_headers(self._header(said, mine, where), ring.pg, ring.limit)
         except RuntimeError as error:
-            raise PeerError(f"{self._absent()} {error}") from error
-        return [x.tolist() for x in received]
+            raise self.lost(error) from error
+        return Comparison(self, said, to_host(headers), onto(headers[0, 0].clone(), device))
+
+    def _said(self, args: Sequence[object]) -> _Said:
+        """What the header and the details say of the arguments; weights are looked at in the first call alone."""
+        said = _Said([], [], [])
+        for name, value in zip(self.names, args, strict=False):
+            if isinstance(value, torch.nn.Parameter):
+                said.weights.extend([(name, checksum(value))] if not self.compared else [])
+            elif isinstance(value, Tensor):
+                said.inputs.append((name, checksum(value)))
+            else:
+                said.others.append((name, value if isinstance(value, str) else str(digest(repr(value)))))
+        return said
+
+    def _header(self, said: _Said, mine: int, device: torch.device) -> Tensor:
+        """[mine, graph, other inputs, inputs, weights], int64, on `device`."""
+        known = torch.tensor([mine, self.graph, digest(json.dumps(said.others))], dtype=torch.int64)
+        sums = (combined([x for _, x in tensors], device) for tensors in (said.inputs, said.weights))
+        return torch.cat([onto(known, device), *sums])
+
+    def lost(self, error: Exception) -> PeerError:
+        """The error of a call to which not all ranks came; `error`: how it showed."""
+        return PeerError(f"{self._absent()} {error}")
 
     def _absent(self) -> str:
         """A message that says which ranks did not reach this call."""
-        absent = []
-        for rank in range(self.ring.world):
-            key = f"at/{rank}"
-            reached = int(self.ring.store.get(key)) if self.ring.store.check([key]) else 0
-            if reached < self.ring.calls:
-                absent.append(rank)
+        absent = self.ring.absent()
         who = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
         return (
             f"rank {self.ring.rank} came to call {self.ring.calls} of a compiled model, {who} did not arrive within "
@@ -197,24 +241,62 @@ class Agreement:
             "Every rank of the ring must call the same models, in the same order."
         )
 
-    def _mismatch(self, inputs: list[tuple[str, int | str]], weights: list[tuple[str, int]]) -> MismatchError:
-        """The error that names the first rank that differs from rank 0, and its first difference."""
-        store, key = self.ring.store, f"differ/{self.ring.calls}"
-        mine = [
-            *self.facts,
-            *((f"values of input {n}", str(c)) for n, c in inputs),
-            *((f"weights {n}", str(c)) for n, c in weights),
-        ]
-        store.set(f"{key}/{self.ring.rank}", json.dumps(mine))
-        sheets = []
-        for rank in range(self.ring.world):
-            store.wait([f"{key}/{rank}"], self.ring.limit)
-            sheets.append([(name, text) for name, text in json.loads(store.get(f"{key}/{rank}"))])
-        for other, sheet in enumerate(sheets):
-            found = _first_difference(sheets[0], sheet)
-            if found:
-                return MismatchError(_advice(other, *found))
+    def mismatch(self, mine: Sheet) -> MismatchError:
+        """The error that names the first rank that differs from rank 0, and its first difference.
+
+        `mine`: what this rank has to say.  All ranks that see the difference call this together.
+        """
+        sheets = self.ring.exchange_texts(json.dumps([*self.facts, *mine]))
+        ours, *_ = found = [[(name, text) for name, text in json.loads(sheet)] for sheet in sheets]
+        for other, sheet in enumerate(found):
+            if difference := _first_difference(ours, sheet):
+                return MismatchError(_advice(other, *difference))
         return MismatchError("the ranks' checksums differ, their details do not: this is a defect of ringpass")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank says of its arguments: texts, and checksums of tensors, which are on their devices."""
+
+    others: Sheet
+    inputs: list[tuple[str, Tensor]]
+    weights: list[tuple[str, Tensor]]
+
+    def sheet(self) -> Sheet:
+        """All of it as texts."""
+        texts = [(f"values of input {name}", text) for name, text in self.others]
+        kinds = (("values of input", self.inputs), ("weights", self.weights))
+        return texts + [(f"{kind} {name}", str(int(x))) for kind, tensors in kinds for name, x in tensors]
+
+
+@dataclass
+class Comparison:
+    """The headers of one call, gathered and not compared yet.
+
+    `seed`: rank 0's number, (), int64, on the device of the call.
+    """
+
+    agreement: Agreement
+    said: _Said
+    headers: HostCopy
+    seed: Tensor
+    numbers: list[int] | None = None
+
+    def finish(self) -> list[int]:
+        """The number of each rank, by rank, after a check that all ranks make the same call.  Later calls do nothing.
+
+        Raises MismatchError, on all ranks, if the calls differ, and PeerError if a rank does not arrive in time.
+        """
+        if self.numbers is None:
+            try:
+                rows = self.headers.read(self.agreement.ring.timeout)
+            except (RuntimeError, TimeoutError) as error:
+                raise self.agreement.lost(error) from error
+            self.numbers = [number for number, *_ in rows]
+            if any(row[1:] != rows[0][1:] for row in rows):
+                raise self.agreement.mismatch(self.said.sheet())
+            self.agreement.compared += 1
+        return self.numbers
 
 
 def _first_difference(a: Iterable[tuple[str, str]], b: Iterable[tuple[str, str]]) -> tuple[str, str, str] | None:
@@ -251,23 +333,3 @@ def _excerpt(text: str, first: str, second: str, width: int = 100) -> str:
     at = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), min(len(first), len(second)))
     start = max(0, at - width // 2)
     return f"{'...' if start else ''}{text[start : start + width]}{'...' if len(text) > start + width else ''}"
-
-
-def checksum(x: object) -> int:
-    """A 63-bit checksum of a tensor's bits, or of another value's repr.
-
-    Cheap, and the same for any number of threads; two tensors that differ almost certainly have different checksums.
-    """
-    if not isinstance(x, Tensor):
-        return _digest(repr(x))
-    if not x.numel():
-        return 0
-    x = torch.view_as_real(x) if x.is_complex() else x
-    bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
-    some = bits[:: max(1, bits.numel() // SAMPLE)].to(torch.int64)
-    weighted = (some * (torch.arange(some.numel(), device=some.device) * 2 + 1)).sum()
-    return int(bits.sum(dtype=torch.int64) * 31 + weighted) & (2**63 - 1)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -21,7 +21,7 @@ dropout = torch.ops.ringpass.dropout.default
 
 def _dropout(x: Tensor, seed: Tensor, p: float, stream: int, *args: Any) -> Tensor:
     """Composite: autograd and code generation see the keep mask as one op, and the scaling as arithmetic to fuse."""
-    kept = keep(seed.to(x.device), list(x.shape), p, stream, *args)
+    kept = keep(seed, list(x.shape), p, stream, *args)
     return torch.where(kept, x * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "nodes", "precision"),
+    ("devices", "errors", "nodes", "precision"),
     ("masks", "kernels"),
     ("layouts", "patterns"),
     ("schedule", "comm"),

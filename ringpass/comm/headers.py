@@ -1,0 +1,115 @@
+"""The header of a call: what ranks compare, as one vector of int64 that is made on the device and read once.
+
+    header      [number, digests.., checksums..] of this rank
+    headers     those of all ranks, (P, n), gathered into one tensor
+    HostCopy    these on their way to the host
+
+On CUDA nothing waits for the device but `HostCopy.read`: what the host knows goes there from pinned memory, checksums
+are combined there, and the headers come back by an asynchronous copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SAMPLE = 65536
+POLL = 1e-4  # seconds between two looks at a copy that is under way
+gather_into: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Gathers equal parts into one tensor; torch 2.13 renamed it."""
+
+
+def digest(text: str) -> int:
+    """A 63-bit digest of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def checksum(x: Tensor) -> Tensor:
+    """A checksum of a tensor's bits, (), int64, on its device.
+
+    Cheap, and the same for any number of threads; two tensors that differ almost certainly have different checksums.
+    """
+    if not x.numel():
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    x = torch.view_as_real(x) if x.is_complex() else x
+    bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
+    some = bits[:: max(1, bits.numel() // SAMPLE)].to(torch.int64)
+    weighted = (some * (torch.arange(some.numel(), device=some.device) * 2 + 1)).sum()
+    return bits.sum(dtype=torch.int64) * 31 + weighted
+
+
+def combined(checksums: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One checksum of several, (1,), int64, on `device`: it differs where one of them differs."""
+    if not checksums:
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    places = dict.fromkeys(x.device for x in checksums)
+    all_ = torch.cat([onto(torch.stack([x for x in checksums if x.device == place]), device) for place in places])
+    return (all_ * (torch.arange(len(all_), device=device) * 2 + 1)).sum(0, keepdim=True)
+
+
+def onto(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`; from the host to a GPU without waiting for either."""
+    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=pinned is not x)
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """A tensor on its way to the host: `values` is complete once `done()`."""
+
+    values: Tensor
+    done: Callable[[], bool]
+
+    def read(self, limit: float) -> list[list[int]]:
+        """The rows of the tensor.  Raises TimeoutError if they do not arrive within `limit` seconds."""
+        end = time.monotonic() + limit
+        while not self.done():
+            if time.monotonic() > end:
+                raise TimeoutError(f"the device did not come to this call within {limit:g} s")
+            time.sleep(POLL)
+        rows: list[list[int]] = self.values.tolist()
+        return rows
+
+
+def to_host(x: Tensor) -> HostCopy:
+    """Starts the copy of `x` to the host: one, asynchronous on CUDA; a tensor on the host stands for itself."""
+    if x.device.type != "cuda":
+        return HostCopy(x, lambda: True)
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(x.device))
+    return HostCopy(host, event.query)
+
+
+def gather_headers(header: Tensor, pg: dist.ProcessGroup, limit: timedelta) -> Tensor:
+    """(P, n): the headers of all ranks.  Raises RuntimeError if a rank is lost, or, on the host, after `limit`.
+
+    On CUDA it returns at once: the device waits.
+    """
+    everyone = header.new_empty((pg.size(), *header.shape))
+    work = gather_into(everyone.view(-1), header, group=pg, async_op=True)
+    if header.device.type == "cuda":
+        work.wait()
+    else:
+        work.wait(limit)
+    return everyone
+
+
+def header_device(pg: dist.ProcessGroup, device: torch.device) -> torch.device | None:
+    """Where a header of a call on `device` is gathered: there, unless its backend is gloo, which takes the host's.
+
+    None: the group moves no tensors of the host, and is bound to no device.
+    """
+    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(pg)).split(","))
+    if backends.get(device.type, "gloo") != "gloo":
+        return device
+    return torch.device("cpu") if "cpu" in backends else pg.bound_device_id
