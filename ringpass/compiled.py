@@ -71,7 +71,8 @@ def _compares_first(program: Partitioned, agreement: Agreement, device: torch.de
     On a GPU it may, unless the host needs the device's answers: a device that waits for a rank that runs something else
     must not stop the host, which reports the difference.  The first calls of each graph find graphs that differ.
     """
-    return device.type != "cuda" or program.draws or agreement.compared < COMPARED_FIRST
+    host_reads = program.draws or program.reads
+    return device.type != "cuda" or host_reads or agreement.compared < COMPARED_FIRST
 
 
 def replicated_call(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,6 +34,9 @@ class AttentionWriter(Writer, Protocol):
     def broadcast(self, node: Node, reason: str) -> Any:
         """`node` replicated, for ops on an axis: its gradients are summed over ranks."""
 
+    def host_copy(self, value: Node) -> Node:
+        """`value` on the host: one copy for all sites that read it."""
+
     def ordered(self, replicated: Node, shard_args: tuple[Any, ...], inverse: bool) -> Node:
         """All tokens in the order of the layout's curve, or, inverse, back in their own."""
 
@@ -66,6 +69,7 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
         leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths, rank))
         problem = replace(problem, mask=str(_chosen(writer, plan, len(leaves) - 1)))
         pruning = *pruning, len(leaves) - 1
+    leaves += [writer.host_copy(leaves[i]) for i in pruning]
     bias, score, sink = ("" if x is None else str(x) for x in (site.bias, site.score, site.sink))
     planned = Site(
         problem, rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, writer.plan.comm,

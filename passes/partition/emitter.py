@@ -138,7 +138,7 @@ class Emitter:
             node.meta["val"] = target(*fakes(args), **fakes(kwargs))
         if self.origin is not None:
             node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
-        if target in ops.COMMUNICATING and "recompute" in node.meta:
+        if target in (*ops.COMMUNICATING, ops.host_copy) and "recompute" in node.meta:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return node
 

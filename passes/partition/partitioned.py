@@ -60,3 +60,4 @@ class Partitioned:
     seeded: bool
     sharded_inputs: tuple[ShardedInput, ...]
     draws: bool  # random ops that draw from the default generator, which the ranks must then share
+    reads: bool  # the host reads data of the call to prune schedules

@@ -66,6 +66,7 @@ class Writer(Emitter):
         self.broadcasts: dict[Node, Node] = {}
         self.parts: dict[Node, tuple[int, int]] = {}  # slices that are taken when the output is used
         self.gathers: list[Gather] = []
+        self.host_copies: dict[Node, Node] = {}
         self.seed: Node | None = None
         self.streams = 0
         self.keeps = True  # whether what is written now may serve later nodes: not inside a no_grad region of the model
@@ -79,6 +80,7 @@ class Writer(Emitter):
             with self.captured.fake_mode:
                 self.seed = self.placeholder("ringpass_seed", {"val": self._seed()})
         self._replicate_parameters()
+        self._copy_inputs_to_host()
         for node in nodes:
             if node in live and node.op not in ("placeholder", "output"):
                 self.origin = node
@@ -89,8 +91,9 @@ class Writer(Emitter):
         for i, fake in enumerate(self.captured.inputs):
             inputs[i] = inputs[i] if i in positions else fake
         gm = GraphModule(self.captured.gm, self.graph)
+        reads = any(node.target is ops.host_copy for node in self.graph.nodes)
         draws, seeded = any(draws_shared(n) for n in live), self.seed is not None
-        return Partitioned(gm, tuple(inputs), outputs, extras, tuple(self.gathers), seeded, sharded, draws)
+        return Partitioned(gm, tuple(inputs), outputs, extras, tuple(self.gathers), seeded, sharded, draws, reads)
 
     def _seed(self) -> torch.Tensor:
         """What stands for the seed of a call, on the device where its random numbers are drawn."""
@@ -325,6 +328,22 @@ class Writer(Emitter):
                 buckets[-1].append(node)
         for bucket in buckets:
             self._replicate(bucket)
+
+    def host_copy(self, value: Node) -> Node:
+        """`value` on the host: one copy for all sites that read it."""
+        if value not in self.host_copies:
+            copy = self.emit(ops.host_copy, value, name=f"{value.name}_on_host")
+            if not self.keeps:
+                return copy
+            self.host_copies[value] = copy
+        return self.host_copies[value]
+
+    def _copy_inputs_to_host(self) -> None:
+        """Inputs that prune schedules are read first: the host waits for no work of this call."""
+        for site in self.placement.sites.values():
+            for leaf in (site.ordered.leaves[i] for i in site.pruning):
+                if leaf.op == "placeholder" and leaf in self.replicas:
+                    self.host_copy(self.replicas[leaf])
 
     def _draws(self, node: Node) -> bool:
         site = self.placement.sites.get(node)

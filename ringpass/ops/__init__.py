@@ -14,6 +14,7 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     reduce           all-reduce (sum)                                  identity
     replicate        identity                                          all-reduce (sum), in float32
     ring_attention   local rows of attention over all keys             ring_attention_backward
+    host_copy        data that prune schedules, read by the host       none
     block_means      means over blocks of all tokens                   none: the choice has no gradient
     choose_blocks    the pairs of blocks that attend                   none
     locate           the local row of each position, -1 if remote      none
@@ -31,6 +32,7 @@ Dropout, block means and `locate` use the original order of tokens, so that resu
 from __future__ import annotations
 
 from ringpass.ops.attention import (
+    host_copy,
     ring_attention,
     ring_attention_backward,
     ring_attention_backward_body,
@@ -43,10 +45,10 @@ from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
 
 __all__ = [
-    "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "interior_rows",
-    "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter", "replicate",
-    "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "shard",
-    "site_of",
+    "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "host_copy",
+    "interior_rows", "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter",
+    "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body",
+    "shard", "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
     shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,

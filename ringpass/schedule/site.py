@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from torch import Tensor
-
 from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import H, K, Q, loads, parse, table
@@ -101,12 +99,14 @@ class Site:
             return launches(tiles, self.problem.tile, stack=0)
         return launches(tiles, stack=0 if self.depends_on_tokens else STACK // max(1, batch))
 
-    def with_constants(self, leaves: Sequence[Tensor]) -> Site:
-        """The site with the values of its pruning leaves, which must be equal on all ranks for their schedules to
-        match."""
+    def with_constants(self, arrays: Sequence[ConstantArray]) -> Site:
+        """The site with the values of its pruning leaves, equal on all ranks, so that their schedules match.
+
+        `arrays`: one for each number in `pruning`.
+        """
         if not self.pruning:
             return self
-        constants = tuple((i, ConstantArray(leaves[i])) for i in self.pruning)
+        constants = tuple(zip(self.pruning, arrays, strict=True))
         return replace(self, problem=replace(self.problem, constants=constants))
 
     @cached_property

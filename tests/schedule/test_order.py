@@ -16,6 +16,7 @@ from ringpass import Dilation
 from ringpass.comm import p2p
 from ringpass.errors import ScheduleError
 from ringpass.layouts.layout import Layout
+from ringpass.masks.constants import ConstantArray
 from ringpass.ops import primitives, ring
 from ringpass.patterns import causal, sink, window
 from ringpass.schedule.dilation import group_problems
@@ -193,7 +194,7 @@ def started(about: dict[str, Any]) -> tuple[list[list[tuple[str, int]]], list[li
         about_site = {"layout": "zigzag", **about}
         here = site(tokens=TOKENS, rank=rank, world=WORLD, tile=4, group=group, scale=SCALE, **about_site)
         ids = torch.tensor([0, 0, 1, 0, 2, 3, 4, 5]).repeat_interleave(TOKENS // 8)[None]
-        here = here.with_constants([ids])
+        here = here.with_constants([ConstantArray(ids)])
         x = of_rank(torch.ones(1, 2, TOKENS, 4), about_site["layout"], rank, WORLD)
         out, lse = ring.forward(here, x, x, x, [ids], None)
         forward = len(found[rank])
