@@ -20,14 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import lost, process_group, sendable
+from ringpass.comm.p2p import all_gather, lost, process_group, sendable
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
 from ringpass.precision import accumulator
-
-all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gathers equal parts into one tensor; torch 2.13 renamed it."""
 
 
 @dataclass(frozen=True)

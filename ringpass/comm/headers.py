@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringpass.comm.p2p import all_gather
+
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 65536
 POLL = 1e-4  # seconds between two looks at a copy that is under way
-gather_into: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gathers equal parts into one tensor; torch 2.13 renamed it."""
 
 
 def digest(text: str) -> int:
@@ -57,6 +57,8 @@ def combined(checksums: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def onto(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`; from the host to a GPU without waiting for either."""
+    if x.device == device:
+        return x
     pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
     return pinned.to(device, non_blocking=pinned is not x)
 
@@ -96,7 +98,7 @@ def gather_headers(header: Tensor, pg: dist.ProcessGroup, limit: timedelta) -> T
     On CUDA it returns at once: the device waits.
     """
     everyone = header.new_empty((pg.size(), *header.shape))
-    work = gather_into(everyone.view(-1), header, group=pg, async_op=True)
+    work: dist.Work = all_gather(everyone.view(-1), header, group=pg, async_op=True)
     if header.device.type == "cuda":
         work.wait()
     else:

@@ -103,7 +103,7 @@ class Rendezvous:
         if collective is dist.all_to_all_single:
             return self._all_to_all(rank, out, *given)
         everyone = self._shown(rank, given[0] if given else out.clone())
-        if collective is collectives.all_gather:
+        if collective is p2p.all_gather:
             out.copy_(torch.cat(everyone))
         else:
             total = torch.stack(everyone).sum(0)
