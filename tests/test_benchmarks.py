@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bytes_received, density, dilation_length, memory, overlap, planning, step_time
+from benchmarks import agreement, bytes_received, density, dilation_length, memory, overlap, planning, step_time
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
@@ -19,8 +19,8 @@ from ringpass.schedule.dilation import Dilation
 from tests.support.pattern_models import dense_mask
 
 NAMES = (
-    "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap", "planning",
-    "step_time",
+    "agreement", "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap",
+    "planning", "step_time",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -33,6 +33,14 @@ def test_help_and_page_name_the_command(name: str, capsys: pytest.CaptureFixture
     assert ended.value.code == 0
     assert f"python -m benchmarks.{name}" in capsys.readouterr().out
     assert f"python -m benchmarks.{name}" in PAGE
+
+
+def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agreement.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert re.match(r"the ranks compare a call in P=2: \S+ ms, \S+ of one by one", _last(capsys))
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    ours, others = (case["seconds"][name]["samples"] for name in ("agreement", "one by one"))
+    assert case["ratios"]["of one by one"]["samples"] == [a / b for a, b in zip(ours, others, strict=True)]
 
 
 def test_step_time_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
