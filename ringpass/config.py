@@ -59,7 +59,8 @@ class RingConfig:
         "layers.*.attn", or of functions of a `ringpass.passes.detect.site.AttentionSite`; or a dict from these to a
         `ringpass.Dilation`, a name, or None.
     runtime_pruning: True: padding masks and document ids that come with a call and are replicated prune the tiles and
-        transfers of that call.  Such attentions stay one node each, and their masks are copied to the host.
+        transfers of that call.  Such attentions stay one node each, and what prunes them is copied to the host, once in
+        a call.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
