@@ -193,7 +193,7 @@ class Agreement:
         ring = self.ring
         if ring.pg is None or ring.world == 1:
             mine_alone = torch.tensor([[mine]], dtype=torch.int64)
-            return Comparison(self, _Said([], [], []), to_host(mine_alone), onto(mine_alone[0, 0], device))
+            return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0, 0], device))
         ring.calls += 1
         ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
@@ -209,9 +209,9 @@ class Agreement:
             raise self.lost(error) from error
         return Comparison(self, said, to_host(headers), onto(headers[0, 0].clone(), device))
 
-    def _said(self, args: Sequence[object]) -> _Said:
+    def _said(self, args: Sequence[object]) -> Said:
         """What the header and the details say of the arguments; weights are looked at in the first call alone."""
-        said = _Said([], [], [])
+        said = Said([], [], [])
         for name, value in zip(self.names, args, strict=False):
             if isinstance(value, torch.nn.Parameter):
                 said.weights.extend([(name, checksum(value))] if not self.compared else [])
@@ -221,7 +221,7 @@ class Agreement:
                 said.others.append((name, value if isinstance(value, str) else str(digest(repr(value)))))
         return said
 
-    def _header(self, said: _Said, mine: int, device: torch.device) -> Tensor:
+    def _header(self, said: Said, mine: int, device: torch.device) -> Tensor:
         """[mine, graph, other inputs, inputs, weights], int64, on `device`."""
         known = torch.tensor([mine, self.graph, digest(json.dumps(said.others))], dtype=torch.int64)
         sums = (combined([x for _, x in tensors], device) for tensors in (said.inputs, said.weights))
@@ -255,7 +255,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """What a rank says of its arguments: texts, and checksums of tensors, which are on their devices."""
 
     others: Sheet
@@ -277,7 +277,7 @@ class Comparison:
     """
 
     agreement: Agreement
-    said: _Said
+    said: Said
     headers: HostCopy
     seed: Tensor
     numbers: list[int] | None = None

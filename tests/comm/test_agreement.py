@@ -19,6 +19,8 @@ from ringpass.comm.headers import HostCopy, checksum, combined, header_device
 from ringpass.compiled import compare_around
 from ringpass.devices import device_of
 from ringpass.errors import MismatchError, PeerError
+from ringpass.ops import random
+from ringpass.passes.partition.writer import Writer
 from tests.support.errors import error_message
 from tests.support.model_parity import compiled
 from tests.support.models import MODELS, batch_for, loss_of
@@ -176,6 +178,14 @@ def gpu() -> Tensor:
 def test_the_device_is_that_of_the_inputs(gpu: Tensor) -> None:
     assert device_of([1, torch.ones(2), gpu]) == torch.device("cuda:3")
     assert device_of([1, torch.ones(2)]) == device_of([]) == CPU
+
+
+def test_the_seed_and_what_is_drawn_from_it_are_on_that_device(gpu: Tensor) -> None:
+    captured: Any = SimpleNamespace(captured=SimpleNamespace(inputs=[torch.ones(2), gpu]))
+    where = 0, 1, 4, "zigzag", 2, 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        seed = Writer._seed(captured)
+        assert seed.device == random._keep(seed, [2], 0.5, 0, *where).device == torch.device("cuda:3")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -13,18 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ringpass import OptionError, top_blocks
+from ringpass import OptionError, ops, top_blocks
 from ringpass.layouts.layout import Layout
 from ringpass.masks.constants import ConstantArray
 from ringpass.masks.expr import parse
 from ringpass.masks.intervals import FULL, KINDS, PARTIAL, classify_all
 from ringpass.masks.rewrite import bind
+from ringpass.ops import attention
 from ringpass.schedule.block_selection import TopBlocks, block_sums, choose, means
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.proof import prove
 from ringpass.schedule.tiles import Problem, tiling
 from tests.support.marks import slow
 from tests.support.model_parity import compiled, relative
+from tests.support.pipeline_stages import fake_ring, stages
 from tests.support.process_ranks import Workers
 
 S = 45
@@ -100,6 +104,61 @@ def test_documents_of_each_call_prune_it(workers: Workers, ranks: int, compiler:
         for error, received, needed in results:
             assert error < 1e-12
             assert received == needed
+
+
+def rewritten(group: dist.ProcessGroup, compiler: str) -> list[tuple[float, int, int]]:
+    """As `packed`, with ids that are written to the same memory, and a backward after the next forward."""
+    model, g = Packed().double(), torch.Generator().manual_seed(0)
+    run = compiled(model, group, runtime_pruning=True, layout="contiguous", tile=4, compiler=compiler)
+    ids, found = torch.empty(2, S, dtype=torch.int64), []
+    for ends in ([9, 30], [15], [22, 23, 24]):
+        x = torch.randn(2, S, 8, dtype=torch.float64, generator=g)
+        ids.copy_(torch.bucketize(torch.arange(S), torch.tensor(ends), right=True))
+        got, read = counting(lambda x=x: step(run(x, ids, EXISTS), model))  # type: ignore[misc]
+        want = step(model(x, ids, EXISTS), model)
+        start = Layout("contiguous", group.size()).ranges(group.rank(), S)[0][0]
+        needed = start - max([0, *(end for end in ends if end <= start)])
+        found.append((max(relative(a, b) for a, b in zip(got, want, strict=True)), read.received, needed))
+    return found
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+def test_memory_that_is_written_again_prunes_by_its_new_values(workers: Workers, compiler: str) -> None:
+    for results in workers.run(rewritten, 2, compiler):
+        for error, received, needed in results:
+            assert error < 1e-12
+            assert received == needed
+
+
+def test_the_array_of_a_host_copy_is_made_once_and_never_stale() -> None:
+    copy = attention.host_copy(torch.tensor([0, 0, 1]))
+    first = attention._array(copy)
+    assert attention._array(copy) is first
+    copy[2] = 5
+    assert attention._array(copy).values.tolist() == [0, 0, 5] and first.values.tolist() == [0, 0, 1]
+
+
+class TwoPacked(Packed):
+    """Two attentions with one mask."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None, exists: Tensor | None = None) -> Tensor:
+        return super().forward(super().forward(x, ids, exists)[..., :8], ids, exists).square().mean()
+
+
+def test_two_sites_share_one_host_copy_which_comes_first() -> None:
+    with fake_ring(0, 2), stages() as seen:
+        options: Any = {"runtime_pruning": True, "compiler": "aot_eager"}
+        run: Any = torch.compile(TwoPacked(), backend="ring_dilated", options=options)
+        ids = torch.zeros(2, S, dtype=torch.int64)
+        run(torch.randn(2, S, 8), ids).backward()
+    (partitioned,) = seen["partitioned"]
+    calls = [n for n in partitioned.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+    sites = [n for n in calls if n.target is ops.ring_attention]
+    copies = [n for n in calls if n.target is ops.host_copy]
+    assert len(sites) == 2 and len(copies) == 1 and set(copies[0].users) == {*sites}
+    assert calls.index(copies[0]) <= 1 and copies[0].args[0].op == "placeholder"  # only `replicate` may come before
+    (backward,) = seen["backward"]
+    assert not [n for n in backward.graph.nodes if n.target is ops.host_copy]
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ringpass.comm.agreement import RINGS, Comparison
+from ringpass.comm.agreement import CPU, RINGS, Agreement, Comparison, Said
+from ringpass.comm.headers import HostCopy
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.op_rules.table import has_rule
@@ -28,13 +29,20 @@ def captured_graph(gm: GraphModule, inputs: Sequence[Any]) -> Captured:
     return captured
 
 
+def unanimous(agreement: Agreement, args: Sequence[object], mine: int, device: torch.device = CPU) -> Comparison:
+    """A call in which every rank says what this one says."""
+    headers = torch.full((agreement.ring.world, 1), mine)
+    seed = torch.tensor(mine, device=device)
+    return Comparison(agreement, Said([], [], []), HostCopy(headers, lambda: True), seed)
+
+
 @contextmanager
 def fake_ring(rank: int, world: int) -> Iterator[None]:
     """One rank of a ring without peers: good for compiling and reading graphs, its numbers mean nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     torch._dynamo.reset()
     try:
-        with patch.object(Comparison, "finish", lambda self: [0] * world):
+        with patch.object(Agreement, "begin", unanimous):
             yield
     finally:
         dist.destroy_process_group()
