@@ -11,6 +11,8 @@ LIBRARY = torch.library.Library("ringpass", "DEF")
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 """Arguments that locate the sequence in a tensor: the fields of `collectives.Shard`."""
 TAGS = (torch.Tag.pt2_compliant_tag,)
+BODIES: dict[str, Callable[..., Any]] = {}
+"""The body of each implemented operator, by name."""
 
 
 class Context(Protocol):
@@ -26,6 +28,7 @@ def define(schema: str) -> None:
 
 def implement(name: str, body: Callable[..., object], fake: Callable[..., object]) -> None:
     """Registers an operator's body, for all devices, and its fake, which computes shapes and dtypes only."""
+    BODIES[name] = body
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
 

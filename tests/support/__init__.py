@@ -28,6 +28,11 @@ What is read:
 
 - `pipeline_stages`: the stages of the pipeline one by one, and the graphs that they hand on
 - `generated_code`: the code that Inductor generates
+- `described_gpu`: a GPU that is described, so that Inductor writes its code without one
+
+Where operators run without a device:
+
+- `fake_cuda`: their bodies on fake CUDA tensors
 - `graph_snapshot`: all that is made of five models, as files, to compare two versions
 - `package_layers`: the layers of the package as data
 - `repository`: where the repository is
