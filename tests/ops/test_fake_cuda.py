@@ -142,6 +142,11 @@ def integers(*shape: int) -> Tensor:
     return cuda(*shape, dtype=torch.int64)
 
 
+def lse() -> Tensor:
+    """One of 2 batches, 3 heads and 8 rows."""
+    return cuda(2, 3, 8, dtype=F32)
+
+
 OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "shard": lambda: (cuda(2, 23, 5), *SHARD, "g"),
     "gather": lambda: (cuda(2, LOCAL, 5), *SHARD, "g"),
@@ -159,7 +164,7 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "block_means": lambda: (cuda(2, 3, LOCAL, 5), 4, 2, 1, 23, LAYOUT, WORLD, RANK, "g"),
     "choose_blocks": lambda: (cuda(2, 4, 6, 8), cuda(2, 2, 6, 8), 0.1, "k <= q", 23, 23, 4, 0.5, None),
     "pack": lambda: ([cuda(2, 3, 8, 4), cuda(2, 3, 8, 6)], [0, 2, 5, 8]),
-    "merge": lambda: (cuda(2, 3, 8, 4, dtype=F32), cuda(2, 3, 8, dtype=F32), cuda(2, 3, 8, 4), cuda(2, 3, 8, dtype=F32)),
+    "merge": lambda: (cuda(2, 3, 8, 4, dtype=F32), lse(), cuda(2, 3, 8, 4), lse()),
     "mask_tile": lambda: ([integers(2, 9)], cuda(2, 3, 4, 8), "k <= q & x0[b, k] == 1", 2, 3, [2, 6], [0, 9]),
     "mask_tile_backward": lambda: (
         cuda(1, 3, 4, 9, dtype=F32), [cuda(3, 9)], [0], cuda(2, 3, 4, 8), "x0[h, q - k]", 2, 3, [4, 8], [0, 9],

@@ -138,11 +138,12 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _checked_start(
-    sent: Tensor, dst: int | None, numel: int, src: int | None, tag: int, group: str
+    sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
 ) -> p2p.PendingExchange:
     """In place of `p2p.start`: nothing is sent."""
-    assert sent.device.type == "cuda" and sent.dim() == 1 and sent.is_contiguous(), _described(sent)
-    return p2p.PendingExchange(sent.new_empty(numel if src is not None else 0), sent, [], (dst, src))
+    for x in (sent, received):
+        assert x.device.type == "cuda" and x.dim() == 1 and x.is_contiguous(), _described(x)
+    return p2p.PendingExchange(received, sent, [], (dst, src))
 
 
 def _checked_collective(collective: object, *args: Any, group: str) -> None:
