@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from examples.device import CHOICES, start
+
 
 class Attention(nn.Module):
     """Two heads of 8 over the tokens of (1, S, 16), down to a number."""
@@ -31,12 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     """One step on 64 tokens; rank 0 tells where to look."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dump", default="dump", metavar="DIRECTORY")
+    parser.add_argument("--device", choices=CHOICES, default="auto")
     args = parser.parse_args(argv)
-    dist.init_process_group("gloo")
+    device = start(args.device)
     torch.manual_seed(0)
     options = {"compiler": "aot_eager", "layout": "zigzag", "dump": args.dump}
-    model = torch.compile(Attention(), backend="ring_dilated", options=options)
-    loss = model(torch.randn(1, 64, 16))
+    model = torch.compile(Attention().to(device), backend="ring_dilated", options=options)
+    loss = model(torch.randn(1, 64, 16).to(device))
     loss.backward()
     dist.barrier()
     if dist.get_rank() == 0:

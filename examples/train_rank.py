@@ -23,6 +23,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import peak_bytes
+from examples.device import CHOICES, start
 
 TOKENS = 4096  # in a batch, padding included
 SHAPES = {"gpt2": (1, TOKENS), "llama": (2, TOKENS // 2)}
@@ -32,25 +33,26 @@ def main(argv: list[str] | None = None) -> None:
     """Train, one JSON line per step; then measure the peak of activation memory on one step more."""
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo")
+    device = start(args.device)
     report = Report(args.report)
-    model = make_model(args.model, args.seed)
+    model = make_model(args.model, args.seed).to(device)
     report.write(parameters=sum(p.numel() for p in model.parameters()))
     compiled = torch.compile(model, backend=args.backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
     text = corpus()
     torch.manual_seed(args.seed)  # the same dropout on every rank
     for step in range(args.steps):
-        start = time.perf_counter()
-        loss = compiled(**batch(args.model, text, step, args.seed)).loss
+        began = time.perf_counter()
+        loss = compiled(**on(device, batch(args.model, text, step, args.seed))).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        report.write(step=step, loss=loss.item(), seconds=time.perf_counter() - start)
-    last = batch(args.model, text, args.steps, args.seed)
+        report.write(step=step, loss=loss.item(), seconds=time.perf_counter() - began)
+    last = on(device, batch(args.model, text, args.steps, args.seed))
     peak = peak_bytes(
         lambda: compiled(**last).loss.backward(),
         kept=lambda: [p.grad for p in model.parameters()],
+        device=device.type,
     )
     report.write(peak=peak)
     dist.destroy_process_group()
@@ -96,6 +98,11 @@ def batch(name: str, text: torch.Tensor, step: int, seed: int) -> dict[str, torc
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+def on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors on `device`."""
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
 class Report:
     """Lines of JSON: to ``directory/rank<r>.jsonl``, or from rank 0 to standard output."""
 
@@ -116,6 +123,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--backend", default="ring_dilated")
+    parser.add_argument("--device", choices=CHOICES, default="auto")
     parser.add_argument("--report", metavar="DIRECTORY", help="write rank<r>.jsonl here instead of to standard output")
     return parser.parse_args(argv)
 
