@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_checks --ranks 8                          # NCCL, one GPU per rank
     python -m benchmarks.gpu_checks --ranks 2 --device cpu --tokens 64 # gloo, here
 
-Each check compares loss and gradients of a small model on the ring with the same model on one device, and times its
-steps; `syncs` counts the waits of the host for the device in a step, `overlap` writes a trace of one, `drift` trains for
-some steps and compares the weights of all ranks. One line per check; the exit code is 0 if all passed.
+Each check compares loss and gradients of a small model on the ring with those on one device, and times its steps;
+`syncs` counts the waits of the host for the device in a step, `overlap` writes a trace of one, `drift` trains for some
+steps and compares the weights of all ranks. One line per check; the exit code is 0 if all passed.
 """
 
 from __future__ import annotations

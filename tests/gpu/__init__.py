@@ -1,0 +1,1 @@
+"""Code for GPUs, written without one."""
