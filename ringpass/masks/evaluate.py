@@ -1,4 +1,4 @@
-"""The value of a mask expression on one tile."""
+"""The value of a mask expression, on one tile or for one pair."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
     for a score function, `score` to the tile's scores (B, H, Lq, Lk).  Loads read `leaves`, by number.
     Differentiable in floating-point leaves and in the scores.
     """
+    out = value_at(expr, positions, leaves)
+    return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+
+
+def value_at(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
+    """As `evaluate`, of the shape to which positions of any shapes broadcast: a scalar where these are scalars."""
     known: dict[Expr, Any] = {}
 
     def value(e: Expr) -> Any:
@@ -26,15 +32,18 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             known[e] = compute(e)
         return known[e]
 
+    def element(x: Tensor, at: Sequence[Expr]) -> Any:
+        return torch.ops.aten.index(x, [_tensor(value(i), positions) for i in at])  # also for scalars under vmap
+
     def compute(e: Expr) -> Any:
         if isinstance(e, Index):
             return positions[e.name]
         if isinstance(e, Const):
             return e.value
         if isinstance(e, Load):
-            return leaves[e.leaf][tuple(value(i) for i in e.indices)] if e.indices else leaves[e.leaf]
+            return element(leaves[e.leaf], e.indices) if e.indices else leaves[e.leaf]
         if isinstance(e, Table):
-            return e.array.tensor(positions["q"])[tuple(value(i) for i in e.indices)]
+            return element(e.array.tensor(positions["q"]), e.indices)
         assert isinstance(e, Call)
         if e.op == "cast":
             x = value(e.args[0])
@@ -54,8 +63,7 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
                 args[1:] = [torch.full((), a, dtype=torch.float64, device=args[0].device) for a in args[1:]]  # exact
         return OPERATORS[e.op].compute(*args)
 
-    out = _tensor(value(expr), positions)
-    return out.reshape((1,) * (4 - out.ndim) + tuple(out.shape))
+    return _tensor(value(expr), positions)
 
 
 def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:

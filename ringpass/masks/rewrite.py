@@ -66,6 +66,25 @@ def bind(expr: Expr, values: Mapping[int, ConstantArray]) -> Expr:
     return replace_loads(expr, lambda i, indices: gathered(values[i], indices) if i in values else Load(i, indices))
 
 
+def tables_as_leaves(expr: Expr, first: int) -> tuple[Expr, tuple[ConstantArray, ...]]:
+    """`expr` with tables replaced by loads of the leaves `first`, `first` + 1, ..; and the arrays of these leaves.
+
+    >>> from ringpass.masks.expr import parse, table, Q
+    >>> found, arrays = tables_as_leaves(call("eq", table([5, 6], Q), table([5, 6], Call("add", (Q, Const(1))))), 2)
+    >>> print(found, [array.values.tolist() for array in arrays])
+    x2[q] == x2[q + 1] [[5, 6]]
+    """
+    numbers: dict[ConstantArray, int] = {}
+
+    def loaded(part: Expr) -> Expr:
+        found = rebuilt(part, loaded)
+        if not isinstance(found, Table):
+            return found
+        return Load(numbers.setdefault(found.array, first + len(numbers)), found.indices)
+
+    return loaded(expr), tuple(numbers)
+
+
 def gathered(array: ConstantArray, indices: tuple[Expr, ...]) -> Table:
     """Element `indices` of `array`; a table that is the only varying index is composed with it, for exact bounds.
 
