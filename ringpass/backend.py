@@ -22,6 +22,7 @@ from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
+from ringpass.kernels.cuda import flash_implementation
 from ringpass.lazy import LazyOutput
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
@@ -267,6 +268,7 @@ def _facts(
     return (
         ("call", "a compiled model"),
         ("versions", f"torch {torch.__version__}, ringpass {ringpass.__version__}"),
+        ("flash attention", flash_implementation()),
         ("options", config.fingerprint()),
         ("inputs", "; ".join(" ".join(i) for i in inputs)),
         ("graph", text),

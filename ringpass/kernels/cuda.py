@@ -47,6 +47,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def flash_implementation() -> str:
+    """What runs the ATen op that `flash` calls: "FA2", torch's own, or the replacement that the user has activated."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    return current() or "FA2"
+
+
 # --- flash ------------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +89,7 @@ def _flash_width(q: Tensor) -> int:
 def cudnn(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
     """(out, lse) of one tile."""
     width = _padded(q.shape[3], 8)
-    inputs = [_packed(_fit(x, width)) for x in (q, k, v)]
+    inputs = [_fit(x, width) for x in (q, k, v)]
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*inputs, None, True, 0.0, args.causal, scale=args.scale)
     return _first(out, 3, v.shape[3]), lse.reshape(q.shape[:3])
 
@@ -91,17 +97,28 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tens
 def cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
     """(dq, dk, dv, None) of one tile from the rows' global `out` and `lse`.
 
-    Contiguous inputs: for others the op may expect lse in another memory order.
+    The op keeps its plans by the strides of q, k and v alone, and reads the others by those of the call for which it
+    made the plan.  They are given the strides that its own forward returns: those of `empty_like(q)`, lse contiguous.
     """
     width, lengths = _padded(q.shape[3], 8), (q.shape[2], k.shape[2])
-    inputs = [_packed(_fit(x, width)) for x in (grad, q, k, v, out)]
+    given = q, k, v
+    q, k, v = (_fit(x, width) for x in given)
+    inputs = (_laid_out_like(q, grad), q, k, v, _laid_out_like(q, out))
     seed = offset = q.new_empty((), dtype=torch.int64)
     rest = (None, None, None, *lengths, 0.0, args.causal)  # no bias, no packed sequences
     grads = aten._scaled_dot_product_cudnn_attention_backward(
         *inputs, _packed(lse).unsqueeze(-1), seed, offset, *rest, scale=args.scale
     )
-    dq, dk, dv = (_first(g, 3, x.shape[3]) for g, x in zip(grads, (q, k, v), strict=True))
+    dq, dk, dv = (_first(g, 3, x.shape[3]) for g, x in zip(grads, given, strict=True))
     return dq, dk, dv, None
+
+
+def _laid_out_like(q: Tensor, x: Tensor) -> Tensor:
+    """`x`, padded with zeros to the width of `q`, with the strides of `empty_like(q)`; copied where it has others."""
+    x = _fit(x, q.shape[3])
+    wanted = torch.empty_like(q)
+    same = all(n == 1 or a == b for n, a, b in zip(q.shape, x.stride(), wanted.stride(), strict=True))
+    return x if same else wanted.copy_(x)
 
 
 # --- efficient --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ A row that sees no key gives out 0 and lse -inf.  The backward takes the *global
 gradients of several tiles add up to the exact gradient; a row with lse +inf there gives no gradient.
 
     flash_cpu   CPU, all dtypes but float16: every tile that has no dropout, no learned bias, V as wide as Q
+    cudnn       CUDA, float16 and bfloat16, sm90 or newer, widths to 128: full and causal tiles, V as wide as Q; not on
+                sm90 while FlashAttention-3 is active
     flash       CUDA, float16 and bfloat16, sm80 or newer: full and causal tiles, widths to 256, V as wide as Q
-    cudnn       CUDA, float16 and bfloat16, sm90, widths to 128: full and causal tiles that flash does not take
     flex        CUDA, float16 and bfloat16, sm80, widths 16 to 256: tiles of 128 x 128 blocks with a mask and no bias
     efficient   CUDA, float32, float16, bfloat16 (sm80): any tile with a mask or a bias, and those the others refuse
     plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
@@ -65,6 +66,7 @@ class KernelSpec:
     long_causal: causal tiles may have Lq != Lk.
     mirrors: takes mirrored tiles as they are.
     narrow_gradients: its gradients come in the dtype of q; else in the accumulator's.
+    yields_to_fa3: is left out on sm90 while FlashAttention-3, which `flash` then calls, is active.
     """
 
     forward: Forward
@@ -79,6 +81,7 @@ class KernelSpec:
     long_causal: bool = True
     mirrors: bool = False
     narrow_gradients: bool = False
+    yields_to_fa3: bool = False
 
 
 def _since(capability: Capability, *dtypes: torch.dtype) -> dict[torch.dtype, Capability]:
@@ -96,6 +99,17 @@ KERNELS: dict[str, KernelSpec] = {
         wide_values=False,
         mirrors=True,
     ),
+    "cudnn": KernelSpec(
+        kernels_cuda.cudnn,
+        kernels_cuda.cudnn_backward,
+        device="cuda",
+        dtypes=_since((9, 0), *HALF),
+        takes=frozenset({"causal"}),
+        widths=(1, 128),
+        wide_values=False,
+        narrow_gradients=True,
+        yields_to_fa3=True,
+    ),
     "flash": KernelSpec(
         kernels_cuda.flash,
         kernels_cuda.flash_backward,
@@ -105,16 +119,6 @@ KERNELS: dict[str, KernelSpec] = {
         widths=(1, 256),
         wide_values=False,
         long_causal=False,
-        narrow_gradients=True,
-    ),
-    "cudnn": KernelSpec(
-        kernels_cuda.cudnn,
-        kernels_cuda.cudnn_backward,
-        device="cuda",
-        dtypes=_since((9, 0), *HALF),
-        takes=frozenset({"causal"}),
-        widths=(1, 128),
-        wide_values=False,
         narrow_gradients=True,
     ),
     "flex": KernelSpec(
@@ -147,8 +151,8 @@ def choose(
 ) -> str:
     """Name of the kernel for a tile with (Q, V) `head_widths` and (query, key) `lengths`.
 
-    Depends on nothing but its arguments and the device's compute capability, so all ranks choose alike if their devices
-    are alike.
+    Depends on nothing but its arguments, the device's compute capability, and the implementation of flash attention
+    that is active, so all ranks choose alike if their devices are alike: they compare the last before a call.
     """
     acting = {
         "causal": args.causal or args.mirrored,
@@ -174,7 +178,10 @@ def _runs_on(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> bool
     """Whether a kernel supports the device and, on it, the dtype."""
     if spec.device not in (None, device.type) or (spec.dtypes is not None and dtype not in spec.dtypes):
         return False
-    return spec.dtypes is None or kernels_cuda.capability(device) >= spec.dtypes[dtype]
+    capability = kernels_cuda.capability(device)
+    if spec.yields_to_fa3 and capability[0] == 9 and kernels_cuda.flash_implementation() == "FA3":
+        return False
+    return spec.dtypes is None or capability >= spec.dtypes[dtype]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:

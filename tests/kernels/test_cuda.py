@@ -26,19 +26,22 @@ from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS, backward, choose, forward
 from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.precision import accumulator
-from tests.support.tile_oracle import TILE_CASES, oracle_step, random_qkv, rows_without_keys
+from tests.support.tile_oracle import TILE_CASES, noise, oracle_step, random_qkv, rows_without_keys
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+BLACKWELL, HOPPER, AMPERE, TURING = (10, 0), (9, 0), (8, 0), (7, 5)
 FULL, CAUSAL = TileArgs(0.3), TileArgs(0.3, causal=True)
 BIT, ZERO = torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1, 1)
 MASKED, BIASED = TileArgs(0.3, mask=BIT), TileArgs(0.3, bias=ZERO)
 LEARNED, DROPPED = TileArgs(0.3, bias=ZERO, learned=True), TileArgs(0.3, keep=BIT, dropout=0.1)
 
 CHOICES: list[tuple[tuple[int, int], torch.dtype, tuple[int, int], tuple[int, int], TileArgs, str]] = [
-    (HOPPER, BF16, (64, 64), (64, 64), FULL, "flash"),
-    (HOPPER, F16, (128, 128), (64, 64), CAUSAL, "flash"),
-    (HOPPER, F16, (20, 20), (5, 9), FULL, "flash"),
+    (HOPPER, BF16, (64, 64), (64, 64), FULL, "cudnn"),
+    (HOPPER, F16, (128, 128), (64, 64), CAUSAL, "cudnn"),
+    (HOPPER, F16, (20, 20), (5, 9), FULL, "cudnn"),
+    (BLACKWELL, BF16, (128, 128), (64, 64), CAUSAL, "cudnn"),
+    (AMPERE, BF16, (64, 64), (64, 64), FULL, "flash"),
+    (AMPERE, F16, (20, 20), (64, 64), CAUSAL, "flash"),
     (HOPPER, BF16, (256, 256), (64, 64), CAUSAL, "flash"),
     (HOPPER, BF16, (264, 264), (64, 64), CAUSAL, "efficient"),
     (HOPPER, BF16, (64, 64), (64, 32), CAUSAL, "cudnn"),
@@ -48,7 +51,6 @@ CHOICES: list[tuple[tuple[int, int], torch.dtype, tuple[int, int], tuple[int, in
     (HOPPER, BF16, (64, 64), (64, 64), MASKED, "efficient"),
     (HOPPER, BF16, (64, 64), (1024, 128), MASKED, "flex"),
     (AMPERE, F16, (128, 128), (128, 128), TileArgs(0.3, causal=True, mask=BIT), "flex"),
-    (HOPPER, BF16, (64, 64), (1024, 129), MASKED, "efficient"),
     (HOPPER, BF16, (8, 8), (128, 128), MASKED, "efficient"),
     (HOPPER, BF16, (64, 64), (128, 128), TileArgs(0.3, mask=BIT, bias=ZERO), "efficient"),
     (HOPPER, F32, (64, 64), (128, 128), MASKED, "efficient"),
@@ -73,6 +75,27 @@ def test_choices(
     capability, dtype, widths, lengths, args, name = row
     monkeypatch.setattr(kernels_cuda, "capability", lambda device: capability)
     assert choose(torch.device("cuda"), dtype, widths, lengths, args) == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "args", "name"),
+    [
+        (HOPPER, 64, CAUSAL, "flash"),
+        (HOPPER, 256, FULL, "flash"),
+        (HOPPER, 264, FULL, "efficient"),
+        (HOPPER, 64, MASKED, "efficient"),
+        (BLACKWELL, 64, CAUSAL, "cudnn"),  # FlashAttention-3 runs on sm90 only
+    ],
+)
+def test_an_active_flash_attention_3_comes_first(
+    capability: tuple[int, int], width: int, args: TileArgs, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_cuda, "capability", lambda device: capability)
+    assert kernels_cuda.flash_implementation() == "FA2"
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    assert kernels_cuda.flash_implementation() == "FA3"
+    assert choose(torch.device("cuda"), BF16, (width, width), (64, 64), args) == name
+    assert choose(torch.device("cuda"), F32, (width, width), (64, 64), args) == "efficient"
 
 
 def test_no_capability_without_cuda() -> None:
@@ -136,7 +159,7 @@ def test_shapes_on_fake_cuda(name: str, dtype: torch.dtype, shape: str) -> None:
             check(name, q, k, v, grad, CAUSAL)
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(BF16, "flash"), (F32, "efficient"), (F64, "plain")])
+@pytest.mark.parametrize(("dtype", "name"), [(BF16, "cudnn"), (F32, "efficient"), (F64, "plain")])
 def test_chosen_kernel_runs_on_fake_cuda(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_cuda, "capability", lambda device: HOPPER)
     called: list[str] = []
@@ -179,6 +202,27 @@ def test_inputs_are_copied_only_where_they_are_not_aligned() -> None:
         assert fitted.is_contiguous() and fitted.storage_offset() == 0 and torch.equal(fitted, x)
     wider = kernels_cuda._fit(thin, 24)
     assert torch.equal(wider[..., :16], thin) and not wider[..., 16:].any()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_cudnn_gets_operands_as_they_lie(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operand is copied that has the strides of q; the others get them."""
+    given: list[Tensor] = []
+
+    class Noted(Imitation):
+        def _scaled_dot_product_cudnn_attention_backward(self, *inputs: Any, scale: float) -> tuple[Tensor, ...]:
+            given.extend(inputs[:5])
+            return super()._scaled_dot_product_cudnn_attention_backward(*inputs, scale=scale)
+
+    monkeypatch.setattr(kernels_cuda, "aten", Noted())
+    sizes = [(2, 4, 7, 8)[i] for i in order]
+    grad, q, k, v, out = (noise(*sizes, seed=s).permute(order) for s in range(5))
+    kernels_cuda.cudnn_backward(grad, q, k, v, out, noise(2, 4, 7), FULL)
+    assert all(a is b for a, b in zip(given, (grad, q, k, v, out), strict=True))
+    del given[:]
+    longer = noise(2, 9, 4, 8).transpose(1, 2)
+    kernels_cuda.cudnn_backward(longer[:, :, 1:8], q, k, v, out, noise(2, 4, 7), FULL)
+    assert torch.equal(given[0], longer[:, :, 1:8]) and given[4] is out
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 9), (1, 4, 7, 1), (1, 1, 1, 1), (2, 4, 7, 9), (2, 1, 7, 16)])
@@ -225,6 +269,7 @@ class Imitation:
         self.demand(8, grad, q, k, v, out)
         assert (rows, keys, dropout, bias) == (q.shape[2], k.shape[2], 0.0, None)
         assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
+        assert grad.stride() == out.stride() == torch.empty_like(q).stride(), "a plan is kept by q, k and v alone"
         return plain_backward(grad, q, k, v, out, lse.squeeze(-1), TileArgs(scale, causal))[:3]
 
     def _scaled_dot_product_efficient_attention(
@@ -287,10 +332,6 @@ def dense_flex() -> Iterator[None]:
         patch.setattr(torch_flex, "_validate_device", lambda *_: None)
         patch.setattr(kernels_cuda, "flex_attention", lambda: torch_flex.flex_attention)
         yield
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def patchy(*shape: int) -> Tensor:
