@@ -3,9 +3,10 @@
     python -m benchmarks.kernels [--repeats 20]
 
 Per tile (full, causal, partial), size and dtype: median times of forward and backward with CUDA events, and TFLOP/s
-of the scores that the tile really needs.  A star marks the kernel that `ringpass.kernels.table.choose` takes.  Prints
-tables and writes benchmarks/results/kernels_<device>.json.  What runs out of memory or refuses has no time, but a
-reason.
+of the scores that the tile really needs.  A star marks the kernel that the ring takes.  `flex` is timed as a masked
+step, whose block lists are made before, once for all layers; the other kernels as tiles with the evaluated mask.
+Prints tables and writes benchmarks/results/kernels_<device>.json.  What runs out of memory or refuses has no time, but
+a reason.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ringpass.kernels.flex import takes_step
 from ringpass.kernels.table import HALF, KERNELS, choose
 from ringpass.kernels.tile import TileArgs
+from ringpass.ops import masked_steps
 
 RESULTS = Path(__file__).parent / "results"
 ALL = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,10 +36,11 @@ KINDS = {
     "flash": (HALF, ("full", "causal")),
     "cudnn": (HALF, ("full", "causal")),
     "efficient": (ALL, ("full", "causal", "partial")),
-    "flex": (ALL, ("partial",)),
+    "flex": (HALF, ("partial",)),
     "plain": (ALL, ("full", "causal", "partial")),
 }
 """Kernel -> dtypes and tiles that it can serve."""
+DOCUMENTS = "k <= q & q // {0} == k // {0}"  # the mask of a partial tile
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def measure(tile: str, repeats: int) -> Iterator[Timing]:
             q, k, v, grad = inputs(size, dtype)
             args, share = tile_args(tile, size)
             lengths, widths = (size.length, size.length), (size.width, size.width)
-            chosen = choose(q.device, dtype, widths, lengths, args)
+            whole = tile == "partial" and takes_step(q.device, dtype, size.width)
+            chosen = "flex" if whole else choose(q.device, dtype, widths, lengths, args)
             for kernel, (dtypes, tiles) in KINDS.items():
                 if dtype in dtypes and tile in tiles:
                     name = str(dtype).removeprefix("torch.")
@@ -114,9 +120,9 @@ def timed(
     row: Timing, size: Size, share: float, given: tuple[Tensor, Tensor, Tensor, Tensor], args: TileArgs, repeats: int
 ) -> Timing:
     """`row` with its times."""
-    forward, backward = KERNELS[row.kernel].forward, KERNELS[row.kernel].backward
     q, k, v, grad = given
     try:
+        forward, backward = calls(row.kernel, size, q.device)
         out, lse = forward(q, k, v, args)
         out, lse = out.to(q.dtype), lse.masked_fill(lse == -torch.inf, torch.inf)
         there = median(lambda: forward(q, k, v, args), repeats)
@@ -126,6 +132,23 @@ def timed(
         return replace(row, problem=f"{type(error).__name__}: {error}".splitlines()[0][:200])
     work = 4 * size.batch * size.heads * size.length**2 * size.width * share / 1e9  # two products, 2 flops each
     return replace(row, forward=there, backward=back, forward_tflops=work / there, backward_tflops=2.5 * work / back)
+
+
+def calls(kernel: str, size: Size, device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward of a kernel, as functions of tensors and TileArgs."""
+    if kernel != "flex":
+        return KERNELS[kernel].forward, KERNELS[kernel].backward
+    mask, span = DOCUMENTS.format(size.length // 2), [0, size.length]
+    lists = masked_steps.block_lists([], mask, size.batch, size.heads, span, span, device)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> Any:
+        return masked_steps.attention_step(q, k, v, [], lists, mask, args.scale, [])
+
+    def backward(*given: Any) -> Any:
+        *tensors, args = given
+        return masked_steps.attention_step_backward(*tensors, [], lists, mask, args.scale, [])
+
+    return forward, backward
 
 
 def median(run: Callable[[], object], repeats: int) -> float:

@@ -6,6 +6,7 @@
                                 same code: above the unroll limit (the larger of P and the number of tiles, summed over
                                 all sites), with a symbolic length, or where data of each call prunes the schedule
     merge                     kept in the graph that is shown; `inline_arithmetic` then replaces it by ATen arithmetic
+    block_lists               equal ones, of layers with the same mask, become one node
     shard, gather             kept, renamed permute_<layout>, restore_<layout>
     permute                   kept, renamed permute_hilbert_<grid>, its inverse restore_hilbert_<grid>
 
@@ -27,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
-from ringpass.ops import primitives
+from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import LABEL
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.schedule.site import SITES, lookup
@@ -63,6 +64,7 @@ def lower(graph: Graph, unroll_limit: int, left: int) -> None:
         traced: dict[str, GraphModule] = {}
         for node in fixed:
             _unroll(graph, node, traced)
+    _share_block_lists(graph)
     graph.lint()
 
 
@@ -151,6 +153,18 @@ def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _share_block_lists(graph: Graph) -> None:
+    """Makes equal `block_lists`, and equal lists of theirs, one node: none writes to the leaves that they read."""
+    first: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        lists = node.args[0] if node.target is operator.getitem else node
+        if isinstance(lists, Node) and lists.target is masked_steps.block_lists:
+            kept = first.setdefault(repr((node.target, node.args)), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
 
 
 def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> Node:

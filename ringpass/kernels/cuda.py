@@ -4,34 +4,26 @@
     cudnn        aten._scaled_dot_product_cudnn_attention: the same, causal top-left; its lse is (B, H, Lq, 1)
     efficient    aten._scaled_dot_product_efficient_attention: also float32, an additive mask, V of any width; causal
                  top-left; no GQA (K, V are repeated); its lse is padded with +inf to a multiple of 32 rows
-    flex         torch's FlexAttention with the tile's mask as a BlockMask: blocks that see nothing are skipped, blocks
-                 that see all skip the mask; GQA
 
-In all of them lse is float32 and a natural logarithm (FlexAttention's public one; inside it is base 2), and the
-backward takes any out and lse for a row: efficient, flash and cudnn compute exp(score - lse), which is 0 at lse = +inf.
-For a row that sees no key in a masked tile, efficient returns lse 0 and flex -inf; both are overwritten here, from the
-mask.  No kernel uses dropout, so the random states of the backwards are never read.
+In all of them lse is float32 and a natural logarithm, and the backward takes any out and lse for a row: it computes
+exp(score - lse), which is 0 at lse = +inf.  For a row that sees no key in a masked tile, efficient returns lse 0, which
+is overwritten here, from the mask.  No kernel uses dropout, so the random states of the backwards are never read.
 
-The ops need 16-byte alignment of pointers and strides: widths are padded with zeros, which changes no score.
+The ops take strides, but need 16-byte alignment of pointers and strides: widths are padded with zeros, which changes no
+score.  FlexAttention, for whole steps under a mask, is in `ringpass.kernels.flex`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringpass.kernels.tile import Grads, TileArgs, above_diagonal, additive, per_key_head, per_query_head, sees_nothing
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from ringpass.kernels.tile import Grads, TileArgs, additive, per_key_head, per_query_head, sees_nothing
 
 aten = torch.ops.aten
-BLOCK = 128  # edge of the squares that flex classifies as empty, mixed or full
 LSE_ROWS = 32  # efficient's lse has a multiple of this many rows
 BIAS_COLUMNS = 16  # efficient's additive mask has rows that start at multiples of this many elements
 
@@ -156,83 +148,6 @@ def _bias_rows(added: Tensor, q: Tensor, k: Tensor) -> Tensor:
     keys = k.shape[2]
     rows = F.pad(added.expand(*added.shape[:3], keys), (0, -keys % BIAS_COLUMNS))
     return _first(_packed(rows), 3, keys).expand(*q.shape[:3], keys)
-
-
-# --- flex -------------------------------------------------------------------------------------------------------------
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one masked tile."""
-    mask = _open(q, k, args)
-    out, lse = _attend(q, k, v, mask, args.scale)
-    return _without_blind_rows(out, lse, ~mask.any(-1))
-
-
-def flex_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, args: TileArgs) -> Grads:
-    """(dq, dk, dv, None) of one masked tile from the rows' global `out` and `lse`.
-
-    FlexAttention's gradient uses only the tile's out and lse, so the tile is run again.  With c = exp(tile lse - lse),
-    the tile's fraction of each row, the weights of the full row are c times the tile's: the exact gradient follows from
-    c grad as the gradient of the tile's out, and (tile out - out) . c grad as that of its lse.
-    """
-    mask = _open(q, k, args)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        tile_out, tile_lse = _attend(leaves[0], leaves[1], leaves[2], mask, args.scale)
-    blind = ~mask.any(-1)
-    found, found_lse = _without_blind_rows(tile_out.detach(), tile_lse.detach(), blind)
-    share = torch.exp(found_lse - lse).unsqueeze(-1)
-    part = (grad * share).to(q.dtype)
-    towards_lse = ((found.to(lse.dtype) - out) * part).sum(-1)
-    dq, dk, dv = torch.autograd.grad([tile_out, tile_lse], leaves, [part, towards_lse.to(tile_lse.dtype)])
-    return dq, dk, dv, None
-
-
-def _open(q: Tensor, k: Tensor, args: TileArgs) -> Tensor:
-    """The tile's mask with the triangle, expanded to all rows and columns, but not over batch and heads."""
-    assert args.mask is not None and args.bias is None
-    mask = args.mask.expand(*args.mask.shape[:2], q.shape[2], k.shape[2])
-    return mask & ~above_diagonal(q, k) if args.causal else mask
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    expanded = mask.expand(*q.shape[:3], k.shape[2])
-    blocks = block_mask(mask, lambda b, h, i, j: expanded[b, h, i, j])
-    grouped, aux = q.shape[1] != k.shape[1], AuxRequest(lse=True)
-    out, stats = flex_attention()(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped, return_aux=aux)
-    return out, stats.lse
-
-
-@cache
-def flex_attention() -> Callable[..., Any]:
-    """FlexAttention as a fused kernel: compiled once for all tiles, specialised by torch to their shapes."""
-    from torch.nn.attention.flex_attention import flex_attention as attention
-
-    return torch.compile(attention, fullgraph=True)
-
-
-def block_mask(mask: Tensor, mask_mod: Callable[..., Tensor]) -> BlockMask:
-    """The BlockMask of an evaluated mask (B or 1, H or 1, Lq, Lk): which squares are empty, mixed or full.
-
-    `mask_mod`: the same mask as a function of (b, h, q, k).
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    rows, columns = mask.shape[2:]
-    padded = F.pad(mask, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    squares = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4)
-    some, all_ = squares.flatten(4).any(-1), squares.flatten(4).all(-1)
-    mixed, full = _ordered(some & ~all_), _ordered(all_)
-    return BlockMask.from_kv_blocks(*mixed, *full, BLOCK, mask_mod, seq_lengths=(rows, columns))
-
-
-def _ordered(present: Tensor) -> tuple[Tensor, Tensor]:
-    """(count, indices) of the key blocks present for each query block, present ones first."""
-    ones = present.to(torch.int32)
-    order = torch.argsort(ones, dim=-1, descending=True, stable=True)
-    return ones.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ gradients of several tiles add up to the exact gradient; a row with lse +inf the
     cudnn       CUDA, float16 and bfloat16, sm90 or newer, widths to 128: full and causal tiles, V as wide as Q; not on
                 sm90 while FlashAttention-3 is active
     flash       CUDA, float16 and bfloat16, sm80 or newer: full and causal tiles, widths to 256, V as wide as Q
-    flex        CUDA, float16 and bfloat16, sm80, widths 16 to 256: tiles of 128 x 128 blocks with a mask and no bias
     efficient   CUDA, float32, float16, bfloat16 (sm80): any tile with a mask or a bias, and those the others refuse
     plain       ATen arithmetic: dropout, a bias that needs its gradient, any other function of the scores, float64 on
                 CUDA, other devices, ROCm
+
+On CUDA in float16 and bfloat16, all tiles of a step that need a mask and nothing else are one call of FlexAttention
+(`ringpass.kernels.flex`), not tiles of this table.
 
 A mirrored tile (row i sees keys i and after) is computed with all rows in reverse, as a causal one; `flash_cpu` takes
 it as it is.
@@ -59,9 +61,7 @@ class KernelSpec:
     device: the type of device, None: any.
     dtypes: those of q, k and v, each with the least compute capability that it needs; None: all.
     takes: what may act on the scores, beside the scale.
-    needs: what must act on them.
     widths: narrowest and widest head.
-    block: the numbers of queries and of keys are multiples of it.
     wide_values: V may be wider or narrower than Q.
     long_causal: causal tiles may have Lq != Lk.
     mirrors: takes mirrored tiles as they are.
@@ -74,9 +74,7 @@ class KernelSpec:
     device: str | None = None
     dtypes: Mapping[torch.dtype, Capability] | None = None
     takes: frozenset[str] = ANYTHING
-    needs: frozenset[str] = frozenset()
     widths: tuple[int, int] = (0, sys.maxsize)
-    block: int = 1
     wide_values: bool = True
     long_causal: bool = True
     mirrors: bool = False
@@ -121,18 +119,6 @@ KERNELS: dict[str, KernelSpec] = {
         long_causal=False,
         narrow_gradients=True,
     ),
-    "flex": KernelSpec(
-        kernels_cuda.flex,
-        kernels_cuda.flex_backward,
-        device="cuda",
-        dtypes=_since((8, 0), *HALF),
-        takes=MASKED - {"bias"},
-        needs=frozenset({"mask"}),
-        widths=(16, 256),
-        block=128,
-        wide_values=False,
-        narrow_gradients=True,
-    ),
     "efficient": KernelSpec(
         kernels_cuda.efficient,
         kernels_cuda.efficient_backward,
@@ -167,9 +153,7 @@ def choose(
         width = spec.widths[0] <= min(head_widths) and max(head_widths) <= spec.widths[1]
         values = spec.wide_values or head_widths[0] == head_widths[1]
         long = spec.long_causal or not args.causal or lengths[0] == lengths[1]
-        blocks = all(n % spec.block == 0 for n in lengths)
-        acts = spec.needs <= present <= spec.takes
-        if acts and width and values and long and blocks and _runs_on(spec, device, dtype):
+        if present <= spec.takes and width and values and long and _runs_on(spec, device, dtype):
             return name
     raise AssertionError("the last kernel takes every tile")
 

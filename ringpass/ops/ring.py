@@ -31,13 +31,13 @@ from torch import Tensor
 from ringpass.kernels.blocks import join_rows, row_slice, stacked, unstacked
 from ringpass.layouts.ranges import Ranges, tokens
 from ringpass.masks.intervals import PARTIAL
-from ringpass.ops import primitives
+from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import RowAccumulator, add, label, merge, row_accumulator
 from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import make_transport
 from ringpass.precision import accumulator
-from ringpass.schedule.launches import Launch
+from ringpass.schedule.launches import Launch, whole_step
 from ringpass.schedule.messages import rows_of
 from ringpass.schedule.program import Step, divided
 from ringpass.schedule.site import Site
@@ -74,10 +74,11 @@ def _attend(
     """Merges attention over each block into the state of its site.  `data`: the leaves and the seed."""
     for i, step, block in served:
         site, q, (leaves, seed) = transport.sites[i], queries[i], data
-        op = primitives.scored_tile if site.score else primitives.attention_tile
-        for launch in site.launches(step.tiles, q.shape[0]):
+        tile_op = primitives.scored_tile if site.score else primitives.attention_tile
+        for launch in _launches(site, step, q):
             name = _name(site, step, launch)
             args = _tile_args(site, step, launch, q, leaves, seed, [*in_flight, *transport.merged])
+            op = masked_steps.attention_step if launch.whole else tile_op
             with label(f"attention_{name}"):
                 found = op(_rows(q, launch), *(_keys(x, launch) for x in block), *args)
                 found = tuple(unstacked(x, launch.count) for x in found)
@@ -143,9 +144,11 @@ class _Gradients:
         self.dleaves = [torch.zeros_like(leaves[i], dtype=self.dtype) for i in site.learned]
 
     def _halves(self, index: int) -> tuple[list[Launch], list[Launch]]:
-        group_site, tiles = self.transport.sites[index], self.transport.steps(index)[0].tiles
-        first, last = divided(tiles) if self.transport.remote else (tiles, ())
+        group_site, local = self.transport.sites[index], self.transport.steps(index)[0]
         q = self.query_sides[index][1]
+        if not self.transport.remote or masked_steps.runs_whole(group_site, local.tiles, q):
+            return _launches(group_site, local, q), []
+        first, last = divided(local.tiles)
         return group_site.launches(first, q.shape[0]), group_site.launches(last, q.shape[0])
 
     def _spans(self, index: int) -> list[tuple[int, int]]:
@@ -160,7 +163,7 @@ class _Gradients:
     def of_block(self, block: Block, in_flight: list[Tensor]) -> tuple[Tensor, ...]:
         """dK and dV of a received block."""
         i, step, (k, v) = block
-        found = self.transport.sites[i].launches(step.tiles, self.query_sides[i][1].shape[0])
+        found = _launches(self.transport.sites[i], step, self.query_sides[i][1])
         dtype = self.transport.gradient_dtype(step.receive)
         dkv = row_accumulator(k.shape[2], dtype, partial(_key_spans, found))
         self.accumulate(block, found, in_flight, dkv)
@@ -176,7 +179,8 @@ class _Gradients:
             args = _tile_args(group_site, step, launch, query_side[1], self.leaves, self.seed, after)
             with label(f"attention_backward_{name}"):
                 rows, keys = [_rows(x, launch) for x in query_side], [_keys(x, launch) for x in blocks]
-                dq, dk, dv, *others = self.op(*rows[:2], *keys, *rows[2:], *args)
+                op = masked_steps.attention_step_backward if launch.whole else self.op
+                dq, dk, dv, *others = op(*rows[:2], *keys, *rows[2:], *args)
                 dq = unstacked(dq, launch.count)
             combined = self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
             combined += _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")
@@ -188,6 +192,13 @@ class _Gradients:
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def _launches(group_site: Site, step: Step, q: Tensor) -> list[Launch]:
+    """The launches of a step."""
+    if masked_steps.runs_whole(group_site, step.tiles, q):
+        return [whole_step(step)]
+    return group_site.launches(step.tiles, q.shape[0])
 
 
 def _rows(x: Tensor, launch: Launch) -> Tensor:
@@ -227,9 +238,7 @@ def _each(x: Tensor, launch: Launch) -> Tensor:
 
 def _query_spans(transport: Transport, index: int, q: Tensor, first: int = 0) -> list[tuple[int, int]]:
     return [
-        launch.q
-        for step in transport.steps(index)[first:]
-        for launch in transport.sites[index].launches(step.tiles, q.shape[0])
+        launch.q for step in transport.steps(index)[first:] for launch in _launches(transport.sites[index], step, q)
     ]
 
 
@@ -310,7 +319,10 @@ def _tile_args(
     seed: Tensor | None,
     after: list[Tensor],
 ) -> tuple[Any, ...]:
-    """The arguments of `attention_tile`, or of `scored_tile`, after q, k, v."""
+    """The arguments of `attention_tile`, `scored_tile` or `attention_step` after q, k, v."""
+    if launch.whole:
+        with label(f"block_lists_{_name(site, step, launch)}"):
+            return masked_steps.step_args(site, _spans(site, step, launch, q), leaves, q.device, after)
     kind, name = launch.kind, _name(site, step, launch)
     spans: tuple[Any, ...] = _spans(site, step, launch, q) if kind == PARTIAL or site.depends_on_tokens else ()
     allowed = bias = keep = None

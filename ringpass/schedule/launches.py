@@ -10,7 +10,8 @@
 
 Thin full tiles of the same query rows share a launch: their keys are concatenated.  Launches of one shape whose query
 rows follow each other, and whose keys advance by a constant number of rows, form a *stack*: one launch with a larger
-batch.  Tiles whose scores depend on their tokens, by a mask or a bias, are not stacked.
+batch.  Tiles whose scores depend on their tokens, by a mask or a bias, are not stacked.  Where a kernel takes a mask as
+a function, all tiles of a step are one launch, a *whole step*.
 
 Contract: each tile is in one launch, once; the query rows of a launch are one range.
 """
@@ -23,6 +24,7 @@ from itertools import pairwise
 
 from ringpass.layouts.ranges import Ranges
 from ringpass.masks.intervals import FULL, PARTIAL
+from ringpass.schedule.program import Step
 from ringpass.schedule.tiles import THIN, TILE, Tile
 
 STACK = 2 * TILE  # most query rows of a stack: its results should stay in the cache of a CPU
@@ -32,12 +34,14 @@ STACK = 2 * TILE  # most query rows of a stack: its results should stay in the c
 class Launch:
     """`tiles` of the same query rows, repeated on the query rows that follow, `count` times in all.
 
-    On repeat i, the keys of tile t start shifts[t] * i rows later.
+    On repeat i, the keys of tile t start shifts[t] * i rows later.  `whole`: its one tile is a whole step, under the
+    site's mask.
     """
 
     tiles: tuple[Tile, ...]
     count: int
     shifts: tuple[int, ...]
+    whole: bool = False
 
     @property
     def kind(self) -> str:
@@ -69,6 +73,19 @@ class Launch:
         if self.count == 1:
             return text
         return f"{text}, {self.count} times: q by {self.rows}, k by {', '.join(map(str, self.shifts))}"
+
+
+def whole_step(step: Step) -> Launch:
+    """All tiles of a step as one: from the first to the last of their rows, over all keys of its block.
+
+    The tiles leave out only what the mask does, so that under the mask both are the same pairs.
+
+    >>> print(whole_step(Step(1, ((32, 48),), (Tile((8, 16), (0, 4), FULL), Tile((16, 24), (4, 12), PARTIAL)))))
+    partial q8:24 k0:16
+    """
+    rows = min(tile.q[0] for tile in step.tiles), max(tile.q[1] for tile in step.tiles)
+    keys = sum(stop - start for start, stop in step.tokens)
+    return Launch((Tile(rows, (0, keys), PARTIAL),), 1, (0,), whole=True)
 
 
 def launches(tiles: Sequence[Tile], most: int = TILE, stack: int = STACK) -> list[Launch]:

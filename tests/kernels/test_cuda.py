@@ -1,14 +1,11 @@
 """CUDA's tile kernels as far as a machine without CUDA goes.
 
 The choices, and shapes on fake CUDA tensors (all of these ops have a fake kernel); what the ops are fed and how their
-lse is read, on imitations; FlexAttention's block masks, and its gradient from a global out and lse, on its dense CPU
-form.  Not here, for it compiles Triton: flex on fake tensors.  Real numbers are for tests/kernels/test_gpu.py.
+lse is read, on imitations.  Real numbers are for tests/kernels/test_gpu.py, FlexAttention is in test_flex.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import flex_attention as torch_flex
 
 from benchmarks import kernels as benchmark
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels import table as kernels
 from ringpass.kernels.plain import plain, plain_backward
 from ringpass.kernels.table import KERNELS, backward, choose, forward
-from ringpass.kernels.tile import TileArgs, merge_by_lse
+from ringpass.kernels.tile import TileArgs
 from ringpass.precision import accumulator
 from tests.support.tile_oracle import TILE_CASES, noise, oracle_step, random_qkv, rows_without_keys
 
@@ -49,8 +45,8 @@ CHOICES: list[tuple[tuple[int, int], torch.dtype, tuple[int, int], tuple[int, in
     (AMPERE, BF16, (64, 64), (64, 32), CAUSAL, "efficient"),
     (HOPPER, BF16, (64, 32), (64, 64), FULL, "efficient"),
     (HOPPER, BF16, (64, 64), (64, 64), MASKED, "efficient"),
-    (HOPPER, BF16, (64, 64), (1024, 128), MASKED, "flex"),
-    (AMPERE, F16, (128, 128), (128, 128), TileArgs(0.3, causal=True, mask=BIT), "flex"),
+    (HOPPER, BF16, (64, 64), (1024, 128), MASKED, "efficient"),
+    (AMPERE, F16, (128, 128), (128, 128), TileArgs(0.3, causal=True, mask=BIT), "efficient"),
     (HOPPER, BF16, (8, 8), (128, 128), MASKED, "efficient"),
     (HOPPER, BF16, (64, 64), (128, 128), TileArgs(0.3, mask=BIT, bias=ZERO), "efficient"),
     (HOPPER, F32, (64, 64), (128, 128), MASKED, "efficient"),
@@ -322,64 +318,6 @@ def test_wrappers_on_imitations(kernel: str, name: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(got[:3], tuple(want[:3]))
 
 
-# --- FlexAttention ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def dense_flex() -> Iterator[None]:
-    """FlexAttention's dense form, on CPU, where it has a backward once its check of the device is out of the way."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_flex, "_validate_device", lambda *_: None)
-        patch.setattr(kernels_cuda, "flex_attention", lambda: torch_flex.flex_attention)
-        yield
-
-
-def patchy(*shape: int) -> Tensor:
-    """A mask with empty and full squares, mixed ones, and a row that sees nothing."""
-    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    mask[:, :, :128, :128] = True
-    mask[:, :, 128:, :128] = False
-    mask[..., 2, :] = False
-    return mask
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 256, 384), (1, 3, 150, 270), (1, 1, 5, 7)])
-def test_block_masks_are_those_of_torch(shape: tuple[int, int, int, int]) -> None:
-    mask = patchy(*shape)
-    mask[..., 128:256, 128:256] = True
-    ours = kernels_cuda.block_mask(mask, lambda b, h, i, j: mask[b, h, i, j])
-    rows, keys = shape[2:]
-    partial, full = torch_flex._convert_mask_to_block_mask(mask, separate_full_blocks=True)
-    theirs = torch_flex._create_sparse_block_from_block_mask((partial, full), ours.mask_mod, (rows, keys))
-    assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.seq_lengths == theirs.seq_lengths
-    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    for counts, indices in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
-        count = getattr(ours, counts).unsqueeze(-1)
-        listed = torch.arange(getattr(ours, indices).shape[-1]) < count
-        assert torch.equal(getattr(ours, indices)[listed], getattr(theirs, indices)[listed])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("heads", "mask_shape"), [((4, 2), (2, 1, 150, 150)), ((3, 3), (1, 3, 150, 150))])
-def test_flex_gradients_of_a_tile_from_global_rows(
-    heads: tuple[int, int], mask_shape: tuple[int, ...], causal: bool
-) -> None:
-    q, k, v = noise(2, heads[0], 150, 16), noise(2, heads[1], 150, 16, seed=1), noise(2, heads[1], 150, 8, seed=2)
-    more_k, more_v = noise(*k.shape, seed=3), noise(*v.shape, seed=4)
-    args = TileArgs(0.3, causal, patchy(*mask_shape))
-    elsewhere = TileArgs(0.3, mask=(torch.arange(150) % 3 == 0).view(1, 1, 150, 1))  # most rows see this tile alone
-    with dense_flex():
-        out, lse = kernels_cuda.flex(q, k, v, args)
-        torch.testing.assert_close((out, lse), plain(q, k, v, args))
-        whole, whole_lse = merge_by_lse(out, lse, *plain(q, more_k, more_v, elsewhere))
-        assert (whole_lse == -torch.inf).any()  # a row that nothing serves
-        whole_lse = whole_lse.masked_fill(whole_lse == -torch.inf, torch.inf)
-        given = noise(*out.shape, seed=5), q, k, v, whole, whole_lse, args
-        got, want = kernels_cuda.flex_backward(*given), plain_backward(*given)
-    torch.testing.assert_close(got[:3], want[:3])
-
-
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
@@ -390,4 +328,4 @@ def test_benchmark_says_that_it_needs_a_device(capsys: pytest.CaptureFixture[str
 
 
 def test_benchmark_knows_every_kernel_of_cuda() -> None:
-    assert benchmark.KINDS.keys() == KERNELS.keys() - {"flash_cpu"}
+    assert benchmark.KINDS.keys() == (KERNELS.keys() - {"flash_cpu"}) | {"flex"}

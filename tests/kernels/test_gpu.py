@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from ringpass.kernels.blocks import rows_first
 from ringpass.kernels.plain import plain, plain_backward
-from ringpass.kernels.table import KERNELS
+from ringpass.kernels.table import KERNELS, backward, choose
 from ringpass.kernels.tile import TileArgs, merge_by_lse
+from ringpass.masks.evaluate import evaluate
+from ringpass.masks.expr import parse
+from ringpass.ops import masked_steps
+from ringpass.ops.primitives import indices
 from ringpass.precision import accumulator
 from tests.support.attention_parity import MASKS, dense_step, ring_step, tensors, worst
 from tests.support.generated_code import ring_calls
@@ -40,9 +45,8 @@ KINDS = {
     "flash": ("full", "causal"),
     "cudnn": ("full", "causal"),
     "efficient": ("full", "causal", "mask", "bias"),
-    "flex": ("mask",),
 }
-DTYPES = {"flash": (BF16, F16), "cudnn": (BF16, F16), "efficient": (BF16, F16, F32), "flex": (BF16, F16, F32)}
+DTYPES = {"flash": (BF16, F16), "cudnn": (BF16, F16), "efficient": (BF16, F16, F32)}
 CASES = [
     (name, dtype, kind, shape)
     for name, kinds in KINDS.items()
@@ -108,7 +112,7 @@ def test_two_merged_tiles_equal_one(name: str, dtype: torch.dtype, kind: str, sh
     global_lse = want_lse.masked_fill(dead, torch.inf)
     want = plain_backward(grad.double(), exact[0], exact[1], exact[2], want_out, global_lse, in_float64(both))
 
-    forward, backward = KERNELS[name].forward, KERNELS[name].backward
+    forward, back = KERNELS[name].forward, KERNELS[name].backward
     spans = [slice(0, keys[0]), slice(keys[0], sum(keys))]
     parts = [tile_args(kind, both, index == 0, span) for index, span in enumerate(spans)]
     tiles = [forward(q, k[:, :, s], v[:, :, s], a) for s, a in zip(spans, parts, strict=True)]
@@ -122,7 +126,7 @@ def test_two_merged_tiles_equal_one(name: str, dtype: torch.dtype, kind: str, sh
     out, lse = out.to(dtype), lse.masked_fill(dead, torch.inf)
     dq = torch.zeros_like(q, dtype=torch.float64)
     for span, args in zip(spans, parts, strict=True):
-        got = backward(grad, q, k[:, :, span], v[:, :, span], out, lse, args)
+        got = back(grad, q, k[:, :, span], v[:, :, span], out, lse, args)
         dq += got[0].double()
         assert error(got[1], want[1][:, :, span]) < 2 * TOLERANCE[dtype]
         assert error(got[2], want[2][:, :, span]) < 2 * TOLERANCE[dtype]
@@ -151,6 +155,62 @@ def test_values_of_another_width() -> None:
     assert error(KERNELS["efficient"].forward(q, k, v, args)[0], out) < TOLERANCE[F32]
     got = KERNELS["efficient"].backward(grad, q, k, v, out.float(), lse.float(), args)
     assert all(error(x, y) < TOLERANCE[F32] for x, y in zip(got[:3], want[:3], strict=True))
+
+
+@pytest.mark.skipif("torch.cuda.get_device_capability() < (9, 0)")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cudnn_comes_first_and_reads_operands_as_they_lie(batch: int) -> None:
+    """Two backwards whose plans share a key: gradient and out of the second lie elsewhere than those of the first."""
+    assert choose(torch.device("cuda"), BF16, (64, 64), (128, 128), TileArgs(SCALE, causal=True)) == "cudnn"
+    args = TileArgs(SCALE)
+    for first in (0, 64):
+        q, k, v, grad = (noise(batch, 200, 4, 64, seed=s, dtype=BF16).transpose(1, 2) for s in range(4))
+        q, k, v = (x[:, :, :128] for x in (q, k, v))
+        grad = grad.contiguous()[:, :, first : first + 128]
+        exact = [x.double() for x in (q, k, v)]
+        out, lse = plain(exact[0], exact[1], exact[2], args)
+        want = plain_backward(grad.double(), exact[0], exact[1], exact[2], out, lse, args)
+        out = out.to(BF16) if first else rows_first(out.to(BF16))
+        got = backward(grad, q, k, v, out, lse.float(), args)
+        assert all(error(x, y) < 2 * TOLERANCE[BF16] for x, y in zip(got[:3], want[:3], strict=True))
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+STEPS = {
+    "window": ("q - k < 100 & k <= q", False),
+    "documents": ("k <= q & x0[b, q] == x0[b, k]", True),
+    "heads": ("q - k < 50 * (h + 1) & k <= q", False),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("lengths", [(256, 384), (157, 300)])
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), 64), ((8, 2), 128), ((3, 1), 48)])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_from_global_rows(
+    name: str, heads: tuple[int, int], width: int, lengths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """One compiled call: its out and lse, and its gradients where most rows see more keys elsewhere."""
+    (mask, has_leaf), (rows, keys) = STEPS[name], lengths
+    leaves = [torch.arange(600, device="cuda").expand(2, -1) // torch.tensor([[90], [130]], device="cuda")]
+    leaves = leaves if has_leaf else []
+    spans = 2, heads[0], [200, 200 + rows], [0, 150, 180, 30 + keys]
+    q, grad = (noise(2, rows, heads[0], width, seed=s, dtype=dtype).transpose(1, 2) for s in (0, 3))
+    k, v = (noise(2, keys, heads[1], width, seed=s, dtype=dtype).transpose(1, 2) for s in (1, 2))
+    allowed = evaluate(parse(mask), indices(q.device, *spans), leaves)
+    args, exact = TileArgs(SCALE, mask=allowed), [x.double() for x in (q, k, v)]
+    want_out, want_lse = plain(exact[0], exact[1], exact[2], args)
+    lists = masked_steps.block_lists(leaves, mask, *spans, q.device)
+    out, lse = masked_steps.attention_step(q, k, v, leaves, lists, mask, SCALE, [])
+    dead = want_lse == -torch.inf
+    assert error(out, want_out) < TOLERANCE[dtype] and torch.equal(lse == -torch.inf, dead)
+    torch.testing.assert_close(lse.double()[~dead], want_lse[~dead], rtol=1e-3, atol=1e-3)
+    whole_lse = torch.logaddexp(want_lse, torch.zeros_like(want_lse)).masked_fill(dead, torch.inf)
+    whole = (want_out * torch.exp(want_lse - whole_lse).unsqueeze(-1)).to(dtype)
+    want = plain_backward(grad.double(), exact[0], exact[1], exact[2], whole.double(), whole_lse, args)
+    got = masked_steps.attention_step_backward(grad, q, k, v, whole, whole_lse.float(), leaves, lists, mask, SCALE, [])
+    assert all(error(x, y) < 2 * TOLERANCE[dtype] for x, y in zip(got, want[:3], strict=True))
 
 
 # --- the ring ---------------------------------------------------------------------------------------------------------

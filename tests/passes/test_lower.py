@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
-from ringpass.ops import primitives
+from ringpass.ops import masked_steps, primitives
 from ringpass.passes.lower.lower import lower
 from tests.support.generated_code import ring_calls
 from tests.support.marks import slow
@@ -24,7 +24,9 @@ from tests.support.model_parity import parity, worst
 from tests.support.models import MODELS, WIDTH, Block, batch_for, loss_of
 from tests.support.pipeline_stages import compile_step, fake_ring
 from tests.support.process_ranks import Workers
+from tests.support.whole_steps import whole_steps
 
+LAYERS = 2
 TILES = (primitives.attention_tile, primitives.attention_tile_backward)
 
 
@@ -169,6 +171,19 @@ def test_leftover_wait_is_refused() -> None:
         assert (
             sum(n.target is primitives.exchange for n in nodes) == sum(n.target is primitives.wait for n in nodes) > 0
         )
+
+
+def test_layers_with_one_mask_share_their_block_lists() -> None:
+    with fake_ring(1, 4), whole_steps():
+        seen = compile_step("gpt2", 23, True)
+    for stage, step in (("forward", masked_steps.attention_step), ("backward", masked_steps.attention_step_backward)):
+        nodes: list[Node] = list(seen[stage][0].graph.nodes)
+        lists = [n for n in nodes if n.target is masked_steps.block_lists]
+        calls = [n for n in nodes if n.target is step]
+        assert len(lists) == 4 and len(calls) == 4 * LAYERS  # one for each step of the ring
+        assert not any(n.target in TILES for n in nodes)
+        assert [n.name for n in lists] == sorted(n.name for n in lists) and "block_lists_step0" in lists[0].name
+        assert all(len(x.users) == LAYERS for n in lists for x in n.users)
 
 
 def test_an_attention_that_was_not_partitioned_is_refused(lowered: dict[str, GraphModule]) -> None:

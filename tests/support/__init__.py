@@ -23,6 +23,7 @@ What it is compared on:
 - `pattern_models`: patterns as boolean tensors, and a model that takes one
 - `dilation_cases`: random dilated attentions
 - `mask_expressions`: Hypothesis strategies for mask expressions
+- `whole_steps`: masked steps as whole calls on a CPU
 
 What is read:
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from ringpass.layouts.ranges import Ranges, rows, union
 from ringpass.ops import primitives
 from ringpass.ops.accumulate import RowAccumulator, fold_ranges, label
+from ringpass.ops.masked_steps import runs_whole
 from ringpass.ops.transports.base import Served, Transport, peer_label
 from ringpass.precision import accumulator
 from ringpass.schedule.order import starts_early
-from ringpass.schedule.program import Step, Transfer
+from ringpass.schedule.program import Step, Transfer, tiles_between
 from ringpass.schedule.site import Site, one_launch_per_key
 
 
@@ -71,7 +72,9 @@ class RingTransport(Transport):
         wide = accumulator(self.k.dtype)
         if transfer is None or wide == self.k.dtype:
             return self.k.dtype
-        alone = one_launch_per_key(self.site, transfer.dst, transfer.src, self.k.shape[0])
+        tiles = tiles_between(self.site.problem, transfer.dst, transfer.src)
+        whole = runs_whole(self.site, tiles, self.k)
+        alone = whole or one_launch_per_key(self.site, transfer.dst, transfer.src, self.k.shape[0])
         return self.k.dtype if alone else wide
 
     def _start(self, step: Step) -> Tensor:
