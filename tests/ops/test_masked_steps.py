@@ -20,6 +20,7 @@ from ringpass.masks.expr import K as KEY
 from ringpass.masks.expr import loads, parse, table
 from ringpass.masks.intervals import PARTIAL
 from ringpass.ops import masked_steps, primitives, ring
+from ringpass.ops.transports.table import make_transport
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.program import Program
 from tests.support import thread_ranks
@@ -112,6 +113,18 @@ def test_dilated_whole_steps_are_the_tiles(mask: str, dilation: Dilation) -> Non
         whole = on_the_ring(MASKS[mask], "zigzag", 3, given, **about)
     assert calls
     torch.testing.assert_close(whole, tiles, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_a_whole_step_return_in_the_dtype_of_the_keys() -> None:
+    """Both ends find it alike: it is one launch, however many tiles it has."""
+    here = site(MASKS["documents"], TOKENS, "contiguous", 1, 2, 32)
+    k = torch.empty(BATCH, HEADS[1], TOKENS // 2, 16, dtype=torch.bfloat16)
+    transport = make_transport(here, k, k)
+    (brought,) = [step.receive for step in here.program.steps if step.receive]
+    assert len(here.program.steps[1].tiles) > 1 and transport.gradient_dtype(brought) == torch.float32
+    with whole_steps():
+        assert transport.gradient_dtype(brought) == torch.bfloat16
+        on_the_ring(MASKS["documents"], "contiguous", 2, [x.bfloat16() for x in tensors()])
 
 
 @pytest.mark.parametrize("about", [{"bias": "0.1 * (k - q)"}, {"dropout": 0.1}, {"score": "score * 2.0"}])
