@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tests.support.described_gpu import compile_llama, generated_code
-from tests.support.generated_code import counts, read
+from tests.support.live_buffers import counts, read
 from tests.support.pipeline_stages import fake_ring
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.described_gpu import compile_attention, generated_code, missing
-from tests.support.generated_code import (
+from tests.support.live_buffers import (
     IN_FLIGHT,
     UNFINISHED,
     CodeStep,
