@@ -25,6 +25,7 @@ from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
 from ringpass.precision import accumulator
+from ringpass.torch_features import sum_and_scatter
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
             padded[rank, :, offset : offset + stop - start] = full[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
-    # torch 2.13 renamed reduce_scatter_tensor
-    sum_and_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-    run_collective(sum_and_scatter, mine.view(-1), padded.view(-1), group=group)
+    run_collective(sum_and_scatter(), mine.view(-1), padded.view(-1), group=group)
     return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
 from ringpass.errors import UnsupportedError
+from ringpass.torch_features import fsdp_param_groups
 
 AVERAGING = (default_hooks.allreduce_hook, default_hooks.fp16_compress_hook, default_hooks.bf16_compress_hook)
 
@@ -52,7 +53,7 @@ def _refuse_sums(ring: set[int]) -> None:
     for module in list(_module_state_mapping):
         state: Any = _get_module_state(module)
         running = isinstance(state, FSDPState) and state._training_state == TrainingState.FORWARD
-        for group in _groups(state) if running else ():
+        for group in fsdp_param_groups(state) if running else ():
             ranks, factor = group.mesh_info.mesh.mesh.flatten().tolist(), group.gradient_divide_factor
             if factor not in (None, len(ranks)) and len(ring.intersection(ranks)) > 1:
                 raise UnsupportedError(
@@ -60,12 +61,6 @@ def _refuse_sums(ring: set[int]) -> None:
                     f"ring, whose gradients are equal: it must average them, and divides by {factor:g}. Leave "
                     "set_gradient_divide_factor out, or shard over the mesh's other dimensions"
                 )
-
-
-def _groups(state: Any) -> list[Any]:
-    """The groups of parameters that FSDP gathers and reduces together; at most one before torch 2.13."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return list(groups) if groups is not None else [g for g in (state._fsdp_param_group,) if g is not None]
 
 
 def _in_a_bucket() -> bool:

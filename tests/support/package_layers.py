@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "nodes", "precision"),
+    ("devices", "errors", "nodes", "precision", "torch_features"),
     ("masks", "kernels"),
     ("layouts", "patterns"),
     ("schedule", "comm"),

@@ -1,0 +1,34 @@
+"""What differs between releases of torch, each difference told by the feature itself, never by a version number.
+
+Every function takes what its callers in the package have at hand and returns the same on every supported torch.
+docs/torch_versions.md lists the releases that are tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+def sum_and_scatter() -> Callable[..., Any]:
+    """The collective that adds (P * n,) over P ranks and leaves (n,) of the sum on each: out, in, group=.
+
+    Its name is `reduce_scatter_tensor` where torch has no `reduce_scatter_single` yet.
+    """
+    c10d: Any = dist
+    found: Callable[..., Any] = (
+        c10d.reduce_scatter_single if hasattr(c10d, "reduce_scatter_single") else c10d.reduce_scatter_tensor
+    )
+    return found
+
+
+def fsdp_param_groups(state: Any) -> list[Any]:
+    """The groups of parameters that a module's `FSDPState` gathers and reduces together.
+
+    Where FSDP2 has at most one per module, the state holds it, or None, as `_fsdp_param_group`.
+    """
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [group for group in (state._fsdp_param_group,) if group is not None]
