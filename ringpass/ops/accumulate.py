@@ -28,7 +28,7 @@ def label(text: str) -> Iterator[None]:
         yield
         return
     graph = mode.tracer.graph
-    last = next(reversed(graph.nodes), None)
+    last = next(iter(reversed(graph.nodes)), None)
     yield
     for node in reversed(graph.nodes):
         if node is last:
