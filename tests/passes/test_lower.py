@@ -18,16 +18,15 @@ from ringpass import ops
 from ringpass.errors import UnsupportedError
 from ringpass.ops import masked_steps, primitives
 from ringpass.passes.lower.lower import lower
-from tests.support.generated_code import ring_calls
+from tests.support.generated_code import TILES, check_transfers, ring_calls, transfers
 from tests.support.marks import slow
 from tests.support.model_parity import parity, worst
 from tests.support.models import MODELS, WIDTH, Block, batch_for, loss_of
-from tests.support.pipeline_stages import compile_step, fake_ring
+from tests.support.pipeline_stages import compile_step, fake_ring, stages
 from tests.support.process_ranks import Workers
 from tests.support.whole_steps import whole_steps
 
 LAYERS = 2
-TILES = (primitives.attention_tile, primitives.attention_tile_backward)
 
 
 @pytest.fixture(scope="module")
@@ -89,25 +88,34 @@ def test_transfers_start_before_the_tiles_that_hide_them(lowered: dict[str, Grap
     assert hidden >= len(exchanges) - sum(n.name.startswith("receive_gradients_step3") for n in exchanges)
 
 
-def test_generated_code_keeps_the_order() -> None:
-    with fake_ring(1, 3):
+@pytest.fixture(scope="module")
+def generated() -> dict[str, tuple[str, GraphModule]]:
+    """The code that Inductor generates on rank 1 of 3, forward and backward, each with its lowered graph."""
+    with fake_ring(1, 3), stages() as seen, fresh_cache():
         model = MODELS["nanogpt"].make()
         run: Any = torch.compile(model, backend="ring_dilated", options={"layout": "zigzag"})
         batch = batch_for("nanogpt", 23)
+        _, codes = run_and_get_code(lambda: loss_of(run(**batch)).backward())
+    return {stage: (code, seen[stage][0]) for stage, code in zip(("forward", "backward"), codes, strict=True)}
 
-        def step() -> None:
-            loss_of(run(**batch)).backward()
 
-        _, (forward, backward) = run_and_get_code(step)
-    assert (
-        ring_calls(forward)
-        == ["exchange", "attention_tile", "wait", "exchange", "attention_tile", "wait", "attention_tile"] * 2
-    )
-    order = ring_calls(backward)
-    assert order.count("attention_tile_backward") == 10 and order.count("exchange") == order.count("wait") == 8
-    for site in (order[: len(order) // 2], order[len(order) // 2 :]):
-        assert site[:3] == ["exchange", "attention_tile_backward", "wait"]  # an upper triangle of the local tiles
-        assert site[-3:] == ["attention_tile_backward", "attention_tile_backward", "wait"]  # the rest of them
+@pytest.mark.parametrize(("stage", "tile", "tiles"), [("forward", TILES[0], 6), ("backward", TILES[1], 10)])
+def test_generated_code_overlaps_in_order(
+    generated: dict[str, tuple[str, GraphModule]], stage: str, tile: Any, tiles: int
+) -> None:
+    code, graph = generated[stage]
+    check_transfers(code, graph)
+    assert [call.op for call in ring_calls(code)].count(tile.name().split("::")[1].split(".")[0]) == tiles
+
+
+def test_generated_code_that_waits_at_once_is_found(generated: dict[str, tuple[str, GraphModule]]) -> None:
+    code, graph = generated["forward"]
+    lines = code.splitlines()
+    first = transfers(code)[0]
+    wait = lines.pop(first.wait - 1)
+    lines.insert(first.start + 1, wait)  # after the line that names what is received
+    with pytest.raises(AssertionError):
+        check_transfers("\n".join(lines), graph)
 
 
 @pytest.mark.parametrize("unroll_limit", (0, 128), ids=("rolled", "unrolled"))
