@@ -6,7 +6,7 @@
     plan                 every layout is of P ranks; a site with a schedule has the layouts of its axes
     place                nodes run on axes of the plan, and what needs an axis replicated does not run on it
     partition            a call has its fake value, an input its value; descriptions fit outputs
-    lower                no `replicate` is left; each exchange that was started is waited for, once
+    lower                no `replicate` is left; each exchange and sum that was started is waited for, once
 
 Contract: a check reads, and costs less than the stage.  It refuses with the name of the stage and the node.
 """
@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from ringpass import ops
 from ringpass.masks.expr import Expr, Index, Load, parts
 from ringpass.nodes import has_effect, mutates, tensors_of
-from ringpass.ops import primitives
+from ringpass.ops import primitives, reduction
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.partition.partitioned import Partitioned
@@ -141,6 +141,10 @@ def _exchanges(graph: Graph) -> Sequence[str]:
             waits = [user for x in received for user in x.users if user.target is primitives.wait]
             if len(waits) != 1:
                 wrong.append(f"{node.name} is waited for {len(waits)} times")
+        if node.target is reduction.start_sum:
+            waits = [user for user in node.users if user.target is reduction.wait_sum]
+            if [*node.users] != waits or len(waits) != 1:
+                wrong.append(f"{node.name} is waited for {len(waits)} times, and read {len(node.users)} times")
     return wrong
 
 

@@ -21,6 +21,13 @@ def size_of(n: Size) -> sympy.Expr:
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
 
 
+def symbolic(node: Node) -> bool:
+    """Whether an operand of `node` is, or has, a symbolic size."""
+    values = pytree.tree_leaves([n.meta["val"] for n in node.all_input_nodes])
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]
+    return any(isinstance(s, torch.SymInt) for s in sizes)
+
+
 def hint_of(n: Size) -> int:
     """The value of a length in this compilation."""
     return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)

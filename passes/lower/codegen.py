@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule
 import ringpass
 from ringpass import ops
 from ringpass.config import RingConfig
-from ringpass.ops import primitives
+from ringpass.ops import primitives, reduction
 from ringpass.passes.lower.lower import inline_arithmetic, lower, lower_module
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
@@ -154,8 +154,9 @@ COMPLETE = tuple(op for op in ops.COMMUNICATING if op not in (ops.shard, ops.rep
 def _register_collectives() -> None:
     """Lowers each op that talks to other ranks as an Inductor collective.
 
-    `exchange` is still under way when it returns: Inductor keeps the buffers that it reads alive, and unwritten, until
-    the `wait` on what it returns, output i standing for input i.
+    `exchange` and `start_sum` are still under way when they return.  Inductor keeps the buffers that `exchange` reads
+    alive, and unwritten, until the `wait` on what it returns, output i standing for input i; `start_sum` and `wait_sum`
+    both count as writing the buffer, which nothing may touch between them.
     """
     for op in (*COMPLETE, primitives.exchange):
 
@@ -172,5 +173,16 @@ def _register_collectives() -> None:
         return received
 
     register_lowering(primitives.wait, type_promotion_kind=None)(wait)
-    for impure in (primitives.exchange, primitives.wait):
+
+    def start_sum(flat: Any, group: str) -> Any:
+        ir._CollectiveKernel.create_inplace(reduction.start_sum, flat, group)
+        return flat
+
+    def wait_sum(flat: Any) -> Any:
+        ir._WaitKernel.create_wait(reduction.wait_sum, flat)
+        return flat
+
+    register_lowering(reduction.start_sum, type_promotion_kind=None)(start_sum)
+    register_lowering(reduction.wait_sum, type_promotion_kind=None)(wait_sum)
+    for impure in (primitives.exchange, primitives.wait, reduction.start_sum, reduction.wait_sum):
         torch.fx.node.has_side_effect(impure)

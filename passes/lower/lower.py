@@ -5,6 +5,7 @@
     ring_attention_backward     merge is a node, named after its step and tile.  Rolled, one node whose body runs the
                                 same code: above the unroll limit (the larger of P and the number of tiles, summed over
                                 all sites), with a symbolic length, or where data of each call prunes the schedule
+    reduce_list               its start, after the last gradient that it sums, and its wait (`reductions`)
     merge                     kept in the graph that is shown; `inline_arithmetic` then replaces it by ATen arithmetic
     block_lists               equal ones, of layers with the same mask, become one node
     shard, gather             kept, renamed permute_<layout>, restore_<layout>
@@ -28,8 +29,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ringpass import ops
 from ringpass.errors import UnsupportedError
+from ringpass.nodes import symbolic
 from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import LABEL
+from ringpass.passes.lower.reductions import start_early
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.schedule.site import SITES, lookup
 
@@ -58,9 +61,10 @@ def lower(graph: Graph, unroll_limit: int, left: int) -> None:
         elif node.op == "call_function" and node.target is ops.permute:
             curve = str(node.args[LAYOUT]).replace(" after ", "_prefix").replace(" ", "_")
             node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
+    start_early(graph)
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
     fixed = [n for n in sites if not SITES[_key(n)[0]].pruning]
-    if not any(_symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:
+    if not any(symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:
         traced: dict[str, GraphModule] = {}
         for node in fixed:
             _unroll(graph, node, traced)
@@ -115,19 +119,6 @@ def _size(node: Node) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
     site = lookup(*_key(node))
     return max(site.world, sum(len(step.tiles) for group in site.groups for step in group.program.steps))
-
-
-def _symbolic(node: Node) -> bool:
-    found: list[bool] = []
-
-    def look(n: Node) -> Node:
-        value = n.meta["val"]
-        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
-        found.append(any(isinstance(s, torch.SymInt) for s in sizes))
-        return n
-
-    map_arg((node.args, node.kwargs), look)
-    return any(found)
 
 
 def _unroll(graph: Graph, node: Node, traced: dict[str, GraphModule]) -> None:

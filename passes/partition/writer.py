@@ -25,7 +25,7 @@ from ringpass import ops
 from ringpass.devices import device_of
 from ringpass.errors import UnsupportedError
 from ringpass.layouts.layout import REPLICATED, Layout
-from ringpass.nodes import args_of, bound_of, bytes_of, first_of, op_name, size_of
+from ringpass.nodes import args_of, bound_of, bytes_of, first_of, has_effect, op_name, operands_of, size_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
@@ -37,6 +37,8 @@ from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
 
 BUCKET_BYTES = 25 * 2**20
+Use = tuple[Node, bool]
+"""An input, and whether ops on an axis read it, of which each rank makes a part of its gradient, or replicated ones."""
 
 
 def partition(
@@ -301,31 +303,35 @@ class Writer(Emitter):
         if node not in self.placement.tracked or (not self.keeps and node not in self.broadcasts):
             return replicated
         if node not in self.broadcasts:
-            self._replicate([node])
+            self._replicate([(node, True)])
         return self.broadcasts[node]
 
-    def _replicate(self, nodes: list[Node]) -> None:
-        """One `replicate` of several values, for ops on an axis."""
-        out = self.emit(ops.replicate, [self.replicas[n] for n in nodes], self.rank.group, name="replicate")
-        for i, node in enumerate(nodes):
-            self.broadcasts[node] = self.emit(operator.getitem, out, i, name=f"{node.name}_replicated")
+    def _replicate(self, uses: list[Use]) -> None:
+        """One `replicate` of several values; nodes that run replicated read its results from now on too."""
+        uses = sorted(uses, key=lambda use: not use[1])  # those that replicated nodes read come last
+        equal = sum(not on_axis for _, on_axis in uses)
+        values = [self.replicas[node] for node, _ in uses]
+        out = self.emit(ops.replicate, values, equal, self.rank.rank, self.rank.group, name="replicate")
+        for i, (node, on_axis) in enumerate(uses):
+            name = f"{node.name}_replicated" if on_axis else f"{node.name}_equal"
+            (self.broadcasts if on_axis else self.replicas)[node] = self.emit(operator.getitem, out, i, name=name)
 
     def _replicate_parameters(self) -> None:
-        """One `replicate` per bucket of inputs that ops on an axis read replicated, in order of first use."""
-        uses: list[Node] = []
+        """One `replicate` per bucket of inputs, those that the forward uses last first: their gradients come first."""
+        uses: dict[Use, None] = {}
         keeps = True
         for node in self.captured.gm.graph.nodes:
             keeps = _keeps_after(node, keeps)
-            uses += self.placement.replicated_operands(node) if keeps else []
-        buckets: list[list[Node]] = []
+            if keeps and node in self.placement.live:
+                uses |= dict.fromkeys(self._uses(node))
+        buckets: list[list[Use]] = []
         filled = BUCKET_BYTES
-        for node in dict.fromkeys(uses):
-            if node.op == "placeholder" and node in self.placement.tracked and node in self.replicas:
-                filled += bytes_of(node)
-                if filled > BUCKET_BYTES:
-                    buckets.append([])
-                    filled = bytes_of(node)
-                buckets[-1].append(node)
+        for use in reversed(uses):
+            filled += bytes_of(use[0])
+            if filled > BUCKET_BYTES:
+                buckets.append([])
+                filled = bytes_of(use[0])
+            buckets[-1].append(use)
         for bucket in buckets:
             self._replicate(bucket)
 
@@ -344,6 +350,32 @@ class Writer(Emitter):
             for leaf in (site.ordered.leaves[i] for i in site.pruning):
                 if leaf.op == "placeholder" and leaf in self.replicas:
                     self.host_copy(self.replicas[leaf])
+
+    def _uses(self, node: Node) -> list[Use]:
+        """The inputs whose gradients `node` makes parts of, if it runs on an axis, or may make differ between ranks."""
+        on_axis = [(x, True) for x in self.placement.replicated_operands(node) if self._needs_gradient(x)]
+        made_alone = [(x, False) for x in operands_of(node) if self._differs(x, node)]
+        return [*on_axis, *made_alone]
+
+    def _needs_gradient(self, node: Node) -> bool:
+        return node.op == "placeholder" and node in self.placement.tracked and node in self.replicas
+
+    def _differs(self, node: Node, user: Node) -> bool:
+        """Whether each rank computes a gradient of the parameter `node` through `user` by itself."""
+        if not self._needs_gradient(node) or not self._is_parameter(node) or _returned_or_written(node):
+            return False
+        return self._reaches_replicated(user)
+
+    def _is_parameter(self, node: Node) -> bool:
+        position = self.captured.gm.graph.find_nodes(op="placeholder").index(node)
+        return isinstance(self.captured.inputs[position], torch.nn.Parameter)
+
+    def _reaches_replicated(self, user: Node) -> bool:
+        """Whether `user`, or what it hands one operand on to, computes replicated from several operands."""
+        if self.placement.modes[user] is not None or user not in self.placement.live:
+            return False
+        several = len(operands_of(user)) != 1
+        return several or any(self._reaches_replicated(other) for other in user.users)
 
     def _draws(self, node: Node) -> bool:
         site = self.placement.sites.get(node)
@@ -385,6 +417,11 @@ class Writer(Emitter):
             return "extra", extras.index(n)
 
         return ShardedOutput(node.name, dim, returned(outer), returned(tokens), layout)
+
+
+def _returned_or_written(node: Node) -> bool:
+    """Whether the program must hand on this very input: it is an output, or changed in place."""
+    return any(user.op == "output" or has_effect(user) for user in node.users)
 
 
 def _keeps_after(node: Node, keeps: bool) -> bool:

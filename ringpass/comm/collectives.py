@@ -111,25 +111,6 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
     return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
 
 
-def reduce(xs: list[Tensor], group: str) -> list[Tensor]:
-    """Sums over ranks, added in float32 (float64) and returned in each tensor's dtype: one all-reduce per dtype."""
-    if any(x.is_complex() for x in xs):
-        parts = reduce([torch.view_as_real(x.contiguous()) if x.is_complex() else x for x in xs], group)
-        return [torch.view_as_complex(p) if x.is_complex() else p for x, p in zip(xs, parts, strict=True)]
-    out: dict[int, Tensor] = {}
-    for dtype in sorted({_sum_dtype(x) for x in xs}, key=str):
-        mine = [i for i, x in enumerate(xs) if _sum_dtype(x) == dtype]
-        flat = torch.cat([xs[i].reshape(-1).to(dtype) for i in mine])
-        run_collective(dist.all_reduce, flat, group=group)
-        for i, part in zip(mine, flat.split([xs[i].numel() for i in mine]), strict=True):
-            out[i] = part.view(xs[i].shape).to(xs[i].dtype)
-    return [out[i] if len(xs) == 1 else out[i].clone() for i in range(len(xs))]
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return accumulator(x.dtype) if x.is_floating_point() else torch.int64
-
-
 def move(x: Tensor, held: Sequence[Ranges], wanted: Sequence[Ranges], rank: int, group: str) -> Tensor:
     """(before, tokens, after) with the tokens `wanted[rank]`, from those of `held[rank]` on each rank, in that order.
 

@@ -12,7 +12,8 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     halo             ranges of local tokens with their neighbours      sums on the rank that holds the token
     interior_rows    the row of each local token in `halo`'s output    none
     reduce           all-reduce (sum)                                  identity
-    replicate        identity                                          all-reduce (sum), in float32
+    replicate        identity                                          all-reduce (sum), in float32; rank 0's value of
+                                                                       the last `equal`
     ring_attention   local rows of attention over all keys             ring_attention_backward
     host_copy        data that prune schedules, read by the host       none
     block_means      means over blocks of all tokens                   none: the choice has no gradient
@@ -22,7 +23,9 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     dropout          the kept elements, scaled                         the same with the same keep mask
 
 `replicate` follows each replicated value that needs a gradient and has sharded consumers; it takes a list, so that the
-gradients of many parameters are summed in one message.  `ring_attention` returns [out, lse], its backward [dq, dk, dv,
+gradients of many parameters are summed in one message.  It also follows parameters that replicated nodes read: their
+cotangents, which each rank computes by itself, may differ in the last bits, so all ranks take rank 0's.  They are the
+last of the list, `equal` of them.  `ring_attention` returns [out, lse], its backward [dq, dk, dv,
 *gradients of the learned leaves].  None of the operators aliases its inputs.
 
 `shard` and `gather` ignore the curve of a layout: `permute` comes before `shard`, and its inverse after `gather`.
@@ -39,7 +42,17 @@ from ringpass.ops.attention import (
     ring_attention_body,
     site_of,
 )
-from ringpass.ops.boundary import gather, permute, redistribute, reduce, reduce_list, reduce_scatter, replicate, shard
+from ringpass.ops.boundary import (
+    gather,
+    permute,
+    redistribute,
+    reduce,
+    reduce_list,
+    reduce_scatter,
+    replicate,
+    shard,
+    silent,
+)
 from ringpass.ops.halos import halo, halo_backward, interior_rows
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
@@ -48,7 +61,7 @@ __all__ = [
     "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "host_copy",
     "interior_rows", "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter",
     "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body",
-    "shard", "site_of",
+    "shard", "silent", "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
     shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.comm import collectives
+from ringpass.comm import collectives, reduction
 from ringpass.comm.collectives import Shard
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import REPLICATED
@@ -22,8 +22,8 @@ define(
 )
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
-define("reduce_list(Tensor[] xs, str group) -> Tensor[]")
-define("replicate(Tensor[] xs, str group) -> Tensor[]")
+define("reduce_list(Tensor[] xs, int equal, int rank, str group) -> Tensor[]")
+define("replicate(Tensor[] xs, int equal, int rank, str group) -> Tensor[]")
 
 shard = torch.ops.ringpass.shard.default
 gather = torch.ops.ringpass.gather.default
@@ -88,17 +88,31 @@ def _permute_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
 implement("permute", _permute, lambda x, *args: x.new_empty(x.shape))
 differentiate("permute", _permute_backward, save_arguments)
 
-implement("reduce", lambda x, group: collectives.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
-implement("reduce_list", collectives.reduce, lambda xs, group: [x.new_empty(x.shape) for x in xs])
-implement("replicate", lambda xs, group: [x.clone() for x in xs], lambda xs, group: [torch.empty_like(x) for x in xs])
+implement("reduce", lambda x, group: reduction.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
 
 
-def _replicate_backward(ctx: Context, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    present = [g for g in grads if g is not None]
+def silent(count: int, equal: int, rank: int) -> range:
+    """The positions, of `count`, at which `rank` adds zeros: of the last `equal`, which all have, rank 0's count."""
+    return range(count if rank == 0 else count - equal, count)
+
+
+implement(
+    "reduce_list",
+    lambda xs, equal, rank, group: reduction.reduce(xs, group, silent(len(xs), equal, rank)),
+    lambda xs, *args: [x.new_empty(x.shape) for x in xs],
+)
+implement("replicate", lambda xs, *args: [x.clone() for x in xs], lambda xs, *args: [torch.empty_like(x) for x in xs])
+
+
+def _replicate_backward(ctx: Context, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    equal, rank, group = ctx.arguments
+    present = [i for i, g in enumerate(grads) if g is not None]
     if not present:
-        return grads, None
-    summed = iter(reduce_list(present, ctx.arguments[-1]))
-    return [None if g is None else next(summed) for g in grads], None
+        return grads, *unchanged(ctx)
+    equal_present = sum(i >= len(grads) - equal for i in present)
+    sums = reduce_list([grads[i] for i in present], equal_present, rank, group)
+    found = dict(zip(present, sums, strict=True))
+    return [found.get(i) for i in range(len(grads))], *unchanged(ctx)
 
 
 differentiate("reduce", lambda ctx, grad: (grad, None), save_arguments)

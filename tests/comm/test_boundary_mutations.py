@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass import ops
-from ringpass.comm import collectives
+from ringpass.comm import reduction
 from ringpass.comm.collectives import Shard
 from ringpass.nodes import op_name
 from ringpass.ops import boundary
@@ -35,7 +35,7 @@ def gather_with_torchs_backward() -> Iterator[None]:
         """`shard` as seen by gather's backward only: the partitioner's graphs keep the real operator."""
 
         def __call__(self, grad: Tensor, *args: Any) -> Tensor:
-            mine: Tensor = real(collectives.reduce([grad], args[-1])[0], *args)
+            mine: Tensor = real(reduction.reduce([grad], args[-1])[0], *args)
             return mine
 
     with patch.object(boundary, "shard_back", Summing()):
@@ -82,14 +82,14 @@ def replicate_every_parameter() -> Iterator[None]:
     """All parameters pass through `replicate`, also where replicated layers read them."""
     real = partition.Writer._replicate
 
-    def replicate(self: Any, nodes: Any) -> None:
-        real(self, nodes)
-        for node in nodes:
+    def replicate(self: Any, uses: Any) -> None:
+        real(self, uses)
+        for node, _ in uses:
             if node.op == "placeholder":
                 self.replicas[node] = self.broadcasts[node]
 
     def all_parameters(self: Any) -> None:
-        replicate(self, [n for n in self.replicas if n in self.placement.tracked])
+        replicate(self, [(n, True) for n in self.replicas if n in self.placement.tracked])
 
     with patch.object(partition.Writer, "_replicate_parameters", all_parameters):
         yield

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringpass import ops
+from ringpass.ops import reduction
 from tests.support.marks import slow
 from tests.support.models import MODELS, batch_for, loss_of
 from tests.support.pipeline_stages import compile_step, fake_ring, stages
@@ -75,12 +76,12 @@ def test_ranks_have_equal_graphs(name: str, padding: bool) -> None:
             graphs.append({stage: [structure(g) for g in gms] for stage, gms in seen.items()})
     assert all(g == graphs[0] for g in graphs)
     calls = [t for _, t in graphs[0]["backward"][0] if t.startswith("ringpass")]
-    assert "ringpass.ring_attention_backward.default" in calls and "ringpass.reduce_list.default" in calls
+    assert "ringpass.ring_attention_backward.default" in calls and "ringpass.start_sum.default" in calls
 
 
 def collectives(gm: GraphModule) -> list[tuple[str, Any]]:
     """What all ranks enter together, in order, with what they pass that must be equal."""
-    kinds = (ops.gather, ops.reduce, ops.reduce_list)
+    kinds = (ops.gather, ops.reduce, reduction.start_sum, reduction.wait_sum)
     return [
         (str(n.target), [str(a) for a in n.args[1:-1] if isinstance(a, str)])
         for n in gm.graph.nodes

@@ -146,7 +146,7 @@ def lowered(waits: int, replicate: bool) -> GraphModule:
     started = graph.call_function(primitives.exchange, ([x], 4, 1, 1, 0, "ring"))
     received = graph.call_function(operator.getitem, (started, 0))
     ends = [graph.call_function(primitives.wait, (received,)) for _ in range(waits)]
-    rest = [graph.call_function(ops.replicate, ([x], "ring"))] if replicate else []
+    rest = [graph.call_function(ops.replicate, ([x], 0, 0, "ring"))] if replicate else []
     graph.output((*ends, *rest))
     return GraphModule({}, graph)
 

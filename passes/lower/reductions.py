@@ -1,0 +1,85 @@
+"""reductions: sums of gradients over ranks, started when the last gradient of a bucket is there.
+
+    reduce_list([g0, g1, ..])  ->  pack_gradients_bucket0, start_gradients_bucket0     after the last of g0, g1, ..
+                                   wait_gradients_bucket0, unpack_gradients_bucket0    before the first use of a sum
+
+Sums that are returned, as those of parameters, are waited for at the end of the graph.  Buckets are numbered in the
+order in which they start.  Until it is waited for, a bucket holds one flat buffer, in the dtype in which gradients are
+added (float32, float64), in place of its gradients.
+
+Contract: runs before ring operators are unrolled, so that sums start between sites, at a place that does not depend on
+the rank.  A `reduce_list` of symbolic sizes stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node, map_arg
+
+from ringpass import ops
+from ringpass.comm.reduction import by_sum_dtype
+from ringpass.nodes import symbolic
+from ringpass.ops import reduction
+
+ORIGINS = ("placeholder", "get_attr")
+
+
+def start_early(graph: Graph) -> None:
+    """Splits each `reduce_list` of `graph` into its start and its wait.  In place."""
+    nodes = list(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    first = next(i for i, node in enumerate(nodes) if node.op not in ORIGINS)
+
+    def ready(node: Node) -> int:
+        """The position from which on all operands are there."""
+        return max(first, *(position[x] + 1 for x in node.all_input_nodes))
+
+    sums = [n for n in nodes if n.op == "call_function" and n.target is ops.reduce_list and not symbolic(n)]
+    for number, node in enumerate(sorted(sums, key=ready)):
+        users = [user for result in node.users for user in result.users]
+        used = [ready(user) if user in sums else position[user] for user in users]
+        _split(graph, node, f"bucket{number}", nodes[ready(node)], nodes[min(used, default=len(nodes) - 1)])
+    for node in sums:
+        for result in list(node.users):
+            graph.erase_node(result)
+        graph.erase_node(node)
+
+
+def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> None:
+    """Writes the start of a sum before the node `started` and its wait before the node `used`."""
+    gradients: Any = node.args[0]
+    silent = ops.silent(len(gradients), *node.args[1:3])  # type: ignore[arg-type]
+    values = [x.meta["val"] for x in gradients]
+    results = {user.args[1]: user for user in node.users}
+    messages = by_sum_dtype([x.dtype for x in values])
+    for dtype, mine in messages.items():
+        name = bucket if len(messages) == 1 else f"{bucket}_{str(dtype).removeprefix('torch.')}"
+        with graph.inserting_before(started):
+            quiet = [mine.index(i) for i in silent if i in mine]
+            packed = (([gradients[i] for i in mine], quiet, dtype), f"pack_gradients_{name}")
+            flat = _call(graph, reduction.pack_gradients, *packed)
+            sent = _call(graph, reduction.start_sum, (flat, node.args[-1]), f"start_gradients_{name}")
+        with graph.inserting_before(used):
+            total = _call(graph, reduction.wait_sum, (sent,), f"wait_gradients_{name}")
+            layout = [values[i].numel() for i in mine], [values[i].dtype for i in mine]
+            parts = _call(graph, reduction.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
+            for k, i in enumerate(mine):
+                if i in results:
+                    part = _call(graph, operator.getitem, (parts, k), f"gradient_{name}")
+                    whole = (part, list(values[i].shape))
+                    shaped = _call(graph, torch.ops.aten.view.default, whole, f"gradient_{name}_view")
+                    results[i].replace_all_uses_with(shaped)
+
+
+def _call(graph: Graph, target: Any, args: tuple[Any, ...], name: str) -> Node:
+    """A new node with its fake value."""
+    node = graph.create_node("call_function", target, args, name=name)
+    values = map_arg(args, lambda n: n.meta["val"])
+    mode: Any = detect_fake_mode(values)
+    with mode:
+        node.meta["val"] = target(*values)
+    return node

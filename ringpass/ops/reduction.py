@@ -1,0 +1,56 @@
+"""Operators of sums over ranks that other work hides: `lower` writes them for each `reduce_list` of the backward.
+
+pack_gradients      several gradients as one new flat buffer, in the dtype in which they are added
+start_sum           starts the sum over ranks of that buffer, in place; it is under way when this returns
+wait_sum            that buffer, complete
+unpack_gradients    its parts, flat, each in the dtype of its gradient
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringpass.comm import reduction
+from ringpass.ops.library import define, implement
+
+define("pack_gradients(Tensor[] gradients, int[] silent, ScalarType dtype) -> Tensor")
+define("start_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that these two write
+define("wait_sum(Tensor(a) flat) -> Tensor(a)")
+define("unpack_gradients(Tensor flat, int[] sizes, ScalarType[] dtypes) -> Tensor[]")
+
+_ops = torch.ops.ringpass
+pack_gradients, unpack_gradients = _ops.pack_gradients.default, _ops.unpack_gradients.default
+start_sum, wait_sum = _ops.start_sum.default, _ops.wait_sum.default
+
+_in_flight: dict[int, reduction.PendingSum] = {}
+
+
+def _start_sum(flat: Tensor, group: str) -> Tensor:
+    _in_flight[_key(flat)] = reduction.start(flat, group)
+    return flat
+
+
+def _wait_sum(flat: Tensor) -> Tensor:
+    _in_flight.pop(_key(flat)).wait()
+    return flat
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _fake_pack(gradients: list[Tensor], silent: list[int], dtype: torch.dtype) -> Tensor:
+    return gradients[0].new_empty(sum(x.numel() * (1 + x.is_complex()) for x in gradients), dtype=dtype)
+
+
+def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[Any]) -> list[Tensor]:
+    return [flat.new_empty(n, dtype=dtype) for n, dtype in zip(sizes, dtypes, strict=True)]
+
+
+implement("pack_gradients", reduction.pack, _fake_pack)
+implement("start_sum", _start_sum, lambda flat, group: flat)
+implement("wait_sum", _wait_sum, lambda flat: flat)
+implement("unpack_gradients", reduction.unpack, _fake_unpack)
