@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ringpass import RingConfig
-from ringpass.comm import p2p
+from ringpass.comm import p2p, reduction
 from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
 from tests.support.errors import error_message
 from tests.support.model_parity import compiled
@@ -167,6 +167,30 @@ def dies_in_the_middle(group: dist.ProcessGroup) -> str:
 def test_a_peer_dies() -> None:
     begun = time.monotonic()
     outcomes = spawn(dies_in_the_middle, 3, timeout=BOUND)
+    assert time.monotonic() - begun < BOUND
+    assert outcomes[1].exitcode == 7
+    for rank in (0, 2):
+        assert outcomes[rank].exitcode == 0 and not outcomes[rank].timed_out, outcomes[rank]
+        assert "A rank died" in outcomes[rank].result, outcomes[rank].result
+
+
+def dies_before_a_sum(group: dist.ProcessGroup) -> str:
+    """Rank 1 dies where the others have started to sum gradients."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    start = reduction.start
+
+    def dying(*args: Any) -> Any:
+        if group.rank() == 1:
+            os._exit(7)
+        return start(*args)
+
+    with patch.object(reduction, "start", dying):
+        return error_message(PeerError, lambda: step(group, model, batch))
+
+
+def test_a_peer_dies_during_a_sum_of_gradients() -> None:
+    begun = time.monotonic()
+    outcomes = spawn(dies_before_a_sum, 3, timeout=BOUND)
     assert time.monotonic() - begun < BOUND
     assert outcomes[1].exitcode == 7
     for rank in (0, 2):
