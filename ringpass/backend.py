@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from ringpass.schedule.tiles import tiling
 
 log = logging.getLogger("ringpass")
 
+AUTOTUNING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise")
+"""Options of Inductor under which it chooses kernels by their times."""
 NAMED_ATTENTIONS = 4  # attentions that a message names
 WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "leave the mode out", "max-autotune": "use mode='max-autotune-no-cudagraphs'"}
 """Inductor's modes that turn on CUDA graphs, and what to do instead."""
@@ -65,6 +68,7 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     ring = ring_of(config.ring, config.timeout)
+    _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
     stages = Pipeline(config.dump, ring.rank)
     captured = stages.run(capture, gm, example_inputs)
@@ -162,6 +166,22 @@ def _refuse_cuda_graphs(inductor: Mapping[str, Any], mode: str | None) -> None:
         "the host start its exchanges, wait for them and compare the ranks in every call: "
         f"{instead or 'set it to False'}"
     )
+
+
+def _warn_of_autotuning(ring: Ring, inductor: Mapping[str, Any]) -> None:
+    """Warns once that ranks may choose different kernels, if Inductor chooses kernels by measured times."""
+    if ring.world > 1 and any(inductor.get(name) for name in AUTOTUNING):
+        _warn_once_of_autotuning(ring.rank)
+
+
+@cache
+def _warn_once_of_autotuning(rank: int) -> None:
+    if rank == 0:
+        log.warning(
+            "max_autotune chooses kernels by their times, so each rank may choose others, and values that every rank "
+            "computes may differ in their last bits. Gradients of parameters stay equal on all ranks; for equal "
+            "activations drop the mode."
+        )
 
 
 def _check_data_parallel_wrappers(ring: Ring, config: RingConfig) -> None:

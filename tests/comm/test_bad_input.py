@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from ringpass import RingConfig
+from ringpass import RingConfig, backend
 from ringpass.comm import p2p, reduction
+from ringpass.comm.agreement import ring_of
 from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
 from tests.support.errors import error_message
 from tests.support.model_parity import compiled
@@ -143,6 +144,22 @@ def test_ranks_disagree(workers: Workers, job: Any, said: tuple[str, ...]) -> No
     for rank, message in enumerate(messages):
         assert all(text in message for text in said), (rank, message)
     assert len(set(messages)) == 1  # the same verdict on every rank
+
+
+def autotuned(group: dist.ProcessGroup) -> list[str]:
+    """What a rank says when two of three compilations choose kernels by their times."""
+    said: list[str] = []
+    backend._warn_once_of_autotuning.cache_clear()
+    ring = ring_of(group, None)
+    with patch.object(backend.log, "warning", lambda *text: said.append(text[0])):
+        for options in ({"max_autotune": True}, {}, {"max_autotune": True}):
+            backend._warn_of_autotuning(ring, options)
+    return said
+
+
+def test_autotuning_is_warned_of_once(workers: Workers) -> None:
+    first, *others = workers.run(autotuned, 2)
+    assert len(first) == 1 and "max_autotune" in first[0] and others == [[]]
 
 
 # --- ranks that are gone ----------------------------------------------------------------------------------------------

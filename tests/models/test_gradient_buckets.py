@@ -37,7 +37,8 @@ class Mixed(nn.Module):
         x = self.blocks[1](self.shared(self.blocks[0](x)))
         x = checkpoint(self.blocks[2], x, use_reentrant=False)
         pooled = self.shared(x.mean(1))
-        return F.linear(x, self.tokens.weight).logsumexp(-1).mean() + pooled.pow(2).mean()
+        loss: Tensor = F.linear(x, self.tokens.weight).logsumexp(-1).mean() + pooled.pow(2).mean()
+        return loss
 
 
 def mixed(group: dist.ProcessGroup, **options: Any) -> float:
@@ -73,7 +74,7 @@ class Faulty(TorchDispatchMode):
     """Changes the last bits of each matrix product over `rows` rows: gradients of replicated linear layers."""
 
     def __init__(self, rows: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows, self.changed = rows, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
