@@ -29,13 +29,16 @@ def top_level() -> Iterator[None]:
         yield
 
 
-def compiled(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor", dynamic: bool = False
+) -> Callable[..., Any]:
     """`function`, compiled once for each kind of arguments: shapes, strides, dtypes, and values that are no tensors.
 
-    Dynamo's limit is 8 kinds, after which it raises; the steps of a ring come in more.  Shapes are never symbolic, so
-    that a kind does not depend on those seen before.  Raises torch's error where Dynamo cannot trace the function.
+    Dynamo's limit is 8 kinds, after which it raises; the steps of a ring come in more.  Shapes and strides are
+    constants, so that a kind does not depend on those seen before; `dynamic`: they are symbolic.  Raises torch's error
+    where Dynamo cannot trace the function.
     """
-    run = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    run = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
     @wraps(function)
     def call(*given: Any) -> Any:

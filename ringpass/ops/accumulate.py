@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ringpass.kernels.blocks import empty_rows, join_rows, row_slice
-from ringpass.kernels.tile import merge_by_lse
+from ringpass.kernels.merge import merge_in_place
 from ringpass.layouts.ranges import Ranges
 from ringpass.ops import primitives
 
@@ -131,8 +131,8 @@ class _Traced(RowAccumulator):
 def merge(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Combines (out, lse) of the same rows by their log-sum-exp; `old` may be overwritten while the loop runs."""
     if get_proxy_mode() is None:
-        (out, lse), (more, more_lse) = old, new
-        return merge_by_lse(out, lse, more.to(out.dtype), more_lse, in_place=True)
+        merge_in_place(*old, *new)
+        return old
     return tuple(primitives.merge(*old, *new))
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import ringpass.ops  # noqa: F401  (registers the operators)
+import ringpass.ops.reduction  # noqa: F401  (registers the operators)
+from ringpass.kernels import table as kernels
 from ringpass.layouts.layout import Layout
-from ringpass.ops import primitives
 from ringpass.ops.library import BODIES
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.site import register
@@ -84,7 +84,7 @@ def attention_step(case: Case, world: int, dtype: torch.dtype) -> Counter[str]:
         q, k, v = (torch.empty(n, h, length, w, dtype=dtype, device="cuda") for n, h, length, w in shapes)
         leaves = [torch.empty(shape, dtype=kind, device="cuda") for shape, kind in case.leaves]
         seed = torch.zeros((), dtype=torch.int64, device=case.seed) if case.seed else None
-        about = leaves, seed, register(here), case.tokens, case.tokens
+        about = leaves, seed, register(here), case.tokens, case.tokens, "g"
         out, lse = torch.ops.ringpass.ring_attention(q, k, v, *about)
         torch.ops.ringpass.ring_attention_backward(torch.empty_like(out), q, k, v, out, lse, *about)
     return checked
@@ -95,8 +95,11 @@ def attention_step(case: Case, world: int, dtype: torch.dtype) -> Counter[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_attention(process: ProcessPoolExecutor, name: str, world: int, dtype: torch.dtype) -> None:
     checked = run_there(process, attention_step, CASES[name], world, dtype)
-    kind = "scored_tile" if "score" in CASES[name].about else "attention_tile"
-    assert {kind, f"{kind}_backward", "ring_attention", "ring_attention_backward"} <= set(checked)
+    kinds = ("scored_tile",) if "score" in CASES[name].about else ("attention_tile", "attention_step")
+    assert any({kind, f"{kind}_backward"} <= set(checked) for kind in kinds)
+    assert {"ring_attention", "ring_attention_backward"} <= set(checked)
+    if dtype == BF16 and "x0" in CASES[name].mask:
+        assert {"block_lists", "attention_step", "attention_step_backward"} <= set(checked)
 
 
 def test_a_seed_on_the_cpu_is_noticed(process: ProcessPoolExecutor) -> None:
@@ -106,13 +109,13 @@ def test_a_seed_on_the_cpu_is_noticed(process: ProcessPoolExecutor) -> None:
 
 def step_with_bad_tile(device: str, dtype: torch.dtype) -> None:
     """A causal step whose tiles return their lse on `device` in `dtype`."""
-    good = primitives.kernels.forward
+    good = kernels.forward
 
     def bad(*args: Any) -> tuple[Tensor, Tensor]:
         out, lse = good(*args)
         return out, lse.to(device, dtype)
 
-    with patch.object(primitives.kernels, "forward", bad):
+    with patch.object(kernels, "forward", bad):
         attention_step(Case(), 2, BF16)
 
 
@@ -154,8 +157,12 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "redistribute": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, "contiguous", WORLD, RANK, "g"),
     "permute": lambda: (cuda(2, 16, 5), 1, 1, 16, "hilbert 4x4", False),
     "reduce": lambda: (cuda(3, 5), "g"),
-    "reduce_list": lambda: ([cuda(3), cuda(2, 2, dtype=F32)], "g"),
-    "replicate": lambda: ([cuda(3), cuda(2, 2)], "g"),
+    "reduce_list": lambda: ([cuda(3), cuda(2, 2, dtype=F32)], 1, 1, "g"),
+    "replicate": lambda: ([cuda(3), cuda(2, 2)], 1, 1, "g"),
+    "pack_gradients": lambda: ([cuda(3), cuda(2, 2)], [1], F32),
+    "start_sum": lambda: (cuda(7, dtype=F32), "g"),
+    "wait_sum": lambda: (torch.ops.ringpass.start_sum(cuda(7, dtype=F32), "g"),),
+    "unpack_gradients": lambda: (cuda(7, dtype=F32), [3, 4], [BF16, F32]),
     "halo": lambda: (cuda(2, LOCAL, 5), *SHARD, 2, 1, 0, "g"),
     "halo_backward": lambda: (cuda(2, LOCAL + 2, 5), *SHARD, 1, 1, 0, "g"),
     "interior_rows": lambda: (cuda(2, LOCAL, 5), *SHARD, 1, 1, 0),
@@ -188,22 +195,15 @@ def one_call(name: str) -> Counter[str]:
     return checked
 
 
-READS_ON_THE_HOST = pytest.mark.xfail(
-    strict=True, reason="halo_back selects by a boolean mask, which waits for the device"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=READS_ON_THE_HOST if x == "halo_backward" else ()) for x in OPERATORS]
-)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operator(process: ProcessPoolExecutor, name: str) -> None:
     assert run_there(process, one_call, name)[name] == 1
 
 
 def test_every_operator_is_covered() -> None:
-    """Tiles, exchanges and waits run as parts of an attention; dropout is arithmetic on `keep`."""
-    parts = {"exchange", "wait", *(f"{op}{way}" for op in ATTENTION for way in ("", "_backward"))}
-    assert set(BODIES) <= set(OPERATORS) | parts
+    """Tiles, steps, exchanges and waits run as parts of an attention; dropout is arithmetic on `keep`."""
+    parts = {"exchange", "wait", "block_lists", *(f"{op}{way}" for op in ATTENTION for way in ("", "_backward"))}
+    assert set(BODIES) - {"host_copy"} <= set(OPERATORS) | parts  # whose result is on the host
 
 
-ATTENTION = "attention_tile", "scored_tile", "ring_attention"
+ATTENTION = "attention_tile", "attention_step", "scored_tile", "ring_attention"

@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import Tensor
@@ -37,8 +36,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ringpass.comm import collectives, p2p
+from ringpass.comm import collectives, p2p, reduction
 from ringpass.kernels import cuda as kernels_cuda
+from ringpass.kernels import flex, merge
 from ringpass.ops.library import BODIES, LIBRARY
 
 HOPPER = (9, 0)
@@ -92,7 +92,11 @@ def bodies_on_fake_cuda(capability: tuple[int, int] = HOPPER) -> Iterator[Counte
         stack.enter_context(patch.object(kernels_cuda, "capability", lambda device: capability))
         stack.enter_context(patch.object(collectives, "run_collective", _checked_collective))
         stack.enter_context(patch.object(p2p, "start", _checked_start))
-        stack.enter_context(patch.object(kernels_cuda, "flex_attention", lambda: _flex_attention))
+        stack.enter_context(patch.object(reduction, "start", _checked_sum))
+        stack.enter_context(patch.object(flex, "capability", lambda device: capability))
+        stack.enter_context(patch.object(flex, "flex_step", _flex_step))
+        stack.enter_context(patch.object(flex, "flex_step_backward", _flex_step_backward))
+        stack.enter_context(patch.object(merge, "fused_merge", lambda: merge.written_merge))
         stack.enter_context(patch.object(torch.func, "vjp", _vjp))
         stack.enter_context(patch.object(torch.autograd, "grad", _grad))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -109,7 +113,7 @@ class _Bodies(TorchFunctionMode):
         self.checked: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = func.default if isinstance(func, torch._ops.OpOverloadPacket) else func
+        op = getattr(func, "default", func) if isinstance(func, torch._ops.OpOverloadPacket) else func
         schema = getattr(op, "_schema", None)
         namespace, _, name = schema.name.partition("::") if schema else ("", "", "")
         if namespace != LIBRARY.ns or name not in BODIES:
@@ -153,13 +157,29 @@ def _checked_collective(collective: object, *args: Any, group: str) -> None:
     assert len({x.dtype for x in buffers}) == 1, buffers
 
 
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, return_aux: Any, **about: Any) -> Any:
-    """In place of the compiled FlexAttention."""
+def _checked_sum(flat: Tensor, group: str) -> reduction.PendingSum:
+    """In place of `reduction.start`: nothing is sent."""
+    assert flat.device.type == "cuda" and flat.dim() == 1 and flat.is_contiguous(), _described(flat)
+    return reduction.PendingSum(flat, Mock())
+
+
+def _flex_step(q: Tensor, k: Tensor, v: Tensor, mask: flex.StepMask, scale: float) -> tuple[Tensor, Tensor]:
+    """In place of FlexAttention's compiled operator."""
     index = torch.zeros(1, dtype=torch.int64, device="cuda")  # a scalar would be read on the host
-    blocks = [x for x in block_mask.as_tuple() if isinstance(x, Tensor)]
-    assert {x.device for x in (q, k, v, *blocks, block_mask.mask_mod(index, index, index, index))} == {index.device}
-    assert q.dtype == k.dtype == v.dtype and return_aux.lse
-    return q.new_empty((*q.shape[:3], v.shape[3])), SimpleNamespace(lse=q.new_empty(q.shape[:3], dtype=torch.float32))
+    seen = mask.mask_mod(*(index,) * 4, *mask.buffers)
+    assert {x.device for x in (q, k, v, seen, *mask.lists, *mask.buffers)} == {index.device}
+    assert q.dtype == k.dtype == v.dtype and seen.dtype == torch.bool
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _flex_step_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: flex.StepMask, scale: float
+) -> list[Tensor]:
+    """In place of the compiled operator of its gradient."""
+    found, found_lse = _flex_step(q, k, v, mask, scale)
+    for given, like in ((grad, found), (out, found), (lse, found_lse)):
+        assert (given.device, given.dtype, given.shape) == (like.device, like.dtype, like.shape), (given, like)
+    return [torch.empty_like(x) for x in (q, k, v)]
 
 
 def _vjp(function: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -103,8 +103,8 @@ class _Reader:
             self.names[name] = list(self.names.get(value.id, []))
             self.assigned = line, value.id
         elif isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Constant):
-            held = self.names.get(ast.unparse(value.value), [])
-            self.names[name] = held[value.slice.value : value.slice.value + 1]
+            held, at = self.names.get(ast.unparse(value.value), []), ast.literal_eval(value.slice)
+            self.names[name] = held[at : at + 1]
         elif isinstance(value, ast.Call) and ast.unparse(value.func).startswith("empty_strided"):
             shape, strides, dtype = (ast.unparse(x) for x in value.args[:3])
             size = _extent(ast.literal_eval(shape), ast.literal_eval(strides)) * _dtype(dtype).itemsize
@@ -148,10 +148,7 @@ class _Reader:
             if op in self.results and not self.buffers[number].size:
                 extent = _extent(ast.literal_eval(shape), ast.literal_eval(strides))
                 self.buffers[number].size = extent * self.results[op][made.index(number)].itemsize
-                self.steps[-1] = CodeStep(
-                    *(getattr(self.steps[-1], x) for x in ("op", "key", "reads", "makes")),
-                    self._alive(), self.steps[-1].freed,
-                )  # fmt: skip
+                self.steps[-1] = replace(self.steps[-1], alive=self._alive())
 
     def _delete(self, name: str, line: int) -> None:
         numbers = self.names.pop(name, [])
