@@ -34,7 +34,7 @@ def test_the_compiled_merge_is_one_kernel(dtype: torch.dtype) -> None:
     graphs = counters["stats"]["unique_graphs"]
     for rows in (12, 30, 101):
         given = parts(rows, dtype)
-        want = merge_by_lse(*(x.clone() for x in given[:2]), given[2].float(), given[3])
+        want = merge_by_lse(given[0].clone(), given[1].clone(), given[2].float(), given[3])
         run(*given)
         assert not given[0].isnan().any()
         torch.testing.assert_close(tuple(given[:2]), want)
@@ -43,6 +43,6 @@ def test_the_compiled_merge_is_one_kernel(dtype: torch.dtype) -> None:
 
 def test_ops_write_in_place_too() -> None:
     given = parts(6, torch.bfloat16)
-    want = merge_by_lse(*(x.clone() for x in given[:2]), given[2].float(), given[3])
+    want = merge_by_lse(given[0].clone(), given[1].clone(), given[2].float(), given[3])
     merge.merge_in_place(*given)
     torch.testing.assert_close(tuple(given[:2]), want)
