@@ -155,10 +155,10 @@ def _register_collectives() -> None:
     """Lowers each op that talks to other ranks as an Inductor collective.
 
     `exchange` and `start_sum` are still under way when they return.  Inductor keeps the buffers that `exchange` reads
-    alive, and unwritten, until the `wait` on what it returns, output i standing for input i; `start_sum` and `wait_sum`
-    both count as writing the buffer, which nothing may touch between them.
+    alive, and unwritten, until the `wait` on what it returns, output i standing for input i.  What `start_sum` reads
+    may go at once, as it sums a buffer of its own; `wait_sum` counts as writing this buffer.
     """
-    for op in (*COMPLETE, primitives.exchange):
+    for op in (*COMPLETE, primitives.exchange, reduction.start_sum):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
@@ -174,15 +174,10 @@ def _register_collectives() -> None:
 
     register_lowering(primitives.wait, type_promotion_kind=None)(wait)
 
-    def start_sum(flat: Any, group: str) -> Any:
-        ir._CollectiveKernel.create_inplace(reduction.start_sum, flat, group)
-        return flat
-
     def wait_sum(flat: Any) -> Any:
-        ir._WaitKernel.create_wait(reduction.wait_sum, flat)
+        ir._CollectiveKernel.create_inplace(reduction.wait_sum, flat)
         return flat
 
-    register_lowering(reduction.start_sum, type_promotion_kind=None)(start_sum)
     register_lowering(reduction.wait_sum, type_promotion_kind=None)(wait_sum)
     for impure in (primitives.exchange, primitives.wait, reduction.start_sum, reduction.wait_sum):
         torch.fx.node.has_side_effect(impure)

@@ -1,6 +1,6 @@
 """reductions: sums of gradients over ranks, started when the last gradient of a bucket is there.
 
-    reduce_list([g0, g1, ..])  ->  pack_gradients_bucket0, start_gradients_bucket0     after the last of g0, g1, ..
+    reduce_list([g0, g1, ..])  ->  start_gradients_bucket0                             after the last of g0, g1, ..
                                    wait_gradients_bucket0, unpack_gradients_bucket0    before the first use of a sum
 
 Sums that are returned, as those of parameters, are waited for at the end of the graph.  Buckets are numbered in the
@@ -60,9 +60,8 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
         name = bucket if len(messages) == 1 else f"{bucket}_{str(dtype).removeprefix('torch.')}"
         with graph.inserting_before(started):
             quiet = [mine.index(i) for i in silent if i in mine]
-            packed = (([gradients[i] for i in mine], quiet, dtype), f"pack_gradients_{name}")
-            flat = _call(graph, reduction.pack_gradients, *packed)
-            sent = _call(graph, reduction.start_sum, (flat, node.args[-1]), f"start_gradients_{name}")
+            summed = [gradients[i] for i in mine], quiet, dtype, node.args[-1]
+            sent = _call(graph, reduction.start_sum, summed, f"start_gradients_{name}")
         with graph.inserting_before(used):
             total = _call(graph, reduction.wait_sum, (sent,), f"wait_gradients_{name}")
             layout = [values[i].numel() for i in mine], [values[i].dtype for i in mine]

@@ -362,7 +362,9 @@ class Writer(Emitter):
 
     def _differs(self, node: Node, user: Node) -> bool:
         """Whether each rank computes a gradient of the parameter `node` through `user` by itself."""
-        if not self._needs_gradient(node) or not self._is_parameter(node) or _returned_or_written(node):
+        if self.rank.world == 1 or not self._needs_gradient(node):
+            return False
+        if not self._is_parameter(node) or _returned_or_written(node):
             return False
         return self._reaches_replicated(user)
 

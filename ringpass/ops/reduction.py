@@ -1,7 +1,7 @@
 """Operators of sums over ranks that other work hides: `lower` writes them for each `reduce_list` of the backward.
 
-pack_gradients      several gradients as one new flat buffer, in the dtype in which they are added
-start_sum           starts the sum over ranks of that buffer, in place; it is under way when this returns
+start_sum           packs several gradients into one new flat buffer, in the dtype in which they are added, and starts
+                    its sum over ranks, in place; the sum is under way when this returns
 wait_sum            that buffer, complete
 unpack_gradients    its parts, flat, each in the dtype of its gradient
 """
@@ -16,19 +16,19 @@ from torch import Tensor
 from ringpass.comm import reduction
 from ringpass.ops.library import define, implement
 
-define("pack_gradients(Tensor[] gradients, int[] silent, ScalarType dtype) -> Tensor")
-define("start_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that these two write
-define("wait_sum(Tensor(a) flat) -> Tensor(a)")
+define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
+define("wait_sum(Tensor(a) flat) -> Tensor(a)")  # Inductor learns from its lowering that this writes
 define("unpack_gradients(Tensor flat, int[] sizes, ScalarType[] dtypes) -> Tensor[]")
 
 _ops = torch.ops.ringpass
-pack_gradients, unpack_gradients = _ops.pack_gradients.default, _ops.unpack_gradients.default
 start_sum, wait_sum = _ops.start_sum.default, _ops.wait_sum.default
+unpack_gradients = _ops.unpack_gradients.default
 
 _in_flight: dict[int, reduction.PendingSum] = {}
 
 
-def _start_sum(flat: Tensor, group: str) -> Tensor:
+def _start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:
+    flat = reduction.pack(gradients, silent, dtype)
     _in_flight[_key(flat)] = reduction.start(flat, group)
     return flat
 
@@ -42,7 +42,7 @@ def _key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def _fake_pack(gradients: list[Tensor], silent: list[int], dtype: torch.dtype) -> Tensor:
+def _fake_start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:
     return gradients[0].new_empty(sum(x.numel() * (1 + x.is_complex()) for x in gradients), dtype=dtype)
 
 
@@ -50,7 +50,6 @@ def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[Any]) -> list[Tens
     return [flat.new_empty(n, dtype=dtype) for n, dtype in zip(sizes, dtypes, strict=True)]
 
 
-implement("pack_gradients", reduction.pack, _fake_pack)
-implement("start_sum", _start_sum, lambda flat, group: flat)
+implement("start_sum", _start_sum, _fake_start_sum)
 implement("wait_sum", _wait_sum, lambda flat: flat)
 implement("unpack_gradients", reduction.unpack, _fake_unpack)
