@@ -23,7 +23,6 @@ from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
-from ringpass.kernels.cuda import flash_implementation
 from ringpass.lazy import LazyOutput
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
@@ -44,6 +43,7 @@ from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.tiles import tiling
+from ringpass.torch_features import flash_implementation
 
 log = logging.getLogger("ringpass")
 

@@ -9,7 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch._dynamo import config
+
+RECOMPILE_LIMITS = tuple(name for name in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, name))
+"""Dynamo's settings of how many kinds of arguments a function may be compiled for."""
+
+
+def gather_equal() -> Callable[..., Any]:
+    """The collective that gathers equal parts into one tensor: out, in, group=, async_op=.
+
+    Its name is `all_gather_into_tensor` where torch has no `all_gather_single` yet.
+    """
+    c10d: Any = dist
+    found: Callable[..., Any] = (
+        c10d.all_gather_single if hasattr(c10d, "all_gather_single") else c10d.all_gather_into_tensor
+    )
+    return found
+
+
+def flash_implementation() -> str:
+    """What runs the ATen op of flash attention: "FA2", torch's own, or the replacement that the user has activated.
+
+    Where torch cannot be asked, nothing else can be activated.
+    """
+    attention: Any = torch.nn.attention
+    if not hasattr(attention, "current_flash_attention_impl"):
+        return "FA2"
+    return attention.current_flash_attention_impl() or "FA2"
 
 
 def sum_and_scatter() -> Callable[..., Any]:

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import all_gather, lost, process_group, sendable
+from ringpass.comm.p2p import lost, process_group, sendable
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
 from ringpass.precision import accumulator
-from ringpass.torch_features import sum_and_scatter
+from ringpass.torch_features import gather_equal, sum_and_scatter
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     padded = local.new_zeros((local.shape[0], longest, local.shape[2]))
     padded[:, : shard.length] = local
     everyone = padded.new_empty((shard.world, *padded.shape))
-    run_collective(all_gather, sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
+    run_collective(gather_equal(), sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
     parts = {}
     for rank, of_rank in enumerate(ranges):
         offset = 0

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import all_gather
+from ringpass.torch_features import gather_equal
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 65536
@@ -98,7 +98,7 @@ def gather_headers(header: Tensor, pg: dist.ProcessGroup, limit: timedelta) -> T
     On CUDA it returns at once: the device waits.
     """
     everyone = header.new_empty((pg.size(), *header.shape))
-    work: dist.Work = all_gather(everyone.view(-1), header, group=pg, async_op=True)
+    work: dist.Work = gather_equal()(everyone.view(-1), header, group=pg, async_op=True)
     if header.device.type == "cuda":
         work.wait()
     else:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ringpass.errors import PeerError
 
-all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Gathers equal parts into one tensor; torch 2.13 renamed it."""
 SENDABLE = frozenset({
     torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 })  # fmt: skip

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch._dynamo import config
 
-LIMITS: dict[str, Any] = {
-    name: 1 << 20 for name in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, name)
-}
-"""Dynamo's settings of how many kinds of arguments a function may be compiled for, as far as this torch has them."""
+from ringpass.torch_features import RECOMPILE_LIMITS
+
+LIMITS: dict[str, Any] = dict.fromkeys(RECOMPILE_LIMITS, 1 << 20)
 TOP_LEVEL = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 """The dispatch keys that are included and excluded where no operator runs."""
 

@@ -39,12 +39,6 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def flash_implementation() -> str:
-    """What runs the ATen op that `flash` calls: "FA2", torch's own, or the replacement that the user has activated."""
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
-    return current() or "FA2"
-
-
 # --- flash ------------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ringpass import torch_features
 from ringpass.kernels import cpu as kernels_cpu
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels.plain import plain, plain_backward
@@ -163,7 +164,7 @@ def _runs_on(spec: KernelSpec, device: torch.device, dtype: torch.dtype) -> bool
     if spec.device not in (None, device.type) or (spec.dtypes is not None and dtype not in spec.dtypes):
         return False
     capability = kernels_cuda.capability(device)
-    if spec.yields_to_fa3 and capability[0] == 9 and kernels_cuda.flash_implementation() == "FA3":
+    if spec.yields_to_fa3 and capability[0] == 9 and torch_features.flash_implementation() == "FA3":
         return False
     return spec.dtypes is None or capability >= spec.dtypes[dtype]
 

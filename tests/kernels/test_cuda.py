@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import kernels as benchmark
+from ringpass import torch_features
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels import table as kernels
 from ringpass.kernels.plain import plain, plain_backward
@@ -87,9 +88,9 @@ def test_an_active_flash_attention_3_comes_first(
     capability: tuple[int, int], width: int, args: TileArgs, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels_cuda, "capability", lambda device: capability)
-    assert kernels_cuda.flash_implementation() == "FA2"
+    assert torch_features.flash_implementation() == "FA2"
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
-    assert kernels_cuda.flash_implementation() == "FA3"
+    assert torch_features.flash_implementation() == "FA3"
     assert choose(torch.device("cuda"), BF16, (width, width), (64, 64), args) == name
     assert choose(torch.device("cuda"), F32, (width, width), (64, 64), args) == "efficient"
 

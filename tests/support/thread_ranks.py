@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.comm import collectives, p2p
+from ringpass.torch_features import gather_equal
 
 TIMEOUT = 60.0
 NAME = "thread"
@@ -103,7 +104,7 @@ class Rendezvous:
         if collective is dist.all_to_all_single:
             return self._all_to_all(rank, out, *given)
         everyone = self._shown(rank, given[0] if given else out.clone())
-        if collective is p2p.all_gather:
+        if collective is gather_equal():
             out.copy_(torch.cat(everyone))
         else:
             total = torch.stack(everyone).sum(0)
