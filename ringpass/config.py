@@ -98,7 +98,7 @@ class RingConfig:
     strict: bool = False
     outputs: str = "lazy"
     tile: int | None = None
-    unroll_limit: int = 128
+    unroll_limit: int = 256
     timeout: float = 300.0
     dump: str | None = None
     group: Any = None

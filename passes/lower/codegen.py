@@ -174,8 +174,8 @@ def _register_collectives() -> None:
 
     register_lowering(primitives.wait, type_promotion_kind=None)(wait)
 
-    def wait_sum(flat: Any) -> Any:
-        ir._CollectiveKernel.create_inplace(reduction.wait_sum, flat)
+    def wait_sum(flat: Any, group: str) -> Any:
+        ir._CollectiveKernel.create_inplace(reduction.wait_sum, flat, group)
         return flat
 
     register_lowering(reduction.wait_sum, type_promotion_kind=None)(wait_sum)

@@ -39,10 +39,13 @@ def start_early(graph: Graph) -> None:
         return max(first, *(position[x] + 1 for x in node.all_input_nodes))
 
     sums = [n for n in nodes if n.op == "call_function" and n.target is ops.reduce_list and not symbolic(n)]
-    for number, node in enumerate(sorted(sums, key=ready)):
+    places = []
+    for node in sorted(sums, key=ready):
         users = [user for result in node.users for user in result.users]
         used = [ready(user) if user in sums else position[user] for user in users]
-        _split(graph, node, f"bucket{number}", nodes[ready(node)], nodes[min(used, default=len(nodes) - 1)])
+        places.append((node, nodes[ready(node)], nodes[min(used, default=len(nodes) - 1)]))
+    for number, (node, started, awaited) in enumerate(places):
+        _split(graph, node, f"bucket{number}", started, awaited)
     for node in sums:
         for result in list(node.users):
             graph.erase_node(result)
@@ -63,7 +66,7 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
             summed = [gradients[i] for i in mine], quiet, dtype, node.args[-1]
             sent = _call(graph, reduction.start_sum, summed, f"start_gradients_{name}")
         with graph.inserting_before(used):
-            total = _call(graph, reduction.wait_sum, (sent,), f"wait_gradients_{name}")
+            total = _call(graph, reduction.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
             layout = [values[i].numel() for i in mine], [values[i].dtype for i in mine]
             parts = _call(graph, reduction.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
             for k, i in enumerate(mine):

@@ -1,4 +1,5 @@
-"""The ranks of a ring check that they agree before anything is sent.
+"""The ranks of a ring check that they agree in every call of a compiled graph.
+
 
 Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
 graph that it is about to run, a checksum of its inputs, a checksum of the weights (in a graph's first call) and a
@@ -96,9 +97,11 @@ class Ring:
         try:
             store.wait([here], self.limit)
         except RuntimeError:
-            store.add(count, -1)
-            others = [rank for rank in range(self.world) if rank != self.rank]
-            return [rank for rank in others if self._last(f"met/{rank}") != key] or others
+            if store.add(count, -1) < self.world - 1:
+                others = [rank for rank in range(self.world) if rank != self.rank]
+                return [rank for rank in others if self._last(f"met/{rank}") != key] or others
+            store.add(count, 1)  # the last rank came at the last moment, and goes on
+            store.wait([here], self.limit)
         self.met = (count, here)
         return []
 
@@ -192,8 +195,8 @@ class Agreement:
         """
         ring = self.ring
         if ring.pg is None or ring.world == 1:
-            mine_alone = torch.tensor([[mine]], dtype=torch.int64)
-            return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0, 0], device))
+            mine_alone = torch.tensor([mine], dtype=torch.int64)
+            return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0], device))
         ring.calls += 1
         ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
@@ -203,11 +206,13 @@ class Agreement:
                 "call has no others: move the model and its inputs to the GPU, or pass init_process_group(device_id=..)"
             )
         said = self._said(args)
+        checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
         try:
-            headers = gather_headers(self._header(said, mine, where), ring.pg, ring.limit)
+            headers = gather_headers(self._header(said, mine, checksums), ring.pg, ring.limit)
         except RuntimeError as error:
             raise self.lost(error) from error
-        return Comparison(self, said, to_host(headers), onto(headers[0, 0].clone(), device))
+        copied = to_host(torch.cat([headers.view(-1), *checksums]))
+        return Comparison(self, said, copied, onto(headers[0, 0].clone(), device))
 
     def _said(self, args: Sequence[object]) -> Said:
         """What the header and the details say of the arguments; weights are looked at in the first call alone."""
@@ -221,11 +226,10 @@ class Agreement:
                 said.others.append((name, value if isinstance(value, str) else str(digest(repr(value)))))
         return said
 
-    def _header(self, said: Said, mine: int, device: torch.device) -> Tensor:
-        """[mine, graph, other inputs, inputs, weights], int64, on `device`."""
+    def _header(self, said: Said, mine: int, checksums: Sequence[Tensor]) -> Tensor:
+        """[mine, graph, other inputs, inputs, weights], int64, on the device of the checksums."""
         known = torch.tensor([mine, self.graph, digest(json.dumps(said.others))], dtype=torch.int64)
-        sums = (combined([x for _, x in tensors], device) for tensors in (said.inputs, said.weights))
-        return torch.cat([onto(known, device), *sums])
+        return torch.cat([onto(known, checksums[0].device), *map(combined, checksums)])
 
     def lost(self, error: Exception) -> PeerError:
         """The error of a call to which not all ranks came; `error`: how it showed."""
@@ -262,23 +266,36 @@ class Said:
     inputs: list[tuple[str, Tensor]]
     weights: list[tuple[str, Tensor]]
 
-    def sheet(self) -> Sheet:
-        """All of it as texts."""
+    @property
+    def checksums(self) -> int:
+        """The number of tensors."""
+        return len(self.inputs) + len(self.weights)
+
+    def sheet(self, checksums: Sequence[int]) -> Sheet:
+        """All of it as texts, given the checksums on the host."""
+        names = [f"values of input {name}" for name, _ in self.inputs] + [f"weights {name}" for name, _ in self.weights]
         texts = [(f"values of input {name}", text) for name, text in self.others]
-        kinds = (("values of input", self.inputs), ("weights", self.weights))
-        return texts + [(f"{kind} {name}", str(int(x))) for kind, tensors in kinds for name, x in tensors]
+        return texts + [(name, str(x)) for name, x in zip(names, checksums, strict=True)]
+
+
+def _stacked(checksums: Sequence[tuple[str, Tensor]], device: torch.device) -> Tensor:
+    """(n,), int64, on `device`."""
+    if not checksums:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.stack([onto(x, device) for _, x in checksums])
 
 
 @dataclass
 class Comparison:
     """The headers of one call, gathered and not compared yet.
 
-    `seed`: rank 0's number, (), int64, on the device of the call.
+    `copied`: the headers of all ranks, one after the other, then the checksums of this rank.  `seed`: rank 0's number,
+    (), int64, on the device of the call.
     """
 
     agreement: Agreement
     said: Said
-    headers: HostCopy
+    copied: HostCopy
     seed: Tensor
     numbers: list[int] | None = None
 
@@ -289,12 +306,14 @@ class Comparison:
         """
         if self.numbers is None:
             try:
-                rows = self.headers.read(self.agreement.ring.timeout)
+                numbers = self.copied.read(self.agreement.ring.timeout)
             except (RuntimeError, TimeoutError) as error:
                 raise self.agreement.lost(error) from error
+            width = (len(numbers) - self.said.checksums) // self.agreement.ring.world
+            rows = [numbers[i : i + width] for i in range(0, width * self.agreement.ring.world, width)]
             self.numbers = [number for number, *_ in rows]
             if any(row[1:] != rows[0][1:] for row in rows):
-                raise self.agreement.mismatch(self.said.sheet())
+                raise self.agreement.mismatch(self.said.sheet(numbers[width * len(rows) :]))
             self.agreement.compared += 1
         return self.numbers
 

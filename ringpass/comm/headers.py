@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,24 +35,32 @@ def digest(text: str) -> int:
 def checksum(x: Tensor) -> Tensor:
     """A checksum of a tensor's bits, (), int64, on its device.
 
-    Cheap, and the same for any number of threads; two tensors that differ almost certainly have different checksums.
+    Cheap, and the same for any number of threads.  Each element of a small tensor, and a sample of a large one, counts
+    by a hash of its bits and its place (`mixed`); of the others of a large tensor, the sum of the bits counts.
     """
     if not x.numel():
         return torch.zeros((), dtype=torch.int64, device=x.device)
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
     some = bits[:: max(1, bits.numel() // SAMPLE)].to(torch.int64)
-    weighted = (some * (torch.arange(some.numel(), device=some.device) * 2 + 1)).sum()
-    return bits.sum(dtype=torch.int64) * 31 + weighted
+    return bits.sum(dtype=torch.int64) * 31 + mixed(some)
 
 
-def combined(checksums: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One checksum of several, (1,), int64, on `device`: it differs where one of them differs."""
-    if not checksums:
-        return torch.zeros(1, dtype=torch.int64, device=device)
-    places = dict.fromkeys(x.device for x in checksums)
-    all_ = torch.cat([onto(torch.stack([x for x in checksums if x.device == place]), device) for place in places])
-    return (all_ * (torch.arange(len(all_), device=device) * 2 + 1)).sum(0, keepdim=True)
+def combined(checksums: Tensor) -> Tensor:
+    """One checksum of several, (n,), int64: (1,)."""
+    return mixed(checksums).view(1)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A hash of the numbers (n,), int64, and their places: (), int64.
+
+    The sum of the numbers' hashes, each after its place is added to it: steps of SplitMix64 (Steele, Lea and Flood
+    2014), without which differences of several numbers could cancel in the sum.
+    """
+    hashed = x + (torch.arange(len(x), device=x.device) + 1) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        hashed = (hashed ^ (hashed >> shift)) * factor
+    return (hashed ^ (hashed >> 31)).sum()
 
 
 def onto(x: Tensor, device: torch.device) -> Tensor:
@@ -70,15 +78,15 @@ class HostCopy:
     values: Tensor
     done: Callable[[], bool]
 
-    def read(self, limit: float) -> list[list[int]]:
-        """The rows of the tensor.  Raises TimeoutError if they do not arrive within `limit` seconds."""
+    def read(self, limit: float) -> list[int]:
+        """The numbers of the tensor (n,).  Raises TimeoutError if they do not arrive within `limit` seconds."""
         end = time.monotonic() + limit
         while not self.done():
             if time.monotonic() > end:
                 raise TimeoutError(f"the device did not come to this call within {limit:g} s")
             time.sleep(POLL)
-        rows: list[list[int]] = self.values.tolist()
-        return rows
+        numbers: list[int] = self.values.tolist()
+        return numbers
 
 
 def to_host(x: Tensor) -> HostCopy:

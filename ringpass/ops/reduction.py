@@ -17,7 +17,7 @@ from ringpass.comm import reduction
 from ringpass.ops.library import define, implement
 
 define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
-define("wait_sum(Tensor(a) flat) -> Tensor(a)")  # Inductor learns from its lowering that this writes
+define("wait_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that this writes
 define("unpack_gradients(Tensor flat, int[] sizes, ScalarType[] dtypes) -> Tensor[]")
 
 _ops = torch.ops.ringpass
@@ -33,7 +33,7 @@ def _start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, g
     return flat
 
 
-def _wait_sum(flat: Tensor) -> Tensor:
+def _wait_sum(flat: Tensor, group: str) -> Tensor:
     _in_flight.pop(_key(flat)).wait()
     return flat
 
@@ -51,5 +51,5 @@ def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[Any]) -> list[Tens
 
 
 implement("start_sum", _start_sum, _fake_start_sum)
-implement("wait_sum", _wait_sum, lambda flat: flat)
+implement("wait_sum", _wait_sum, lambda flat, group: flat)
 implement("unpack_gradients", reduction.unpack, _fake_unpack)

@@ -41,9 +41,27 @@ def test_a_checksum_sees_one_changed_element(dtype: torch.dtype) -> None:
     assert int(checksum(x.clone())) == int(checksum(x))
 
 
+def test_differences_do_not_cancel() -> None:
+    """In one tensor: signs, lengths of equal sum, a negated mask; between two, changes that weigh the same."""
+    lengths = torch.tensor([20, 20, 20]), torch.tensor([19, 22, 19])
+    mask = torch.tensor([True, False, False, True])
+    x = torch.randn(1000, dtype=torch.float64)
+    for a, b in (lengths, (mask, ~mask), (x, -x), (x, x.abs())):
+        assert int(checksum(a)) != int(checksum(b))
+    ids, labels = torch.arange(64).view(2, 32), torch.arange(1, 65).view(2, 32)
+    changed, other = ids.clone(), labels.clone()
+    changed[0, 0] += 3
+    other[0, 0] -= 1
+    pairs = [torch.stack([checksum(i), checksum(j)]) for i, j in ((ids, labels), (changed, other))]
+    assert int(combined(pairs[0])) != int(combined(pairs[1]))
+    masks = torch.arange(1 << 10)[:, None] >> torch.arange(10) & 1
+    assert len({int(checksum(m)) for m in masks.bool()}) == 1 << 10
+
+
 def test_combined_checksums_see_order_and_each_input() -> None:
     a, b, c = (checksum(torch.full((4,), i)) for i in range(3))
-    found = {int(combined(x, CPU)) for x in ([a, b, c], [b, a, c], [a, b], [a, b, b], [])}
+    several: list[list[Tensor]] = [[a, b, c], [b, a, c], [a, b], [a, b, b]]
+    found = {int(combined(torch.stack(x))) for x in several} | {int(combined(torch.zeros(0, dtype=torch.int64)))}
     assert len(found) == 5
 
 
@@ -98,7 +116,7 @@ def test_which_calls_are_compared_first() -> None:
 
 def test_a_copy_is_read_when_it_is_there() -> None:
     answers = iter([False, False, True])
-    assert HostCopy(torch.tensor([[1, 2]]), lambda: next(answers)).read(60.0) == [[1, 2]]
+    assert HostCopy(torch.tensor([1, 2]), lambda: next(answers)).read(60.0) == [1, 2]
     assert next(answers, None) is None
 
 

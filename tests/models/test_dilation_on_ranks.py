@@ -238,7 +238,7 @@ def test_segments_within_a_shard_add_no_node(workers: Workers, ranks: int, tmp_p
         assert keys == gradients == 0
     for stage in ("forward", "backward"):
         (text,) = (path.read_text() for path in (tmp_path / "rank1").glob(f"*/{stage}.py"))
-        assert "attention" in text and "ringpass.exchange" not in text and "ringpass.wait" not in text
+        assert "attention" in text and "ringpass.exchange" not in text and "ringpass.wait.default" not in text
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

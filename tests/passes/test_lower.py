@@ -137,7 +137,7 @@ def test_inductor_can_estimate_the_time_of_every_collective(unroll_limit: int) -
         run: Any = torch.compile(MODELS["nanogpt"].make(), backend="ring_dilated", options=options)
         loss_of(run(**batch_for("nanogpt", 23))).backward()
     attention = ["exchange"] if unroll_limit else ["ring_attention", "ring_attention_backward"]
-    assert {f"ringpass.{name}.default" for name in (*attention, "reduce_list")} <= set(sizes)
+    assert {f"ringpass.{name}.default" for name in (*attention, "start_sum")} <= set(sizes)
     assert all(found == {3} for found in sizes.values()), sizes
 
 

@@ -31,7 +31,7 @@ def captured_graph(gm: GraphModule, inputs: Sequence[Any]) -> Captured:
 
 def unanimous(agreement: Agreement, args: Sequence[object], mine: int, device: torch.device = CPU) -> Comparison:
     """A call in which every rank says what this one says."""
-    headers = torch.full((agreement.ring.world, 1), mine)
+    headers = torch.full((agreement.ring.world,), mine)
     seed = torch.tensor(mine, device=device)
     return Comparison(agreement, Said([], [], []), HostCopy(headers, lambda: True), seed)
 
