@@ -22,11 +22,7 @@ def gather_equal() -> Callable[..., Any]:
 
     Its name is `all_gather_into_tensor` where torch has no `all_gather_single` yet.
     """
-    c10d: Any = dist
-    found: Callable[..., Any] = (
-        c10d.all_gather_single if hasattr(c10d, "all_gather_single") else c10d.all_gather_into_tensor
-    )
-    return found
+    return _collective("all_gather_single", "all_gather_into_tensor")
 
 
 def flash_implementation() -> str:
@@ -45,10 +41,11 @@ def sum_and_scatter() -> Callable[..., Any]:
 
     Its name is `reduce_scatter_tensor` where torch has no `reduce_scatter_single` yet.
     """
-    c10d: Any = dist
-    found: Callable[..., Any] = (
-        c10d.reduce_scatter_single if hasattr(c10d, "reduce_scatter_single") else c10d.reduce_scatter_tensor
-    )
+    return _collective("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+def _collective(name: str, former: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(dist, name if hasattr(dist, name) else former)
     return found
 
 

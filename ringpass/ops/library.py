@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("ringpass", "DEF")
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
@@ -31,6 +32,11 @@ def implement(name: str, body: Callable[..., object], fake: Callable[..., object
     BODIES[name] = body
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
+
+
+def storage_key(x: Tensor) -> int:
+    """What views of one storage share, for as long as it lives: by it a start finds what its wait ends."""
+    return int(x.untyped_storage()._cdata)
 
 
 def differentiate(name: str, backward: Callable[..., object], setup: Callable[..., None]) -> None:

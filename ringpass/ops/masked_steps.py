@@ -80,16 +80,9 @@ def _renumbered(mask: str, used: tuple[int, ...]) -> str:
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-def _block_lists(
-    leaves: list[Tensor],
-    mask: str,
-    batch: int,
-    heads: int,
-    queries: list[int],
-    keys: list[int],
-    device: torch.device,
-) -> list[Tensor]:
+def _block_lists(leaves: list[Tensor], mask: str, *about: Any) -> list[Tensor]:
     """The eight lists of `flex.block_lists`, and the tokens of rows and keys, int64."""
+    batch, heads, queries, keys, device = about
     expr, where = parse(mask), indices(device, batch, heads, queries, keys)
     rows, columns = where["q"], where["k"]
     lead = _broadcast_lead(leaves, mask, batch, heads, device)
@@ -110,15 +103,8 @@ def _broadcast_lead(
     return value.shape[0], value.shape[1]
 
 
-def _fake_block_lists(
-    leaves: list[Tensor],
-    mask: str,
-    batch: int,
-    heads: int,
-    queries: list[int],
-    keys: list[int],
-    device: torch.device,
-) -> list[Tensor]:
+def _fake_block_lists(leaves: list[Tensor], mask: str, *about: Any) -> list[Tensor]:
+    batch, heads, queries, keys, device = about
     lead = _broadcast_lead(leaves, mask, batch, heads, device)
     lengths = [sum(span[1::2]) - sum(span[::2]) for span in (queries, keys)]
     rows, columns = (-(-n // flex.SQUARE) for n in lengths)

@@ -34,7 +34,7 @@ from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import parse
 from ringpass.ops import counter_random
-from ringpass.ops.library import define, implement
+from ringpass.ops.library import define, implement, storage_key
 from ringpass.precision import accumulator
 
 TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool mirrored, float dropout, bool learned"
@@ -126,17 +126,13 @@ def _exchange(
     (message,) = sent
     received = message.new_empty(numel, dtype=dtype)
     started = p2p.start(message, dst if dst != NOBODY else None, received, src if src != NOBODY else None, tag, group)
-    _in_flight[_key(started.received)] = started
+    _in_flight[storage_key(started.received)] = started
     return [started.received]
 
 
 def _wait(received: Tensor) -> Tensor:
-    _in_flight.pop(_key(received)).wait()
+    _in_flight.pop(storage_key(received)).wait()
     return received
-
-
-def _key(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
 
 
 implement("exchange", _exchange, lambda sent, numel, dtype, *args: [sent[0].new_empty(numel, dtype=dtype)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ringpass.comm import reduction
-from ringpass.ops.library import define, implement
+from ringpass.ops.library import define, implement, storage_key
 
 define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
 define("wait_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that this writes
@@ -29,17 +29,13 @@ _in_flight: dict[int, reduction.PendingSum] = {}
 
 def _start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:
     flat = reduction.pack(gradients, silent, dtype)
-    _in_flight[_key(flat)] = reduction.start(flat, group)
+    _in_flight[storage_key(flat)] = reduction.start(flat, group)
     return flat
 
 
 def _wait_sum(flat: Tensor, group: str) -> Tensor:
-    _in_flight.pop(_key(flat)).wait()
+    _in_flight.pop(storage_key(flat)).wait()
     return flat
-
-
-def _key(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
 
 
 def _fake_start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:

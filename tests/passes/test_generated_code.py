@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.described_gpu import compile_attention, generated_code, missing
+from tests.support.generated_code import ring_calls
 from tests.support.live_buffers import (
     IN_FLIGHT,
     UNFINISHED,
@@ -14,7 +15,6 @@ from tests.support.live_buffers import (
     counts,
     most_alive,
     read,
-    ring_calls,
 )
 from tests.support.pipeline_stages import fake_ring
 
@@ -107,7 +107,7 @@ def blocks(code: str, tokens: int, kinds: frozenset[str]) -> float:
 def test_order_of_generated_code(codes: dict[int, list[str]], stage: int) -> None:
     for code in (made[stage] for made in codes.values()):
         check_exchanges(read(code, RESULTS))
-        order = ring_calls(code)
+        order = [call.op for call in ring_calls(code)]
         assert order.count("exchange") == order.count("wait") == (WORLD - 1) * (1 + stage)
 
 

@@ -1,7 +1,6 @@
 """Reading the code that Inductor generates, for CPU and CUDA alike: which call follows which, and what is alive.
 
     steps = read(code, {"attention_tile": (torch.bfloat16, torch.float32)})
-    [step.op for step in steps if step.op in RING]          # ["exchange", "attention_tile", "wait", ..]
     check_exchanges(steps)                                  # starts in order, no buffer freed before its wait
     most_alive(steps, UNFINISHED) / block                   # in blocks
 
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-RING = "exchange", "wait", "attention_tile_backward", "attention_tile"
 MESSAGE, RECEIVED, RESULT, OTHER = "packed message", "received message", "tile result", "other"
 IN_FLIGHT = "message in flight"
 UNFINISHED = frozenset({IN_FLIGHT, RESULT})
@@ -49,11 +47,6 @@ class CodeStep:
     makes: tuple[int, ...]
     alive: Mapping[str, int]
     freed: list[int] = field(default_factory=list)
-
-
-def ring_calls(code: str) -> list[str]:
-    """The calls of exchanges, waits and tiles in generated code, in order."""
-    return [step.op for step in read(code, {}) if step.op in RING]
 
 
 def read(code: str, results: Mapping[str, Sequence[torch.dtype]]) -> list[CodeStep]:

@@ -39,6 +39,7 @@ class Transport(ABC):
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         self.site, self.k, self.v = site, k, v
         self.returning: list[Tensor] = []  # buffers of gradients in flight
+        self.returning_shift = 0  # of their step
         self.merged: list[Tensor] = []  # while the loop is traced: what was merged or added last
         self.packed: dict[tuple[int, ...], Tensor] = {}  # messages of keys by what they hold: each is packed once
 
@@ -102,8 +103,9 @@ class Transport(ABC):
     ) -> Tensor:
         """Starts an exchange, after what was merged last; returns the buffer for what is received.
 
-        `tag`: 2 t for the keys of step t, 2 t + 1 for their gradients; `peers`: the ranks sent to and received from,
-        None: there is none; `numel` elements of `dtype` are received; `after`: what else must be complete.
+        `tag`: 2 t for the keys of step t, 2 t + 1 for their gradients, which are then `returning`; `peers`: the ranks
+        sent to and received from, None: there is none; `numel` elements of `dtype` are received; `after`: what else
+        must be complete.
         """
         dst, src = peers
         ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
@@ -111,7 +113,15 @@ class Transport(ABC):
             received: Tensor = primitives.exchange(
                 [sent], numel if src is not None else 0, dtype, *ranks, tag, [*self.merged, *after], self.site.group
             )[0]
+        if tag % 2:
+            self.returning, self.returning_shift = [received], tag // 2
         return received
+
+    def returned(self) -> list[Tensor]:
+        """The gradients that were in flight, complete."""
+        arriving, self.returning = self.returning, []
+        with label(f"wait_gradients_step{self.returning_shift}"):
+            return [primitives.wait(x) for x in arriving]
 
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the local keys, in the accumulator's dtype."""

@@ -30,7 +30,7 @@ class DilatedTransport(Transport):
         super().__init__(site, k, v)
         self.exchanges = exchanges(site.group_problems, site.rank, site.heads, k.shape[1])
         self.pending: Exchange | None = None
-        self.returned: list[tuple[BlockIndex, Sequence[Tensor]]] = []
+        self.returned_parts: list[tuple[BlockIndex, Sequence[Tensor]]] = []
 
     @property
     def returned_rows(self) -> Ranges:
@@ -110,7 +110,7 @@ class DilatedTransport(Transport):
         steps = [(i, step) for i, step, _ in served]
         served.clear()
         exchange = next(exchange for exchange in self.exchanges if exchange.shift == steps[0][1].shift)
-        arrived, before, wide = self._arrived(), self.pending, accumulator(self.k.dtype)
+        arrived, before, wide = self.returned(), self.pending, accumulator(self.k.dtype)
         sent = self.k.new_empty(0)
         with label(f"send_gradients_step{exchange.shift}"):
             if exchange.receive:
@@ -123,23 +123,13 @@ class DilatedTransport(Transport):
                 sums = [added(xs, block_indices, 1, exchange.receive.rows) for xs in zip(*parts, strict=True)]
                 sent = primitives.pack(sums, [0, exchange.receive.rows])
         peers = exchange.receive.src if exchange.receive else None, exchange.send.dst if exchange.send else None
-        started = self.start_exchange(2 * exchange.shift + 1, sent, peers, self._numel(exchange.send), wide, arrived)
+        self.start_exchange(2 * exchange.shift + 1, sent, peers, self._numel(exchange.send), wide, arrived)
         self._record(arrived, before)
-        self.returning, self.pending = [started], exchange
+        self.pending = exchange
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Waits for the return that is pending."""
-        self._record(self._arrived(), self.pending)
-
-    def _arrived(self) -> list[Tensor]:
-        """The gradients that were under way, complete."""
-        found = []
-        for arriving in self.returning:
-            assert self.pending is not None
-            with label(f"wait_gradients_step{self.pending.shift}"):
-                found.append(primitives.wait(arriving))
-        self.returning = []
-        return found
+        self._record(self.returned(), self.pending)
 
     def _record(self, arrived: Sequence[Tensor], exchange: Exchange | None) -> None:
         """Records gradients that came back for the keys that `exchange` sent; adds them up when they fill a block."""
@@ -149,10 +139,10 @@ class DilatedTransport(Transport):
                 with label(f"wait_gradients_step{exchange.shift}"):
                     self._return(exchange.send, primitives.unpack(message, self._by_head()))
         groups, length = self.k.shape[1:3]
-        if sum(x.shape[1] * x.shape[2] for _, (x, _) in self.returned[1:]) > groups * length:
+        if sum(x.shape[1] * x.shape[2] for _, (x, _) in self.returned_parts[1:]) > groups * length:
             with label("add_gradients"):
-                sums = self._sum(self.returned)
-            self.returned = [((range(groups), [0, length, 1]), sums)]
+                sums = self._sum(self.returned_parts)
+            self.returned_parts = [((range(groups), [0, length, 1]), sums)]
             self.note(list(sums))
 
     def _return(self, message: Message, grads: Sequence[Tensor]) -> None:
@@ -161,7 +151,7 @@ class DilatedTransport(Transport):
         for block_index, part in zip(self._block_indices(message), message.parts, strict=True):
             shape = len(part.heads), len(part.tokens)
             parts = [row_slice(g, (offset, offset + part.rows)).squeeze(1).unflatten(1, shape) for g in grads]
-            self.returned.append((block_index, parts))
+            self.returned_parts.append((block_index, parts))
             offset += part.rows
 
     def _sum(self, found: Sequence[tuple[BlockIndex, Sequence[Tensor]]]) -> tuple[Tensor, ...]:
@@ -173,7 +163,7 @@ class DilatedTransport(Transport):
     def collect(self, local_sums: list[RowAccumulator]) -> tuple[Tensor, ...]:
         """(dk, dv) of the local keys: those of each head group's local queries, and those that came back."""
         dtype = accumulator(self.k.dtype)
-        found: list[tuple[BlockIndex, Sequence[Tensor]]] = [*self.returned]
+        found: list[tuple[BlockIndex, Sequence[Tensor]]] = [*self.returned_parts]
         for i, group_site in enumerate(self.sites):
             heads = self.key_heads(i)
             k, v = (x.new_empty((x.shape[0], len(heads), 0, x.shape[3])) for x in (self.k, self.v))

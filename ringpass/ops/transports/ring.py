@@ -51,18 +51,18 @@ class RingTransport(Transport):
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV back to the owner of the block, after those of the step before have arrived."""
         step, (block_grads,) = served.pop()[1], grads
-        arrived, before = self._arrived(), self.pending
+        arrived, before = self.returned(), self.pending
         back, home = _reverse(step.receive), _reverse(step.send)
         with label(f"send_gradients_step{step.shift}_{peer_label('to', back.dst if back else None)}"):
             sent = primitives.pack(list(block_grads), [0, block_grads[0].shape[2]]) if back else self.k.new_empty(0)
         dtype = self.gradient_dtype(step.send)
-        started = self._exchange(2 * step.shift + 1, sent, back, home, dtype, arrived)
+        self._exchange(2 * step.shift + 1, sent, back, home, dtype, arrived)
         self._add(arrived, before, local_sums)
-        self.returning, self.pending = [started], step
+        self.pending = step
 
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Waits for the return that is pending."""
-        self._add(self._arrived(), self.pending, local_sums)
+        self._add(self.returned(), self.pending, local_sums)
 
     def gradient_dtype(self, transfer: Transfer | None) -> torch.dtype:
         """The dtype in which the gradients of what a transfer brought return.
@@ -110,16 +110,6 @@ class RingTransport(Transport):
         numel = receive.size * primitives.token_size((self.k, self.v)) if receive else 0
         peers = send.dst if send else None, receive.src if receive else None
         return self.start_exchange(tag, sent, peers, numel, dtype, after)
-
-    def _arrived(self) -> list[Tensor]:
-        """The gradients that were under way, complete."""
-        found = []
-        for arriving in self.returning:
-            assert self.pending is not None
-            with label(f"wait_gradients_step{self.pending.shift}"):
-                found.append(primitives.wait(arriving))
-        self.returning = []
-        return found
 
     def _add(self, arrived: Sequence[Tensor], step: Step | None, local_sums: list[RowAccumulator]) -> None:
         """Adds gradients that came back for the keys that `step` sent."""
