@@ -28,7 +28,11 @@ What it is compared on:
 What is read:
 
 - `pipeline_stages`: the stages of the pipeline one by one, and the graphs that they hand on
-- `generated_code`: the code that Inductor generates
+- `captured`: a function's graph as captured, run beside the function
+- `detected`: the mask that is found of an attention, beside the one that the function computes
+- `programs`: problems of self-attention, and programs with a part changed
+- `generated_code`: the calls and transfers in the code that Inductor generates
+- `live_buffers`: the same code's buffers, and what is alive when
 - `described_gpu`: a GPU that is described, so that Inductor writes its code without one
 
 Where operators run without a device:
