@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -364,13 +365,15 @@ class Writer(Emitter):
         """Whether each rank computes a gradient of the parameter `node` through `user` by itself."""
         if self.rank.world == 1 or not self._needs_gradient(node):
             return False
-        if not self._is_parameter(node) or _returned_or_written(node):
+        if node not in self._parameters or _returned_or_written(node):
             return False
         return self._reaches_replicated(user)
 
-    def _is_parameter(self, node: Node) -> bool:
-        position = self.captured.gm.graph.find_nodes(op="placeholder").index(node)
-        return isinstance(self.captured.inputs[position], torch.nn.Parameter)
+    @cached_property
+    def _parameters(self) -> frozenset[Node]:
+        """The inputs that are parameters."""
+        given = zip(self.captured.gm.graph.find_nodes(op="placeholder"), self.captured.inputs, strict=True)
+        return frozenset(node for node, value in given if isinstance(value, torch.nn.Parameter))
 
     def _reaches_replicated(self, user: Node) -> bool:
         """Whether `user`, or what it hands one operand on to, computes replicated from several operands."""
