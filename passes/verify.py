@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from ringpass import ops
 from ringpass.masks.expr import Expr, Index, Load, parts
 from ringpass.nodes import has_effect, mutates, tensors_of
-from ringpass.ops import primitives, reduction
+from ringpass.ops import gradient_sums, primitives
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.partition.partitioned import Partitioned
@@ -141,8 +141,8 @@ def _exchanges(graph: Graph) -> Sequence[str]:
             waits = [user for x in received for user in x.users if user.target is primitives.wait]
             if len(waits) != 1:
                 wrong.append(f"{node.name} is waited for {len(waits)} times")
-        if node.target is reduction.start_sum:
-            waits = [user for user in node.users if user.target is reduction.wait_sum]
+        if node.target is gradient_sums.start_sum:
+            waits = [user for user in node.users if user.target is gradient_sums.wait_sum]
             if [*node.users] != waits or len(waits) != 1:
                 wrong.append(f"{node.name} is waited for {len(waits)} times, and read {len(node.users)} times")
     return wrong

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule
 import ringpass
 from ringpass import ops
 from ringpass.config import RingConfig
-from ringpass.ops import primitives, reduction
+from ringpass.ops import gradient_sums, primitives
 from ringpass.passes.lower.lower import inline_arithmetic, lower, lower_module
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
@@ -158,7 +158,7 @@ def _register_collectives() -> None:
     alive, and unwritten, until the `wait` on what it returns, output i standing for input i.  What `start_sum` reads
     may go at once, as it sums a buffer of its own; `wait_sum` counts as writing this buffer.
     """
-    for op in (*COMPLETE, primitives.exchange, reduction.start_sum):
+    for op in (*COMPLETE, primitives.exchange, gradient_sums.start_sum):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
@@ -175,9 +175,9 @@ def _register_collectives() -> None:
     register_lowering(primitives.wait, type_promotion_kind=None)(wait)
 
     def wait_sum(flat: Any, group: str) -> Any:
-        ir._CollectiveKernel.create_inplace(reduction.wait_sum, flat, group)
+        ir._CollectiveKernel.create_inplace(gradient_sums.wait_sum, flat, group)
         return flat
 
-    register_lowering(reduction.wait_sum, type_promotion_kind=None)(wait_sum)
-    for impure in (primitives.exchange, primitives.wait, reduction.start_sum, reduction.wait_sum):
+    register_lowering(gradient_sums.wait_sum, type_promotion_kind=None)(wait_sum)
+    for impure in (primitives.exchange, primitives.wait, gradient_sums.start_sum, gradient_sums.wait_sum):
         torch.fx.node.has_side_effect(impure)

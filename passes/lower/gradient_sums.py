@@ -1,4 +1,4 @@
-"""reductions: sums of gradients over ranks, started when the last gradient of a bucket is there.
+"""gradient_sums: sums of gradients over ranks, started when the last gradient of a bucket is there.
 
     reduce_list([g0, g1, ..])  ->  start_gradients_bucket0                             after the last of g0, g1, ..
                                    wait_gradients_bucket0, unpack_gradients_bucket0    before the first use of a sum
@@ -21,9 +21,9 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node, map_arg
 
 from ringpass import ops
-from ringpass.comm.reduction import by_sum_dtype
+from ringpass.comm.all_reduce import by_sum_dtype
 from ringpass.nodes import symbolic
-from ringpass.ops import reduction
+from ringpass.ops import gradient_sums
 
 ORIGINS = ("placeholder", "get_attr")
 
@@ -64,11 +64,11 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
         with graph.inserting_before(started):
             quiet = [mine.index(i) for i in silent if i in mine]
             summed = [gradients[i] for i in mine], quiet, dtype, node.args[-1]
-            sent = _call(graph, reduction.start_sum, summed, f"start_gradients_{name}")
+            sent = _call(graph, gradient_sums.start_sum, summed, f"start_gradients_{name}")
         with graph.inserting_before(used):
-            total = _call(graph, reduction.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
+            total = _call(graph, gradient_sums.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
             layout = [values[i].numel() for i in mine], [values[i].dtype for i in mine]
-            parts = _call(graph, reduction.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
+            parts = _call(graph, gradient_sums.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
             for k, i in enumerate(mine):
                 if i in results:
                     part = _call(graph, operator.getitem, (parts, k), f"gradient_{name}")

@@ -5,7 +5,7 @@
     ring_attention_backward     merge is a node, named after its step and tile.  Rolled, one node whose body runs the
                                 same code: above the unroll limit (the larger of P and the number of tiles, summed over
                                 all sites), with a symbolic length, or where data of each call prunes the schedule
-    reduce_list               its start, after the last gradient that it sums, and its wait (`reductions`)
+    reduce_list               its start, after the last gradient that it sums, and its wait (`gradient_sums`)
     merge                     kept in the graph that is shown; `inline_arithmetic` then replaces it by ATen arithmetic
     block_lists               equal ones, of layers with the same mask, become one node
     shard, gather             kept, renamed permute_<layout>, restore_<layout>
@@ -32,7 +32,7 @@ from ringpass.errors import UnsupportedError
 from ringpass.nodes import symbolic
 from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import LABEL
-from ringpass.passes.lower.reductions import start_early
+from ringpass.passes.lower.gradient_sums import start_early
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.schedule.site import SITES, lookup
 

@@ -1,6 +1,5 @@
 """The ranks of a ring check that they agree in every call of a compiled graph.
 
-
 Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
 graph that it is about to run, a checksum of its inputs, a checksum of the weights (in a graph's first call) and a
 random seed.  All ranks see all headers, so they reach the same decision: continue with rank 0's seed, or raise the same

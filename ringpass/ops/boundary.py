@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.comm import collectives, reduction
+from ringpass.comm import all_reduce, collectives
 from ringpass.comm.collectives import Shard
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import REPLICATED
@@ -88,7 +88,7 @@ def _permute_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
 implement("permute", _permute, lambda x, *args: x.new_empty(x.shape))
 differentiate("permute", _permute_backward, save_arguments)
 
-implement("reduce", lambda x, group: reduction.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
+implement("reduce", lambda x, group: all_reduce.reduce([x], group)[0], lambda x, group: x.new_empty(x.shape))
 
 
 def silent(count: int, equal: int, rank: int) -> range:
@@ -98,7 +98,7 @@ def silent(count: int, equal: int, rank: int) -> range:
 
 implement(
     "reduce_list",
-    lambda xs, equal, rank, group: reduction.reduce(xs, group, silent(len(xs), equal, rank)),
+    lambda xs, equal, rank, group: all_reduce.reduce(xs, group, silent(len(xs), equal, rank)),
     lambda xs, *args: [x.new_empty(x.shape) for x in xs],
 )
 implement("replicate", lambda xs, *args: [x.clone() for x in xs], lambda xs, *args: [torch.empty_like(x) for x in xs])

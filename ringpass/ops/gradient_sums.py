@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.comm import reduction
+from ringpass.comm import all_reduce
 from ringpass.ops.library import define, implement, storage_key
 
 define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
@@ -24,12 +24,12 @@ _ops = torch.ops.ringpass
 start_sum, wait_sum = _ops.start_sum.default, _ops.wait_sum.default
 unpack_gradients = _ops.unpack_gradients.default
 
-_in_flight: dict[int, reduction.PendingSum] = {}
+_in_flight: dict[int, all_reduce.PendingSum] = {}
 
 
 def _start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:
-    flat = reduction.pack(gradients, silent, dtype)
-    _in_flight[storage_key(flat)] = reduction.start(flat, group)
+    flat = all_reduce.pack(gradients, silent, dtype)
+    _in_flight[storage_key(flat)] = all_reduce.start(flat, group)
     return flat
 
 
@@ -48,4 +48,4 @@ def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[Any]) -> list[Tens
 
 implement("start_sum", _start_sum, _fake_start_sum)
 implement("wait_sum", _wait_sum, lambda flat, group: flat)
-implement("unpack_gradients", reduction.unpack, _fake_unpack)
+implement("unpack_gradients", all_reduce.unpack, _fake_unpack)

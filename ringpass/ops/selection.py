@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.comm import reduction
+from ringpass.comm import all_reduce
 from ringpass.comm.collectives import Shard
 from ringpass.layouts.layout import Layout
 from ringpass.ops.library import SHARD, define, implement
@@ -45,7 +45,7 @@ def _block_means(x: Tensor, block: int, *args: Any) -> Tensor:
     layout = where.layout
     sums = selection.block_sums(x, block, layout.ranges(where.rank, where.tokens), where.tokens, layout.order)
     complete = where.layout.replicated or where.world == 1
-    return selection.means(sums if complete else reduction.reduce([sums], group)[0], block, where.tokens)
+    return selection.means(sums if complete else all_reduce.reduce([sums], group)[0], block, where.tokens)
 
 
 def _fake_block_means(x: Tensor, block: int, *args: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ringpass import RingConfig, backend
-from ringpass.comm import p2p, reduction
+from ringpass.comm import all_reduce, p2p
 from ringpass.comm.agreement import ring_of
 from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
 from tests.support.errors import error_message
@@ -194,14 +194,14 @@ def test_a_peer_dies() -> None:
 def dies_before_a_sum(group: dist.ProcessGroup) -> str:
     """Rank 1 dies where the others have started to sum gradients."""
     model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
-    start = reduction.start
+    start = all_reduce.start
 
     def dying(*args: Any) -> Any:
         if group.rank() == 1:
             os._exit(7)
         return start(*args)
 
-    with patch.object(reduction, "start", dying):
+    with patch.object(all_reduce, "start", dying):
         return error_message(PeerError, lambda: step(group, model, batch))
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass import ops
-from ringpass.comm import reduction
+from ringpass.comm import all_reduce
 from ringpass.comm.collectives import Shard
 from ringpass.nodes import op_name
 from ringpass.ops import boundary
@@ -35,7 +35,7 @@ def gather_with_torchs_backward() -> Iterator[None]:
         """`shard` as seen by gather's backward only: the partitioner's graphs keep the real operator."""
 
         def __call__(self, grad: Tensor, *args: Any) -> Tensor:
-            mine: Tensor = real(reduction.reduce([grad], args[-1])[0], *args)
+            mine: Tensor = real(all_reduce.reduce([grad], args[-1])[0], *args)
             return mine
 
     with patch.object(boundary, "shard_back", Summing()):

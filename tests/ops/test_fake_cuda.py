@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ringpass.ops.reduction  # noqa: F401  (registers the operators)
+import ringpass.ops.gradient_sums  # noqa: F401  (registers the operators)
 from ringpass.kernels import table as kernels
 from ringpass.layouts.layout import Layout
 from ringpass.ops.library import BODIES

@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.ops import primitives, reduction
+from ringpass.ops import gradient_sums, primitives
 from ringpass.passes.partition import writer
 from ringpass.patterns import causal, sink, window
 from tests.support.models import MODELS, batch_for, loss_of
@@ -52,7 +52,12 @@ def test_buckets_start_early_and_are_waited_for_at_the_end(unroll_limit: int) ->
     assert starts[0] < len(nodes) * 3 / 4
     assert max(starts) < min(waits)
     after = {n.target for n in nodes[min(waits) :] if n.op == "call_function"}
-    assert after == {reduction.wait_sum, reduction.unpack_gradients, operator.getitem, torch.ops.aten.view.default}
+    assert after == {
+        gradient_sums.wait_sum,
+        gradient_sums.unpack_gradients,
+        operator.getitem,
+        torch.ops.aten.view.default,
+    }
 
 
 def test_a_bucket_starts_right_after_its_last_gradient() -> None:
@@ -60,7 +65,7 @@ def test_a_bucket_starts_right_after_its_last_gradient() -> None:
     at = {n: i for i, n in enumerate(nodes)}
     for i in named(nodes, "start_gradients_bucket"):
         last = max(at[x] for x in nodes[i].all_input_nodes)
-        assert {n.target for n in nodes[last + 1 : i]} <= {reduction.start_sum}
+        assert {n.target for n in nodes[last + 1 : i]} <= {gradient_sums.start_sum}
 
 
 def test_ranks_that_skip_steps_start_sums_between_the_same_attentions() -> None:
@@ -69,7 +74,7 @@ def test_ranks_that_skip_steps_start_sums_between_the_same_attentions() -> None:
     for rank in range(4):
         nodes, rolled = (windowed_nodes(rank, 4, limit) for limit in (10_000, 0))
         exchanges.add(tuple(n.args[5] for n in nodes if n.target is primitives.exchange))
-        kinds = (reduction.start_sum, reduction.wait_sum, ops.ring_attention_backward)
+        kinds = (gradient_sums.start_sum, gradient_sums.wait_sum, ops.ring_attention_backward)
         order = [n.name for n in rolled if n.target in kinds]
         sums = [n.name for n in nodes if n.target in kinds]
         assert sums == [n for n in order if "gradients" in n]

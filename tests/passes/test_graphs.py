@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ringpass import ops
-from ringpass.ops import reduction
+from ringpass.ops import gradient_sums
 from tests.support.marks import slow
 from tests.support.models import MODELS, batch_for, loss_of
 from tests.support.pipeline_stages import compile_step, fake_ring, stages
@@ -81,7 +81,7 @@ def test_ranks_have_equal_graphs(name: str, padding: bool) -> None:
 
 def collectives(gm: GraphModule) -> list[tuple[str, Any]]:
     """What all ranks enter together, in order, with what they pass that must be equal."""
-    kinds = (ops.gather, ops.reduce, reduction.start_sum, reduction.wait_sum)
+    kinds = (ops.gather, ops.reduce, gradient_sums.start_sum, gradient_sums.wait_sum)
     return [
         (str(n.target), [str(a) for a in n.args[1:-1] if isinstance(a, str)])
         for n in gm.graph.nodes

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ringpass.comm import collectives, p2p, reduction
+from ringpass.comm import all_reduce, collectives, p2p
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels import flex, merge
 from ringpass.ops.library import BODIES, LIBRARY
@@ -92,7 +92,7 @@ def bodies_on_fake_cuda(capability: tuple[int, int] = HOPPER) -> Iterator[Counte
         stack.enter_context(patch.object(kernels_cuda, "capability", lambda device: capability))
         stack.enter_context(patch.object(collectives, "run_collective", _checked_collective))
         stack.enter_context(patch.object(p2p, "start", _checked_start))
-        stack.enter_context(patch.object(reduction, "start", _checked_sum))
+        stack.enter_context(patch.object(all_reduce, "start", _checked_sum))
         stack.enter_context(patch.object(flex, "capability", lambda device: capability))
         stack.enter_context(patch.object(flex, "flex_step", _flex_step))
         stack.enter_context(patch.object(flex, "flex_step_backward", _flex_step_backward))
@@ -157,10 +157,10 @@ def _checked_collective(collective: object, *args: Any, group: str) -> None:
     assert len({x.dtype for x in buffers}) == 1, buffers
 
 
-def _checked_sum(flat: Tensor, group: str) -> reduction.PendingSum:
-    """In place of `reduction.start`: nothing is sent."""
+def _checked_sum(flat: Tensor, group: str) -> all_reduce.PendingSum:
+    """In place of `all_reduce.start`: nothing is sent."""
     assert flat.device.type == "cuda" and flat.dim() == 1 and flat.is_contiguous(), _described(flat)
-    return reduction.PendingSum(flat, Mock())
+    return all_reduce.PendingSum(flat, Mock())
 
 
 def _flex_step(q: Tensor, k: Tensor, v: Tensor, mask: flex.StepMask, scale: float) -> tuple[Tensor, Tensor]:
