@@ -60,14 +60,14 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
     results = {user.args[1]: user for user in node.users}
     messages = by_sum_dtype([x.dtype for x in values])
     for dtype, mine in messages.items():
-        name = bucket if len(messages) == 1 else f"{bucket}_{str(dtype).removeprefix('torch.')}"
+        name = bucket if len(messages) == 1 else f"{bucket}_{_name(dtype)}"
         with graph.inserting_before(started):
             quiet = [mine.index(i) for i in silent if i in mine]
             summed = [gradients[i] for i in mine], quiet, dtype, node.args[-1]
             sent = _call(graph, gradient_sums.start_sum, summed, f"start_gradients_{name}")
         with graph.inserting_before(used):
             total = _call(graph, gradient_sums.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
-            layout = [values[i].numel() for i in mine], [values[i].dtype for i in mine]
+            layout = [values[i].numel() for i in mine], [_name(values[i].dtype) for i in mine]
             parts = _call(graph, gradient_sums.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
             for k, i in enumerate(mine):
                 if i in results:
@@ -75,6 +75,10 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
                     whole = (part, list(values[i].shape))
                     shaped = _call(graph, torch.ops.aten.view.default, whole, f"gradient_{name}_view")
                     results[i].replace_all_uses_with(shaped)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _call(graph: Graph, target: Any, args: tuple[Any, ...], name: str) -> Node:

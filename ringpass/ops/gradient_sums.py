@@ -8,8 +8,6 @@ unpack_gradients    its parts, flat, each in the dtype of its gradient
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from ringpass.ops.library import define, implement, storage_key
 
 define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
 define("wait_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that this writes
-define("unpack_gradients(Tensor flat, int[] sizes, ScalarType[] dtypes) -> Tensor[]")
+define("unpack_gradients(Tensor flat, int[] sizes, str[] dtypes) -> Tensor[]")  # torch 2.11 has no lists of dtypes
 
 _ops = torch.ops.ringpass
 start_sum, wait_sum = _ops.start_sum.default, _ops.wait_sum.default
@@ -42,10 +40,14 @@ def _fake_start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dty
     return gradients[0].new_empty(sum(x.numel() * (1 + x.is_complex()) for x in gradients), dtype=dtype)
 
 
-def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[Any]) -> list[Tensor]:
-    return [flat.new_empty(n, dtype=dtype) for n, dtype in zip(sizes, dtypes, strict=True)]
+def _unpack(flat: Tensor, sizes: list[int], dtypes: list[str]) -> list[Tensor]:
+    return all_reduce.unpack(flat, sizes, [getattr(torch, name) for name in dtypes])
+
+
+def _fake_unpack(flat: Tensor, sizes: list[int], dtypes: list[str]) -> list[Tensor]:
+    return [flat.new_empty(n, dtype=getattr(torch, name)) for n, name in zip(sizes, dtypes, strict=True)]
 
 
 implement("start_sum", _start_sum, _fake_start_sum)
 implement("wait_sum", _wait_sum, lambda flat, group: flat)
-implement("unpack_gradients", all_reduce.unpack, _fake_unpack)
+implement("unpack_gradients", _unpack, _fake_unpack)

@@ -161,7 +161,7 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "replicate": lambda: ([cuda(3), cuda(2, 2)], 1, 1, "g"),
     "start_sum": lambda: ([cuda(3), cuda(2, 2)], [1], F32, "g"),
     "wait_sum": lambda: (torch.ops.ringpass.start_sum([cuda(3), cuda(2, 2)], [1], F32, "g"), "g"),
-    "unpack_gradients": lambda: (cuda(7, dtype=F32), [3, 4], [BF16, F32]),
+    "unpack_gradients": lambda: (cuda(7, dtype=F32), [3, 4], ["bfloat16", "float32"]),
     "halo": lambda: (cuda(2, LOCAL, 5), *SHARD, 2, 1, 0, "g"),
     "halo_backward": lambda: (cuda(2, LOCAL + 2, 5), *SHARD, 1, 1, 0, "g"),
     "interior_rows": lambda: (cuda(2, LOCAL, 5), *SHARD, 1, 1, 0),
