@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -165,49 +166,36 @@ def test_autotuning_is_warned_of_once(workers: Workers) -> None:
 # --- ranks that are gone ----------------------------------------------------------------------------------------------
 
 
-def dies_in_the_middle(group: dist.ProcessGroup) -> str:
-    """Rank 1 dies when it starts its third exchange, inside the second attention."""
+def dies_in_the_middle(group: dist.ProcessGroup, module: ModuleType, at: int) -> str:
+    """Rank 1 dies when it starts what `module` starts for the `at`-th time."""
     model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
     calls = []
-    start = p2p.start
+    start = module.start
 
     def dying(*args: Any) -> Any:
         calls.append(args)
-        if group.rank() == 1 and len(calls) == 3:
+        if group.rank() == 1 and len(calls) == at:
             os._exit(7)
         return start(*args)
 
-    with patch.object(p2p, "start", dying):
+    with patch.object(module, "start", dying):
         return error_message(PeerError, lambda: step(group, model, batch))
 
 
-def test_a_peer_dies() -> None:
-    begun = time.monotonic()
-    outcomes = spawn(dies_in_the_middle, 3, timeout=BOUND)
-    assert time.monotonic() - begun < BOUND
-    assert outcomes[1].exitcode == 7
-    for rank in (0, 2):
-        assert outcomes[rank].exitcode == 0 and not outcomes[rank].timed_out, outcomes[rank]
-        assert "A rank died" in outcomes[rank].result, outcomes[rank].result
+def dies_in_an_exchange(group: dist.ProcessGroup) -> str:
+    """Its third, inside the second attention."""
+    return dies_in_the_middle(group, p2p, 3)
 
 
 def dies_before_a_sum(group: dist.ProcessGroup) -> str:
-    """Rank 1 dies where the others have started to sum gradients."""
-    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
-    start = all_reduce.start
-
-    def dying(*args: Any) -> Any:
-        if group.rank() == 1:
-            os._exit(7)
-        return start(*args)
-
-    with patch.object(all_reduce, "start", dying):
-        return error_message(PeerError, lambda: step(group, model, batch))
+    """Where the others have started to sum gradients."""
+    return dies_in_the_middle(group, all_reduce, 1)
 
 
-def test_a_peer_dies_during_a_sum_of_gradients() -> None:
+@pytest.mark.parametrize("job", [dies_in_an_exchange, dies_before_a_sum])
+def test_a_peer_dies(job: Callable[[dist.ProcessGroup], str]) -> None:
     begun = time.monotonic()
-    outcomes = spawn(dies_before_a_sum, 3, timeout=BOUND)
+    outcomes = spawn(job, 3, timeout=BOUND)
     assert time.monotonic() - begun < BOUND
     assert outcomes[1].exitcode == 7
     for rank in (0, 2):
