@@ -27,7 +27,7 @@ from ringpass.ops import gradient_sums, primitives
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.partition.partitioned import Partitioned
-from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.factors import Sweep
 
@@ -104,9 +104,9 @@ def _placement(placement: PlacementPlan) -> Sequence[str]:
         axis = placement.modes[node]
         if axis is None or node in placement.sites:
             continue
-        if axis not in placement.axis_of.values():
+        if axis not in (*placement.axis_of.values(), *placement.batch_axes.values()):
             wrong.append(f"{node.name} runs on {axis}, which is not planned")
-        if axis in placement.axes(placement.sweep.notes[node].need_replication):
+        if any(placement.is_of(f, axis) for f in placement.sweep.resolve(placement.sweep.notes[node].need_replication)):
             wrong.append(f"{node.name} runs on {axis}, which it needs replicated")
     return wrong
 

@@ -28,13 +28,14 @@ from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
+from ringpass.passes.failures import Failures
 from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, has_rule, rule_for
 from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import place
-from ringpass.passes.partition.writer import partition
+from ringpass.passes.partition.writer import CannotWriteError, partition
 from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.plan.plan import RingPlan, plan
 from ringpass.passes.plan.prove import prove_all
@@ -70,28 +71,33 @@ def ring_dilated(
     ring = ring_of(config.ring, config.timeout)
     _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
-    stages = Pipeline(config.dump, ring.rank)
+    stages, failures = Pipeline(config.dump, ring.rank), Failures(config.strict)
     captured = stages.run(capture, gm, example_inputs)
-    captured = stages.run(decompose, captured, has_rule)
-    sites = stages.run(detect, captured.gm, everything() if config.along_curve else config.mask)
+    captured = stages.run(decompose, captured, has_rule, failures)
+    sites = stages.run(detect, captured.gm, everything() if config.along_curve else config.mask, failures)
     if (call := _unpartitioned(gm, example_inputs, captured, sites, ring, config, inductor)) is not None:
         return call
     _refuse_cuda_graphs(inductor, mode)
     stages.open()
     sharded = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
-    sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded])
+    sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded], failures)
     planned = stages.run(plan, sites, sweep, ring.world, config, tracked(captured))
     _refuse_ignored_options(planned, config)
     stages.run(prove_all, planned, ring.rank)
-    placement = stages.run(place, captured, planned, sweep, sharded)
     rank = Rank(ring.rank, ring.world, ring.name)
     gather_outputs = _gathers_outputs(gm, config, ring)
-    program = stages.run(partition, captured, placement, planned, rank, config.strict, gather_outputs)
+    program = None
+    while program is None:  # an op that cannot be written on local tokens is placed anew, replicated
+        placement = stages.run(place, captured, planned, sweep, sharded, failures)
+        try:
+            program = stages.run(partition, captured, placement, planned, rank, config.strict, gather_outputs)
+        except CannotWriteError as refused:
+            failures.note("partition", refused.node, refused.__cause__)
     _report(planned, program, ring)
     left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
     run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps)
-    facts = _facts(captured, planned, config, sharded)
+    facts = _facts(captured, planned, config, sharded, failures)
     return compiled_call(run, program, Agreement(ring, facts, _names(captured)), ring, config)
 
 
@@ -273,7 +279,7 @@ def _names(captured: Captured) -> tuple[str, ...]:
 
 
 def _facts(
-    captured: Captured, planned: RingPlan, config: RingConfig, sharded: Collection[int]
+    captured: Captured, planned: RingPlan, config: RingConfig, sharded: Collection[int], failures: Failures
 ) -> tuple[tuple[str, str], ...]:
     """(name, text) pairs that must be equal on all ranks; the first one that differs is reported."""
     import ringpass
@@ -293,6 +299,7 @@ def _facts(
         ("inputs", "; ".join(" ".join(i) for i in inputs)),
         ("graph", text),
         ("plan", str(planned)),
+        ("ops that run on all tokens since their analysis failed", str([n.name for n in failures.nodes])),
     )
 
 

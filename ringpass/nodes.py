@@ -29,8 +29,8 @@ def symbolic(node: Node) -> bool:
 
 
 def hint_of(n: Size) -> int:
-    """The value of a length in this compilation."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+    """The value of a length in this compilation; 1 for one that depends on data."""
+    return int(1 if n.node.hint is None else n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
@@ -92,6 +92,13 @@ def slice_of(node: Node) -> tuple[Any, ...]:
     return dim % node.meta["val"].ndim, *bounds
 
 
+def source_line(node: Node | None) -> str:
+    """The model's line that a node comes from, and its text; empty where that is not known."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines() if node is not None else []
+    files = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
+    return " ".join(line.strip() for line in lines[files[-1] : files[-1] + 2]) if files else ""
+
+
 def bytes_of(node: Node) -> int:
     """Size in bytes of the tensors that `node` produces, in this compilation."""
     return sum(hint_of(t.numel()) * t.element_size() for t in tensors_of(node))
@@ -126,17 +133,15 @@ def has_effect(node: Node) -> bool:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def traced(function: Callable[..., torch.Tensor], operands: Sequence[Node], pre_dispatch: bool = False) -> Graph:
+def traced(function: Callable[..., Any], operands: Sequence[Node], pre_dispatch: bool = False) -> Graph:
     """The ATen graph of `function` on the fake values of `operands`, which are its placeholders in that order."""
     fakes = [n.meta["val"] for n in operands]
     with fakes[0].fake_mode, torch.no_grad():
         return make_fx(function, pre_dispatch=pre_dispatch)(*fakes).graph
 
 
-def insert_before(node: Node, graph: Graph, operands: Sequence[Node]) -> Node:
-    """Copies `graph`, with `operands` for its placeholders, before `node`; returns the node of its result."""
+def insert_before(node: Node, graph: Graph, operands: Sequence[Node]) -> Any:
+    """Copies `graph`, with `operands` for its placeholders, before `node`; returns its result, one node or several."""
     placeholders = graph.find_nodes(op="placeholder")
     with node.graph.inserting_before(node):
-        out = node.graph.graph_copy(graph, dict(zip(placeholders, operands, strict=True)))
-    assert isinstance(out, Node)
-    return out
+        return node.graph.graph_copy(graph, dict(zip(placeholders, operands, strict=True)))

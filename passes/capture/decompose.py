@@ -6,8 +6,12 @@
     narrow(x, 1, 0, 77)                          a slice
     split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
     roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
+    select_scatter(x, y, 1, 0)                   slice_scatter(x, y.unsqueeze(1), 1, 0, 1)
+    masked_scatter(x, mask, y), x[mask] = y      where(mask, y[cumsum(mask) - 1], x), for a mask of whole rows
+    permute_copy(x, ..)                          permute(x, ..)
     swapaxes(x, 1, 2), concat([a, b], 1)         transpose(x, 1, 2), cat([a, b], 1): what torch itself writes them as
     conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
+    any other op without a rule                  what torch itself writes it as, if all of that has rules
 
 Contract: equal values and gradients.  An einsum that is no batched product of two tensors stays as it is.  Which ops
 the other passes know is `has_rule`'s to say.
@@ -22,29 +26,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.fx import Graph, Node, map_arg
 
-from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, traced
+from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, mutates, tags_of, tensors_of, traced
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.failures import Failures
 
 aten = torch.ops.aten
 HasRule = Callable[[Node], bool]
 
 
-def decompose(captured: Captured, has_rule: HasRule) -> Captured:
+def decompose(captured: Captured, has_rule: HasRule, failures: Failures | None = None) -> Captured:
     """Rewrites the graph of `captured` in place, and returns `captured`.
 
-    `has_rule`: whether the dims of a node's op are understood.
+    `has_rule`: whether the dims of a node's op are understood.  A node whose rewriting fails stays as it is.
     """
-    gm = captured.gm
+    gm, failures = captured.gm, failures or Failures()
     for node in list(gm.graph.nodes):
-        rewrite = REWRITES.get(node.target)
-        rewritten = rewrite is not None and rewrite(node)
-        if not rewritten and _is_composite(node) and not has_rule(node):
-            _inline_composite(node, has_rule)
+        with failures.of("decompose", node):
+            _rewrite(node, has_rule)
     gm.graph.lint()
     gm.recompile()
     return captured
+
+
+def _rewrite(node: Node, has_rule: HasRule) -> None:
+    """One node: its own rewriting, or torch's decomposition where nothing is known of its op."""
+    rewrite = REWRITES.get(node.target)
+    rewritten = (rewrite is not None and rewrite(node)) or _as_view(node)
+    if not rewritten and not has_rule(node) and _is_plain(node):
+        _inline(node, has_rule)
 
 
 def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) -> Node:
@@ -56,43 +68,61 @@ def _replace(node: Node, function: Callable[..., Tensor], args: dict[str, Any]) 
         return function(**dict(zip(nodes, tensors, strict=True)), **rest)
 
     given = list(nodes.values())
-    return _put(node, traced(run, given, pre_dispatch=True), given)
+    out = _put(node, traced(run, given, pre_dispatch=True), given)
+    assert isinstance(out, Node)
+    return out
 
 
-def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Node:
-    """`graph` of the values `given` in the place of `node`."""
+def _put(node: Node, graph: Graph, given: Sequence[Node]) -> Any:
+    """`graph` of the values `given` in the place of `node`, or of the nodes that pick its results."""
     for inner in graph.nodes:
         inner.meta.update({k: node.meta[k] for k in KEPT_META if k in node.meta})
     out = insert_before(node, graph, given)
-    node.replace_all_uses_with(out)
+    if isinstance(out, Node):
+        node.replace_all_uses_with(out)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(out[args_of(user)[1]])
+            node.graph.erase_node(user)
     node.graph.erase_node(node)
     return out
 
 
-def _is_composite(node: Node) -> bool:
-    """Whether torch itself writes a float tensor's op as others."""
+def _is_plain(node: Node) -> bool:
+    """Whether a node calls one of torch's ops on tensors alone, some floating-point, without random numbers."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
-    value, read = node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]
-    plain = isinstance(value, Tensor) and value.is_floating_point() and all(isinstance(x, Tensor) for x in read)
-    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return plain and bool(read) and composite
+    tensors = all(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
+    if not tensors or torch.Tag.nondeterministic_seeded in tags_of(node) or mutates(node):
+        return False
+    values = [x for n in (node, *node.all_input_nodes) for x in tensors_of(n)]
+    return bool(node.all_input_nodes) and any(x.is_floating_point() or x.is_complex() for x in values)
 
 
-def _inline_composite(node: Node, has_rule: HasRule) -> None:
-    """Below pre-dispatch, where torch does what it writes an op as; left alone if that has no rules either."""
+def _inline(node: Node, has_rule: HasRule) -> None:
+    """What torch itself writes an op as: below pre-dispatch, or by its decomposition; the first that has all rules."""
     target: Any = node.target
     given = list(node.all_input_nodes)
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    for function in filter(None, (target if composite else None, decomposition_table.get(target))):
+        try:
+            graph = _traced_call(function, node, given)
+        except Exception:  # torch's own writing does not take these arguments, or needs their values
+            continue
+        if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
+            _put(node, graph, given)
+            return
 
-    def run(*tensors: Tensor) -> Tensor:
+
+def _traced_call(function: Callable[..., Any], node: Node, given: list[Node]) -> Graph:
+    """The graph of `function` with the arguments of `node`."""
+
+    def run(*tensors: Tensor) -> Any:
         values = dict(zip(given, tensors, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        out: Tensor = target(*args, **kwargs)
-        return out
+        return function(*args, **kwargs)
 
-    graph = traced(run, given)
-    if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
-        _put(node, graph, given)
+    return traced(run, given)
 
 
 # --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------
@@ -282,9 +312,87 @@ def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
     """`torch.roll` along `dims` by `shifts` elements, as a concatenation of two slices for each dim."""
     for by, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
-        by = by if abs(by) < size else by % size
+        by = by if abs(by) < size else by % max(size, 1)
         x = torch.cat([aten.slice(x, dim, -by, size), aten.slice(x, dim, 0, -by)], dim) if by else x.clone()
     return x
+
+
+# --- copies of views, written entries ---------------------------------------------------------------------------------
+
+
+def _as_view(node: Node) -> bool:
+    """A copy of a view, such as `permute_copy`, as the view: no value is changed in place here."""
+    packet, _, overload = str(node.target).removeprefix("aten.").rpartition(".")
+    view = getattr(aten, packet.removesuffix("_copy"), None) if packet.endswith("_copy") else None
+    if view is None or overload not in view.overloads():
+        return False
+    node.target = getattr(view, overload)
+    return True
+
+
+def _selected(node: Node) -> bool:
+    """An entry that is written, as a slice of one: where its position is known."""
+    x, src, dim, index = args_of(node)
+    size = x.meta["val"].shape[dim]
+    if not isinstance(index, int) or (index < 0 and not isinstance(size, int)):
+        return False
+    at, dim = index % size if index < 0 else index, dim % x.meta["val"].ndim
+    _replace(node, entry_written, {"x": x, "src": src, "dim": dim, "at": at})
+    return True
+
+
+def entry_written(x: Tensor, src: Tensor, dim: int, at: int) -> Tensor:
+    """`x` with its entry number `at` along `dim` replaced by `src`, which lacks the dim."""
+    written: Tensor = aten.slice_scatter(x, src.unsqueeze(dim), dim, at, at + 1)
+    return written
+
+
+def _masked(node: Node) -> bool:
+    """masked_scatter as rows of the source, looked up by how many elements of the mask come before each."""
+    x, mask, source = args_of(node)
+    base = args_of(mask)[0] if mask.target is aten.expand.default else mask
+    full = list(x.meta["val"].shape)
+    of_rows = list(base.meta["val"].shape) == [*full[:-1], 1] and all(isinstance(n, int) for n in full)
+    if of_rows:
+        _replace(node, rows_written, {"x": x, "mask": base, "source": source})
+    return of_rows
+
+
+def rows_written(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """`x` (.., D) with the rows at which `mask` (.., 1) is true replaced by those of `source` (n, D), in order."""
+    width = x.shape[-1]
+    rows = source.reshape(-1)[: source.numel() // width * width].view(-1, width)
+    rows = F.pad(rows, (0, 0, 0, 1))  # a row to look up where nothing is written, even if there are none
+    at = mask.reshape(-1).to(torch.int64).cumsum(0).view(mask.shape[:-1]) - 1
+    found: Tensor = torch.where(mask, rows[at.clamp(min=0)], x)
+    return found
+
+
+def _put_masked(node: Node) -> bool:
+    """x[mask] = values, as a choice between x and the values, or the rows that they are."""
+    x, picks, values, *accumulate = args_of(node)
+    mask = picks[0]
+    plain = len(picks) == 1 and mask is not None and mask.meta["val"].dtype == torch.bool and not any(accumulate)
+    if not plain:
+        return False
+    shape, many = x.meta["val"].shape, values.meta["val"].shape
+    if values.meta["val"].numel() == 1:
+        _replace(node, filled, {"x": x, "mask": mask, "value": values})
+    elif mask.meta["val"].ndim == len(shape) - 1 and len(many) == 2 and all(isinstance(n, int) for n in shape):
+        _replace(node, rows_put, {"x": x, "mask": mask, "values": values})
+    else:
+        return False
+    return True
+
+
+def filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """`x` with `value`, of one element, where `mask` (its first dims) is true."""
+    return torch.where(mask.view([*mask.shape, *[1] * (x.ndim - mask.ndim)]), value.reshape([]).to(x.dtype), x)
+
+
+def rows_put(x: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    """`x` (.., D) with `values` (n, D) in the rows at which `mask` (..) is true, in order."""
+    return rows_written(x, mask.unsqueeze(-1), values)
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------
@@ -333,5 +441,8 @@ REWRITES: dict[Any, Callable[[Node], bool]] = {
     aten.conv1d.padding: _padded,
     **dict.fromkeys((aten.conv2d.default, aten.conv3d.default), _patched),
     aten.roll.default: _rolled,
+    aten.select_scatter.default: _selected,
+    aten.masked_scatter.default: _masked,
+    aten.index_put.default: _put_masked,
 }
 """By op: rewrites a node; False where it leaves the node to torch's own decomposition, if that is understood."""

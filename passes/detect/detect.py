@@ -23,6 +23,7 @@ from ringpass.masks.simplify import simplify
 from ringpass.passes.detect import flex, sdpa, softmax
 from ringpass.passes.detect.grouped_heads import unrepeated
 from ringpass.passes.detect.site import AttentionSite
+from ringpass.passes.failures import Failures
 from ringpass.patterns import Pattern, everything
 
 Idiom = Callable[[int, Node], AttentionSite | None]
@@ -31,16 +32,21 @@ IDIOMS: tuple[Idiom, ...] = (sdpa.read, flex.read, softmax.read)
 EVERYTHING = everything()
 
 
-def detect(gm: GraphModule, pattern: Pattern = EVERYTHING) -> tuple[AttentionSite, ...]:
+def detect(
+    gm: GraphModule, pattern: Pattern = EVERYTHING, failures: Failures | None = None
+) -> tuple[AttentionSite, ...]:
     """The sites of `gm`, in graph order; `pattern` is ANDed with the mask of each.
 
-    Raises UnsupportedError for an attention call that cannot be read, OptionError for a pattern of another length.
+    A call on which reading fails is no site, and runs as the model wrote it.  Raises UnsupportedError for an attention
+    call that cannot be read, OptionError for a pattern of another length.
     """
     sites: list[AttentionSite] = []
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and (site := _read(len(sites), node)) is not None:
-            sites.append(site)
-    return tuple(narrowed(_grouped(_one_sequence(site)), pattern) for site in sites)
+        if node.op == "call_function":
+            with (failures or Failures()).of("detect", node):
+                site = _read(len(sites), node)
+                sites += [_grouped(_one_sequence(site))] if site is not None else []
+    return tuple(narrowed(site, pattern) for site in sites)
 
 
 def _read(index: int, node: Node) -> AttentionSite | None:

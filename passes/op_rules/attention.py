@@ -27,7 +27,8 @@ def _flex_attention(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 
 def _output(sweep: Sweep, node: Node, note: Note, value: Tensor) -> Dims:
     """The dims of the queries, with the width of the values; where keys broadcast a dim of the queries, a new one."""
-    q, k, v = (sweep.dims(n) for n in args_of(node)[:3])
+    rank = value.ndim
+    q, k, v = (((),) * (rank - len(d)) + d for d in (sweep.dims(n) for n in args_of(node)[:3]))
     sweep.broadcast([q[:1], k[:1], v[:1]], note)
     sweep.tie(k[-2], v[-2], note)
     return tuple(d if d else sweep.new(n) for d, n in zip((*q[:-1], v[-1]), value.shape, strict=True))

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.nodes import args_of, first_of, op_name, operands_of
+from ringpass.nodes import args_of, first_of, op_name, operands_of, tensors_of
 from ringpass.passes.op_rules import routing
 from ringpass.passes.op_rules.spec import OpRule, Reads, ShardArgs, Writer
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Dims, Note, Sweep
+from ringpass.passes.propagate.factors import Dims, Note, Results, Sweep
 
 aten = torch.ops.aten
 NAMES = {
@@ -39,15 +39,20 @@ ELEMENTWISE = {
 """Python-level calls in the bodies of an autograd.Function that are pointwise."""
 
 
-def pointwise(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """The dims of the operands, broadcast against each other; a dim that none of them has is new."""
+def pointwise(sweep: Sweep, node: Node, note: Note) -> Results:
+    """The dims of the operands, broadcast against each other; a dim that none of them has is new.
+
+    Several results, such as those of `frexp`, are alike.
+    """
     if len(operands_of(node)) == 1:
         routing.counts_too(sweep, node)
     dims = sweep.broadcast([sweep.dims(n) for n in operands_of(node)], note)
-    return tuple(d if d else sweep.new(n) for d, n in zip(dims, node.meta["val"].shape, strict=True))
+    values = tensors_of(node)
+    dims = tuple(d if d else sweep.new(n) for d, n in zip(dims, values[0].shape, strict=True))
+    return dims if isinstance(node.meta["val"], Tensor) else (dims,) * len(values)
 
 
-def _floor_divide(sweep: Sweep, node: Node, note: Note) -> Dims:
+def _floor_divide(sweep: Sweep, node: Node, note: Note) -> Results:
     return routing.divided(sweep, node, note) or pointwise(sweep, node, note)
 
 

@@ -95,7 +95,7 @@ def _count(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 def counts_too(sweep: Sweep, node: Node) -> None:
     """Notes that `node`, made of the counts alone, is counts too."""
-    source = first_of(node)
+    (source,) = operands_of(node)
     if source in sweep.routing.counts:
         sweep.routing.counts[node] = sweep.routing.counts[source]
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ringpass import ops
 from ringpass.nodes import args_of, bound_of, first_of, operands_of, size_of, slice_of
 from ringpass.passes.op_rules import routing
-from ringpass.passes.op_rules.spec import GraphSize, OpRule, Writer, not_understood
+from ringpass.passes.op_rules.spec import GraphSize, OpRule, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
 
@@ -56,6 +56,17 @@ def _gather(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(out)
 
 
+def _index_select(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """index_select(x, dim, index): the dim is needed replicated, the index's stands in its place."""
+    x, dim, picks = args_of(node)
+    dims, (at,) = list(sweep.dims(x)), sweep.dims(picks) or ((),)
+    if not dims:
+        return None
+    note.need_replication += dims[dim]
+    dims[dim] = at
+    return tuple(dims)
+
+
 def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
     """Values and indices: the dim is needed replicated, the others pass."""
     dims = list(sweep.dims(first_of(node)))
@@ -70,13 +81,13 @@ def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 
 def select_tokens(writer: Writer, x: Node, dim: int, axis: Axis, positions: Node, name: str) -> Node:
     """The tokens at `positions` (n,), along `dim` of the shard `x`, each from the rank that holds it."""
-    held, at = _located(writer, positions, axis)
+    held, at = located(writer, positions, axis)
     part = writer.emit(aten.index_select.default, x, dim, at, name=name)
     held = writer.emit(aten.view.default, held, [-1] + [1] * (x.meta["val"].ndim - dim - 1))
     return _from_holders(writer, part, held)
 
 
-def positions_from(writer: Writer, node: Node, start: int, step: int, count: GraphSize) -> Node:
+def positions_from(writer: Writer, node: Node, start: GraphSize, step: int, count: GraphSize) -> Node:
     """start, start + step, ..: (count,) positions, on the device of `node`."""
     first = writer.emit(aten.arange.default, count, device=node.meta["val"].device)
     scaled = writer.emit(aten.mul.Tensor, first, step) if step != 1 else first
@@ -116,14 +127,14 @@ def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> N
     if dim >= len(picks) or picks[dim] is None or any(writer.is_sharded(p) for p in picks if p is not None):
         return None
     given = [None if p is None else writer.replicated(p, "positions") for p in picks]
-    held, given[dim] = _located(writer, writer.replicated(picks[dim], "positions"), axis)
+    held, given[dim] = located(writer, writer.replicated(picks[dim], "positions"), axis)
     part = writer.emit(aten.index.Tensor, x, given, name=node.name)
     after = x.meta["val"].ndim - len(picks) + sum(p is None for p in picks[dim:])
     held = writer.emit(aten.view.default, held, [*held.meta["val"].shape, *[1] * after])
     return _from_holders(writer, part, held)
 
 
-def _located(writer: Writer, positions: Node, axis: Axis) -> tuple[Node, Node]:
+def located(writer: Writer, positions: Node, axis: Axis) -> tuple[Node, Node]:
     """Whether this rank holds the token at each of `positions`, and its row here (0 where it does not)."""
     where = axis.layout.name, writer.rank.world, writer.rank.rank
     rows = writer.emit(ops.locate, positions, writer.tokens(axis), *where, name=f"{positions.name}_rows")
@@ -139,7 +150,7 @@ def _from_holders(writer: Writer, part: Node, held: Node) -> Node:
 RULES = {
     "select.int": OpRule(_select, select=_write_select),
     "index.Tensor": OpRule(_index, select=_write_index),
-    "index_select.default": OpRule(not_understood, select=_write_index_select),
+    "index_select.default": OpRule(_index_select, select=_write_index_select),
     "gather.default": OpRule(_gather),
     "topk.default": OpRule(_topk),
 }

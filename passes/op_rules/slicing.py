@@ -52,7 +52,7 @@ PADS = ("pad.default", "constant_pad_nd.default")
 def _passing_dims(sweep: Sweep, node: Node, note: Note) -> Dims:
     """Dims whose size the op leaves alone pass; the others are needed replicated.
 
-    For repeat, and slice, pad and cat of what holds no tokens.
+    For slice, pad and cat of what holds no tokens.
     """
     rank = node.meta["val"].ndim
     changed = _padded_dims(node, rank)
@@ -269,7 +269,7 @@ def _axis_of_operand(writer: Writer, node: Node) -> Axis:
 
 def _slice_of(writer: Writer, x: Node, source: Axis, node: Node, axis: Axis) -> Node:
     """Of the local tokens `x` of the axis `source`, those of its slice `axis`, which `node` makes."""
-    start = _before(writer, source, axis.offset)
+    start = tokens_before(writer, source, axis.offset)
     stop = writer.compute(operator.add, start, writer.length(axis))
     return writer.emit(aten.slice.Tensor, x, writer.placement.sweep.slices[node], start, stop, name=node.name)
 
@@ -302,7 +302,7 @@ def _write_pad(writer: Writer, node: Node, axis: Axis) -> Node:
     source, amounts = first_of(node), list(args_of(node)[1])
     inner = writer.placement.axis_along(source, dim)
     assert inner is not None
-    low = _before(writer, axis, inner.offset)
+    low = tokens_before(writer, axis, inner.offset)
     rest = writer.compute(operator.sub, writer.length(axis), writer.length(inner))
     at = 2 * (node.meta["val"].ndim - 1 - dim)
     amounts[at : at + 2] = low, writer.compute(operator.sub, rest, low)
@@ -338,7 +338,7 @@ def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node
     return writer.emit(aten.index_select.default, rows, where.dim, at, name=node.name)
 
 
-def _before(writer: Writer, axis: Axis, offset: sympy.Expr) -> GraphSize:
+def tokens_before(writer: Writer, axis: Axis, offset: sympy.Expr) -> GraphSize:
     """How many local tokens of `axis` are before `offset` of its sequence, which is one of its split points."""
     size, at = size_of(axis.tokens), sympy.expand(offset - axis.offset)
     ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.split_points)}
@@ -362,5 +362,4 @@ RULES = {
     "cat.default": OpRule(_concatenated, slice_axis=_axis_of_joined, write=_write_cat),
     **dict.fromkeys((CONV1D, "conv2d.default", "conv3d.default"), _CONVOLUTION),
     **dict.fromkeys(PADS, _PAD),
-    "repeat.default": OpRule(_passing_dims),
 }

@@ -196,6 +196,8 @@ class OpRule:
     """Its result needs no gradient."""
     draws: Callable[[Node], bool] | None = None
     """Whether a call draws random numbers by counters, the same for any number of ranks; None: the op never does."""
+    takes_none: bool = True
+    """It works on a tensor without elements: a rank may have no index of a batch axis."""
     may_shard: Callable[[Placed, Node], bool] = lambda placement, node: True
     """Whether this call may run on local tokens, where its dims alone do not say."""
     slice_axis: Callable[[Placed, Node, Axis, int], Axis | None] | None = None

@@ -9,11 +9,13 @@ from ringpass.nodes import mutates, op_name, tags_of
 from ringpass.passes.op_rules import (
     along_dims,
     attention,
+    batched,
     contractions,
     creation,
     pointwise,
     reductions,
     routing,
+    scattering,
     selecting,
     slicing,
     views,
@@ -21,7 +23,8 @@ from ringpass.passes.op_rules import (
 from ringpass.passes.op_rules.spec import OpRule, not_understood
 
 FAMILIES = (
-    along_dims, attention, contractions, creation, pointwise, reductions, routing, selecting, slicing, views,
+    along_dims, attention, batched, contractions, creation, pointwise, reductions, routing, scattering, selecting,
+    slicing, views,
 )  # fmt: skip
 RULES: dict[str, OpRule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 UNKNOWN = OpRule(not_understood)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of
+from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of, size_of
 from ringpass.passes.op_rules.spec import OpRule, Writer
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Dims, Note, Sweep
+from ringpass.passes.propagate.factors import Dims, Note, Results, Sweep
 
 aten = torch.ops.aten
 
@@ -104,18 +106,33 @@ def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 
 def _repeat_interleave(sweep: Sweep, node: Node, note: Note) -> Dims | None:
-    """Repeated K/V heads; None: of all elements."""
-    dims, dim = list(sweep.dims(first_of(node))), bound_of(node).get("dim")
+    """Repeated K/V heads: each index, that many times; None: of all elements."""
+    x, bound = first_of(node), bound_of(node)
+    dims, dim = list(sweep.dims(x)), bound.get("dim")
     if dim is None:
         return None
-    note.need_replication += dims[dim]
-    dims[dim] = sweep.new(node.meta["val"].shape[dim])
+    times = sympy.cancel(size_of(node.meta["val"].shape[dim]) / size_of(x.meta["val"].shape[dim] or 1))
+    dims[dim] = (*dims[dim], *sweep.fresh_sizes(times))
     return tuple(dims)
 
 
-def _getitem(sweep: Sweep, node: Node, note: Note) -> Dims:
-    value = sweep.values[first_of(node)]
-    return tuple(sweep.resolve(d) for d in value[node.args[1]])
+def _repeat(sweep: Sweep, node: Node, note: Note) -> Dims:
+    """A dim that is repeated is (the repetition, its index); new dims come first."""
+    dims, times = sweep.dims(first_of(node)), [size_of(n) for n in _sizes(args_of(node)[1])]
+    dims = ((),) * (len(times) - len(dims)) + dims
+    return tuple((*sweep.fresh_sizes(n), *d) for n, d in zip(times, dims, strict=True))
+
+
+def _sizes(given: Any) -> list[Any]:
+    """Sizes among arguments: numbers, symbolic ones too."""
+    return [n.meta["val"] if isinstance(n, Node) else n for n in given]
+
+
+def _getitem(sweep: Sweep, node: Node, note: Note) -> Results:
+    value = sweep.values[first_of(node)][node.args[1]]
+    if isinstance(node.meta["val"], torch.Tensor):
+        return tuple(sweep.resolve(d) for d in value)
+    return tuple(value)  # a list among several results
 
 
 VIEW = OpRule(_view, write=_write_view)
@@ -124,7 +141,7 @@ RULES = {
         "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
         "view_as.default", "reshape_as.default",
     ), VIEW),
-    **dict.fromkeys(("squeeze.dim", "squeeze.dims", "squeeze.default"), OpRule(_view)),
+    **dict.fromkeys(("squeeze.dim", "squeeze.dims", "squeeze.default"), VIEW),  # a rank may have one token
     "expand.default": OpRule(_expand, expands=True, write=_write_expand),
     "unsqueeze.default": OpRule(_unsqueeze),
     "view_as_complex.default": OpRule(_as_complex),
@@ -137,5 +154,6 @@ RULES = {
     "unbind.int": OpRule(_unbind),
     "stack.default": OpRule(_stack),
     "repeat_interleave.self_int": OpRule(_repeat_interleave),
+    "repeat.default": OpRule(_repeat),
     "getitem": OpRule(_getitem, follows=True),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of
 from ringpass.passes.op_rules.spec import Rank, Writer
-from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
 from ringpass.schedule.site import Site, register

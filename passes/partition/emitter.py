@@ -25,7 +25,7 @@ from ringpass.errors import UnsupportedError
 from ringpass.nodes import KEPT_META, size_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
-from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factors, product
 
@@ -52,7 +52,7 @@ class Emitter:
         """Where the tokens of `node` on `axis` are, as the boundary operators take it."""
         for dim, factors in enumerate(self.placement.sweep.dims(node)):
             for position, factor in enumerate(factors):
-                if self.placement.axis_of.get(factor) is axis:
+                if self.placement.is_of(factor, axis):
                     outer = self.size(product(factors[:position]))
                     return ShardArgs(dim, outer, self.tokens(axis), axis.layout.name, self.rank.world, self.rank.rank)
         raise AssertionError(f"{node} has no dim on {axis}")
@@ -63,7 +63,7 @@ class Emitter:
         return [self._local_size(size_of(n), factors, axis) for n, factors in dims]
 
     def _local_size(self, size: sympy.Expr, factors: Factors, axis: Axis) -> GraphSize:
-        if all(self.placement.axis_of.get(f) is not axis for f in factors):
+        if not any(self.placement.is_of(f, axis) for f in factors):
             return self.size(size)
         rest, length = self.size(sympy.cancel(size / size_of(axis.tokens))), self.length(axis)
         return length if rest == 1 else self.compute(operator.mul, rest, length)

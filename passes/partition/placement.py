@@ -6,6 +6,7 @@
     slices: slices, cats, pads and convolutions that make slices of a sequence run on the axis of what they make
     replicated: when the op needs A replicated (softmax over the sequence, no rule), when a tensor of it has A twice, or
     two axes
+    regions of these run on another dim that all their ops treat alike, if there is one (`batch_axes`)
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.  What it asks
 about an op is in the op's record (`passes.op_rules`).
@@ -13,131 +14,55 @@ about an op is in the op's record (`passes.op_rules`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Mapping
 
-import sympy
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import first_of, has_effect, operands_of, size_of, tensors_of
+from ringpass.nodes import first_of, has_effect, operands_of, tensors_of
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules.routing import closed
 from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import draws_shared, rule_for
+from ringpass.passes.partition.batch_axes import divide_regions
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.passes.plan.tracked import differentiable, tracked
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Note, Sweep
 
 
-@dataclass(frozen=True)
-class PlacementPlan:
-    """Where each node of one graph runs.
-
-    `live`: nodes that an output needs; `tracked`: those that may need a gradient; `kept`: those that masks and biases
-    are made of without any floating-point input, which stay replicated; `slices`: those that slice or join sequences on
-    local tokens.
-    """
-
-    sweep: Sweep
-    axis_of: dict[Factor, Axis]
-    sites: dict[Node, SitePlan]
-    live: frozenset[Node]
-    tracked: frozenset[Node]
-    modes: dict[Node, Axis | None]
-    kept: frozenset[Node] = frozenset()
-    slices: set[Node] = field(default_factory=set)
-
-    def on(self, node: Node, axis: Axis) -> bool:
-        """Whether a dim of `node` is on `axis`, or it counts rows of it."""
-        if node in self.sweep.routing.counts:
-            return self.modes[node] is axis
-        return any(axis in self.axes(d) for d in self.sweep.operand_dims(node))
-
-    def source(self, node: Node, operand: Node, axis: Axis) -> Axis | None:
-        """The axis of `operand` whose tokens `node` reads on `axis`: another one, if they are redistributed."""
-        if self.on(operand, axis):
-            return axis
-        wanted = self.redistributed(node)
-        candidates = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
-        return next((a for a in candidates if wanted.get(a) is axis), None)
-
-    def redistributed(self, node: Node) -> dict[Axis, Axis | None]:
-        """Each axis whose tokens `node` redistributes, and the axis to whose ranks; None where that is no axis."""
-        pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].redistributed]
-        found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
-        for y, x in reversed(found.items()):  # where the target is redistributed too: to the last one
-            found[y] = found.get(x, x)
-        return found
-
-    def reduces(self, node: Node) -> bool:
-        """Whether `node` runs on an axis and sums over it: its value, once reduced, is replicated."""
-        axis = self.modes[node]
-        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].reduction)
-
-    def replicated_operands(self, node: Node) -> list[Node]:
-        """Operands that `node`, running on an axis, reads replicated."""
-        axis, site = self.modes[node], self.sites.get(node)
-        if axis is None:
-            return []
-        if node in self.slices:
-            return rule_for(node).weights(node)
-        if site:
-            keys = [] if site.key_axis else [site.site.k, site.site.v]
-            return [*keys, *(site.site.leaves[i] for i in site.learned)]
-        return [n for n in operands_of(node) if self.source(node, n, axis) is None]
-
-    def axis_along(self, node: Node, dim: int) -> Axis | None:
-        """The axis of one dim of `node`."""
-        axes = self.axes(self.sweep.dims(node)[dim])
-        return axes[0] if len(axes) == 1 else None
-
-    def reads_neighbours(self, node: Node, axis: Axis) -> bool:
-        """Whether `node`, on an axis, reads the tokens around each token of it."""
-        return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
-
-    def in_order(self, node: Node, axis: Axis) -> bool:
-        """Whether neighbours on the axis are neighbours in the sequence."""
-        dim = {**self.sweep.slices, **self.sweep.halos}[node]
-        return bool(self.axes(self.sweep.dims(node)[dim][:1])) and not axis.layout.order
-
-    def holder(self, axis: Axis, offset: sympy.Expr, part: Node, dim: int) -> int | None:
-        """The rank that holds all tokens of `part`, which begin at `offset` of `axis`; None: several ranks."""
-        size = size_of(part.meta["val"].shape[dim])
-        if not size.is_Integer:
-            return None
-        late = sympy.expand(offset - size_of(axis.tokens))
-        start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
-        return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
-
-    def axes(self, factors: Iterable[Factor]) -> list[Axis]:
-        """The axes among `factors`."""
-        return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
-
-    def is_axis(self, factor: Factor) -> bool:
-        """Whether a factor is partitioned."""
-        return factor in self.axis_of
-
-
-def place(captured: Captured, plan: RingPlan, sweep: Sweep, sharded: Mapping[int, int]) -> PlacementPlan:
+def place(
+    captured: Captured,
+    plan: RingPlan,
+    sweep: Sweep,
+    sharded: Mapping[int, int],
+    failures: Failures | None = None,
+) -> PlacementPlan:
     """Decides each live node's mode, in graph order.
 
-    `sharded`: the positions of inputs that come sharded, and the dim in which each is.
+    `sharded`: the positions of inputs that come sharded, and the dim in which each is.  A node in `failures`, and one
+    on which the decision fails, runs replicated.
     """
+    failures = failures or Failures()
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
     given = {placeholders[i]: dim for i, dim in sharded.items()}
-    sites = {s.site.node: s for s in plan.sites if s.problem}
+    sites = {s.site.node: s for s in plan.sites if s.problem and s.site.node not in failures.nodes}
     axis_of = {sweep.root(axis.factor): axis for axis in plan.axes}
     live = _live(captured, sites)
     axis_of |= _rows(sweep, axis_of, [n for n in captured.gm.graph.nodes if n in live])
     modes: dict[Node, Axis | None] = {}
     placement = PlacementPlan(sweep, axis_of, sites, live, tracked(captured), modes, _kept(captured, sites))
     for node in captured.gm.graph.nodes:
-        modes[node] = _decide(placement, node) if node in live else None
+        modes[node] = None
+        if node in live and node not in failures.nodes:
+            with failures.of("place", node):
+                modes[node] = _decide(placement, node)
         if node in given and node in live:
             modes[node] = _given(placement, node, given[node])
+    if axis_of:
+        divide_regions(placement, captured.gm.graph.nodes, plan.world)
     return placement
 
 

@@ -24,16 +24,16 @@ from torch.fx import GraphModule, Node, map_arg
 
 from ringpass import ops
 from ringpass.devices import device_of
-from ringpass.errors import UnsupportedError
+from ringpass.errors import RingpassError, UnsupportedError
 from ringpass.layouts.layout import REPLICATED, Layout
-from ringpass.nodes import args_of, bound_of, bytes_of, first_of, has_effect, op_name, operands_of, size_of
+from ringpass.nodes import args_of, bound_of, bytes_of, first_of, has_effect, op_name, operands_of, size_of, source_line
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
 from ringpass.passes.partition.attention import write_site
 from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.partition.partitioned import Gather, OutputSize, Partitioned, ShardedInput, ShardedOutput
-from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
 
@@ -42,10 +42,21 @@ Use = tuple[Node, bool]
 """An input, and whether ops on an axis read it, of which each rank makes a part of its gradient, or replicated ones."""
 
 
+class CannotWriteError(Exception):
+    """The record of a node's op failed on local tokens: the node must run replicated."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
 def partition(
     captured: Captured, placement: PlacementPlan, plan: RingPlan, rank: Rank, strict: bool, gather_outputs: bool
 ) -> Partitioned:
-    """Writes the program of `rank`.  Raises UnsupportedError under `strict` where something must be gathered."""
+    """Writes the program of `rank`.
+
+    Raises UnsupportedError under `strict` where something must be gathered, CannotWriteError where a record fails.
+    """
     return Writer(captured, placement, plan, rank, strict, gather_outputs).write()
 
 
@@ -87,7 +98,7 @@ class Writer(Emitter):
         for node in nodes:
             if node in live and node.op not in ("placeholder", "output"):
                 self.origin = node
-                self._write(node)
+                self._write_or_refuse(node)
         outputs, extras = self._write_outputs(nodes[-1])
         inputs = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
         positions = {one.position for one in sharded}
@@ -118,6 +129,17 @@ class Writer(Emitter):
         return ShardedInput(position, dim, layout.name)
 
     # --- one node ---------------------------------------------------------------------------------------------------
+
+    def _write_or_refuse(self, node: Node) -> None:
+        """One captured node, in its mode.  Raises CannotWriteError where its record fails on local tokens."""
+        try:
+            self._write(node)
+        except RingpassError:
+            raise
+        except Exception as error:
+            if self.placement.modes[node] is None:
+                raise
+            raise CannotWriteError(node) from error
 
     def _write(self, node: Node) -> None:
         """One captured node, in its mode."""
@@ -247,7 +269,7 @@ class Writer(Emitter):
 
     def report(self, node: Node, reason: str) -> None:
         """Notes that `node` is gathered on every rank.  Raises UnsupportedError under `strict`, except for outputs."""
-        gather = Gather(node.name, reason, bytes_of(node), _where(self.origin))
+        gather = Gather(node.name, reason, bytes_of(node), source_line(self.origin))
         if self.strict and reason != "output":
             raise UnsupportedError(
                 f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "
@@ -260,7 +282,8 @@ class Writer(Emitter):
         if node in self.shards and self.placement.modes[node] is axis:
             return self.shards[node]
         if (node, axis.index) not in self.resharded:
-            shard = self._write_redistribution(node, axis) or self._write_shard(node, axis)
+            moved = self._write_redistribution(node, axis) or self._write_all_to_all(node, axis)
+            shard = moved or self._write_shard(node, axis)
             if not self.keeps:
                 return shard
             self.resharded[node, axis.index] = shard
@@ -280,6 +303,19 @@ class Writer(Emitter):
         *where, layout, world, rank = self.shard_args(node, source)
         args = *where, layout, axis.layout.name, world, rank, self.rank.group
         return self.emit(ops.redistribute, self.shards[node], *args, name=f"{node.name}_moved")
+
+    def _write_all_to_all(self, node: Node, axis: Axis) -> Node | None:
+        """All tokens of this rank's part of another dim, from its tokens with all of that dim, or back."""
+        source = self.placement.modes[node]
+        if source is None or source is axis or node not in self.shards or not self.placement.on(node, axis):
+            return None
+        held, wanted = self.shard_args(node, source), self.shard_args(node, axis)
+        if held.dim == wanted.dim:
+            return None
+        x = self.ordered(self.shards[node], wanted, inverse=False)
+        args = *held[:4], *wanted[:4], self.rank.world, self.rank.rank, self.rank.group
+        moved = self.emit(ops.all_to_all, x, *args, name=f"{node.name}_all_to_all")
+        return self.ordered(moved, held, inverse=True)
 
     def _axis_of(self, node: Node, axis: Axis) -> Axis:
         """`axis`, or the axis of its sequence that `node` is on instead."""
@@ -399,7 +435,7 @@ class Writer(Emitter):
                 results.append(self.shards[first_of(value)])
                 source = self._describe(first_of(value), extras)
                 described.append(replace(source, name=value.name, part=self.parts[value]))
-            elif isinstance(value, Node) and self.is_sharded(value) and not self.gather_outputs:
+            elif isinstance(value, Node) and self._by_tokens(value) and not self.gather_outputs:
                 results.append(self.shards[value])
                 described.append(self._describe(value, extras))
             else:
@@ -408,6 +444,10 @@ class Writer(Emitter):
         node = self.graph.output((*results, *extras))
         node.meta.update(output.meta)
         return tuple(described), len(extras)
+
+    def _by_tokens(self, node: Node) -> bool:
+        """Whether ranks hold their tokens of an output, rather than parts of another dim."""
+        return self.is_sharded(node) and self.placement.modes[node] in self.placement.axis_of.values()
 
     def _describe(self, node: Node, extras: list[Node]) -> ShardedOutput:
         axis = self.placement.modes[node]
@@ -433,10 +473,3 @@ def _keeps_after(node: Node, keeps: bool) -> bool:
     """Whether the nodes after this one are outside the model's no_grad regions; `keeps`: whether this one is."""
     switches = node.target is torch._C._set_grad_enabled
     return bool(node.args[0]) or not torch.is_grad_enabled() if switches else keeps
-
-
-def _where(node: Node | None) -> str:
-    """The model's line that a node comes from."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines() if node is not None else []
-    files = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    return " ".join(line.strip() for line in lines[files[-1] : files[-1] + 2]) if files else ""

@@ -17,7 +17,6 @@ which it *reduces* (sums over); for every other factor, op on shards equals shar
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,9 +26,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ringpass.nodes import Size, op_name, operands_of, size_of, tensors_of
+from ringpass.passes.failures import Failures
 from ringpass.passes.propagate.alignment import SequenceAlignment
-
-log = logging.getLogger("ringpass")
 
 Factors = tuple["Factor", ...]
 """One dim of a tensor: its factors, outermost first; none for a dim of size 1."""
@@ -111,7 +109,7 @@ class Sweep:
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.slices: dict[Node, int] = {}  # nodes that slice or join sequences, and along which dim
 
-    def run(self, gm: GraphModule, rule_for: Callable[[Node], Rule]) -> Sweep:
+    def run(self, gm: GraphModule, rule_for: Callable[[Node], Rule], failures: Failures) -> Sweep:
         """Applies the rule of every node, in order."""
         for node in gm.graph.nodes:
             note = self.notes[node] = Note()
@@ -122,22 +120,27 @@ class Sweep:
             if node.op in ("placeholder", "get_attr"):
                 self.values[node] = self.fresh(node.meta["val"].shape)
                 continue
-            dims = rule_for(node).dims(self, node, note)
-            if dims is not None and not self.fits(node, dims):
-                log.warning(
-                    "the rule of %s does not fit %s: its operands are gathered. Please report this with the op's "
-                    "arguments: %s",
-                    op_name(node), node.name, node.format_node(),
-                )  # fmt: skip
-                dims = None
+            dims = None
+            with failures.of("propagate", node):
+                dims = self._checked(node, rule_for(node).dims(self, node, note))
             self.values[node] = self._unknown(node, note) if dims is None else dims
         return self
 
+    def _checked(self, node: Node, dims: Results | None) -> Results | None:
+        if dims is not None and not self.fits(node, dims):
+            raise ValueError(f"the rule of {op_name(node)} gives {dims}, which do not fit its result")
+        return dims
+
     def fits(self, node: Node, dims: Results) -> bool:
         """Whether these dims are as many as the values of `node` have, and of their sizes where these are known."""
-        values = node.meta["val"]
-        pairs: Any = [(values, dims)] if isinstance(values, torch.Tensor) else zip(values, dims, strict=False)
-        return all(self._has_dims(x, of_one) for x, of_one in pairs if isinstance(x, torch.Tensor))
+        return self.fits_value(node.meta["val"], dims)
+
+    def fits_value(self, values: Any, dims: Any) -> bool:
+        """The same of one value, a tensor or several."""
+        if isinstance(values, torch.Tensor):
+            return self._has_dims(values, dims)
+        pairs: Any = zip(values, dims, strict=True)
+        return all(self.fits_value(x, of_one) for x, of_one in pairs if isinstance(x, torch.Tensor | tuple | list))
 
     def _has_dims(self, x: torch.Tensor, dims: Dims) -> bool:
         if len(dims) != x.ndim:
@@ -149,8 +152,11 @@ class Sweep:
 
     def new(self, n: Size) -> Factors:
         """A factor of its own for a dim of size n; none for size 1."""
-        size = size_of(n)
-        return () if size == 1 else (Factor(size),)
+        return self.fresh_sizes(size_of(n))
+
+    def fresh_sizes(self, *sizes: sympy.Expr) -> Factors:
+        """A factor of its own for each size but 1."""
+        return tuple(Factor(size) for size in sizes if size != 1)
 
     def fresh(self, shape: Sequence[Size]) -> Dims:
         """A factor of its own for each dim of `shape`."""
@@ -162,9 +168,17 @@ class Sweep:
 
     def operand_dims(self, node: Node) -> Dims:
         """All dims of all tensors that `node` produces, in resolved factors."""
-        value = self.values.get(node, ())
-        parts = value if isinstance(node.meta.get("val"), torch.Tensor) else [d for v in value for d in v]
-        return tuple(self.resolve(d) for d in parts)
+        return tuple(self.resolve(d) for dims in self.results(node) for d in dims)
+
+    def results(self, node: Node) -> list[Dims]:
+        """The dims of each tensor that `node` produces, also in lists among its results."""
+
+        def listed(value: Any, dims: Any) -> list[Dims]:
+            if isinstance(value, torch.Tensor):
+                return [dims]
+            return [d for pair in zip(value, dims, strict=True) for d in listed(*pair)] if dims else []
+
+        return listed(node.meta.get("val"), self.values.get(node, ()))
 
     def resolve(self, factors: Iterable[Factor]) -> Factors:
         """The classes of `factors`: split ones as their parts, fused ones as one."""
@@ -263,7 +277,12 @@ class Sweep:
         return tuple(out)
 
     def reshape(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
-        """Dims after a view to `shape`: each takes the next factors, one is split where a new dim ends inside it."""
+        """Dims after a view to `shape`: each takes the next factors, one is split where a new dim ends inside it.
+
+        Of an empty tensor, only first dims that stay as they are keep their factors.
+        """
+        if any(size_of(n) == 0 for n in shape):
+            return self._reshape_empty(dims, shape, note)
         atoms = [f for d in dims for f in self.resolve(d)]
         out: list[Factors] = []
         for n in shape:
@@ -287,6 +306,12 @@ class Sweep:
             out.append(tuple(got))
         return tuple(out)
 
+    def _reshape_empty(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
+        pairs = zip(dims, shape, strict=False)
+        kept = list(itertools.takewhile(lambda pair: product(self.resolve(pair[0])) == size_of(pair[1]), pairs))
+        passing = tuple(self.resolve(d) for d, _ in kept)
+        return (*passing, *self._give_up(dims[len(passing) :], shape[len(passing) :], note))
+
     def _give_up(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
         note.need_replication += [f for d in dims for f in self.resolve(d)]
         return self.fresh(shape)
@@ -295,15 +320,23 @@ class Sweep:
         """No rule: every factor of every operand is needed replicated."""
         note.known = False
         note.need_replication += [f for operand in operands_of(node) for d in self.operand_dims(operand) for f in d]
-        value = node.meta["val"]
+        fresh: Results = self._fresh_results(node.meta["val"])
+        return fresh
+
+    def _fresh_results(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.fresh(value.shape)
-        return tuple(self.fresh(v.shape) if isinstance(v, torch.Tensor) else () for v in value)
+        return tuple(map(self._fresh_results, value)) if isinstance(value, tuple | list) else ()
 
 
-def propagate(gm: GraphModule, rule_for: Callable[[Node], Rule], computed: Iterable[Node] = ()) -> Sweep:
-    """Sweeps the graph once.  `computed`: the inputs that come sharded."""
-    return Sweep(computed).run(gm, rule_for)
+def propagate(
+    gm: GraphModule,
+    rule_for: Callable[[Node], Rule],
+    computed: Iterable[Node] = (),
+    failures: Failures | None = None,
+) -> Sweep:
+    """Sweeps the graph once.  `computed`: the inputs that come sharded; an op whose rule fails has no rule."""
+    return Sweep(computed).run(gm, rule_for, failures or Failures())
 
 
 def product(factors: Iterable[Factor]) -> sympy.Expr:

@@ -12,6 +12,7 @@ PeerError if a rank died or did not arrive within the time limit of the process 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,48 @@ def redistribute(x: Tensor, shard: Shard, other: str, group: str) -> Tensor:
     plan = between(shard.layout_name, other, shard.world, shard.tokens, shard.rank)
     rows = carry(shard.split(x, shard.length), plan, group)
     return rows.reshape(shard.resized(x.shape, shard.length, rows.shape[1]))
+
+
+def all_to_all(x: Tensor, held: Shard, wanted: Shard, group: str) -> Tensor:
+    """All tokens of the dim of `held`, of which ranks have parts, for the local part of the dim of `wanted`.
+
+    Each rank receives a part of what each other rank has: 1 / P of its tensor from every peer.
+    """
+    spread, first, second = _spread(x, (held, held.length), (wanted, wanted.tokens))
+    ranks = range(held.world)
+    ours = [_ranged(spread, second, wanted.layout.ranges(r, wanted.tokens)) for r in ranks]
+    theirs = [[*spread.shape[:first], held.layout.length(r, held.tokens), *spread.shape[first + 1 :]] for r in ranks]
+    for shape in theirs:
+        shape[second] = wanted.length
+    sizes = [math.prod(shape) for shape in theirs]
+    received = spread.new_empty(sum(sizes), 1)
+    parts = [sendable(y) for y in (received, torch.cat([part.reshape(-1, 1) for part in ours]))]
+    run_collective(dist.all_to_all_single, *parts, sizes, [part.numel() for part in ours], group=group)
+    pieces: dict[int, Tensor] = {}
+    for r, part in zip(ranks, received.split(sizes), strict=True):
+        ranges = held.layout.ranges(r, held.tokens)
+        of_rank = part.view(theirs[r]).split([b - a for a, b in ranges] or [0], first)
+        pieces |= {start: piece for (start, _), piece in zip(ranges, of_rank, strict=False)}
+    full = torch.cat([pieces[start] for start in sorted(pieces)], first)
+    shape = held.resized(wanted.resized(x.shape, wanted.tokens, wanted.length), held.length, held.tokens)
+    return full.reshape(shape).contiguous()
+
+
+def _spread(x: Tensor, one: tuple[Shard, int], other: tuple[Shard, int]) -> tuple[Tensor, int, int]:
+    """`x` with the dims of two shards as (outer, tokens, inner) each, and the positions of their tokens."""
+    shape: list[Any] = [*x.shape]
+    at: dict[int, int] = {}
+    for shard, tokens in sorted((one, other), key=lambda pair: -pair[0].dim):
+        rows = shard.outer * tokens
+        inner = shape[shard.dim] // rows if rows else 1
+        shape[shard.dim : shard.dim + 1] = [shard.outer, tokens, inner]
+        at = {position: where + 2 for position, where in at.items()} | {shard.dim: shard.dim + 1}
+    return x.reshape(shape), at[one[0].dim], at[other[0].dim]
+
+
+def _ranged(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
+    """The elements of `ranges` along `dim`."""
+    return torch.cat([x.narrow(dim, a, b - a) for a, b in ranges] or [x.narrow(dim, 0, 0)], dim)
 
 
 def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:

@@ -7,6 +7,7 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     shard            takes the local tokens                            all-gather
     gather           all-gather, in original order                     takes the local tokens
     redistribute     local tokens in one layout to those in another    the inverse
+    all_to_all       local tokens of all heads to all tokens of some    the inverse
     permute          all tokens, in the order of a curve               the inverse
     reduce_scatter   the local tokens of the sum over ranks            (in backward graphs only)
     halo             ranges of local tokens with their neighbours      sums on the rank that holds the token
@@ -43,6 +44,7 @@ from ringpass.ops.attention import (
     site_of,
 )
 from ringpass.ops.boundary import (
+    all_to_all,
     gather,
     permute,
     redistribute,
@@ -58,14 +60,14 @@ from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
 
 __all__ = [
-    "COMMUNICATING", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward", "host_copy",
-    "interior_rows", "keep", "locate", "permute", "redistribute", "reduce", "reduce_list", "reduce_scatter",
-    "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body",
-    "shard", "silent", "site_of",
+    "COMMUNICATING", "all_to_all", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward",
+    "host_copy", "interior_rows", "keep", "locate", "permute", "redistribute", "reduce", "reduce_list",
+    "reduce_scatter", "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body",
+    "ring_attention_body", "shard", "silent", "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
-    shard, gather, redistribute, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate, block_means,
-    ring_attention, ring_attention_backward,
+    shard, gather, redistribute, all_to_all, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate,
+    block_means, ring_attention, ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed.  Those that talk to other ranks in their forward (all but `shard` and
 `replicate`) are kept in graph order by code generation."""

@@ -1,7 +1,8 @@
-"""Operators between replicated and sharded values: shard, gather, redistribute, permute, reduce, replicate."""
+"""Operators between replicated and sharded values: shard, gather, all-to-all, reduce, replicate and their like."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ define(
     "redistribute(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, str other, int world, int rank, "
     "str group) -> Tensor"
 )
+define(
+    "all_to_all(Tensor x, int dim, SymInt outer, SymInt tokens, str layout, int to_dim, SymInt to_outer, "
+    "SymInt to_tokens, str to_layout, int world, int rank, str group) -> Tensor"
+)
 define("permute(Tensor x, int dim, SymInt outer, SymInt tokens, str order, bool inverse) -> Tensor")
 define("reduce(Tensor x, str group) -> Tensor")
 define("reduce_list(Tensor[] xs, int equal, int rank, str group) -> Tensor[]")
@@ -29,6 +34,7 @@ shard = torch.ops.ringpass.shard.default
 gather = torch.ops.ringpass.gather.default
 reduce_scatter = torch.ops.ringpass.reduce_scatter.default
 redistribute = torch.ops.ringpass.redistribute.default
+all_to_all = torch.ops.ringpass.all_to_all.default
 permute = torch.ops.ringpass.permute.default
 reduce = torch.ops.ringpass.reduce.default
 reduce_list = torch.ops.ringpass.reduce_list.default
@@ -72,6 +78,27 @@ def _redistribute_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
 implement("redistribute", _redistribute, _fake_redistribute)
 redistribute_back = redistribute
 differentiate("redistribute", _redistribute_backward, save_arguments)
+
+
+def _shards(args: Sequence[Any]) -> tuple[Shard, Shard]:
+    """What an all-to-all takes apart and puts together: the dim that is held in parts, the one that will be."""
+    dim, outer, tokens, layout, to_dim, to_outer, to_tokens, to_layout, world, rank = args
+    return Shard(dim, outer, tokens, layout, world, rank), Shard(to_dim, to_outer, to_tokens, to_layout, world, rank)
+
+
+def _fake_all_to_all(x: Tensor, *args: Any) -> Tensor:
+    held, wanted = _shards(args[:-1])
+    return x.new_empty(wanted.resized(held.resized(x.shape, held.length, held.tokens), wanted.tokens, wanted.length))
+
+
+def _all_to_all_backward(ctx: Context, grad: Tensor) -> tuple[Any, ...]:
+    *where, world, rank, group = ctx.arguments
+    return all_to_all_back(grad, *where[4:], *where[:4], world, rank, group), *unchanged(ctx)
+
+
+implement("all_to_all", lambda x, *args: collectives.all_to_all(x, *_shards(args[:-1]), args[-1]), _fake_all_to_all)
+all_to_all_back = all_to_all
+differentiate("all_to_all", _all_to_all_backward, save_arguments)
 
 
 def _permute(x: Tensor, dim: int, outer: Any, tokens: Any, order: str, inverse: bool) -> Tensor:

@@ -21,7 +21,7 @@ from ringpass.comm.collectives import Shard
 from ringpass.nodes import op_name
 from ringpass.ops import boundary
 from ringpass.passes.partition import writer as partition
-from ringpass.passes.partition.placement import PlacementPlan
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from tests.support.model_parity import parity, worst
 from tests.support.process_ranks import Workers
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringpass.passes.op_rules import pointwise, routing
+from ringpass.passes.op_rules import batched, pointwise, routing, scattering
 from ringpass.passes.op_rules import table as rules
 from tests.support.sharded_ops import B, Case, D, H, S, check_on_shards, rank_programs
 
@@ -143,6 +143,32 @@ SHARDED = [  # op on shards = shards of op
     Case("cat.default", lambda x, y: torch.cat([-y, x], -1), ((B, S, D), (B, S, D))),
     Case("stack.default", lambda x, y: torch.stack([x, y], -1), ((B, S, D), (B, S, D))),
     Case("repeat.default", lambda x: x.repeat(1, 1, 2)),
+    Case("repeat.default", lambda x: x.repeat(2, 3, 1)),
+    Case("repeat.default", lambda x, w: (x.reshape(-1, D).repeat(3, 1).view(3, -1, D) @ w).sum(0), (FIRST, (3, D, D))),
+    Case("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1)),
+    Case("scatter.src", lambda x, y: x.scatter(-1, (ids(D)[..., None] + torch.arange(2)) % D, y),
+         ((B, S, D), (B, S, 2))),
+    Case("scatter.value", lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, 1.0) * x),
+    Case("scatter_add.default", lambda x: x.scatter_add(-1, (x > 0).long(), x * 2)),
+    Case("index_add.default", lambda x: x.index_add(-1, torch.tensor([0, 0, 2]), x[..., :3] * 2)),
+    Case("slice_scatter.default", lambda x: x.slice_scatter(x[..., :2] * 3, -1, 1, 3)),
+    Case("slice_scatter.default", lambda x: x.select_scatter(x[..., 0] * 3, -1, 2)),
+    Case("slice_scatter.default", lambda x: x.slice_scatter(x[..., ::2] * 3, -1, 0, D, 2)),
+    # few tokens that every rank has, written into those of some ranks
+    Case("slice_scatter.default", lambda x, y: x.slice_scatter(y, 1, 2, 4), ((B, S, D), (B, 2, D))),
+    Case("slice_scatter.default", lambda x, y: x.slice_scatter(y, 1, -3, S, 2), ((B, S, D), (B, 2, D))),
+    Case("slice_scatter.default", lambda x, y: x.select_scatter(y, 1, -1), ((B, S, D), (B, D))),
+    Case("index_add.default", lambda x, y: x.index_add(1, torch.tensor([3, 9, 3]), y, alpha=2), ((B, S, D), (B, 3, D))),
+    Case("index_copy.default", lambda x, y: x.index_copy(1, torch.tensor([10, 0]), y), ((B, S, D), (B, 2, D))),
+    Case("index_fill.int_Scalar", lambda x: x.index_fill(1, torch.tensor([1, 7]), 5.0)),
+    Case("where.self", lambda x, y: x.masked_scatter(seen(), y), ((B, S, D), (B * S * D,))),
+    Case("where.self", lambda x, y: x.masked_scatter(seen().expand(B, S, D), y), ((B, S, D), (B * S, D))),
+    Case("where.self", lambda x, y: x.index_put((ids(9) == 4,), y), ((B, S, D), (2, D))),
+    Case("where.self", lambda x: x.index_put((ids(9) == 4,), torch.tensor(2.0, dtype=torch.float64))),
+    Case("cummax.default", lambda x: x.cummax(-1)),
+    Case("max_pool2d.default", lambda x: F.max_pool2d(x, 2), ((S, 2, 4, 4),)),
+    Case("diagonal.default", lambda x: x.diagonal(0, 0, 2), ((3, S, D),)),
+    Case("linalg_inv.default", lambda x: torch.linalg.inv(x + 4 * torch.eye(D, dtype=x.dtype)), ((S, D, D),)),
     Case("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1), (HEADS,)),
     Case("split.Tensor", lambda x: x.split(2, -1)),
     Case("split_with_sizes.default", lambda x: x.split([1, 3], -1)),
@@ -207,18 +233,25 @@ SELECTED = [  # only the selected tokens move
     Case("index.Tensor", lambda x: x[:, [-1]]),
     Case("index_select.default", lambda x: x.index_select(1, torch.tensor([3, 0]))),
 ]
+ALL_TO_ALL = [  # all tokens of a part of the channels, or rows of the batch
+    *(Case(name, f) for name, f in {
+        "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
+        "cumsum.default": lambda x: x.cumsum(1), "cummin.default": lambda x: x.cummin(1),
+        "flip.default": lambda x: x.flip(1), "sort.default": lambda x: x.sort(1).values,
+        "pad.default": lambda x: F.pad(x, (0, 0, 1, -1), value=2.0), "unbind.int": lambda x: x.unbind(1)[2],
+        "slice.Tensor": lambda x: x[:, 1:] * 2,
+        "var.correction": lambda x: aten.var.correction(x, [1]),
+        "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
+        "fft_rfft.default": lambda x: (torch.fft.rfft(x, dim=1) + 1).abs() * 2,
+        "slice_scatter.default": lambda x: x.cumsum(1).slice_scatter(x[:, :3].cumsum(1) * 2, 1, 2, 5),
+    }.items()),
+    Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1)),
+]  # fmt: skip
 GATHERED = [  # gathered, with the reason
     *(Case(name, f, ((B, S, D),), True) for name, f in {
-        "softmax.int": lambda x: x.softmax(1), "log_softmax.int": lambda x: x.log_softmax(1),
-        "cumsum.default": lambda x: x.cumsum(1), "flip.default": lambda x: x.flip(1),
-"roll.default": lambda x: x.roll(1), "amax.default": lambda x: x.amax(1),
-        "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
-        "var.correction": lambda x: aten.var.correction(x, [1]),
+        "roll.default": lambda x: x.roll(1), "max.default": lambda x: x.max(), "min.default": lambda x: x.min(),
         "any.default": lambda x: (x > 0).any() * x, "all.default": lambda x: (x > 0).all() * x,
-        "pad.default": lambda x: F.pad(x, (0, 0, 1, -1), value=2.0), "repeat.default": lambda x: x.repeat(1, 2, 1),
-        "unbind.int": lambda x: x.unbind(1)[2], "sort.default": lambda x: x.sort(1).values,
-        "group_norm.default": lambda x: F.group_norm(x, 1), "slice.Tensor": lambda x: x[:, 1:] * 2,
-        "layer_norm.default": lambda x: F.layer_norm(x, (S, D)),
+        "group_norm.default": lambda x: F.group_norm(x, 1),
     }.items()),
     *(Case("sort.default", lambda x, w, leak=leak: routed(x, w, leak), ((B, S, D), (3, D)), True) for leak in (
         lambda rows, order, back, y: rows, lambda rows, order, back, y: rows.cumsum(0),
@@ -226,7 +259,6 @@ GATHERED = [  # gathered, with the reason
         lambda rows, order, back, y: y * (back[::2, None] > 5),
         lambda rows, order, back, y: rows + torch.cat([y, y]),
     )),
-    Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1), gathers=True),
     Case("conv2d.default", lambda x, w: F.conv2d(x, w, padding=1), ((S, 3, 3), (5, S, 3, 3)), True),
 ]  # fmt: skip
 SLICES = [  # slices of the sequence: nothing moves
@@ -285,7 +317,7 @@ SLICES = [  # slices of the sequence: nothing moves
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
 ]  # fmt: skip
-CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *GATHERED]
+CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *ALL_TO_ALL, *GATHERED]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there
@@ -300,7 +332,8 @@ def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 
 
 def test_every_rule_has_a_case() -> None:
     shown = {case.op for case in CASES}
-    elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike
+    elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike; test_op_database.py
+        *batched.RULES, *scattering.RULES,
         "scaled_dot_product_attention.default", "flex_attention", "autograd_function_apply", "getitem",
         "rand.default", "randn.default", *routing.GROUPED, "histc.default", "dropout.default",
     }  # fmt: skip

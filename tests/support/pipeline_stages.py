@@ -16,6 +16,7 @@ from ringpass.comm.agreement import CPU, RINGS, Agreement, Comparison, Said
 from ringpass.comm.headers import HostCopy
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
+from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules.table import has_rule
 from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.verify import verify
@@ -24,7 +25,7 @@ from tests.support.models import MODELS, batch_for, loss_of
 
 def captured_graph(gm: GraphModule, inputs: Sequence[Any]) -> Captured:
     """Dynamo's graph as `detect` reads it, checked against the contract of its stage."""
-    captured = decompose(capture(gm, inputs), has_rule)
+    captured = decompose(capture(gm, inputs), has_rule, Failures(strict=True))
     verify("decompose", captured)
     return captured
 

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ringpass.layouts.layout import Layout
 from ringpass.nodes import op_name
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules import table as rules
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
@@ -31,6 +32,9 @@ from tests.support import thread_ranks
 from tests.support.pipeline_stages import captured_graph
 
 B, S, H, D = 2, 11, 3, 4
+
+
+FAILURES = Failures(strict=True)  # an analysis that fails is a failed test
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
     """Each rank's program, as if an attention had the sequence of the first operand that has one."""
     captured = captured_of(case)
     assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
-    sweep = propagate(captured.gm, rules.rule_for)
+    sweep = propagate(captured.gm, rules.rule_for, failures=FAILURES)
     verify("propagate", sweep)
     placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
@@ -83,7 +87,7 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
         for a in aligned_axes({axis.factor: axis}, sweep, world).values()
     ]
     plan = RingPlan(world, tuple(axes), (), "ring")
-    placement = place(captured, plan, sweep, {})
+    placement = place(captured, plan, sweep, {}, FAILURES)
     verify("place", placement)
     made = [
         partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
@@ -101,7 +105,8 @@ def local_shard(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) ->
     if spec.part is not None:  # taken when it is used
         return x.new_zeros(0)
     assert isinstance(spec.outer, int) and isinstance(spec.tokens, int)
-    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, -1, *x.shape[spec.dim + 1 :])
+    inner = x.shape[spec.dim] // (spec.outer * spec.tokens)
+    split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, inner, *x.shape[spec.dim + 1 :])
     ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
     mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
     return mine.flatten(spec.dim, spec.dim + 2)

@@ -1,0 +1,161 @@
+"""batch axes: what needs all tokens of a sequence is divided over ranks along another dim.
+
+    y = x.cumsum(1)         (B, L, D) tokens -> all-to-all -> (B, S, D / P) -> cumsum -> all-to-all -> (B, L, D) tokens
+
+A node that needs all tokens runs replicated, on gathered operands.  A *region* is what such nodes and those that follow
+from them make up, up to where nodes run on local tokens again: a scan over chunks, a norm over tokens, a transform
+along the sequence.  Where the ops of a region treat some other dim alike for each index (heads, channels, rows of the
+batch), its ranks divide that *batch axis* instead: each has all tokens of a part of the heads, moved by one all-to-all
+of each value that enters or leaves, 1 / P of its bytes, and nothing is computed twice.
+
+Contract: an analysis, as `placement`.  Of the dims that a region has, the one with the fewest bytes per rank is taken;
+a region that no dim divides is left as it is, replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from ringpass.layouts.layout import CONTIGUOUS, Layout
+from ringpass.nodes import bytes_of, first_of, has_effect, operands_of, tensors_of
+from ringpass.passes.op_rules.spec import Reads
+from ringpass.passes.op_rules.table import draws_shared, rule_for
+from ringpass.passes.partition.placement_plan import PlacementPlan
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Factor
+
+
+def divide_regions(p: PlacementPlan, nodes: Iterable[Node], world: int) -> None:
+    """Puts the nodes of each region on a batch axis, where there is one: changes `p.modes` and `p.batch_axes`."""
+    for region in _regions(p, [n for n in nodes if n in p.live]):
+        tried = [_divided(p, region, factor, world) for factor in _candidates(p, region)]
+        best = min(tried, key=lambda division: division.bytes, default=None)
+        if best is None or best.bytes >= _bytes_replicated(p, region):
+            continue
+        axis = p.batch_axes.get(best.factor)
+        if axis is None:
+            number = max(a.index for a in (*p.axis_of.values(), *p.batch_axes.values())) + 1
+            axis = Axis(number, best.factor, int(best.factor.size), Layout(CONTIGUOUS, world))
+            p.batch_axes[best.factor] = axis
+        p.modes.update(dict.fromkeys(best.on, axis))
+
+
+@dataclass
+class Division:
+    """A region divided along `factor`: the nodes that then run on it, and the bytes that a rank holds of the region."""
+
+    factor: Factor
+    on: set[Node] = field(default_factory=set)
+    bytes: float = 0
+
+
+def _regions(p: PlacementPlan, nodes: Sequence[Node]) -> list[list[Node]]:
+    """The connected sets of nodes that run replicated and read, or follow from, sharded values."""
+    region_of: dict[Node, list[Node]] = {}
+    regions: list[list[Node]] = []
+    for node in nodes:
+        if node.op != "call_function" or p.modes[node] is not None or not tensors_of(node) or _takes_few(p, node):
+            continue
+        inside = [region_of[n] for n in reads(node) if n in region_of]
+        if not inside and not any(is_sharded(p, n) for n in reads(node)):
+            continue
+        merged = list({id(r): r for r in inside}.values())
+        first = merged[0] if merged else []
+        regions += [] if merged else [first]
+        for other in merged[1:]:
+            first += other
+            regions = [r for r in regions if r is not other]
+            region_of |= dict.fromkeys(other, first)
+        first.append(node)
+        region_of[node] = first
+    order = {node: i for i, node in enumerate(nodes)}
+    return [sorted(region, key=order.__getitem__) for region in regions]
+
+
+def reads(node: Node) -> list[Node]:
+    """The operands that `node` reads element by element."""
+    return {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule_for(node).reads]
+
+
+def is_sharded(p: PlacementPlan, node: Node) -> bool:
+    """Whether ranks hold shards of `node`."""
+    return p.modes.get(node) is not None and not p.reduces(node)
+
+
+def _takes_few(p: PlacementPlan, node: Node) -> bool:
+    """Whether `node` takes a few tokens of a sharded value, which alone move."""
+    if rule_for(node).select is None:
+        return False
+    source = first_of(node)
+    return is_sharded(p, source) and 2 * bytes_of(node) <= bytes_of(source)
+
+
+def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:
+    """The dims of what enters a region along which ranks could divide it, in order."""
+    entering = [n for node in region for n in reads(node) if is_sharded(p, n)]
+    factors = dict.fromkeys(f for n in entering for d in p.sweep.operand_dims(n) for f in d)
+    return [f for f in factors if f not in p.axis_of and f.size.is_Integer and f.size >= 2]
+
+
+def _bytes_replicated(p: PlacementPlan, region: list[Node]) -> int:
+    """The bytes that every rank holds of a region that runs replicated: its values, and what enters."""
+    entering = dict.fromkeys(n for node in region for n in reads(node) if is_sharded(p, n))
+    return sum(map(bytes_of, (*entering, *region)))
+
+
+def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -> Division:
+    """The region with every node that can run on `factor` there."""
+    found = Division(factor)
+    share = -(-int(factor.size) // world) / int(factor.size)
+    gathered: set[Node] = set()
+    for node in region:
+        on = _runs_on(p, node, factor) and (factor.size >= world or rule_for(node).takes_none)
+        if on:
+            found.on.add(node)
+        for n in reads(node):
+            whole = not on or not _crosses(p, n, factor)
+            if (is_sharded(p, n) or n in found.on) and whole:
+                gathered.add(n)
+        found.bytes += bytes_of(node) * (share if on else 1)
+    for node in found.on:
+        outside = [user for user in node.users if user not in found.on and user in p.live and user.op != "output"]
+        if any(not _hands_over(p, node, user) for user in outside if user not in region):
+            gathered.add(node)
+    found.bytes += sum(map(bytes_of, gathered))
+    return found
+
+
+def _runs_on(p: PlacementPlan, node: Node, factor: Factor) -> bool:
+    """Whether `node` treats each index of `factor` alike, which all its results have once."""
+    note, rule = p.sweep.notes[node], rule_for(node)
+    if not note.known or has_effect(node) or node in p.sites or rule.attention or draws_shared(node):
+        return False
+    moved = [f for pair in note.redistributed for f in pair]
+    if factor in p.sweep.resolve([*note.need_replication, *note.reduction, *moved]) or not rule.may_shard(p, node):
+        return False
+    return bool(_holds_once(p, node, factor)) and all(_holds_once(p, n, factor) is not None for n in reads(node))
+
+
+def _holds_once(p: PlacementPlan, node: Node, factor: Factor) -> bool | None:
+    """Whether each tensor of `node` has `factor`, in one dim; None: some have it in two, or some have it not."""
+    counts = {sum(p.sweep.resolve(d).count(factor) for d in dims) for dims in p.sweep.results(node)}
+    return bool(counts.pop()) if len(counts) == 1 and counts <= {0, 1} else None
+
+
+def _crosses(p: PlacementPlan, node: Node, factor: Factor) -> bool:
+    """Whether a value enters the region by an all-to-all: it has `factor`, in another dim than that of its tokens."""
+    axis = p.modes[node]
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return axis is None
+    dims = [d for d in p.sweep.dims(node) if factor in d]
+    return axis is None or axis in p.batch_axes.values() or (bool(dims) and not any(p.axes(d) for d in dims))
+
+
+def _hands_over(p: PlacementPlan, node: Node, user: Node) -> bool:
+    """Whether `user`, outside the region, reads its local tokens of `node`."""
+    axis = p.modes[user]
+    return axis is not None and p.on(node, axis)

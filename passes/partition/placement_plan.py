@@ -1,0 +1,110 @@
+"""What the stage `place` hands on: for each node of one graph, where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import sympy
+from torch.fx import Node
+
+from ringpass.nodes import operands_of, size_of
+from ringpass.passes.op_rules.table import rule_for
+from ringpass.passes.plan.plan import SitePlan
+from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import Factor, Sweep
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Where each node of one graph runs.
+
+    `live`: nodes that an output needs; `tracked`: those that may need a gradient; `kept`: those that masks and biases
+    are made of without any floating-point input, which stay replicated; `slices`: those that slice or join sequences on
+    local tokens; `batch_axes`: other dims along which ranks divide what needs all tokens (`batch_axes`).
+    """
+
+    sweep: Sweep
+    axis_of: dict[Factor, Axis]
+    sites: dict[Node, SitePlan]
+    live: frozenset[Node]
+    tracked: frozenset[Node]
+    modes: dict[Node, Axis | None]
+    kept: frozenset[Node] = frozenset()
+    slices: set[Node] = field(default_factory=set)
+    batch_axes: dict[Factor, Axis] = field(default_factory=dict)
+
+    def on(self, node: Node, axis: Axis) -> bool:
+        """Whether a dim of `node` is on `axis`, or it counts rows of it."""
+        if node in self.sweep.routing.counts:
+            return self.modes[node] is axis
+        return any(self.is_of(f, axis) for d in self.sweep.operand_dims(node) for f in d)
+
+    def is_of(self, factor: Factor, axis: Axis) -> bool:
+        """Whether `factor` is that of `axis`, a sequence or a batch axis."""
+        return self.axis_of.get(factor) is axis or self.batch_axes.get(factor) is axis
+
+    def source(self, node: Node, operand: Node, axis: Axis) -> Axis | None:
+        """The axis of `operand` whose tokens `node` reads on `axis`: another one, if they are redistributed."""
+        if self.on(operand, axis):
+            return axis
+        wanted = self.redistributed(node)
+        candidates = (a for d in self.sweep.operand_dims(operand) for a in self.axes(d))
+        return next((a for a in candidates if wanted.get(a) is axis), None)
+
+    def redistributed(self, node: Node) -> dict[Axis, Axis | None]:
+        """Each axis whose tokens `node` redistributes, and the axis to whose ranks; None where that is no axis."""
+        pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].redistributed]
+        found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
+        for y, x in reversed(found.items()):  # where the target is redistributed too: to the last one
+            found[y] = found.get(x, x)
+        return found
+
+    def reduces(self, node: Node) -> bool:
+        """Whether `node` runs on an axis and sums over it: its value, once reduced, is replicated."""
+        axis = self.modes[node]
+        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].reduction)
+
+    def replicated_operands(self, node: Node) -> list[Node]:
+        """Operands that `node`, running on an axis, reads replicated."""
+        axis, site = self.modes[node], self.sites.get(node)
+        if axis is None:
+            return []
+        if node in self.slices:
+            return rule_for(node).weights(node)
+        if site:
+            keys = [] if site.key_axis else [site.site.k, site.site.v]
+            return [*keys, *(site.site.leaves[i] for i in site.learned)]
+        return [n for n in operands_of(node) if self.source(node, n, axis) is None]
+
+    def axis_along(self, node: Node, dim: int) -> Axis | None:
+        """The axis of one dim of `node`."""
+        axes = self.axes(self.sweep.dims(node)[dim])
+        return axes[0] if len(axes) == 1 else None
+
+    def reads_neighbours(self, node: Node, axis: Axis) -> bool:
+        """Whether `node`, on an axis, reads the tokens around each token of it."""
+        return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
+
+    def in_order(self, node: Node, axis: Axis) -> bool:
+        """Whether neighbours on the axis are neighbours in the sequence."""
+        dim = {**self.sweep.slices, **self.sweep.halos}[node]
+        return bool(self.axes(self.sweep.dims(node)[dim][:1])) and not axis.layout.order
+
+    def holder(self, axis: Axis, offset: sympy.Expr, part: Node, dim: int) -> int | None:
+        """The rank that holds all tokens of `part`, which begin at `offset` of `axis`; None: several ranks."""
+        size = size_of(part.meta["val"].shape[dim])
+        if not size.is_Integer:
+            return None
+        late = sympy.expand(offset - size_of(axis.tokens))
+        start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
+        return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
+
+    def axes(self, factors: Iterable[Factor]) -> list[Axis]:
+        """The axes among `factors`."""
+        return [self.axis_of[f] for f in self.sweep.resolve(factors) if f in self.axis_of]
+
+    def is_axis(self, factor: Factor) -> bool:
+        """Whether a factor is partitioned."""
+        return factor in self.axis_of
