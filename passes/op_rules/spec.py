@@ -189,7 +189,7 @@ class OpRule:
     follows: bool = False
     """It runs where its first operand does."""
     attention: bool = False
-    """An attention call: replicated, unless the plan partitions it."""
+    """An attention call."""
     expands: bool = False
     """Its result may have a sequence dim that no operand has."""
     detaches: bool = False

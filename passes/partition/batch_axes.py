@@ -132,7 +132,7 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
 def _runs_on(p: PlacementPlan, node: Node, factor: Factor) -> bool:
     """Whether `node` treats each index of `factor` alike, which all its results have once."""
     note, rule = p.sweep.notes[node], rule_for(node)
-    if not note.known or has_effect(node) or node in p.sites or rule.attention or draws_shared(node):
+    if not note.known or has_effect(node) or node in p.sites or draws_shared(node):
         return False
     moved = [f for pair in note.redistributed for f in pair]
     if factor in p.sweep.resolve([*note.need_replication, *note.reduction, *moved]) or not rule.may_shard(p, node):

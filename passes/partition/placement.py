@@ -125,7 +125,7 @@ def _decide(p: PlacementPlan, node: Node) -> Axis | None:
     rule = rule_for(node)
     if rule.follows or node in p.sweep.routing.counts:  # counts are known on the rank alone, which alone reads them
         return p.modes[first_of(node)]
-    if rule.attention or draws_shared(node):  # an attention left alone by the plan, a draw that all ranks share
+    if draws_shared(node):
         return None
     if (axis := _slice_axis(p, node)) is not None:
         p.slices.add(node)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+import networkx as nx
 import sympy
 import torch
 
@@ -26,9 +27,30 @@ from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import CONTIGUOUS, Layout, few, following, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import Size, hint_of, size_of
+from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.cost import CANDIDATES
+
+
+def held_axes(
+    axes: Mapping[Factor, Axis], attentions: Sequence[tuple[AttentionSite, Axis | None]], sweep: Sweep
+) -> dict[Factor, Axis]:
+    """Those of `axes` that ranks divide throughout.  `attentions`: each site with the axis of its queries.
+
+    Factorised attention goes along the places of each frame, then along the frames of each place: one of the two axes
+    is in the batch of the other's attentions.  The longer one is held; attentions along the other then run on each
+    rank's rows of the batch, and move nothing.
+    """
+    conflicts = nx.Graph()
+    for site, axis in attentions:
+        batch = {f for dims in sweep.dims(site.q)[:-2] for f in dims} & axes.keys()
+        conflicts.add_edges_from((axis.factor, f) for f in batch if axis is not None and f is not axis.factor)
+    held: dict[Factor, Axis] = {}
+    for factor, axis in sorted(axes.items(), key=lambda pair: (-pair[1].hint, pair[1].index)):
+        if factor not in conflicts or held.keys().isdisjoint(conflicts[factor]):
+            held[factor] = axis
+    return {factor: axis for factor, axis in axes.items() if factor in held}
 
 
 def aligned_axes(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[Factor, Axis]:

@@ -2,6 +2,7 @@
 
     axes: the factor classes of the query and key dims of the sites, and of other slices of their sequences (`axes`)
     one rank: no axis, each site replicated
+    of two axes of which one is in the batch of the other's attentions, the longer is held (`axes`)
     an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
     layouts: the scheme of least estimated time (`schedule.cost`), along the curve that `curve_order` finds
 
@@ -23,7 +24,7 @@ from ringpass.layouts.layout import Layout, following
 from ringpass.masks.expr import loads
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
-from ringpass.passes.plan.axes import aligned_axes
+from ringpass.passes.plan.axes import aligned_axes, held_axes
 from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
 from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.propagate.axis import Axis
@@ -151,7 +152,15 @@ def plan(
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, in_curve_order(site, orders, config), orders, pair))
-    aligned = aligned_axes(axes, sweep, world)
+    held = held_axes(axes, [(site, pair[0]) for site, _, _, pair in planned], sweep)
+    for site, _, _, pair in planned:
+        if pair[0] and pair[0].factor not in held:
+            remarks.append(f"{site.node.name}: attends along {pair[0].tokens} tokens of each row of a divided batch")
+    planned = [
+        (site, ordered, orders, pair if pair[0] and pair[0].factor in held else [None, None])
+        for site, ordered, orders, pair in planned
+    ]
+    aligned = aligned_axes(held, sweep, world)
     planned = [
         (site, ordered, orders, [aligned[a.factor] if a else None for a in pair])
         for site, ordered, orders, pair in planned
