@@ -64,7 +64,7 @@ def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
         yield "schedule.txt", schedule(result, rank)
     elif stage == "partition":
         yield "partitioned.py", readable(result.gm)
-        yield "gathers.txt", "\n".join(map(str, result.gathers)) or "nothing is gathered"
+        yield "gathers.txt", "\n".join(map(str, (*result.gathers, *result.whole_work))) or "nothing is gathered"
 
 
 def readable(gm: GraphModule) -> str:

@@ -24,6 +24,7 @@ from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.lazy import LazyOutput
+from ringpass.nodes import source_line
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
@@ -84,6 +85,7 @@ def ring_dilated(
     sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded], failures)
     planned = stages.run(plan, sites, sweep, ring.world, config, tracked(captured))
     _refuse_ignored_options(planned, config)
+    _warn_of_unread(planned, ring, config)
     stages.run(prove_all, planned, ring.rank)
     rank = Rank(ring.rank, ring.world, ring.name)
     gather_outputs = _gathers_outputs(gm, config, ring)
@@ -236,6 +238,17 @@ def _refuse_contradiction(planned: RingPlan, config: RingConfig) -> None:
             )
 
 
+def _warn_of_unread(planned: RingPlan, ring: Ring, config: RingConfig) -> None:
+    """Warns of, or under `strict` refuses, attentions that run as the model wrote them since they were not read."""
+    for site in planned.sites if ring.world > 1 else ():
+        if site.unread:
+            where = source_line(site.site.node)
+            text = f"{site.site.node.name}{f' at {where}' if where else ''} runs as the model wrote it: {site.unread}"
+            if config.strict:
+                raise UnsupportedError(f"strict=True: the attention {text}")
+            _warn_rank0(ring, f"the attention {text}; its ranks gather what it reads")
+
+
 def _report(planned: RingPlan, program: Partitioned, ring: Ring) -> None:
     log.info("%s", planned)
     for text in _dilated(planned):
@@ -243,6 +256,8 @@ def _report(planned: RingPlan, program: Partitioned, ring: Ring) -> None:
     for gather in program.gathers if ring.world > 1 else ():
         if gather.reason != "output":
             _warn_rank0(ring, str(gather))
+    for work in program.whole_work if ring.world > 1 else ():
+        _warn_rank0(ring, str(work))
 
 
 def _dilated(planned: RingPlan) -> list[str]:

@@ -27,13 +27,14 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 
 from ringpass.masks.expr import FALSE, SCORE, TRUE, B, Const, Expr, H, K, Q, call
 from ringpass.masks.from_graph import Puller, numbered
 from ringpass.masks.scores import separated
 from ringpass.masks.simplify import simplify
-from ringpass.nodes import args_of, first_of, insert_before, traced
+from ringpass.nodes import Size, args_of, first_of, insert_before, traced
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.precision import accumulator
 
@@ -80,7 +81,7 @@ def _scores(node: Node) -> Scores | str:
         return f"its score_mod or mask_mod is not elementwise, or uses ops that are not known: {_named(inside)}"
     blocks = _blocks(puller, node, allowed)
     if blocks is None:
-        return "its block mask has a symbolic length"
+        return "its block mask has a symbolic length, and lists of another"
     seen, bias, function = separated(score, exact=dtype == q.meta["val"].dtype)
     (mask, bias, function), leaves = numbered(puller, simplify(call("and", blocks, seen)), bias, function)
     assert mask is not None
@@ -124,10 +125,11 @@ def _blocks(puller: Puller, node: Node, allowed: Expr) -> Expr | None:
     lengths = [x.meta["val"].shape[-2] for x in args_of(node)[:2]]
     if all(size == _LARGE_SPARSE_BLOCK_SIZE for size in sizes):
         return allowed
-    if not all(type(n) is int for n in (*lengths, *sizes)):
-        return None
-    if all(size >= length for size, length in zip(sizes, lengths, strict=True)):
+    fixed = all(type(n) is int for n in (*lengths, *sizes))
+    if fixed and all(size >= length for size, length in zip(sizes, lengths, strict=True)):
         return allowed
+    if not fixed and not all(_covers(columns, lengths[1], sizes[1]) for _, columns in (partial, full) if columns):
+        return None
     parts = [_in_block_list(puller, node, lists, sizes) if lists[0] is not None else FALSE for lists in (partial, full)]
     return call("or", call("and", parts[0], allowed), parts[1])
 
@@ -135,7 +137,7 @@ def _blocks(puller: Puller, node: Node, allowed: Expr) -> Expr | None:
 def _in_block_list(puller: Puller, node: Node, lists: Sequence[Node], sizes: Sequence[int]) -> Expr:
     """Whether the block of (q, k) is in one of the call's lists."""
     q, k = (x.meta["val"].shape for x in args_of(node)[:2])
-    width = -(-k[-2] // sizes[1])
+    width = -(-k[-2] // sizes[1]) if type(k[-2]) is int else None
     table = insert_before(node, traced(lambda counts, columns: block_table(counts, columns, width), lists), lists)
     lead = [
         index if n in (1, full) else call("mod", index, Const(n))
@@ -145,16 +147,26 @@ def _in_block_list(puller: Puller, node: Node, lists: Sequence[Node], sizes: Seq
     return puller.leaf(table, puller.clip(table, (*lead, row, column)))
 
 
-def block_table(counts: Tensor, columns: Tensor, width: int) -> Tensor:
+def _covers(columns: Node, keys: Size, size: int) -> bool:
+    """Whether a call's lists have room for every block of `keys`: true of what `create_block_mask` makes.
+
+    Of symbolic lengths it becomes a guard.
+    """
+    room = columns.meta["val"].shape[-1]
+    return type(size) is int and bool(guard_or_false(room * size >= keys))
+
+
+def block_table(counts: Tensor, columns: Tensor, width: int | None) -> Tensor:
     """(B, H, R, `width`) of bools: whether a row of blocks lists a column, among the first counts[row] of columns[row].
 
-    `counts`: (B, H, R); `columns`: (B, H, R, C).
+    `counts`: (B, H, R); `columns`: (B, H, R, C).  `width` None: C.
 
     >>> block_table(torch.tensor([[[1, 2]]]), torch.tensor([[[[2, 0], [0, 1]]]]), 3)
     tensor([[[[False, False,  True],
               [ True,  True, False]]]])
     """
     listed = torch.arange(columns.shape[-1], device=columns.device) < counts.unsqueeze(-1)
+    width = columns.shape[-1] if width is None else width
     at = torch.where(listed, columns, width).long()
     table = torch.zeros((*counts.shape, width + 1), dtype=torch.bool, device=counts.device)
     return table.scatter(-1, at, True)[..., :width]

@@ -2,7 +2,7 @@
 
 x[:, 0]               each rank looks up where it holds token 0; the one that does gives it, the others give zeros;
 x[:, -3:]             the sum over ranks is the tokens
-x[arange(B), last]    the same with positions that are data
+x[arange(B), last]    the same with positions that are data, as in x.gather(1, positions)
 """
 
 from __future__ import annotations
@@ -134,6 +134,15 @@ def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> N
     return _from_holders(writer, part, held)
 
 
+def _write_gather(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
+    """x.gather(1, index) along the sequence."""
+    _, along, index, *_ = args_of(node)
+    if along % first_of(node).meta["val"].ndim != dim:
+        return None
+    held, at = located(writer, writer.replicated(index, "positions"), axis)
+    return _from_holders(writer, writer.emit(aten.gather.default, x, dim, at, name=node.name), held)
+
+
 def located(writer: Writer, positions: Node, axis: Axis) -> tuple[Node, Node]:
     """Whether this rank holds the token at each of `positions`, and its row here (0 where it does not)."""
     where = axis.layout.name, writer.rank.world, writer.rank.rank
@@ -151,6 +160,6 @@ RULES = {
     "select.int": OpRule(_select, select=_write_select),
     "index.Tensor": OpRule(_index, select=_write_index),
     "index_select.default": OpRule(_index_select, select=_write_index_select),
-    "gather.default": OpRule(_gather),
+    "gather.default": OpRule(_gather, select=_write_gather),
     "topk.default": OpRule(_topk),
 }

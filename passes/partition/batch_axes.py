@@ -87,11 +87,12 @@ def is_sharded(p: PlacementPlan, node: Node) -> bool:
 
 
 def _takes_few(p: PlacementPlan, node: Node) -> bool:
-    """Whether `node` takes a few tokens of a sharded value, which alone move."""
+    """Whether `node` takes a few tokens of a sharded value, which alone move: also with all others that take some."""
     if rule_for(node).select is None:
         return False
     source = first_of(node)
-    return is_sharded(p, source) and 2 * bytes_of(node) <= bytes_of(source)
+    takers = [n for n in source.users if rule_for(n).select is not None and p.modes.get(n) is None and n in p.live]
+    return is_sharded(p, source) and 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
 
 
 def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:

@@ -49,6 +49,18 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class WholeWork:
+    """What every rank computes of an op on all tokens, since an operand had to be gathered: calls, and their FLOPs."""
+
+    op: str
+    calls: int
+    flops: int
+
+    def __str__(self) -> str:
+        return f"on every rank {self.op}: {self.calls} call{'s' * (self.calls > 1)} on all tokens, {self.flops} FLOPs"
+
+
+@dataclass(frozen=True)
 class Partitioned:
     """One rank's program.  `inputs`: fakes for its placeholders: the captured graph's, then the seed if `seeded`."""
 
@@ -57,6 +69,7 @@ class Partitioned:
     outputs: tuple[ShardedOutput | None, ...]
     extras: int  # symbolic sizes returned after the outputs
     gathers: tuple[Gather, ...]
+    whole_work: tuple[WholeWork, ...]
     seeded: bool
     sharded_inputs: tuple[ShardedInput, ...]
     draws: bool  # random ops that draw from the default generator, which the ranks must then share

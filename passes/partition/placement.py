@@ -6,6 +6,7 @@
     slices: slices, cats, pads and convolutions that make slices of a sequence run on the axis of what they make
     replicated: when the op needs A replicated (softmax over the sequence, no rule), when a tensor of it has A twice, or
     two axes
+    whole: what follows from whole inputs alone, if it is read whole
     regions of these run on another dim that all their ops treat alike, if there is one (`batch_axes`)
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.  What it asks
@@ -61,9 +62,31 @@ def place(
                 modes[node] = _decide(placement, node)
         if node in given and node in live:
             modes[node] = _given(placement, node, given[node])
+    _keep_whole(placement, list(captured.gm.graph.nodes))
     if axis_of:
         divide_regions(placement, captured.gm.graph.nodes, plan.world)
     return placement
+
+
+def _keep_whole(p: PlacementPlan, nodes: list[Node]) -> None:
+    """Leaves whole what follows from whole inputs alone and is read whole, such as a cache that a step writes into.
+
+    Products, norms and what follows from them are not computed on every rank for that.
+    """
+    free: set[Node] = set()
+    for node in nodes:
+        if p.modes[node] is not None and node.op == "call_function" and node not in p.sweep.computed:
+            if all(p.modes[n] is None or n in free for n in operands_of(node)):
+                free.add(node)
+    for node in reversed(nodes):
+        if node in free and any(_reads_whole(p, user) for user in node.users if user in p.live):
+            p.modes[node] = None
+            p.slices.discard(node)
+
+
+def _reads_whole(p: PlacementPlan, user: Node) -> bool:
+    """Whether `user` reads all tokens of its operands, or returns them."""
+    return user.op == "output" or (bool(tensors_of(user)) and p.modes[user] is None)
 
 
 def _given(p: PlacementPlan, node: Node, dim: int) -> Axis | None:

@@ -31,8 +31,17 @@ from ringpass.passes.capture.capture import Captured
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
 from ringpass.passes.partition.attention import write_site
+from ringpass.passes.partition.batch_axes import reads
 from ringpass.passes.partition.emitter import Emitter
-from ringpass.passes.partition.partitioned import Gather, OutputSize, Partitioned, ShardedInput, ShardedOutput
+from ringpass.passes.partition.flops import flops_of
+from ringpass.passes.partition.partitioned import (
+    Gather,
+    OutputSize,
+    Partitioned,
+    ShardedInput,
+    ShardedOutput,
+    WholeWork,
+)
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
@@ -80,6 +89,7 @@ class Writer(Emitter):
         self.broadcasts: dict[Node, Node] = {}
         self.parts: dict[Node, tuple[int, int]] = {}  # slices that are taken when the output is used
         self.gathers: list[Gather] = []
+        self.whole: dict[Node, int] = {}  # nodes that follow from gathered values on every rank, and their FLOPs
         self.host_copies: dict[Node, Node] = {}
         self.seed: Node | None = None
         self.streams = 0
@@ -107,7 +117,8 @@ class Writer(Emitter):
         gm = GraphModule(self.captured.gm, self.graph)
         reads = any(node.target is ops.host_copy for node in self.graph.nodes)
         draws, seeded = any(draws_shared(n) for n in live), self.seed is not None
-        return Partitioned(gm, tuple(inputs), outputs, extras, tuple(self.gathers), seeded, sharded, draws, reads)
+        gathers, work = tuple(self.gathers), self._whole_work()
+        return Partitioned(gm, tuple(inputs), outputs, extras, gathers, work, seeded, sharded, draws, reads)
 
     def _seed(self) -> torch.Tensor:
         """What stands for the seed of a call, on the device where its random numbers are drawn."""
@@ -159,6 +170,20 @@ class Writer(Emitter):
             self.replicas[node] = selected
         else:
             self.replicas[node] = self._write_replicated(node)
+            self._note_whole(node)
+
+    def _note_whole(self, node: Node) -> None:
+        """Notes a node that every rank computes on all tokens because they had to be gathered."""
+        read = reads(node)
+        if any(n in self.whole or (n in self.shards and n in self.replicas) for n in read):
+            self.whole[node] = flops_of(node)
+
+    def _whole_work(self) -> tuple[WholeWork, ...]:
+        """By op, what `_note_whole` noted."""
+        by_op: dict[str, list[int]] = {}
+        for node, flops in self.whole.items():
+            by_op.setdefault(op_name(node), []).append(flops)
+        return tuple(WholeWork(name, len(calls), sum(calls)) for name, calls in by_op.items())
 
     def _returned_part(self, node: Node) -> tuple[int, int] | None:
         """The tokens of a sharded value that `node` takes, where it does nothing else and is nothing but an output."""

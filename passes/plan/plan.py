@@ -56,6 +56,7 @@ class SitePlan:
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
     dilation: Dilation | None = None
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
+    unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
 
     @property
     def group_problems(self) -> tuple[GroupProblem, ...]:
@@ -146,7 +147,9 @@ def plan(
     order, dilated = find_order(sites, config), dilations(sites, config, remarks)
     planned = []
     for site in sites:
-        plain = world > 1 and _fits_ring(site, remarks)
+        unread = _unread(site)
+        remarks += [f"{site.node.name} runs as the model wrote it: {unread}"] if unread and world > 1 else []
+        plain = world > 1 and not unread
         pair = [_axis(axes, sweep, x, world, order, remarks) if plain else None for x in (site.q, site.k)]
         if pair[0] is None:
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
@@ -179,7 +182,7 @@ def plan(
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
         problem = _with_learned_bias(make(config, dilation), ordered, learned)
-        plans.append(SitePlan(site, query, key, problem, ordered, pruning, dilation, learned))
+        plans.append(SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, _unread(site)))
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
 
@@ -200,7 +203,7 @@ def _single_rank_problem(
     site: AttentionSite, orders: Sequence[Order | None], world: int, config: RingConfig, dilation: Dilation | None
 ) -> Problem | None:
     """The problem of a site that every rank computes alone, of all tokens; None: it runs as the model wrote it."""
-    if not (world == 1 or config.altering or any(orders)) or not _fits_ring(site, []):
+    if not (world == 1 or config.altering or any(orders)) or _unread(site):
         return None
     problem = _problem(site, None, None, 1, config, dilation)
     query, key = (Layout(following("contiguous", order), 1) for order in orders)
@@ -218,23 +221,20 @@ def _pruning(site: AttentionSite) -> tuple[int, ...]:
     return tuple(sorted(fit & loads(site.mask)))
 
 
-def _fits_ring(site: AttentionSite, remarks: list[str]) -> bool:
-    """Whether the site could be read, and q, k, v have the shapes that the ring takes.
+def _unread(site: AttentionSite) -> str:
+    """Why the site runs as the model wrote it; empty: it was read, and q, k, v have the shapes that the ring takes.
 
     That is 2 to 4 dims, K/V heads that divide the query heads.
     """
     if site.unsupported:
-        remarks.append(f"{site.node.name}: {site.unsupported}, and it stays replicated")
-        return False
+        return site.unsupported
     q, k, v = (list(x.meta["val"].shape) for x in (site.q, site.k, site.v))
     fits = len(q) == len(k) == len(v) and 2 <= len(q) <= 4
     if fits and len(q) == 4:
         fits = k[1] == v[1] and q[1] % k[1] == 0
     if fits and len(q) > 2:
         fits = all(x[0] == q[0] or x[0] == 1 for x in (k, v))
-    if not fits:
-        remarks.append(f"{site.node.name}: queries {q}, keys {k} and values {v} broadcast, and stay replicated")
-    return bool(fits)
+    return "" if fits else f"its queries {q}, keys {k} and values {v} broadcast"
 
 
 def _axis(

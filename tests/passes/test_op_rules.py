@@ -232,6 +232,9 @@ SELECTED = [  # only the selected tokens move
     Case("index.Tensor", lambda x: x[torch.arange(B), 3 - 4 * torch.arange(B)]),
     Case("index.Tensor", lambda x: x[:, [-1]]),
     Case("index_select.default", lambda x: x.index_select(1, torch.tensor([3, 0]))),
+    Case("gather.default", lambda x: x.gather(1, torch.tensor([[3, 10, 3], [0, 1, 2]])[..., None].expand(-1, -1, D))),
+    Case("gather.default", lambda x: torch.take_along_dim(x, torch.tensor([[[9]], [[4]]]), dim=1)),
+    Case("gather.default", lambda x, y: x.gather(2, y.topk(2, 2).indices), ((B, H, S, D), (B, H, 7, D))),
 ]
 ALL_TO_ALL = [  # all tokens of a part of the channels, or rows of the batch
     *(Case(name, f) for name, f in {

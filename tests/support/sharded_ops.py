@@ -1,7 +1,9 @@
-"""One op, partitioned over ranks on threads, beside the op on one device.
+"""One op, or a few around attentions, partitioned over ranks on threads, beside the same on one device.
 
 >>> check_on_shards(Case("sum.dim_IntList", lambda x: x.sum(-1)), "zigzag", world=3)  # what was gathered, and why
 []
+
+`check_attentions` does the same for a call with attentions, whose axes the compiler plans.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ringpass.config import RingConfig
 from ringpass.layouts.layout import Layout
 from ringpass.nodes import op_name
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.detect.detect import detect
 from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules import table as rules
 from ringpass.passes.op_rules.spec import Rank
@@ -24,9 +28,11 @@ from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
 from ringpass.passes.partition.placement import place
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.plan import RingPlan
+from ringpass.passes.plan.plan import RingPlan, plan
+from ringpass.passes.plan.prove import prove_all
+from ringpass.passes.plan.tracked import tracked
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import propagate
+from ringpass.passes.propagate.factors import Sweep, propagate
 from ringpass.passes.verify import verify
 from tests.support import thread_ranks
 from tests.support.pipeline_stages import captured_graph
@@ -77,16 +83,33 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
     """Each rank's program, as if an attention had the sequence of the first operand that has one."""
     captured = captured_of(case)
     assert case.op in {op_name(n) for n in captured.gm.graph.nodes}, captured.gm.graph
-    sweep = propagate(captured.gm, rules.rule_for, failures=FAILURES)
+    placeholders = captured.gm.graph.find_nodes(op="placeholder")
+    products = [user for n in placeholders for user in n.users]
+    sweep = propagate(captured.gm, rules.rule_for, products, FAILURES)
     verify("propagate", sweep)
-    placeholders = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
     axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
     axes = [
         replace(a, layout=a.layout.with_scheme(layout))
         for a in aligned_axes({axis.factor: axis}, sweep, world).values()
     ]
-    plan = RingPlan(world, tuple(axes), (), "ring")
+    return _programs(captured, RingPlan(world, tuple(axes), (), "ring"), sweep)
+
+
+def planned_programs(case: Case, layout: str, world: int) -> list[Partitioned]:
+    """Each rank's program of a call with attentions, as the compiler plans it."""
+    captured = captured_of(case)
+    sites = detect(captured.gm, failures=FAILURES)
+    sweep = propagate(captured.gm, rules.rule_for, failures=FAILURES)
+    verify("propagate", sweep)
+    planned = plan(sites, sweep, world, RingConfig.from_options({"layout": layout}), tracked(captured))
+    verify("plan", planned)
+    prove_all(planned, 0)
+    return _programs(captured, planned, sweep)
+
+
+def _programs(captured: Captured, plan: RingPlan, sweep: Sweep) -> list[Partitioned]:
+    world = plan.world
     placement = place(captured, plan, sweep, {}, FAILURES)
     verify("place", placement)
     made = [
@@ -120,12 +143,20 @@ def assert_close(got: Tensor, want: Tensor, full: Tensor) -> None:
 
 def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
     """Asserts that each rank has its shard of outputs and full gradients; why it gathered values, outputs left out."""
-    given = inputs(case)
+    return _check(case, rank_programs(case, layout, world, tokens))
+
+
+def check_attentions(case: Case, layout: str, world: int) -> list[str]:
+    """`check_on_shards` of a call with attentions, on the axes that the compiler plans."""
+    return _check(case, planned_programs(case, layout, world))
+
+
+def _check(case: Case, made: list[Partitioned]) -> list[str]:
+    given, world = inputs(case), len(made)
     want = after_product(case)(*given)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
     want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
-    made = rank_programs(case, layout, world, tokens)
 
     def job(rank: int, group: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         xs, local = inputs(case), made[rank]
