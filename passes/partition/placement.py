@@ -75,9 +75,9 @@ def _keep_whole(p: PlacementPlan, nodes: list[Node]) -> None:
     """
     free: set[Node] = set()
     for node in nodes:
-        if p.modes[node] is not None and node.op == "call_function" and node not in p.sweep.computed:
-            if all(p.modes[n] is None or n in free for n in operands_of(node)):
-                free.add(node)
+        divided = p.modes[node] is not None and node.op == "call_function" and node not in p.sweep.computed
+        if divided and all(p.modes[n] is None or n in free for n in operands_of(node)):
+            free.add(node)
     for node in reversed(nodes):
         if node in free and any(_reads_whole(p, user) for user in node.users if user in p.live):
             p.modes[node] = None

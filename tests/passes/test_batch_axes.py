@@ -189,7 +189,7 @@ def by_dims(x: Tensor, w: Tensor) -> Tensor:
     x = x.view(B, FRAMES, PLACES, WIDTH)
     x = rows(x.transpose(1, 2).flatten(0, 1), w).unflatten(0, (B, PLACES)).transpose(1, 2)
     x = x + x.mean((1, 2), keepdim=True)
-    return rows(x.flatten(0, 1), w).unflatten(0, (B, FRAMES))
+    return rows(x.flatten(0, 1), w).view(B, FRAMES, PLACES, WIDTH)
 
 
 def masked(x: Tensor, w: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def masked(x: Tensor, w: Tensor) -> Tensor:
     y = x.transpose(1, 2).flatten(0, 1)
     bias = torch.arange(B * PLACES).view(-1, 1, 1, 1) * torch.ones(FRAMES, FRAMES, dtype=x.dtype).tril() * 0.1
     y = y + tokens(F.scaled_dot_product_attention(heads(y @ w), heads(y), heads(y), attn_mask=bias))
-    return y.unflatten(0, (B, PLACES)).transpose(1, 2)
+    return y.view(B, PLACES, FRAMES, WIDTH).transpose(1, 2)
 
 
 @pytest.mark.parametrize("world", (2, 3))
