@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, GraphModule, Node, map_arg
 
 from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, mutates, tags_of, tensors_of, traced
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.capture.functionalize import Functionaliser
 from ringpass.passes.failures import Failures
 
 aten = torch.ops.aten
@@ -115,14 +116,17 @@ def _inline(node: Node, has_rule: HasRule) -> None:
 
 
 def _traced_call(function: Callable[..., Any], node: Node, given: list[Node]) -> Graph:
-    """The graph of `function` with the arguments of `node`."""
+    """The functional graph of `function` with the arguments of `node`.  Raises where it has none."""
 
     def run(*tensors: Tensor) -> Any:
         values = dict(zip(given, tensors, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         return function(*args, **kwargs)
 
-    return traced(run, given)
+    graph = traced(run, given)
+    if any(map(mutates, graph.nodes)):
+        Functionaliser(GraphModule(torch.nn.Module(), graph), given[0].meta["val"].fake_mode).run()
+    return graph
 
 
 # --- the inference op of nn.TransformerEncoderLayer -------------------------------------------------------------------

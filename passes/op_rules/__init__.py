@@ -19,7 +19,8 @@ halo, a random mask) has a `write` of its own.  A rule that does not understand 
     pointwise       elementwise ops, casts, dropout, pointwise autograd.Functions
     contractions    linear, matrix products, einsum, embedding
     along_dims      along dims needed replicated: norms, softmax, cumsum, flip
-    reductions      sum, mean, losses (added over ranks); max, var, .. (needed replicated)
+    reductions      sum, max, variance, norm, ..: local results, combined over ranks
+    losses          pointwise losses, cross entropy, nll_loss: added over ranks
     views           view, transpose, expand, split, stack, getitem
     creation        tensors made from sizes: zeros, arange, rand
     slicing         slice, cat, pad and convolutions along the sequence

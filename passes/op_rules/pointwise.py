@@ -22,8 +22,8 @@ aten = torch.ops.aten
 NAMES = {
     "to.dtype", "to.dtype_layout", "to.device", "_to_copy.default", "contiguous.default", "clone.default",
     "alias.default", "detach.default", "lift_fresh_copy.default", "lift_fresh.default",
-    "zeros_like.default", "ones_like.default", "full_like.default", "masked_fill.Scalar", "masked_fill.Tensor",
-    "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self", "gelu.default",
+    "zeros_like.default", "ones_like.default", "full_like.default", "fill.Scalar", "masked_fill.Scalar",
+    "masked_fill.Tensor", "copy.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "where.self", "gelu.default",
     "silu.default", "relu.default", "relu6.default", "leaky_relu.default", "elu.default", "hardtanh.default",
     "hardswish.default", "mish.default", "softplus.default", "selu.default", "celu.default", "log_sigmoid.default",
     "prelu.default", "square.default", "rsub.Scalar", "rsub.Tensor", "float_power.Tensor_Scalar",

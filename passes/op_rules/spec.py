@@ -210,8 +210,10 @@ class OpRule:
     """Writes the op on local tokens."""
     write_replicated: Callable[[Writer, Node, str], Node] = same_replicated_call
     """(writer, node, reason): writes the op on replicated operands."""
-    reduce: Callable[[Writer, Node, Axis], Node] | None = None
-    """Writes the op on local tokens, and adds over ranks; None: it must not be split along what it sums over."""
+    reduce: Callable[[Writer, Node, Axis], Node | tuple[Node, ...]] | None = None
+    """Writes the op on local tokens, and combines the results of all ranks; a tuple for several results.
+
+    None: it must not be split along what it sums over."""
     select: Callable[[Writer, Node, Node, int, Axis], Node | None] | None = None
     """(writer, node, x, dim, axis): writes the few tokens, replicated, that the op takes along `dim` of the shard x."""
     constant: bool = False

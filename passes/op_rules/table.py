@@ -12,6 +12,7 @@ from ringpass.passes.op_rules import (
     batched,
     contractions,
     creation,
+    losses,
     pointwise,
     reductions,
     routing,
@@ -23,8 +24,8 @@ from ringpass.passes.op_rules import (
 from ringpass.passes.op_rules.spec import OpRule, not_understood
 
 FAMILIES = (
-    along_dims, attention, batched, contractions, creation, pointwise, reductions, routing, scattering, selecting,
-    slicing, views,
+    along_dims, attention, batched, contractions, creation, losses, pointwise, reductions, routing, scattering,
+    selecting, slicing, views,
 )  # fmt: skip
 RULES: dict[str, OpRule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 UNKNOWN = OpRule(not_understood)

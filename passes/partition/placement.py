@@ -205,4 +205,4 @@ def _splits(p: PlacementPlan, node: Node, note: Note, axis: Axis, tensors: list[
         return False
     if axis not in p.axes(note.reduction):
         return p.on(tensors[0], axis)  # else a view took a fused axis apart
-    return rule_for(node).reduce is not None and node.meta["val"].is_floating_point()
+    return rule_for(node).reduce is not None and not any(value.is_complex() for value in tensors_of(node))

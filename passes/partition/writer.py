@@ -157,13 +157,14 @@ class Writer(Emitter):
         axis, rule = self.placement.modes[node], rule_for(node)
         if isinstance(node.meta.get("val"), torch.SymInt):
             return  # written on demand, from the sizes of the inputs
+        if node in self.replicas:
+            return  # one of several results that were reduced
         if node in self.placement.sites:
             (self.replicas if axis is None else self.shards)[node] = write_site(self, self.placement.sites[node])
         elif node not in self.placement.slices and (part := self._returned_part(node)) is not None:
             self.parts[node] = part
         elif axis is not None and self.placement.reduces(node):
-            assert rule.reduce is not None, node
-            self.replicas[node] = rule.reduce(self, node, axis)
+            self._write_reduced(node, axis)
         elif axis is not None:
             self.shards[node] = self._checked(rule.write(self, node, axis), node, axis)
         elif (selected := self._write_selected(node)) is not None:
@@ -184,6 +185,17 @@ class Writer(Emitter):
         for node, flops in self.whole.items():
             by_op.setdefault(op_name(node), []).append(flops)
         return tuple(WholeWork(name, len(calls), sum(calls)) for name, calls in by_op.items())
+
+    def _write_reduced(self, node: Node, axis: Axis) -> None:
+        """A node that sums over `axis`; of several results, those that are read."""
+        reduce = rule_for(node).reduce
+        assert reduce is not None, node
+        written = reduce(self, node, axis)
+        if isinstance(written, Node):
+            self.replicas[node] = written
+        else:
+            read = [user for user in node.users if user in self.placement.live]
+            self.replicas |= {user: written[args_of(user)[1]] for user in read}
 
     def _returned_part(self, node: Node) -> tuple[int, int] | None:
         """The tokens of a sharded value that `node` takes, where it does nothing else and is nothing but an output."""
