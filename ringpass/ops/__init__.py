@@ -13,6 +13,8 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     halo             ranges of local tokens with their neighbours      sums on the rank that holds the token
     interior_rows    the row of each local token in `halo`'s output    none
     reduce           all-reduce (sum)                                  identity
+    extremum         amax or amin over the tokens of all ranks         to equals, evenly over all ranks
+    first_extremum   max or min along the sequence, and where it is    to the first of equals
     replicate        identity                                          all-reduce (sum), in float32; rank 0's value of
                                                                        the last `equal`
     ring_attention   local rows of attention over all keys             ring_attention_backward
@@ -55,19 +57,21 @@ from ringpass.ops.boundary import (
     shard,
     silent,
 )
+from ringpass.ops.extremes import extremum, first_extremum
 from ringpass.ops.halos import halo, halo_backward, interior_rows
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
 
 __all__ = [
-    "COMMUNICATING", "all_to_all", "block_means", "choose_blocks", "dropout", "gather", "halo", "halo_backward",
-    "host_copy", "interior_rows", "keep", "locate", "permute", "redistribute", "reduce", "reduce_list",
+    "COMMUNICATING", "all_to_all", "block_means", "choose_blocks", "dropout", "extremum", "first_extremum", "gather",
+    "halo", "halo_backward", "host_copy", "interior_rows", "keep", "locate", "permute", "redistribute", "reduce",
+    "reduce_list",
     "reduce_scatter", "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body",
     "ring_attention_body", "shard", "silent", "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
     shard, gather, redistribute, all_to_all, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate,
-    block_means, ring_attention, ring_attention_backward,
+    block_means, extremum, first_extremum, ring_attention, ring_attention_backward,
 )  # fmt: skip
 """Saved for the backward, never recomputed.  Those that talk to other ranks in their forward (all but `shard` and
 `replicate`) are kept in graph order by code generation."""

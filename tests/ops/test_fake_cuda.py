@@ -157,6 +157,8 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "redistribute": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, "contiguous", WORLD, RANK, "g"),
     "permute": lambda: (cuda(2, 16, 5), 1, 1, 16, "hilbert 4x4", False),
     "reduce": lambda: (cuda(3, 5), "g"),
+    "extremum": lambda: (cuda(2, LOCAL, 5), [1], False, True, WORLD, RANK, "g"),
+    "first_extremum": lambda: (cuda(2, LOCAL, 5), True, *SHARD, 23, "g"),
     "reduce_list": lambda: ([cuda(3), cuda(2, 2, dtype=F32)], 1, 1, "g"),
     "replicate": lambda: ([cuda(3), cuda(2, 2)], 1, 1, "g"),
     "start_sum": lambda: ([cuda(3), cuda(2, 2)], [1], F32, "g"),
