@@ -18,7 +18,8 @@ halo, a random mask) has a `write` of its own.  A rule that does not understand 
 
     pointwise       elementwise ops, casts, dropout, pointwise autograd.Functions
     contractions    linear, matrix products, einsum, embedding
-    along_dims      along dims needed replicated: norms, softmax, cumsum, flip
+    norms           batch, group and instance norm: statistics over the tokens of all ranks
+    along_dims      along dims needed replicated: layer norm, softmax, cumsum, flip
     reductions      sum, max, variance, norm, ..: local results, combined over ranks
     losses          pointwise losses, cross entropy, nll_loss: added over ranks
     views           view, transpose, expand, split, stack, getitem

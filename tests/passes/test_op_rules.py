@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringpass.passes.op_rules import batched, losses, pointwise, reductions, routing, scattering
+from ringpass.passes.op_rules import batched, losses, norms, pointwise, reductions, routing, scattering
 from ringpass.passes.op_rules import table as rules
 from tests.support.sharded_ops import B, Case, D, H, S, check_on_shards, rank_programs
 
@@ -251,7 +251,7 @@ ALL_TO_ALL = [  # all tokens of a part of the channels, or rows of the batch
 ]  # fmt: skip
 GATHERED = [  # gathered, with the reason
     *(Case(name, f, ((B, S, D),), True) for name, f in {
-        "roll.default": lambda x: x.roll(1), "group_norm.default": lambda x: F.group_norm(x, 1),
+        "roll.default": lambda x: x.roll(1),
     }.items()),
     *(Case("sort.default", lambda x, w, leak=leak: routed(x, w, leak), ((B, S, D), (3, D)), True) for leak in (
         lambda rows, order, back, y: rows, lambda rows, order, back, y: rows.cumsum(0),
@@ -333,7 +333,7 @@ def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 
 def test_every_rule_has_a_case() -> None:
     shown = {case.op for case in CASES}
     elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike; files of their own
-        *batched.RULES, *scattering.RULES, *losses.RULES, *reductions.RULES,
+        *batched.RULES, *scattering.RULES, *losses.RULES, *norms.RULES, *reductions.RULES,
         "scaled_dot_product_attention.default", "flex_attention", "autograd_function_apply", "getitem",
         "rand.default", "randn.default", *routing.GROUPED, "histc.default", "dropout.default",
     }  # fmt: skip
