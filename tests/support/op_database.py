@@ -181,7 +181,7 @@ def outcome(program: Partitioned) -> Outcome:
         return Outcome.MOVED
     if not targets.isdisjoint(MOVING) or targets >= {ops.locate, ops.reduce}:
         return Outcome.FEW
-    return Outcome.REDUCED if ops.reduce in targets else Outcome.LOCAL
+    return Outcome.REDUCED if not targets.isdisjoint((ops.reduce, ops.extremum, ops.first_extremum)) else Outcome.LOCAL
 
 
 def check(sample: Sample, operand: int, dim: int, layout: str, world: int) -> Outcome:
