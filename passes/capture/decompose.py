@@ -4,7 +4,8 @@
     einsum("bqhd,bkhd->bhqk", a, b)              permute(matmul(permute(a), permute(b)))
     conv2d(x, w, stride=16)                      a linear layer of patches of 16 x 16
     narrow(x, 1, 0, 77)                          a slice
-    split(x, [77, 256], 1)                       a slice for each part, where it is not the last dim that is split
+    split(x, [77, 256], 1)                       a slice for each part, where it is not channels that are split
+    x.view(B, 4, S // 4, D).unbind(1)            a slice for each of the four
     roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
     select_scatter(x, y, 1, 0)                   slice_scatter(x, y.unsqueeze(1), 1, 0, 1)
     masked_scatter(x, mask, y), x[mask] = y      where(mask, y[cumsum(mask) - 1], x), for a mask of whole rows
@@ -180,11 +181,22 @@ def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
+SPLITS = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
+
+
 def _sliced(node: Node) -> bool:
-    """The parts of a split as slices, each of consecutive tokens; channels, in the last dim, stay as they are."""
+    """The parts of a split as slices, each of consecutive tokens; channels, in the last of three dims or more, stay as
+    they are."""
     parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
     sizes = [part.shape[dim] for part in parts]
-    if dim == parts[0].ndim - 1 or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
+    channels = dim == parts[0].ndim - 1 > 1
+    if channels or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
         return True
     for user in list(node.users):
         start = sum(sizes[: args_of(user)[1]])
@@ -439,7 +451,7 @@ def _permuted(x: Tensor, order: list[int]) -> Tensor:
 REWRITES: dict[Any, Callable[[Node], bool]] = {
     aten._transformer_encoder_layer_fwd.default: _layer,
     aten.einsum.default: _multiplied,
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _sliced),
+    **dict.fromkeys(SPLITS, _sliced),
     aten.narrow.default: _narrowed,
     aten.conv1d.default: lambda node: _patched(node) or _padded(node),
     aten.conv1d.padding: _padded,

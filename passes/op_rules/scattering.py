@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from ringpass.nodes import bound_of, hint_of, size_of
 from ringpass.passes.op_rules.selecting import located, positions_from
-from ringpass.passes.op_rules.slicing import tokens_before
+from ringpass.passes.op_rules.slicing import rows_before
 from ringpass.passes.op_rules.spec import OpRule, Placed, Writer, same_call
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
@@ -101,7 +101,7 @@ def _write_slice_scatter(writer: Writer, node: Node, axis: Axis) -> Node:
     if node in writer.placement.slices:
         inner = writer.placement.axis_along(part, dim)
         assert inner is not None
-        local, start = writer.sharded(part, inner), tokens_before(writer, axis, inner.offset)
+        local, start = writer.sharded(part, inner), rows_before(writer, node, dim, axis, inner.offset)
         stop = writer.compute(operator.add, start, writer.length(inner))
         given = writer.sharded(base, axis), local, dim, start, stop
         return writer.emit(aten.slice_scatter.default, *given, name=node.name)

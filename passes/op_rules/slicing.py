@@ -24,6 +24,8 @@ from torch.fx import Node
 
 from ringpass import ops
 from ringpass.layouts.layout import assigned
+from ringpass.layouts.ranges import clipped
+from ringpass.layouts.ranges import size as size_of_ranges
 from ringpass.nodes import (
     args_of,
     bound_of,
@@ -80,12 +82,28 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
     if begin.is_negative:
         begin = old + begin if many + int(begin) >= 0 else sympy.Integer(0)
-    found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many)
+    section = sweep.is_section(dims[dim]) or len(dims[dim]) > 1 or _one_of_sections(node)
+    found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many or section, section=section)
     if found is None:
         return _passing_dims(sweep, node, note)
     sweep.slices[node] = dim
     dims[dim] = found
     return tuple(dims)
+
+
+def _one_of_sections(node: Node) -> bool:
+    """Whether a slice of less than half the tokens is one of several of its value, which together are most of it.
+
+    Those of less than half must be an eighth at least: CLS and the other tokens are no sections, nor are the two parts
+    of a roll.
+    """
+    source, dim = first_of(node), slice_of(node)[0]
+    slices = {n.args: n for n in source.users if op_name(n) == op_name(node) and first_of(n) is source}
+    sizes = [hint_of(n.meta["val"].shape[dim]) for n in slices.values() if slice_of(n)[0] == dim]
+    many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (source, node))
+    small = [n for n in sizes if 2 * n < many]
+    moved = len(small) == 1 and all(op_name(user) == "cat.default" for user in node.users)
+    return 2 * kept < many <= min(2 * sum(sizes), 8 * sum(small)) and not moved
 
 
 def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -220,9 +238,11 @@ def _parts_of(node: Node, dim: int) -> list[tuple[Node, sympy.Expr]]:
 
 
 def _of_one_sequence(placement: Placed, node: Node, axis: Axis, dim: int) -> list[Axis | None] | None:
-    """The axis of each part; None unless those that have one are slices of the sequence of `axis`, and one has."""
-    found = [placement.axis_along(part, dim) for part, _ in _parts_of(node, dim)]
-    aligned = any(found) and all(a is None or a.sequence is axis.sequence for a in found)
+    """The axis of each part; None unless those that have one are slices of the sequence of `node`, and one has."""
+    parts, sequence = [part for part, _ in _parts_of(node, dim)], placement.sequence_along(node, dim)
+    found = [placement.axis_along(part, dim) for part in parts]
+    sequences = [placement.sequence_along(part, dim) for part in parts]
+    aligned = any(found) and all(a is None or s is sequence for a, s in zip(found, sequences, strict=True))
     return found if aligned else None
 
 
@@ -269,9 +289,12 @@ def _axis_of_operand(writer: Writer, node: Node) -> Axis:
 
 def _slice_of(writer: Writer, x: Node, source: Axis, node: Node, axis: Axis) -> Node:
     """Of the local tokens `x` of the axis `source`, those of its slice `axis`, which `node` makes."""
-    start = tokens_before(writer, source, axis.offset)
-    stop = writer.compute(operator.add, start, writer.length(axis))
-    return writer.emit(aten.slice.Tensor, x, writer.placement.sweep.slices[node], start, stop, name=node.name)
+    sweep = writer.placement.sweep
+    dim = sweep.slices[node]
+    _, offset = sweep.sequence(sweep.dims(node)[dim])
+    start = rows_before(writer, first_of(node), dim, source, offset)
+    stop = writer.compute(operator.add, start, _local_rows(writer, node, dim, axis))
+    return writer.emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
 
 
 def _write_cat(writer: Writer, node: Node, axis: Axis) -> Node:
@@ -302,8 +325,10 @@ def _write_pad(writer: Writer, node: Node, axis: Axis) -> Node:
     source, amounts = first_of(node), list(args_of(node)[1])
     inner = writer.placement.axis_along(source, dim)
     assert inner is not None
-    low = tokens_before(writer, axis, inner.offset)
-    rest = writer.compute(operator.sub, writer.length(axis), writer.length(inner))
+    sweep = writer.placement.sweep
+    _, offset = sweep.sequence(sweep.dims(source)[dim])
+    low = rows_before(writer, node, dim, axis, offset)
+    rest = writer.compute(operator.sub, _local_rows(writer, node, dim, axis), _local_rows(writer, source, dim, inner))
     at = 2 * (node.meta["val"].ndim - 1 - dim)
     amounts[at : at + 2] = low, writer.compute(operator.sub, rest, low)
     return writer.copy(node, (writer.sharded(source, inner), amounts, *args_of(node)[2:]), node.kwargs)
@@ -338,9 +363,20 @@ def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node
     return writer.emit(aten.index_select.default, rows, where.dim, at, name=node.name)
 
 
-def tokens_before(writer: Writer, axis: Axis, offset: sympy.Expr) -> GraphSize:
-    """How many local tokens of `axis` are before `offset` of its sequence, which is one of its split points."""
-    size, at = size_of(axis.tokens), sympy.expand(offset - axis.offset)
+def _local_rows(writer: Writer, node: Node, dim: int, axis: Axis) -> GraphSize:
+    """The local size of a dim of `node` on `axis`."""
+    return writer.local_shape(node, axis)[dim]
+
+
+def rows_before(writer: Writer, node: Node, dim: int, axis: Axis, offset: sympy.Expr) -> GraphSize:
+    """How many local rows of `node`, along `dim` on `axis`, are before `offset` of its sequence: where the length is
+    symbolic, one of its split points."""
+    sweep, size = writer.placement.sweep, size_of(axis.tokens)
+    factors = sweep.dims(node)[dim]
+    at = sympy.expand(offset - sweep.sequence(factors)[1])
+    if isinstance(axis.tokens, int):
+        rows = axis.layout.rows(writer.rank.rank, axis.tokens, int(product(factors) / size))
+        return size_of_ranges(clipped(rows, 0, int(at)))
     ends = {point: point if point >= 0 else size + point for point in (0, *axis.layout.split_points)}
     point = next((point for point, end in ends.items() if same(end, at)), None)
     assert point is not None or same(at, size), (axis, offset)

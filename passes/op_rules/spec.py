@@ -66,6 +66,9 @@ class Placed(Protocol):
     def axis_along(self, node: Node, dim: int) -> Axis | None:
         """The axis of one dim of `node`."""
 
+    def sequence_along(self, node: Node, dim: int) -> Factor | None:
+        """The sequence of which one dim of `node`, on an axis, is a slice that agrees with the others of it."""
+
     def holder(self, axis: Axis, offset: sympy.Expr, part: Node, dim: int) -> int | None:
         """The rank that holds all tokens of `part`, which begin at `offset` of `axis`; None: several ranks."""
 

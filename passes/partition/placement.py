@@ -190,7 +190,7 @@ def _slice_axis(p: PlacementPlan, node: Node) -> Axis | None:
     """The axis on which `node` slices or joins sequences; None where it does not."""
     dim, decide = p.sweep.slices.get(node), rule_for(node).slice_axis
     axis = p.axis_along(node, dim) if dim is not None else None
-    if dim is None or decide is None or axis is None or axis.sequence is None:
+    if dim is None or decide is None or axis is None or p.sequence_along(node, dim) is None:
         return None
     if len(p.axes(sum(p.sweep.dims(node), ()))) > 1 or p.axes(p.sweep.notes[node].need_replication):
         return None

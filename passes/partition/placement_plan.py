@@ -9,6 +9,7 @@ from itertools import zip_longest
 import sympy
 from torch.fx import Node
 
+from ringpass.layouts.ranges import contains
 from ringpass.nodes import operands_of, size_of
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import SitePlan
@@ -83,6 +84,13 @@ class PlacementPlan:
         axes = self.axes(self.sweep.dims(node)[dim])
         return axes[0] if len(axes) == 1 else None
 
+    def sequence_along(self, node: Node, dim: int) -> Factor | None:
+        """The sequence of which one dim of `node`, on an axis, is a slice that agrees with the others of it."""
+        factors, axis = self.sweep.dims(node)[dim], self.axis_along(node, dim)
+        if axis is None:
+            return None
+        return axis.sequence if len(factors) == 1 else self.sweep.sequence(factors)[0]
+
     def reads_neighbours(self, node: Node, axis: Axis) -> bool:
         """Whether `node`, on an axis, reads the tokens around each token of it."""
         return node in self.sweep.halos and self.axis_along(node, self.sweep.halos[node]) is axis
@@ -90,7 +98,8 @@ class PlacementPlan:
     def in_order(self, node: Node, axis: Axis) -> bool:
         """Whether neighbours on the axis are neighbours in the sequence."""
         dim = {**self.sweep.slices, **self.sweep.halos}[node]
-        return bool(self.axes(self.sweep.dims(node)[dim][:1])) and not axis.layout.order
+        ordered = not axis.layout.order and not axis.layout.section
+        return bool(self.axes(self.sweep.dims(node)[dim][:1])) and ordered
 
     def holder(self, axis: Axis, offset: sympy.Expr, part: Node, dim: int) -> int | None:
         """The rank that holds all tokens of `part`, which begin at `offset` of `axis`; None: several ranks."""
@@ -99,6 +108,10 @@ class PlacementPlan:
             return None
         late = sympy.expand(offset - size_of(axis.tokens))
         start = int(offset) if offset.is_Integer else axis.hint + int(late) if late.is_Integer else -1
+        if isinstance(axis.tokens, int) and not axis.layout.order and start >= 0:
+            tokens, end = ((start, start + int(size)),), start + int(size)
+            rows = (axis.layout.rows(rank, axis.tokens, -(-end // axis.tokens)) for rank in range(axis.layout.world))
+            return next((rank for rank, held in enumerate(rows) if contains(held, tokens)), None)
         return axis.layout.holder(axis.hint, start, start + int(size)) if start >= 0 else None
 
     def axes(self, factors: Iterable[Factor]) -> list[Axis]:

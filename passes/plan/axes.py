@@ -8,6 +8,11 @@ A layout assigns tokens to ranks independently between its split points (`ringpa
 share the union of their boundaries as split points, so that a token is on the same rank in all slices that hold it:
 slicing and concatenating move nothing.
 
+    h[:, 512:1024]     a section of h                   contiguous section 512:1024 of 1 x 4096
+
+Where a sequence is worked through in many slices, these are *sections*: they split no layout, and a rank's tokens of a
+section are those that it holds anyway.  Sections may be of the merged rows of several samples, `h.flatten(0, 1)`.
+
 Contract: depends on the graph, the options and P alone.  Slices whose layouts do not agree get no axis; what makes them
 is then gathered, and reported.
 """
@@ -16,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, count
 from typing import Any
 
 import networkx as nx
@@ -24,12 +29,12 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import CONTIGUOUS, Layout, few, following, split_at
+from ringpass.layouts.layout import CONTIGUOUS, Layout, Section, few, following, section_of, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import Size, hint_of, size_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Factor, Sweep
+from ringpass.passes.propagate.factors import Factor, Factors, Sweep, product
 from ringpass.schedule.cost import CANDIDATES
 
 
@@ -68,7 +73,42 @@ def aligned_axes(axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> dict[
             split = [_with_split_points(one, p or (), world) for one, p in zip(slices, points, strict=True)]
             if _agree(split, _hints(sweep), world):
                 found |= {axis.factor: axis for axis in split}
+    return _with_sections(found, sweep)
+
+
+def _with_sections(axes: Mapping[Factor, Axis], sweep: Sweep) -> dict[Factor, Axis]:
+    """`axes`, and those of the sections of their sequences or of merged rows of them."""
+    found = dict(axes)
+    numbers = count(max((axis.index for axis in axes.values()), default=-1) + 1)
+    for section in sweep.sections:
+        (factor, *more), (sequence, offset) = sweep.resolve([section]), sweep.alignment.locate(section)
+        if more or factor in found or not factor.size.is_Integer:
+            continue
+        bases = list(_bases(sequence, axes, sweep))
+        if len({axis.sequence or axis.factor for _, axis, _ in bases}) != 1:
+            continue  # of no axis, or of several that do not agree
+        for factors, base, first in bases:
+            start, tokens = sympy.expand(offset - first), size_of(base.tokens)
+            rows = product(factors)
+            if not start.is_Integer or not 0 <= start <= rows - factor.size:
+                continue
+            whole = Section(int(start), int(start + factor.size), int(rows / tokens), int(tokens))
+            layout = replace(base.layout, name=section_of(base.layout.name, whole))
+            found[factor] = Axis(next(numbers), factor, int(factor.size), layout, sequence, offset)
+            if len(factors) == 1 and base.sequence is None:
+                found[base.factor] = replace(base, sequence=sequence, offset=first)
+            break
     return found
+
+
+def _bases(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep) -> Iterator[tuple[Factors, Axis, sympy.Expr]]:
+    """(factors, axis, offset) of each slice of `sequence` of known size that has an axis, or whose samples have one."""
+    for part, offset in sweep.alignment.slices(sequence):
+        factors = sweep.resolve([part])
+        axis = axes.get(factors[-1])
+        known = all(f.size.is_Integer for f in factors) and axes.keys().isdisjoint(factors[:-1])
+        if axis is not None and known and axis.layout.order is None:
+            yield factors, axis, offset
 
 
 def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: int) -> Iterator[Axis]:
@@ -78,7 +118,8 @@ def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: 
     for part, offset in sorted(sweep.alignment.slices(sequence), key=lambda found: _rank(found[0], axes, sweep)):
         factors = sweep.resolve([part])
         tokens = _tokens(sweep, factors)
-        if tokens is None or tokens < few(world):
+        section = sweep.is_section(factors) and axes.keys().isdisjoint(factors)
+        if section or tokens is None or tokens < few(world):
             continue
         if len(factors) > 1 and axes.keys().isdisjoint(factors):
             factors = (sweep.fuse(factors),)

@@ -16,7 +16,7 @@ class Axis:
     """A sequence dim of S `tokens`, of which each rank holds those that `layout` gives it.
 
     `sequence`: the aligned sequence (`propagate.alignment`) of which the axis is a slice that agrees with the other
-    slices of it, from token `offset` on; None: it stands alone.
+    slices of it, from token `offset` on; None: it stands alone.  A section of a sequence may have no tokens on a rank.
     """
 
     index: int
@@ -32,9 +32,9 @@ class Axis:
         return hint_of(self.tokens)
 
     def reaches_all(self, scheme: str) -> bool:
-        """Whether every rank would hold at least one token under the layout `scheme`, such as "zigzag"."""
+        """Whether every rank would hold at least one token under the layout `scheme`, such as "zigzag", if it must."""
         layout = self.layout.with_scheme(scheme)
-        return all(layout.length(rank, self.hint) for rank in range(layout.world))
+        return self.layout.section is not None or all(layout.length(rank, self.hint) for rank in range(layout.world))
 
     def __str__(self) -> str:
         return f"axis {self.index}: {self.tokens} tokens, {self.layout.name}"

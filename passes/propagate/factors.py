@@ -108,6 +108,7 @@ class Sweep:
         self.computed = set(computed)
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.slices: dict[Node, int] = {}  # nodes that slice or join sequences, and along which dim
+        self.sections: list[Factor] = []  # slices of a sequence that is worked through in several
 
     def run(self, gm: GraphModule, rule_for: Callable[[Node], Rule], failures: Failures) -> Sweep:
         """Applies the rule of every node, in order."""
@@ -243,14 +244,29 @@ class Sweep:
         parts = next((parts for parts, fused in self.fused.items() if fused is factor), (factor,))
         return self.index(parts)
 
-    def slice_of(self, source: Factors, offset: sympy.Expr, size: sympy.Expr, new: bool) -> Factors | None:
-        """The slice of `size` of a dim's tokens from `offset` on; None where it is not known, and not to be `new`."""
+    def slice_of(
+        self, source: Factors, offset: sympy.Expr, size: sympy.Expr, new: bool, section: bool = False
+    ) -> Factors | None:
+        """The slice of `size` of a dim's tokens from `offset` on; None where it is not known, and not to be `new`.
+
+        `section`: a new slice is one of several in which the sequence is worked through.
+        """
         tokens = self.index(source)
         found = self.alignment.slice(tokens, offset, size)
         if found is None and new:
             found = Factor(size)
             self.alignment.join(tokens, found, offset)
+            if section:
+                self.sections.append(found)
         return None if found is None else self.resolve([found])
+
+    def is_section(self, factors: Factors) -> bool:
+        """Whether a dim of these factors is one of several slices in which a sequence is worked through."""
+        return len(factors) == 1 and any(self.root(section) is self.root(factors[0]) for section in self.sections)
+
+    def sequence(self, factors: Factors) -> tuple[Factor, sympy.Expr]:
+        """(the sequence of which a dim of these factors is a slice, the offset of the dim's first token in it)."""
+        return self.alignment.locate(self.aligned(factors[0]) if len(factors) == 1 else self.index(factors))
 
     def joined(self, parts: Sequence[tuple[Factors, sympy.Expr]], note: Note) -> Factors:
         """The dim of the concatenation of `parts`, each (its dim, its size).
@@ -261,7 +277,11 @@ class Sweep:
         total = sum((n for _, n in parts), sympy.Integer(0))
         located = [(self.index(f), at) for (f, _), at in zip(parts, offsets, strict=True) if f]
         first, before = located[0]
-        joined = self.alignment.slice(first, -before, total) or Factor(total)
+        joined = self.alignment.slice(first, -before, total)
+        if joined is None:
+            joined = Factor(total)
+            if any(self.is_section((part,)) for part, _ in located):
+                self.sections.append(joined)
         for part, at in located:
             if not self.alignment.join(joined, part, at):
                 note.need_replication.append(part)

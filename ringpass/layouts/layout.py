@@ -26,6 +26,9 @@ they are split into chunks.  Ranges, and all schedules made of them, are then in
 
 `zigzag every 2/1 of 8 of 16`: of the 16 tokens of that layout, only those of strided segments
 (`ringpass.layouts.strided`), numbered 0, 1, 2 ..; ranges are in these numbers.
+
+`zigzag section 25:50 of 2 x 61`: of the rows of 2 samples of 61 tokens in that layout, one sample after the other, only
+25 to 50, numbered from 0.  A token is where it is in the layout, so a rank may hold many rows of a section, or none.
 """
 
 from __future__ import annotations
@@ -38,12 +41,12 @@ from itertools import pairwise
 from typing import Any
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.ranges import Ranges, size
+from ringpass.layouts.ranges import Ranges, clipped, size, union
 from ringpass.layouts.strided import StridedSegments
 
 CONTIGUOUS, REPLICATED, CHUNKED = "contiguous", "replicated", "chunked"
 STRIPES = 8  # chunks of each rank in the striped layout, and in one that is made for a mask
-ASSIGNED, CUT, ALONG, EVERY = "chunks ", " cut ", " along ", " every "
+ASSIGNED, CUT, ALONG, EVERY, SECTION = "chunks ", " cut ", " along ", " every ", " section "
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,25 @@ INPUTS = tuple(name for name in LAYOUTS if name != REPLICATED)
 
 
 @dataclass(frozen=True)
+class Section:
+    """Rows `start` to `stop` of the rows of `samples` sequences of `tokens` tokens, one after the other."""
+
+    start: int
+    stop: int
+    samples: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop} of {self.samples} x {self.tokens}"
+
+    @staticmethod
+    def parse(text: str) -> Section:
+        """The section whose `str` is `text`."""
+        rows, _, whole = text.partition(" of ")
+        return Section(*map(int, (*rows.split(":"), *whole.split(" x "))))
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where each token of one sequence axis lives.  `world` is the number of ranks P."""
 
@@ -99,8 +121,8 @@ class Layout:
 
     @property
     def assignment(self) -> str:
-        """The name without the order and the strided segments: how positions are assigned to ranks."""
-        return self.name.partition(EVERY)[0].partition(ALONG)[0]
+        """The name without the order and the restrictions: how positions are assigned to ranks."""
+        return _unrestricted(self.name).partition(ALONG)[0]
 
     @property
     def scheme(self) -> str:
@@ -116,19 +138,25 @@ class Layout:
     @property
     def order(self) -> Order | None:
         """The curve that orders the tokens; None: their original order."""
-        text = self.name.partition(EVERY)[0].partition(ALONG)[2]
+        text = _unrestricted(self.name).partition(ALONG)[2]
         return Order.parse(text) if text else None
 
     @property
     def unrestricted(self) -> Layout:
-        """The layout of all tokens, also where this one covers only those of strided segments."""
-        return replace(self, name=self.name.partition(EVERY)[0])
+        """The layout of all tokens, also where this one covers only those of strided segments or of a section."""
+        return replace(self, name=_unrestricted(self.name))
 
     @property
     def strided(self) -> StridedSegments | None:
         """The strided segments that the layout covers; None: all tokens."""
         text = self.name.partition(EVERY)[2]
         return StridedSegments.parse(text) if text else None
+
+    @property
+    def section(self) -> Section | None:
+        """The section that the layout covers; None: all tokens."""
+        text = self.name.partition(SECTION)[2]
+        return Section.parse(text) if text else None
 
     @property
     def replicated(self) -> bool:
@@ -146,7 +174,7 @@ class Layout:
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
-        if not _scheme(self.scheme).even:
+        if self.section or not _scheme(self.scheme).even:
             return size(self.ranges(rank, tokens))
         return tokens if self.replicated else self.before(rank, tokens, None)
 
@@ -184,6 +212,10 @@ class Layout:
             full = self.unrestricted.ranges(rank, self.strided.tokens)
             found = [(self.strided.before(a), self.strided.before(b)) for a, b in full]
             return tuple((a, b) for a, b in found if a < b)
+        if section := self.section:
+            assert tokens == section.stop - section.start, (tokens, section)
+            rows = self.unrestricted.rows(rank, section.tokens, section.samples)
+            return clipped(rows, section.start, section.stop, -section.start)
         out: list[tuple[int, int]] = []
         for start, stop in self.spans(rank, tokens):
             if out and out[-1][1] == start:
@@ -191,6 +223,11 @@ class Layout:
             elif start < stop:
                 out.append((start, stop))
         return tuple(out)
+
+    def rows(self, rank: int, tokens: int, samples: int) -> Ranges:
+        """`ranges` in the rows of `samples` sequences of `tokens` tokens, one after the other."""
+        held = self.ranges(rank, tokens)
+        return union(tuple((i * tokens + a, i * tokens + b) for i in range(samples) for a, b in held))
 
     def spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
         """The tokens of `rank`, by part and chunk: the same number of spans for every length, some may be empty."""
@@ -219,7 +256,7 @@ class Layout:
         return owners.pop() if len(owners) == 1 else None
 
     def with_scheme(self, name: str) -> Layout:
-        """The same split points, order and strided segments, with another scheme."""
+        """The same split points, order, strided segments and section, with another scheme."""
         return replace(self, name=name + self.name.removeprefix(self.scheme))
 
 
@@ -255,6 +292,15 @@ def following(name: str, order: Order | None) -> str:
 def restricted(name: str, strided: StridedSegments | None) -> str:
     """The layout `name`, of the tokens of `strided` alone."""
     return f"{name}{EVERY}{strided}" if strided else name
+
+
+def section_of(name: str, section: Section) -> str:
+    """The layout `name`, of the rows of `section` alone."""
+    return f"{name}{SECTION}{section}"
+
+
+def _unrestricted(name: str) -> str:
+    return name.partition(SECTION)[0].partition(EVERY)[0]
 
 
 @lru_cache(maxsize=256)
