@@ -33,6 +33,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, mutates, tags_of, tensors_of, traced
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.capture.functionalize import Functionaliser
+from ringpass.passes.capture.splits import SPLITS, erase_unused, selected_part, sliced, unbound
 from ringpass.passes.failures import Failures
 
 aten = torch.ops.aten
@@ -178,36 +179,7 @@ def _seen(mask: Tensor | None, kind: int | None) -> Tensor | None:
     return seen[:, None, None, :] if kind == 1 else seen
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
-SPLITS = (
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-)
-
-
-def _sliced(node: Node) -> bool:
-    """The parts of a split as slices, each of consecutive tokens; channels, in the last of three dims or more, stay as
-    they are."""
-    parts, dim = node.meta["val"], bound_of(node).get("dim", 0) % node.meta["val"][0].ndim
-    sizes = [part.shape[dim] for part in parts]
-    channels = dim == parts[0].ndim - 1 > 1
-    if channels or not all(isinstance(n, int) for n in sizes) or len(parts) == 1:
-        return True
-    for user in list(node.users):
-        start = sum(sizes[: args_of(user)[1]])
-        with node.graph.inserting_before(user):
-            bounds = dim, start, start + user.meta["val"].shape[dim]
-            part = node.graph.call_function(aten.slice.Tensor, (node.args[0], *bounds))
-        part.meta.update(user.meta)
-        user.replace_all_uses_with(part)
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
-    return True
+# --- narrows ---------------------------------------------------------------------------------------------------------
 
 
 def _narrowed(node: Node) -> bool:
@@ -272,8 +244,7 @@ def _flattened(grid: Node) -> None:
             row.meta.update(user.meta)
             user.replace_all_uses_with(row)
             user.graph.erase_node(user)
-    if not grid.users:
-        grid.graph.erase_node(grid)
+    erase_unused(grid)
 
 
 # --- convolutions that pad, rolls -------------------------------------------------------------------------------------
@@ -451,7 +422,9 @@ def _permuted(x: Tensor, order: list[int]) -> Tensor:
 REWRITES: dict[Any, Callable[[Node], bool]] = {
     aten._transformer_encoder_layer_fwd.default: _layer,
     aten.einsum.default: _multiplied,
-    **dict.fromkeys(SPLITS, _sliced),
+    **dict.fromkeys(SPLITS, sliced),
+    aten.unbind.int: unbound,
+    aten.select.int: selected_part,
     aten.narrow.default: _narrowed,
     aten.conv1d.default: lambda node: _patched(node) or _padded(node),
     aten.conv1d.padding: _padded,

@@ -7,11 +7,13 @@ x[arange(B), last]    the same with positions that are data, as in x.gather(1, p
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.nodes import args_of, bound_of, first_of, operands_of, size_of, slice_of
+from ringpass.nodes import args_of, bound_of, first_of, hint_of, operands_of, size_of, slice_of
 from ringpass.passes.op_rules import routing
 from ringpass.passes.op_rules.spec import GraphSize, OpRule, Writer
 from ringpass.passes.propagate.axis import Axis
@@ -79,9 +81,12 @@ def _topk(sweep: Sweep, node: Node, note: Note) -> tuple[Dims, ...]:
 # --- a few tokens of a shard ------------------------------------------------------------------------------------------
 
 
-def select_tokens(writer: Writer, x: Node, dim: int, axis: Axis, positions: Node, name: str) -> Node:
-    """The tokens at `positions` (n,), along `dim` of the shard `x`, each from the rank that holds it."""
-    held, at = located(writer, positions, axis)
+def select_tokens(writer: Writer, x: Node, dim: int, axis: Axis, positions: Node, name: str, samples: int = 1) -> Node:
+    """The tokens at `positions` (n,), along `dim` of the shard `x`, each from the rank that holds it.
+
+    `samples`: how many sequences stand one after the other in that dim.
+    """
+    held, at = located(writer, positions, axis, samples)
     part = writer.emit(aten.index_select.default, x, dim, at, name=name)
     held = writer.emit(aten.view.default, held, [-1] + [1] * (x.meta["val"].ndim - dim - 1))
     return _from_holders(writer, part, held)
@@ -102,7 +107,7 @@ def write_slice(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> No
     if along != dim or not all(type(n) is int for n in (start, step)):
         return None
     positions = positions_from(writer, node, start, step, count)
-    return select_tokens(writer, x, dim, axis, positions, node.name)
+    return select_tokens(writer, x, dim, axis, positions, node.name, _samples(node, dim, axis))
 
 
 def _write_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
@@ -111,14 +116,18 @@ def _write_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> 
     if along != dim or type(position) is not int:
         return None
     positions = positions_from(writer, node, position, 1, 1)
-    return writer.emit(aten.squeeze.dim, select_tokens(writer, x, dim, axis, positions, node.name), dim)
+    return writer.emit(
+        aten.squeeze.dim, select_tokens(writer, x, dim, axis, positions, node.name, _samples(node, dim, axis)), dim
+    )
 
 
 def _write_index_select(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
     _, along, positions, *_ = args_of(node)
     if along % first_of(node).meta["val"].ndim != dim:
         return None
-    return select_tokens(writer, x, dim, axis, writer.replicated(positions, "positions"), node.name)
+    return select_tokens(
+        writer, x, dim, axis, writer.replicated(positions, "positions"), node.name, _samples(node, dim, axis)
+    )
 
 
 def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
@@ -127,7 +136,7 @@ def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> N
     if dim >= len(picks) or picks[dim] is None or any(writer.is_sharded(p) for p in picks if p is not None):
         return None
     given = [None if p is None else writer.replicated(p, "positions") for p in picks]
-    held, given[dim] = located(writer, writer.replicated(picks[dim], "positions"), axis)
+    held, given[dim] = located(writer, writer.replicated(picks[dim], "positions"), axis, _samples(node, dim, axis))
     part = writer.emit(aten.index.Tensor, x, given, name=node.name)
     after = x.meta["val"].ndim - len(picks) + sum(p is None for p in picks[dim:])
     held = writer.emit(aten.view.default, held, [*held.meta["val"].shape, *[1] * after])
@@ -137,17 +146,29 @@ def _write_index(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> N
 def _write_gather(writer: Writer, node: Node, x: Node, dim: int, axis: Axis) -> Node | None:
     """x.gather(1, index) along the sequence."""
     _, along, index, *_ = args_of(node)
-    if along % first_of(node).meta["val"].ndim != dim:
+    if along % first_of(node).meta["val"].ndim != dim or _samples(node, dim, axis) > 1:
         return None
     held, at = located(writer, writer.replicated(index, "positions"), axis)
     return _from_holders(writer, writer.emit(aten.gather.default, x, dim, at, name=node.name), held)
 
 
-def located(writer: Writer, positions: Node, axis: Axis) -> tuple[Node, Node]:
-    """Whether this rank holds the token at each of `positions`, and its row here (0 where it does not)."""
+def located(writer: Writer, positions: Node, axis: Axis, samples: int = 1) -> tuple[Node, Node]:
+    """Whether this rank holds the token at each of `positions`, and its row here (of its sample the first where it does
+    not)."""
     where = axis.layout.name, writer.rank.world, writer.rank.rank
     rows = writer.emit(ops.locate, positions, writer.tokens(axis), *where, name=f"{positions.name}_rows")
-    return writer.emit(aten.ge.Scalar, rows, 0), writer.emit(aten.clamp_min.default, rows, 0)
+    held, at = writer.emit(aten.ge.Scalar, rows, 0), writer.emit(aten.clamp_min.default, rows, 0)
+    if samples > 1:
+        tokens = writer.tokens(axis)
+        row = writer.emit(aten.remainder.Scalar, positions, writer.compute(operator.mul, tokens, samples))
+        sample = writer.emit(aten.div.Scalar_mode, row, tokens, rounding_mode="floor")
+        at = writer.emit(aten.add.Tensor, at, writer.emit(aten.mul.Tensor, sample, writer.length(axis)))
+    return held, at
+
+
+def _samples(node: Node, dim: int, axis: Axis) -> int:
+    """How many sequences stand one after the other along `dim` of what `node` takes tokens of."""
+    return hint_of(first_of(node).meta["val"].shape[dim]) // axis.hint
 
 
 def _from_holders(writer: Writer, part: Node, held: Node) -> Node:

@@ -203,6 +203,8 @@ def _splits(p: PlacementPlan, node: Node, note: Note, axis: Axis, tensors: list[
     singles = [t for t in tensors if isinstance(t.meta["val"], torch.Tensor)]
     if any(sum(len(p.axes(d)) for d in p.sweep.dims(t)) > 1 for t in singles):
         return False
+    if axis.layout.section and any(axis in p.axes(d[:-1]) for t in singles for d in p.sweep.dims(t)):
+        return False  # where a rank has no tokens, the size of the dim does not tell that of a token
     if axis not in p.axes(note.reduction):
         return p.on(tensors[0], axis)  # else a view took a fused axis apart
     return rule_for(node).reduce is not None and not any(value.is_complex() for value in tensors_of(node))

@@ -215,20 +215,29 @@ class Writer(Emitter):
     def _write_selected(self, node: Node) -> Node | None:
         """The tokens that `node` takes of a sharded value; None where it takes none, or many: it is gathered then.
 
-        At most half of the value is taken so; more than a rank holds is reported.
+        At most half of the value is taken so, by all that take of it; more than a rank holds is reported.  Of a section
+        nothing is: a rank may hold none of it.
         """
         select = rule_for(node).select if node.op == "call_function" else None
         source = first_of(node) if select else node
         axis = self.placement.modes[source]
-        if select is None or axis is None or not self.is_sharded(source) or 2 * bytes_of(node) > bytes_of(source):
+        if select is None or axis is None or not self.is_sharded(source) or axis.layout.section:
+            return None
+        if 2 * sum(bytes_of(n) for n in source.users if self._selects(n)) > bytes_of(source):
             return None
         dim, outer, tokens, *_ = self.shard_args(source, axis)
-        if outer != 1 or source.meta["val"].shape[dim] != axis.tokens:
+        samples = outer if isinstance(outer, int) and (outer == 1 or isinstance(axis.tokens, int)) else 0
+        if source.meta["val"].shape[dim] != samples * axis.tokens:
             return None
         taken = select(self, node, self.shards[source], dim, axis)
         if taken is not None and self.rank.world * bytes_of(node) > bytes_of(source):
             self.report(node, f"{op_name(node)} takes more tokens than a rank holds")
         return taken
+
+    def _selects(self, node: Node) -> bool:
+        """Whether `node` takes elements of its first operand, and runs replicated."""
+        takes = node in self.placement.live and node.op == "call_function" and rule_for(node).select is not None
+        return takes and self.placement.modes[node] is None
 
     def _write_replicated(self, node: Node) -> Node:
         if node.op == "get_attr":

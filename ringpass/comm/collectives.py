@@ -55,8 +55,8 @@ class Shard:
         return self.layout.length(self.rank, self.tokens)
 
     def resized(self, shape: Sequence[Any], old: Any, new: Any) -> list[Any]:
-        """`shape` with `old` tokens in the sequence dim replaced by `new`; a rank without tokens gets size `new`."""
-        rows = new if type(old) is int and old == 0 else shape[self.dim] // old * new
+        """`shape` with `old` tokens in the sequence dim replaced by `new`; without tokens, a token has one row."""
+        rows = self.outer * new if type(old) is int and old == 0 else shape[self.dim] // old * new
         return [*shape[: self.dim], rows, *shape[self.dim + 1 :]]
 
     def split(self, x: Tensor, tokens: Any) -> Tensor:

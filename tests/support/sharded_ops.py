@@ -131,7 +131,7 @@ def local_shard(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) ->
     inner = x.shape[spec.dim] // (spec.outer * spec.tokens)
     split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, inner, *x.shape[spec.dim + 1 :])
     ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
-    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ranges], spec.dim + 1)
+    mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ((0, 0), *ranges)], spec.dim + 1)
     return mine.flatten(spec.dim, spec.dim + 2)
 
 
