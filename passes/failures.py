@@ -22,6 +22,14 @@ from ringpass.nodes import op_name, source_line
 log = logging.getLogger("ringpass")
 
 
+class CannotWriteError(Exception):
+    """The record of a node's op failed on local tokens: the node must run replicated."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
 @dataclass
 class Failures:
     """The ops on which an analysis failed, in one compilation.  `strict`: the first one raises UnsupportedError."""

@@ -48,9 +48,13 @@ class Pipeline:
         seconds = time.perf_counter() - started
         verify(stage.__name__, result)
         self._note(stage.__name__, seconds, result)
-        for name, text in texts(stage.__name__, result, self.dump.rank) if self.dumps else ():
-            self.dump.write(name, text)
+        self.write(stage.__name__, result)
         return result
+
+    def write(self, stage: str, result: Any) -> None:
+        """Writes the files that show the `result` of a stage."""
+        for name, text in texts(stage, result, self.dump.rank) if self.dumps else ():
+            self.dump.write(name, text)
 
     def lowered(self, name: str, gm: GraphModule) -> None:
         """Checks and dumps the lowered `forward` or `backward` graph, when torch compiles it.

@@ -29,19 +29,18 @@ from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.detect.detect import detect
 from ringpass.passes.detect.site import AttentionSite
-from ringpass.passes.failures import Failures
+from ringpass.passes.divide import divide
+from ringpass.passes.failures import CannotWriteError, Failures
 from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.passes.op_rules.spec import Rank
-from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, has_rule, rule_for
+from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, has_rule
 from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import place
-from ringpass.passes.partition.writer import CannotWriteError, partition
+from ringpass.passes.partition.writer import partition
 from ringpass.passes.pipeline import Pipeline
-from ringpass.passes.plan.plan import RingPlan, plan
+from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.plan.prove import prove_all
-from ringpass.passes.plan.tracked import tracked
-from ringpass.passes.propagate.factors import propagate
 from ringpass.patterns import everything
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.tiles import tiling
@@ -81,9 +80,9 @@ def ring_dilated(
     _refuse_cuda_graphs(inductor, mode)
     stages.open()
     sharded = {i: x.origin.shard.dim for i, x in enumerate(example_inputs) if isinstance(x, LazyOutput)}
-    placeholders = captured.gm.graph.find_nodes(op="placeholder")
-    sweep = stages.run(propagate, captured.gm, rule_for, [placeholders[i] for i in sharded], failures)
-    planned = stages.run(plan, sites, sweep, ring.world, config, tracked(captured))
+    division = divide(stages.run, captured, sites, ring.world, config, sharded, failures)
+    sweep, planned, placement = division.sweep, division.plan, division.placement
+    stages.write("plan", planned)  # of several, the one that was chosen
     _refuse_ignored_options(planned, config)
     _warn_of_unread(planned, ring, config)
     stages.run(prove_all, planned, ring.rank)
@@ -91,11 +90,11 @@ def ring_dilated(
     gather_outputs = _gathers_outputs(gm, config, ring)
     program = None
     while program is None:  # an op that cannot be written on local tokens is placed anew, replicated
-        placement = stages.run(place, captured, planned, sweep, sharded, failures)
         try:
             program = stages.run(partition, captured, placement, planned, rank, config.strict, gather_outputs)
         except CannotWriteError as refused:
             failures.note("partition", refused.node, refused.__cause__)
+            placement = stages.run(place, captured, planned, sweep, sharded, failures)
     _report(planned, program, ring)
     left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
     run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps)

@@ -16,9 +16,9 @@ Size = int | torch.SymInt
 """The size of a dim of a fake tensor."""
 
 
-def size_of(n: Size) -> sympy.Expr:
+def size_of(n: Size | sympy.Expr) -> sympy.Expr:
     """A dim's size as a sympy expression."""
-    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.sympify(n)
 
 
 def symbolic(node: Node) -> bool:
@@ -128,6 +128,17 @@ def has_effect(node: Node) -> bool:
     if node.op != "call_function":
         return False
     return mutates(node) or getattr(node.target, "__name__", "") in MODE_SWITCHES
+
+
+def returned_or_written(node: Node) -> bool:
+    """Whether the program must hand on this very input: it is an output, or changed in place."""
+    return any(user.op == "output" or has_effect(user) for user in node.users)
+
+
+def outside_no_grad(node: Node, keeps: bool) -> bool:
+    """Whether the nodes after this one are outside the model's no_grad regions; `keeps`: whether this one is."""
+    switches = node.target is torch._C._set_grad_enabled
+    return bool(node.args[0]) or not torch.is_grad_enabled() if switches else keeps
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

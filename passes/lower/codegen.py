@@ -89,8 +89,8 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: i
 
     def compiler(stage: str) -> Callable[[GraphModule, Any], Compiled]:
         def compile_graph(graph: GraphModule, _: Any) -> Compiled:
-            _reshape_views(graph)
             show(stage, lower_module(graph, unroll_limit, left))
+            _reshape_views(graph)
             boxed: Compiled = make_boxed_func(graph.forward)
             return boxed
 

@@ -83,7 +83,9 @@ def _axis_of_written(placement: Placed, node: Node, axis: Axis, dim: int) -> Axi
     """x and the part are on axes of the same sequence."""
     base, part, _ = _written(node)
     inner = placement.axis_along(part, dim)
-    aligned = inner is not None and inner.sequence is axis.sequence and placement.modes[part] is inner
+    aligned = (
+        axis.units is None and inner is not None and inner.sequence is axis.sequence and placement.modes[part] is inner
+    )
     return axis if aligned and placement.axis_along(base, dim) is axis else None
 
 

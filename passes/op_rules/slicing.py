@@ -37,6 +37,7 @@ from ringpass.nodes import (
     size_of,
     slice_of,
 )
+from ringpass.passes.op_rules.merging import merged, of_each_dim
 from ringpass.passes.op_rules.selecting import write_slice
 from ringpass.passes.op_rules.spec import GraphSize, OpRule, Placed, Writer, same_call
 from ringpass.passes.propagate.alignment import same
@@ -44,7 +45,7 @@ from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factors, Note, Sweep, product
 
 aten = torch.ops.aten
-CONV1D = "conv1d.default"
+CONVOLUTIONS = ("conv1d.default", "conv2d.default", "conv3d.default")
 PADS = ("pad.default", "constant_pad_nd.default")
 
 
@@ -76,13 +77,16 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     dims, (dim, start, _, step) = list(sweep.dims(first_of(node))), slice_of(node)
     old, size = product(dims[dim]), size_of(node.meta["val"].shape[dim])
     returned = all(user.op == "output" for user in node.users)
+    if _takes_one_of_each(sweep, node):
+        dims[dim] = merged(sweep, dims[dim], node.meta["val"].shape[dim], note)
+        return tuple(dims)
     if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.computed or returned:
         return _passing_dims(sweep, node, note)
     many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (first_of(node), node))
     begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
     if begin.is_negative:
         begin = old + begin if many + int(begin) >= 0 else sympy.Integer(0)
-    section = sweep.is_section(dims[dim]) or len(dims[dim]) > 1 or _one_of_sections(node)
+    section = sweep.in_sections and (sweep.is_section(dims[dim]) or len(dims[dim]) > 1 or _one_of_sections(node))
     found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many or section, section=section)
     if found is None:
         return _passing_dims(sweep, node, note)
@@ -104,6 +108,14 @@ def _one_of_sections(node: Node) -> bool:
     small = [n for n in sizes if 2 * n < many]
     moved = len(small) == 1 and all(op_name(user) == "cat.default" for user in node.users)
     return 2 * kept < many <= min(2 * sum(sizes), 8 * sum(small)) and not moved
+
+
+def _takes_one_of_each(sweep: Sweep, node: Node) -> bool:
+    """Whether a slice x[:, a::n] takes one of each n neighbours, of as many as a dim of computed values consists of."""
+    dim, start, _, step = slice_of(node)
+    factors, size = sweep.dims(first_of(node))[dim], size_of(node.meta["val"].shape[dim])
+    numbers = all(type(n) is int for n in (start or 0, step)) and 0 <= (start or 0) < step and step > 1
+    return numbers and product(factors) == step * size and first_of(node) in sweep.computed
 
 
 def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -131,7 +143,7 @@ def _padded(sweep: Sweep, node: Node, note: Note) -> Dims:
     amounts = args_of(node)[1]
     (dim,) = changed if len(changed) == 1 else (None,)
     low, high = amounts[2 * (rank - 1 - dim) :][:2] if dim is not None else (0, 0)
-    computed = source in sweep.computed or any(op_name(user) == CONV1D for user in node.users)
+    computed = source in sweep.computed or any(op_name(user) in CONVOLUTIONS[:1] for user in node.users)
     fixed = all(isinstance(n, int) and n >= 0 for n in (low, high))
     if _shift_of(node):
         sweep.halos[node] = min(changed)
@@ -146,21 +158,22 @@ def _padded(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 
 def _convolved(sweep: Sweep, node: Node, note: Note) -> Dims | None:
-    """Rows pass; of a conv1d so does the sequence, if each step gives one token, or if it gives a slice of the
-    tokens."""
+    """Batches pass; so does the first dim of the grid, if each step gives one element, or, of a conv1d, if it gives a
+    slice of the tokens."""
     dims, shape = sweep.dims(first_of(node)), node.meta["val"].shape
     weights = sweep.dims(bound_of(node)["weight"])
     if len(dims) != len(weights):  # no batch: the first dim is that of channels
         return None
     note.need_replication += [f for d in (dims[1], *weights) for f in d]
-    step = _halo_of(node)[2] if op_name(node) == CONV1D else 0
-    old, size = (size_of(x.meta["val"].shape[-1]) for x in (first_of(node), node))
-    if step and dims[2] and old == step * size:
-        split = sweep.reshape((dims[2],), (shape[2], step), note)
+    step = _halo_of(node)[2]
+    old, size = (size_of(x.meta["val"].shape[2]) for x in (first_of(node), node))
+    if dims[2] and old == step * size:
+        note.need_replication += [f for d in dims[3:] for f in d]
+        rows = merged(sweep, dims[2], shape[2], note)
         if any(_halo_of(node)[:2]):
             sweep.halos[node] = 2
-        return dims[0], sweep.new(shape[1]), split[0]
-    if step == 1 and dims[2] and (inner := _inner_slice(sweep, node, dims[2])):
+        return dims[0], sweep.new(shape[1]), rows, *sweep.fresh(shape[3:])
+    if step == 1 and len(dims) == 3 and dims[2] and (inner := _inner_slice(sweep, node, dims[2])):
         sweep.slices[node] = 2
         return dims[0], sweep.new(shape[1]), inner
     note.need_replication += [f for d in dims[2:] for f in d]
@@ -181,11 +194,12 @@ def _inner_slice(sweep: Sweep, node: Node, tokens: Factors) -> Factors | None:
 
 
 def _halo_of(node: Node, offset: int = 0) -> tuple[int, int, int]:
-    """(elements before, elements after, step): what a conv1d reads around `step` elements, or a shift around one.
+    """(elements before, elements after, step): what a convolution reads around `step` elements of the first dim of its
+    grid, or a shift around one.
 
     `offset`: where the first token that a conv1d gives is among those that it reads.
     """
-    if op_name(node) != CONV1D:
+    if op_name(node) not in CONVOLUTIONS:
         low = _shift_of(node)
         return max(low, 0), max(-low, 0), 1
     bound = bound_of(node)
@@ -241,6 +255,9 @@ def _of_one_sequence(placement: Placed, node: Node, axis: Axis, dim: int) -> lis
     """The axis of each part; None unless those that have one are slices of the sequence of `node`, and one has."""
     parts, sequence = [part for part, _ in _parts_of(node, dim)], placement.sequence_along(node, dim)
     found = [placement.axis_along(part, dim) for part in parts]
+    inner = [placement.sweep.dims(part)[dim][-1:] for part in parts]
+    if any(a and not any(map(placement.is_axis, last)) for a, last in zip(found, inner, strict=True)):
+        return None  # a unit of the axis is several tokens
     sequences = [placement.sequence_along(part, dim) for part in parts]
     aligned = any(found) and all(a is None or s is sequence for a, s in zip(found, sequences, strict=True))
     return found if aligned else None
@@ -249,7 +266,7 @@ def _of_one_sequence(placement: Placed, node: Node, axis: Axis, dim: int) -> lis
 def _axis_of_joined(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
     """A cat or pad joins local tokens where each replicated part is held by one rank."""
     found = _of_one_sequence(placement, node, axis, dim)
-    if found is None:
+    if found is None or axis.units is not None:
         return None
     parts = zip(_parts_of(node, dim), found, strict=True)
     holders = [placement.holder(axis, offset, part, dim) for (part, offset), sharded in parts if sharded is None]
@@ -258,12 +275,18 @@ def _axis_of_joined(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis
 
 def _axis_of_slice(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
     """A slice takes local tokens of what is sharded."""
+    if axis.units is not None:
+        source = placement.axis_along(first_of(node), dim)
+        same_units = source is not None and axis.units in (source.index, source.units)
+        return axis if same_units and placement.modes[first_of(node)] is source else None
     found = _of_one_sequence(placement, node, axis, dim)
     return axis if found is not None and placement.modes[first_of(node)] is found[0] else None
 
 
 def _axis_of_convolution(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
     """A conv1d does so where neighbours are those of the sequence."""
+    if axis.units is not None:
+        return None
     return _axis_of_slice(placement, node, axis, dim) if placement.in_order(node, axis) else None
 
 
@@ -292,7 +315,10 @@ def _slice_of(writer: Writer, x: Node, source: Axis, node: Node, axis: Axis) -> 
     sweep = writer.placement.sweep
     dim = sweep.slices[node]
     _, offset = sweep.sequence(sweep.dims(node)[dim])
-    start = rows_before(writer, first_of(node), dim, source, offset)
+    if axis.units is not None:
+        start = _before_in_units(writer, source, axis)
+    else:
+        start = rows_before(writer, first_of(node), dim, source, offset)
     stop = writer.compute(operator.add, start, _local_rows(writer, node, dim, axis))
     return writer.emit(aten.slice.Tensor, x, dim, start, stop, name=node.name)
 
@@ -345,7 +371,7 @@ def _write_convolution(writer: Writer, node: Node, axis: Axis) -> Node:
 
 
 def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node:
-    """A conv1d or a shift, of the local tokens and their halo; what it gives begins at `offset`."""
+    """A convolution or a shift, of the local tokens and their halo; what it gives begins at `offset`."""
     source, (low, high, step) = first_of(node), _halo_of(node, offset)
     where, layout = writer.shard_args(source, axis), axis.layout
     ranges = layout.ranges if isinstance(axis.tokens, int) else layout.spans  # as many as any length has
@@ -354,8 +380,10 @@ def _write_halo(writer: Writer, node: Node, axis: Axis, offset: int = 0) -> Node
     each = writer.size(sympy.cancel(size / step / size_of(axis.tokens)))
     x = writer.sharded(source, axis)
     rows = writer.emit(ops.halo, x, *where, most, low, high, writer.rank.group, name=f"{source.name}_around")
-    if op_name(node) == CONV1D:
-        given = {**writer.operands_by_name(node, axis, "weights"), "input": rows, "padding": [0]}
+    if op_name(node) in CONVOLUTIONS:
+        given = writer.operands_by_name(node, axis, "weights")
+        _, *others = of_each_dim(given.get("padding", 0), x.meta["val"].ndim - 2)
+        given |= {"input": rows, "padding": [0, *others]}
         rows, before, after = writer.emit_by_name(node.target, given), 0, (low + high) // step
     else:
         before, after = high, low
@@ -383,6 +411,15 @@ def rows_before(writer: Writer, node: Node, dim: int, axis: Axis, offset: sympy.
     return writer.compute(lambda s: axis.layout.before(writer.rank.rank, s, point), writer.tokens(axis))
 
 
+def _before_in_units(writer: Writer, source: Axis, part: Axis) -> GraphSize:
+    """How many local tokens of `source`, the units or a slice of their tokens, are before the slice `part` of them."""
+    assert isinstance(part.tokens, int)
+    offset, skipped = int(part.offset), 0 if source.units is None else int(source.offset)
+    tokens = source.hint if source.units is not None else source.hint * part.layout.unit
+    layout = source.layout if source.units is not None else source.layout.in_units(part.layout.unit)
+    return size_of_ranges(clipped(layout.ranges(writer.rank.rank, tokens), 0, offset - skipped, 0))
+
+
 _CONVOLUTION = OpRule(
     _convolved,
     computes=True,
@@ -396,6 +433,6 @@ RULES = {
         _sliced, slice_axis=_axis_of_slice, write=_write_slice, select=write_slice, output_part=slice_of
     ),
     "cat.default": OpRule(_concatenated, slice_axis=_axis_of_joined, write=_write_cat),
-    **dict.fromkeys((CONV1D, "conv2d.default", "conv3d.default"), _CONVOLUTION),
+    **dict.fromkeys(CONVOLUTIONS, _CONVOLUTION),
     **dict.fromkeys(PADS, _PAD),
 }

@@ -13,6 +13,7 @@ from ringpass.passes.op_rules import (
     contractions,
     creation,
     losses,
+    merging,
     norms,
     pointwise,
     reductions,
@@ -25,7 +26,8 @@ from ringpass.passes.op_rules import (
 from ringpass.passes.op_rules.spec import OpRule, not_understood
 
 FAMILIES = (
-    along_dims, attention, batched, contractions, creation, losses, norms, pointwise, reductions, routing, scattering,
+    along_dims, attention, batched, contractions, creation, losses, merging, norms, pointwise, reductions, routing,
+    scattering,
     selecting, slicing, views,
 )  # fmt: skip
 RULES: dict[str, OpRule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}

@@ -116,6 +116,12 @@ def _repeat_interleave(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     return tuple(dims)
 
 
+def _write_repeat_interleave(writer: Writer, node: Node, axis: Axis) -> Node:
+    """Local elements repeated; the op may have been told the size of all of its result."""
+    given = writer.operands_by_name(node, axis, f"operand of {op_name(node)}")
+    return writer.emit_by_name(node.target, {k: x for k, x in given.items() if k != "output_size"}, node.name)
+
+
 def _repeat(sweep: Sweep, node: Node, note: Note) -> Dims:
     """A dim that is repeated is (the repetition, its index); new dims come first."""
     dims, times = sweep.dims(first_of(node)), [size_of(n) for n in _sizes(args_of(node)[1])]
@@ -153,7 +159,7 @@ RULES = {
     **dict.fromkeys(("split.Tensor", "split_with_sizes.default", "chunk.default"), OpRule(_split)),
     "unbind.int": OpRule(_unbind),
     "stack.default": OpRule(_stack),
-    "repeat_interleave.self_int": OpRule(_repeat_interleave),
+    "repeat_interleave.self_int": OpRule(_repeat_interleave, write=_write_repeat_interleave),
     "repeat.default": OpRule(_repeat),
     "getitem": OpRule(_getitem, follows=True),
 }  # fmt: skip

@@ -61,7 +61,7 @@ def _regions(p: PlacementPlan, nodes: Sequence[Node]) -> list[list[Node]]:
         if node.op != "call_function" or p.modes[node] is not None or not tensors_of(node) or _takes_few(p, node):
             continue
         inside = [region_of[n] for n in reads(node) if n in region_of]
-        if not inside and not any(is_sharded(p, n) for n in reads(node)):
+        if not inside and not any(p.is_sharded(n) for n in reads(node)):
             continue
         merged = list({id(r): r for r in inside}.values())
         first = merged[0] if merged else []
@@ -81,30 +81,25 @@ def reads(node: Node) -> list[Node]:
     return {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule_for(node).reads]
 
 
-def is_sharded(p: PlacementPlan, node: Node) -> bool:
-    """Whether ranks hold shards of `node`."""
-    return p.modes.get(node) is not None and not p.reduces(node)
-
-
 def _takes_few(p: PlacementPlan, node: Node) -> bool:
     """Whether `node` takes a few tokens of a sharded value, which alone move: also with all others that take some."""
     if rule_for(node).select is None:
         return False
     source = first_of(node)
     takers = [n for n in source.users if rule_for(n).select is not None and p.modes.get(n) is None and n in p.live]
-    return is_sharded(p, source) and 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
+    return p.is_sharded(source) and 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
 
 
 def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:
     """The dims of what enters a region along which ranks could divide it, in order."""
-    entering = [n for node in region for n in reads(node) if is_sharded(p, n)]
+    entering = [n for node in region for n in reads(node) if p.is_sharded(n)]
     factors = dict.fromkeys(f for n in entering for d in p.sweep.operand_dims(n) for f in d)
     return [f for f in factors if f not in p.axis_of and f.size.is_Integer and f.size >= 2]
 
 
 def _bytes_replicated(p: PlacementPlan, region: list[Node]) -> int:
     """The bytes that every rank holds of a region that runs replicated: its values, and what enters."""
-    entering = dict.fromkeys(n for node in region for n in reads(node) if is_sharded(p, n))
+    entering = dict.fromkeys(n for node in region for n in reads(node) if p.is_sharded(n))
     return sum(map(bytes_of, (*entering, *region)))
 
 
@@ -119,7 +114,7 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
             found.on.add(node)
         for n in reads(node):
             whole = not on or not _crosses(p, n, factor)
-            if (is_sharded(p, n) or n in found.on) and whole:
+            if (p.is_sharded(n) or n in found.on) and whole:
                 gathered.add(n)
         found.bytes += bytes_of(node) * (share if on else 1)
     for node in found.on:

@@ -192,6 +192,8 @@ def _slice_axis(p: PlacementPlan, node: Node) -> Axis | None:
     axis = p.axis_along(node, dim) if dim is not None else None
     if dim is None or decide is None or axis is None or p.sequence_along(node, dim) is None:
         return None
+    if len(p.sweep.dims(node)[dim]) > 1:  # a unit of the axis is several tokens
+        return None
     if len(p.axes(sum(p.sweep.dims(node), ()))) > 1 or p.axes(p.sweep.notes[node].need_replication):
         return None
     small = node in p.kept or not differentiable(node.meta["val"])

@@ -10,7 +10,8 @@ import sympy
 from torch.fx import Node
 
 from ringpass.layouts.ranges import contains
-from ringpass.nodes import operands_of, size_of
+from ringpass.nodes import bytes_of, operands_of, size_of
+from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import SitePlan
 from ringpass.passes.propagate.axis import Axis
@@ -42,6 +43,28 @@ class PlacementPlan:
             return self.modes[node] is axis
         return any(self.is_of(f, axis) for d in self.sweep.operand_dims(node) for f in d)
 
+    def is_sharded(self, node: Node) -> bool:
+        """Whether ranks hold shards of `node`."""
+        return self.modes.get(node) is not None and not self.reduces(node)
+
+    @property
+    def whole_bytes(self) -> int:
+        """The bytes of sharded values that every rank must gather for what reads them whole, outputs left out."""
+        whole = {
+            n
+            for node in self.live
+            if node.op == "call_function"
+            for n in operands_of(node)
+            if self.is_sharded(n) and not self._reads_shard(node, n)
+        }
+        return sum(map(bytes_of, whole))
+
+    def _reads_shard(self, node: Node, operand: Node) -> bool:
+        axis = self.modes[node]
+        if axis is not None:
+            return node in self.slices or node in self.sites or self.source(node, operand, axis) is not None
+        return rule_for(node).select is not None or node in self.sites or rule_for(node).reads is Reads.NONE
+
     def is_of(self, factor: Factor, axis: Axis) -> bool:
         """Whether `factor` is that of `axis`, a sequence or a batch axis."""
         return self.axis_of.get(factor) is axis or self.batch_axes.get(factor) is axis
@@ -55,9 +78,14 @@ class PlacementPlan:
         return next((a for a in candidates if wanted.get(a) is axis), None)
 
     def redistributed(self, node: Node) -> dict[Axis, Axis | None]:
-        """Each axis whose tokens `node` redistributes, and the axis to whose ranks; None where that is no axis."""
+        """Each axis whose tokens `node` redistributes, and the axis of its sequence to whose ranks; None: no such."""
         pairs = [(self.axes([y]), self.axes([x])) for y, x in self.sweep.notes[node].redistributed]
-        found = {y: x for ys, xs in pairs for y, x in zip_longest(ys, xs) if y or x}
+        found = {
+            y: x if x and y and x.sequence and x.sequence is y.sequence else None
+            for ys, xs in pairs
+            for y, x in zip_longest(ys, xs)
+            if y or x
+        }
         for y, x in reversed(found.items()):  # where the target is redistributed too: to the last one
             found[y] = found.get(x, x)
         return found
@@ -78,6 +106,13 @@ class PlacementPlan:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
             return [*keys, *(site.site.leaves[i] for i in site.learned)]
         return [n for n in operands_of(node) if self.source(node, n, axis) is None]
+
+    def reaches_replicated(self, user: Node) -> bool:
+        """Whether `user`, or what it hands one operand on to, computes replicated from several operands."""
+        if self.modes[user] is not None or user not in self.live:
+            return False
+        several = len(operands_of(user)) != 1
+        return several or any(self.reaches_replicated(other) for other in user.users)
 
     def axis_along(self, node: Node, dim: int) -> Axis | None:
         """The axis of one dim of `node`."""

@@ -26,37 +26,41 @@ from ringpass import ops
 from ringpass.devices import device_of
 from ringpass.errors import RingpassError, UnsupportedError
 from ringpass.layouts.layout import REPLICATED, Layout
-from ringpass.nodes import args_of, bound_of, bytes_of, first_of, has_effect, op_name, operands_of, size_of, source_line
+from ringpass.nodes import (
+    args_of,
+    bound_of,
+    bytes_of,
+    first_of,
+    op_name,
+    operands_of,
+    outside_no_grad,
+    returned_or_written,
+    size_of,
+    source_line,
+)
 from ringpass.passes.capture.capture import Captured
+from ringpass.passes.failures import CannotWriteError
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
 from ringpass.passes.partition.attention import write_site
 from ringpass.passes.partition.batch_axes import reads
 from ringpass.passes.partition.emitter import Emitter
-from ringpass.passes.partition.flops import flops_of
+from ringpass.passes.partition.flops import flops_of, whole_work
 from ringpass.passes.partition.partitioned import (
     Gather,
     OutputSize,
     Partitioned,
     ShardedInput,
     ShardedOutput,
-    WholeWork,
 )
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
+from ringpass.passes.propagate.factors import product
 
 BUCKET_BYTES = 25 * 2**20
 Use = tuple[Node, bool]
 """An input, and whether ops on an axis read it, of which each rank makes a part of its gradient, or replicated ones."""
-
-
-class CannotWriteError(Exception):
-    """The record of a node's op failed on local tokens: the node must run replicated."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__(node.name)
-        self.node = node
 
 
 def partition(
@@ -117,7 +121,7 @@ class Writer(Emitter):
         gm = GraphModule(self.captured.gm, self.graph)
         reads = any(node.target is ops.host_copy for node in self.graph.nodes)
         draws, seeded = any(draws_shared(n) for n in live), self.seed is not None
-        gathers, work = tuple(self.gathers), self._whole_work()
+        gathers, work = tuple(self.gathers), whole_work(self.whole)
         return Partitioned(gm, tuple(inputs), outputs, extras, gathers, work, seeded, sharded, draws, reads)
 
     def _seed(self) -> torch.Tensor:
@@ -171,20 +175,8 @@ class Writer(Emitter):
             self.replicas[node] = selected
         else:
             self.replicas[node] = self._write_replicated(node)
-            self._note_whole(node)
-
-    def _note_whole(self, node: Node) -> None:
-        """Notes a node that every rank computes on all tokens because they had to be gathered."""
-        read = reads(node)
-        if any(n in self.whole or (n in self.shards and n in self.replicas) for n in read):
-            self.whole[node] = flops_of(node)
-
-    def _whole_work(self) -> tuple[WholeWork, ...]:
-        """By op, what `_note_whole` noted."""
-        by_op: dict[str, list[int]] = {}
-        for node, flops in self.whole.items():
-            by_op.setdefault(op_name(node), []).append(flops)
-        return tuple(WholeWork(name, len(calls), sum(calls)) for name, calls in by_op.items())
+            if any(n in self.whole or (n in self.shards and n in self.replicas) for n in reads(node)):
+                self.whole[node] = flops_of(node)
 
     def _write_reduced(self, node: Node, axis: Axis) -> None:
         """A node that sums over `axis`; of several results, those that are read."""
@@ -225,9 +217,14 @@ class Writer(Emitter):
             return None
         if 2 * sum(bytes_of(n) for n in source.users if self._selects(n)) > bytes_of(source):
             return None
-        dim, outer, tokens, *_ = self.shard_args(source, axis)
-        samples = outer if isinstance(outer, int) and (outer == 1 or isinstance(axis.tokens, int)) else 0
-        if source.meta["val"].shape[dim] != samples * axis.tokens:
+        dim, outer, *_ = self.shard_args(source, axis)
+        size = source.meta["val"].shape[dim]
+        if outer == 1:
+            unit = product(self.placement.sweep.dims(source)[dim][1:])
+            if not unit.is_Integer:
+                return None
+            axis = replace(axis, tokens=size, layout=axis.layout.in_units(int(unit)))
+        elif not isinstance(outer, int) or not isinstance(axis.tokens, int) or size != outer * axis.tokens:
             return None
         taken = select(self, node, self.shards[source], dim, axis)
         if taken is not None and self.rank.world * bytes_of(node) > bytes_of(source):
@@ -244,7 +241,7 @@ class Writer(Emitter):
             new = self.graph.get_attr(str(node.target))
             new.meta.update(node.meta)
             return new
-        self.keeps = _keeps_after(node, self.keeps)
+        self.keeps = outside_no_grad(node, self.keeps)
         known = self.placement.sweep.notes[node].known
         reason = f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
         return rule_for(node).write_replicated(self, node, reason)
@@ -404,7 +401,7 @@ class Writer(Emitter):
         uses: dict[Use, None] = {}
         keeps = True
         for node in self.captured.gm.graph.nodes:
-            keeps = _keeps_after(node, keeps)
+            keeps = outside_no_grad(node, keeps)
             if keeps and node in self.placement.live:
                 uses |= dict.fromkeys(self._uses(node))
         buckets: list[list[Use]] = []
@@ -447,22 +444,15 @@ class Writer(Emitter):
         """Whether each rank computes a gradient of the parameter `node` through `user` by itself."""
         if self.rank.world == 1 or not self._needs_gradient(node):
             return False
-        if node not in self._parameters or _returned_or_written(node):
+        if node not in self._parameters or returned_or_written(node):
             return False
-        return self._reaches_replicated(user)
+        return self.placement.reaches_replicated(user)
 
     @cached_property
     def _parameters(self) -> frozenset[Node]:
         """The inputs that are parameters."""
         given = zip(self.captured.gm.graph.find_nodes(op="placeholder"), self.captured.inputs, strict=True)
         return frozenset(node for node, value in given if isinstance(value, torch.nn.Parameter))
-
-    def _reaches_replicated(self, user: Node) -> bool:
-        """Whether `user`, or what it hands one operand on to, computes replicated from several operands."""
-        if self.placement.modes[user] is not None or user not in self.placement.live:
-            return False
-        several = len(operands_of(user)) != 1
-        return several or any(self._reaches_replicated(other) for other in user.users)
 
     def _draws(self, node: Node) -> bool:
         site = self.placement.sites.get(node)
@@ -508,14 +498,3 @@ class Writer(Emitter):
             return "extra", extras.index(n)
 
         return ShardedOutput(node.name, dim, returned(outer), returned(tokens), layout)
-
-
-def _returned_or_written(node: Node) -> bool:
-    """Whether the program must hand on this very input: it is an output, or changed in place."""
-    return any(user.op == "output" or has_effect(user) for user in node.users)
-
-
-def _keeps_after(node: Node, keeps: bool) -> bool:
-    """Whether the nodes after this one are outside the model's no_grad regions; `keeps`: whether this one is."""
-    switches = node.target is torch._C._set_grad_enabled
-    return bool(node.args[0]) or not torch.is_grad_enabled() if switches else keeps

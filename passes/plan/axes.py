@@ -117,7 +117,7 @@ def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: 
     base: Axis | None = None
     for part, offset in sorted(sweep.alignment.slices(sequence), key=lambda found: _rank(found[0], axes, sweep)):
         factors = sweep.resolve([part])
-        tokens = _tokens(sweep, factors)
+        tokens = tokens_of(sweep, factors)
         section = sweep.is_section(factors) and axes.keys().isdisjoint(factors)
         if section or tokens is None or tokens < few(world):
             continue
@@ -156,7 +156,7 @@ def _order(base: Axis, part: Axis) -> Order | None:
     return None if stop.is_Integer and stop <= order.prefix else OFF_THE_CURVE
 
 
-def _tokens(sweep: Sweep, factors: Sequence[Factor]) -> Size | None:
+def tokens_of(sweep: Sweep, factors: Sequence[Factor]) -> Size | None:
     """The length of a dim of these factors, as some tensor has it."""
     sizes = [f.size for f in factors]
     if all(n.is_number for n in sizes):

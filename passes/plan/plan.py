@@ -24,9 +24,10 @@ from ringpass.layouts.layout import Layout, following
 from ringpass.masks.expr import loads
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
-from ringpass.passes.plan.axes import aligned_axes, held_axes
+from ringpass.passes.plan.axes import aligned_axes, held_axes, tokens_of
 from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
 from ringpass.passes.plan.dilated_sites import dilations
+from ringpass.passes.plan.units import slices_of_units, unit_factors
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
@@ -146,11 +147,14 @@ def plan(
     remarks: list[str] = []
     order, dilated = find_order(sites, config), dilations(sites, config, remarks)
     planned = []
+    fits = {site.index for site in sites if world > 1 and not _unread(site)}
+    operands = [x for site in sites if site.index in fits for x in (site.q, site.k)]
+    units = unit_factors(operands, sweep, world) if order is None else frozenset[Factor]()
     for site in sites:
         unread = _unread(site)
         remarks += [f"{site.node.name} runs as the model wrote it: {unread}"] if unread and world > 1 else []
-        plain = world > 1 and not unread
-        pair = [_axis(axes, sweep, x, world, order, remarks) if plain else None for x in (site.q, site.k)]
+        plain = site.index in fits
+        pair = [_axis(axes, sweep, x, world, order, units, remarks) if plain else None for x in (site.q, site.k)]
         if pair[0] is None:
             pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
         orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
@@ -164,6 +168,7 @@ def plan(
         for site, ordered, orders, pair in planned
     ]
     aligned = aligned_axes(held, sweep, world)
+    aligned |= dict(slices_of_units(operands, units, aligned, sweep, world))
     planned = [
         (site, ordered, orders, [aligned[a.factor] if a else None for a in pair])
         for site, ordered, orders, pair in planned
@@ -238,10 +243,19 @@ def _unread(site: AttentionSite) -> str:
 
 
 def _axis(
-    axes: dict[Factor, Axis], sweep: Sweep, x: Any, world: int, order: Order | None, remarks: list[str]
+    axes: dict[Factor, Axis],
+    sweep: Sweep,
+    x: Any,
+    world: int,
+    order: Order | None,
+    units: frozenset[Factor],
+    remarks: list[str],
 ) -> Axis | None:
     """The axis of a site's queries or keys; None where it stays replicated."""
     factors, n = sweep.dims(x)[-2], x.meta["val"].shape[-2]
+    if not units.isdisjoint(factors[:1]):
+        factors = factors[:1]
+        n = tokens_of(sweep, factors)
     if len(factors) > 1 and axes.keys().isdisjoint(factors):  # rows and columns of patches
         factors = (sweep.fuse(factors),)
     if len(factors) != 1:
@@ -266,7 +280,10 @@ def _problem(
 ) -> Problem:
     replicated = Layout("replicated" if query else "contiguous", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
-    layouts = [axis.layout if axis else replicated for axis in (query, key)]
+    layouts = [
+        axis.layout.in_units(n // axis.hint) if axis else replicated
+        for axis, n in zip((query, key), lengths, strict=True)
+    ]
     cut_all = site.dropout > 0 or site.score is not None
     problem = Problem(str(site.mask), lengths[0], lengths[1], layouts[0], layouts[1], config.tile or TILE, cut_all)
     if config.tile:

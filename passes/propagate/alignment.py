@@ -39,6 +39,10 @@ class SequenceAlignment(Generic[FactorT]):
             offset += step
         return top, offset
 
+    def has(self, factor: FactorT) -> bool:
+        """Whether a factor, which leads its class, is a slice of another or has slices."""
+        return factor in self.above or factor in self.members
+
     def join(self, sequence: FactorT, part: FactorT, offset: sympy.Expr) -> bool:
         """From now on, `part` is the slice of `sequence` from `offset` on; False if it is at another offset already."""
         (top, base), (other, start) = self.locate(sequence), self.locate(part)
@@ -50,7 +54,7 @@ class SequenceAlignment(Generic[FactorT]):
 
     def tie(self, a: FactorT, b: FactorT) -> bool:
         """Whether two factors may become one class."""
-        return not any(x in self.above or x in self.members for x in (a, b)) or self.join(a, b, sympy.Integer(0))
+        return not (self.has(a) or self.has(b)) or self.join(a, b, sympy.Integer(0))
 
     def slices(self, factor: FactorT) -> Iterator[tuple[FactorT, sympy.Expr]]:
         """(factor, offset from the given one's first token) of every factor of its sequence."""

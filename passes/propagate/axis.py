@@ -17,6 +17,7 @@ class Axis:
 
     `sequence`: the aligned sequence (`propagate.alignment`) of which the axis is a slice that agrees with the other
     slices of it, from token `offset` on; None: it stands alone.  A section of a sequence may have no tokens on a rank.
+    `units`: the index of the axis of whose units the tokens are parts; None: they are no parts of units.
     """
 
     index: int
@@ -25,6 +26,7 @@ class Axis:
     layout: Layout
     sequence: Factor | None = None
     offset: sympy.Expr = sympy.Integer(0)
+    units: int | None = None
 
     @property
     def hint(self) -> int:

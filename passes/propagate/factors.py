@@ -17,7 +17,7 @@ which it *reduces* (sums over); for every other factor, op on shards equals shar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,10 +95,10 @@ class Sweep:
     """The state of the sweep, and the vocabulary in which rules are written.
 
     `computed`: values that ranks hold sharded or compute from tokens: sharded inputs, and what follows from a product
-    or a norm; not tables, nor other inputs.
+    or a norm; not tables, nor other inputs.  `in_sections`: whether many slices of a sequence may be sections of it.
     """
 
-    def __init__(self, computed: Iterable[Node] = ()) -> None:
+    def __init__(self, computed: Iterable[Node] = (), in_sections: bool = True) -> None:
         self.values: dict[Node, Any] = {}  # Dims, or a tuple of Dims for several results
         self.notes: dict[Node, Note] = {}
         self.fused: dict[Factors, Factor] = {}
@@ -106,6 +106,7 @@ class Sweep:
         self.alignment = SequenceAlignment(self.root)
         self.merged: list[Factor] = []  # factors that stand for several in a row in `alignment`
         self.computed = set(computed)
+        self.in_sections = in_sections
         self.halos: dict[Node, int] = {}  # nodes that read tokens around each token, and along which dim
         self.slices: dict[Node, int] = {}  # nodes that slice or join sequences, and along which dim
         self.sections: list[Factor] = []  # slices of a sequence that is worked through in several
@@ -151,7 +152,7 @@ class Sweep:
 
     # --- the vocabulary of rules ------------------------------------------------------------------------------------
 
-    def new(self, n: Size) -> Factors:
+    def new(self, n: Size | sympy.Expr) -> Factors:
         """A factor of its own for a dim of size n; none for size 1."""
         return self.fresh_sizes(size_of(n))
 
@@ -159,7 +160,7 @@ class Sweep:
         """A factor of its own for each size but 1."""
         return tuple(Factor(size) for size in sizes if size != 1)
 
-    def fresh(self, shape: Sequence[Size]) -> Dims:
+    def fresh(self, shape: Sequence[Size | sympy.Expr]) -> Dims:
         """A factor of its own for each dim of `shape`."""
         return tuple(self.new(n) for n in shape)
 
@@ -183,15 +184,21 @@ class Sweep:
 
     def resolve(self, factors: Iterable[Factor]) -> Factors:
         """The classes of `factors`: split ones as their parts, fused ones as one."""
-        out: list[Factor] = []
-        for factor in factors:
-            root = self.root(factor)
-            out.extend(self.resolve(root.parts) if root.parts is not None else (root,))
+        out = [part for factor in factors for part in self._parts(factor)]
         for parts, fused in self.fused.items():
             for at in range(len(out) - len(parts), -1, -1):
                 if tuple(out[at : at + len(parts)]) == parts:
                     out[at : at + len(parts)] = [fused]
         return tuple(out)
+
+    def _parts(self, factor: Factor) -> Iterator[Factor]:
+        """The classes of what a factor was split into, before any are fused."""
+        root = self.root(factor)
+        if root.parts is None:
+            yield root
+        else:
+            for part in root.parts:
+                yield from self._parts(part)
 
     def fuse(self, factors: Factors) -> Factor:
         """From now on, `factors` in a row are one index, such as the rows and columns of patches."""
@@ -212,9 +219,14 @@ class Sweep:
         if len(a) == 1 and len(b) > 1:
             a, b = b, a
         if len(b) == 1 and len(a) > 1 and product(a) == b[0].size:
+            if not self.alignment.tie(self.index(a), b[0]):  # another slice of the same sequence
+                note.redistributed.append((b[0], self.index(a)))
+                return a
             b[0].parts = a
             self.merged.insert(0, b[0])
             return a
+        if [f.size for f in a] != [f.size for f in b] and product(a) == product(b):
+            a, b = self._refine(a, b)
         if [f.size for f in a] != [f.size for f in b]:
             note.need_replication += [*a, *b]
             return a
@@ -296,7 +308,7 @@ class Sweep:
                     out[position] = self.tie(out[position], factors, note) if out[position] else factors
         return tuple(out)
 
-    def reshape(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
+    def reshape(self, dims: Dims, shape: Sequence[Size | sympy.Expr], note: Note) -> Dims:
         """Dims after a view to `shape`: each takes the next factors, one is split where a new dim ends inside it.
 
         Of an empty tensor, only first dims that stay as they are keep their factors.
@@ -312,27 +324,36 @@ class Sweep:
                     return self._give_up(dims, shape, note)
                 first = atoms.pop(0)
                 rest = sympy.cancel(wanted / first.size)
-                if _integral(rest):
+                if is_integral(rest):
                     got.append(first)
                     wanted = rest
                     continue
                 inner = sympy.cancel(first.size / wanted)
-                if not _integral(inner):
+                if not is_integral(inner):
                     return self._give_up(dims, shape, note)
                 first.parts = (Factor(wanted), Factor(inner))
+                if self.alignment.has(first):
+                    self.merged.append(first)
                 got.append(first.parts[0])
                 atoms.insert(0, first.parts[1])
                 wanted = sympy.Integer(1)
             out.append(tuple(got))
         return tuple(out)
 
-    def _reshape_empty(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
+    def _reshape_empty(self, dims: Dims, shape: Sequence[Size | sympy.Expr], note: Note) -> Dims:
         pairs = zip(dims, shape, strict=False)
         kept = list(itertools.takewhile(lambda pair: product(self.resolve(pair[0])) == size_of(pair[1]), pairs))
         passing = tuple(self.resolve(d) for d, _ in kept)
         return (*passing, *self._give_up(dims[len(passing) :], shape[len(passing) :], note))
 
-    def _give_up(self, dims: Dims, shape: Sequence[Size], note: Note) -> Dims:
+    def _refine(self, a: Factors, b: Factors) -> tuple[Factors, Factors]:
+        """Two dims of as many elements, each split where the other one is, if that is possible."""
+        self.reshape((a,), [f.size for f in b], Note())
+        a = self.resolve(a)
+        self.reshape((b,), [f.size for f in a], Note())
+        return a, self.resolve(b)
+
+    def _give_up(self, dims: Dims, shape: Sequence[Size | sympy.Expr], note: Note) -> Dims:
         note.need_replication += [f for d in dims for f in self.resolve(d)]
         return self.fresh(shape)
 
@@ -354,17 +375,21 @@ def propagate(
     rule_for: Callable[[Node], Rule],
     computed: Iterable[Node] = (),
     failures: Failures | None = None,
+    in_sections: bool = True,
 ) -> Sweep:
-    """Sweeps the graph once.  `computed`: the inputs that come sharded; an op whose rule fails has no rule."""
-    return Sweep(computed).run(gm, rule_for, failures or Failures())
+    """Sweeps the graph once.  `computed`: the inputs that come sharded; an op whose rule fails has no rule.
+
+    `in_sections`: whether each rank works on its own tokens of each of many slices of a sequence.
+    """
+    return Sweep(computed, in_sections).run(gm, rule_for, failures or Failures())
 
 
 def product(factors: Iterable[Factor]) -> sympy.Expr:
     """The size of a dim of these factors."""
-    return sympy.prod([f.size for f in factors])
+    return sympy.prod([f.size for f in factors], sympy.Integer(1))
 
 
-def _integral(expr: sympy.Expr) -> bool:
+def is_integral(expr: sympy.Expr) -> bool:
     """Whether a quotient of sizes is a whole number for every value of its symbols."""
     denominator = sympy.fraction(sympy.together(expr))[1]
     return bool(denominator == 1 and (not expr.is_number or expr.is_integer))

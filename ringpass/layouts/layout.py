@@ -21,6 +21,10 @@ point to another is again in a layout of the same kind.  A part of fewer than ma
 convolution) is not divided: the rank that holds the chunk before it, or at the start the chunk after it, holds all of
 it.
 
+`zigzag in units of 4`: units of 4 neighbouring tokens are assigned to ranks as single tokens would be, so that what
+merges the 4 into one reads no other rank's tokens.  Split points count units.  `in units of 4 from 1` begins with token
+1 of the first unit.  S need not be a multiple of 4: the last unit may be shorter.
+
 `zigzag along hilbert 14x14 after 1`: the tokens are put in the order of that curve (`ringpass.layouts.hilbert`) before
 they are split into chunks.  Ranges, and all schedules made of them, are then in positions along the curve.
 
@@ -46,7 +50,8 @@ from ringpass.layouts.strided import StridedSegments
 
 CONTIGUOUS, REPLICATED, CHUNKED = "contiguous", "replicated", "chunked"
 STRIPES = 8  # chunks of each rank in the striped layout, and in one that is made for a mask
-ASSIGNED, CUT, ALONG, EVERY, SECTION = "chunks ", " cut ", " along ", " every ", " section "
+ASSIGNED, CUT, UNITS, FROM = "chunks ", " cut ", " in units of ", " from "
+ALONG, EVERY, SECTION = " along ", " every ", " section "
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,23 @@ class Layout:
     @property
     def scheme(self) -> str:
         """How the tokens of each part are assigned to ranks."""
-        return self.assignment.partition(CUT)[0]
+        return self.assignment.partition(UNITS)[0].partition(CUT)[0]
 
     @property
     def split_points(self) -> tuple[int, ...]:
         """The first token of each part but the first one, ascending; negative ones count from the end."""
-        text = self.assignment.partition(CUT)[2]
+        text = self.assignment.partition(UNITS)[0].partition(CUT)[2]
         return tuple(int(n) for n in text.split(",")) if text else ()
+
+    @property
+    def unit(self) -> int:
+        """How many neighbouring tokens are assigned together."""
+        return int(self.assignment.partition(UNITS)[2].partition(FROM)[0] or 1)
+
+    @property
+    def left_out(self) -> int:
+        """How many tokens of the first unit are not in the sequence."""
+        return int(self.assignment.partition(UNITS)[2].partition(FROM)[2] or 0)
 
     @property
     def order(self) -> Order | None:
@@ -145,6 +160,12 @@ class Layout:
     def unrestricted(self) -> Layout:
         """The layout of all tokens, also where this one covers only those of strided segments or of a section."""
         return replace(self, name=_unrestricted(self.name))
+
+    @property
+    def of_units(self) -> Layout:
+        """The layout of the units."""
+        assignment, units, _ = self.assignment.partition(UNITS)
+        return replace(self, name=assignment + self.name.removeprefix(self.assignment)) if units else self
 
     @property
     def strided(self) -> StridedSegments | None:
@@ -173,8 +194,10 @@ class Layout:
         return _scheme(self.scheme).owned(rank, self.world)
 
     def length(self, rank: int, tokens: Any) -> Any:
-        """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy: only `+` and `//` are used."""
-        if self.section or not _scheme(self.scheme).even:
+        """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy, for `+`, `*`, `//`."""
+        if self.unit > 1 and not isinstance(tokens, int):
+            return self.of_units.length(rank, tokens // self.unit) * self.unit
+        if self.section or self.unit > 1 or not _scheme(self.scheme).even:
             return size(self.ranges(rank, tokens))
         return tokens if self.replicated else self.before(rank, tokens, None)
 
@@ -183,7 +206,7 @@ class Layout:
         if point == 0:
             return 0
         ends = [*self.split_points, None]
-        assert point in ends, (point, self.name)
+        assert point in ends and self.unit == 1, (point, self.name)
         sizes = [self._local_size(rank, size, owner) for size, owner in self._parts(tokens)[: ends.index(point) + 1]]
         return reduce(operator.add, sizes)
 
@@ -231,6 +254,12 @@ class Layout:
 
     def spans(self, rank: int, tokens: int) -> Iterator[tuple[int, int]]:
         """The tokens of `rank`, by part and chunk: the same number of spans for every length, some may be empty."""
+        if self.unit > 1:
+            units = -(-(self.left_out + tokens) // self.unit)
+            for start, stop in self.of_units.spans(rank, units):
+                first, last = (min(max(n * self.unit - self.left_out, 0), tokens) for n in (start, stop))
+                yield first, last
+            return
         offset = 0
         for length, owner in self._parts(tokens):
             if owner is None:
@@ -248,6 +277,7 @@ class Layout:
 
     def holder(self, tokens: int, start: int, stop: int) -> int | None:
         """The rank that holds all parts that these tokens touch; None if several ranks do."""
+        assert self.unit == 1, self
         owners, end = set(), 0
         for length, owner in self._parts(tokens):
             begin, end = end, end + length
@@ -258,6 +288,16 @@ class Layout:
     def with_scheme(self, name: str) -> Layout:
         """The same split points, order, strided segments and section, with another scheme."""
         return replace(self, name=name + self.name.removeprefix(self.scheme))
+
+    def in_units(self, size: int, left_out: int = 0) -> Layout:
+        """The layout of a sequence of which `size` neighbouring tokens are one token of this one.
+
+        It may leave out tokens of the first unit, and of the last one.
+        """
+        assert size == 1 or (self.unit == 1 and self.name == self.assignment), (size, self)
+        if size == 1:
+            return self
+        return replace(self, name=f"{self.name}{UNITS}{size}{f'{FROM}{left_out}' if left_out else ''}")
 
 
 def few(world: int) -> int:

@@ -46,6 +46,28 @@ def test_each_token_has_one_owner(name: str, world: int, length: int) -> None:
     assert sorted(t for ranges in by_rank for a, b in ranges for t in range(a, b)) == list(range(length))
 
 
+@pytest.mark.parametrize("name", ("contiguous", "zigzag", "striped", "zigzag cut 2,-9", "chunks 0,1,2,2,1,0"))
+@pytest.mark.parametrize("unit", (2, 7))
+def test_units_are_assigned_as_tokens(name: str, unit: int, world: int = 3, units: int = 29) -> None:
+    layout = Layout(name, world).in_units(unit)
+    assert (layout.unit, layout.of_units, Layout(name, world).in_units(1)) == (unit, *[Layout(name, world)] * 2)
+    assert layout.with_scheme("zigzag").of_units == Layout(name, world).with_scheme("zigzag")
+    for rank in range(world):
+        ranges = tuple((a * unit, b * unit) for a, b in Layout(name, world).ranges(rank, units))
+        assert layout.ranges(rank, units * unit) == ranges and layout.length(rank, units * unit) == size(ranges)
+
+
+@pytest.mark.parametrize("name", ("contiguous", "zigzag", "striped"))
+@pytest.mark.parametrize(("left_out", "tokens"), [(0, 29 * 4 - 3), (3, 29 * 4 - 3), (1, 29 * 4 - 2)])
+def test_slices_of_units_are_where_the_units_are(name: str, left_out: int, tokens: int, world: int = 3) -> None:
+    whole, part = Layout(name, world).in_units(4), Layout(name, world).in_units(4, left_out)
+    for rank in range(world):
+        held = [t for a, b in whole.ranges(rank, 29 * 4) for t in range(a, b)]
+        found = [t + left_out for a, b in part.ranges(rank, tokens) for t in range(a, b)]
+        assert found == [t for t in held if left_out <= t < left_out + tokens]
+        assert part.length(rank, tokens) == len(found)
+
+
 @given(st.sampled_from(NAMES), worlds, lengths)
 def test_ranges_are_normal(name: str, world: int, length: int) -> None:
     here = Layout(name, world)

@@ -26,7 +26,7 @@ Call = Callable[..., Tensor]
 
 def heads(x: Tensor) -> Tensor:
     """(B, S, H * D) -> (B, H, S, D)."""
-    return x.unflatten(-1, (H, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], H, -1).transpose(1, 2)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ def tokens(x: Tensor) -> Tensor:
 def attend(x: Tensor, w: Tensor) -> Tensor:
     """Causal attention and a norm."""
     y = F.scaled_dot_product_attention(heads(x @ w), heads(x), heads(x @ w.mT), is_causal=True)
-    return F.rms_norm(x + tokens(y), (WIDTH,), eps=1.0)
+    out: Tensor = F.rms_norm(x + tokens(y), (WIDTH,), eps=1.0)
+    return out
 
 
 def between(mix: Call) -> Call:
@@ -129,7 +130,8 @@ def token_by_token(x: Tensor, w: Tensor) -> Tensor:
 
 def transform(x: Tensor, w: Tensor) -> Tensor:
     """A Fourier transform along the sequence, as in FNet."""
-    return torch.fft.fft(x, dim=1).real * 0.1
+    out: Tensor = torch.fft.fft(x, dim=1).real * 0.1
+    return out
 
 
 def running_norm(x: Tensor, w: Tensor) -> Tensor:

@@ -317,7 +317,70 @@ SLICES = [  # slices of the sequence: nothing moves
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="same", dilation=3), ((B, S, D), (5, D, 3))),
     Case("conv1d.default", lambda x, w: F.conv1d(x.mT, w, padding="valid"), ((B, S, D), (5, D, 3))),
 ]  # fmt: skip
-CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *ALL_TO_ALL, *GATHERED]
+
+
+def tokens(n: int, *rest: int, width: int = D) -> Callable[[Tensor], Tensor]:
+    """A view of (B, S, 48) with n tokens, or rows of a grid, for each of S."""
+    return lambda x: x.reshape(B, S * n, *rest, width).movedim(-1, 1)
+
+
+LINE, GRID = tokens(6, width=8), tokens(6, 4, width=2)  # (B, 8, S * 6), (B, 2, S * 6, 4)
+WIDE = ((B, S, 48),)
+MERGED = [  # neighbours merged to one, and split
+    *(Case("slice.Tensor", lambda x, w, a=a: ((x @ w).mT)[:, a::4] * 2, (*WIDE, (48, 48))) for a in range(2)),
+    Case("slice.Tensor", lambda x, w: (y := LINE(x @ w))[..., ::2] * y[..., 1::2].sin(), (*WIDE, (48, 48))),
+    Case("slice.Tensor", lambda x, w: (y := GRID(x @ w))[..., 0:-1:2, 1::2] * y[:, :, 1 :: 2, ::2], (*WIDE, (48, 48))),
+    *(Case(f"{name}1d.default", lambda x, f=f: f(LINE(x)), WIDE) for name, f in {
+        "avg_pool": lambda x: F.avg_pool1d(x, 3), "max_pool": lambda x: F.max_pool1d(x, 2, 2, 0, 1, True),
+        "adaptive_avg_pool": lambda x: F.adaptive_avg_pool1d(x, S * 2)}.items()),
+    *(Case(f"{name}2d.default", lambda x, f=f: f(GRID(x)), WIDE) for name, f in {
+        "avg_pool": lambda x: F.avg_pool2d(x, (3, 2), divisor_override=5), "max_pool": lambda x: F.max_pool2d(x, 2),
+        "adaptive_avg_pool": lambda x: F.adaptive_avg_pool2d(x, (S, 3))}.items()),
+    *(Case(f"{name}3d.default", lambda x, f=f: f(tokens(6, 4, 2, width=1)(x)), WIDE) for name, f in {
+        "avg_pool": lambda x: F.avg_pool3d(x, (3, 3, 2), (3, 1, 2), (0, 1, 0)),
+        "max_pool": lambda x: F.max_pool3d(x, (2, 4, 1)),
+        "adaptive_avg_pool": lambda x: F.adaptive_avg_pool3d(x, (S * 3, 1, 2))}.items()),
+    *(Case(f"{name}{n}d.vec", lambda x, f=f, mode=mode: f(x, mode), WIDE)
+      for name, mode in (("upsample_nearest", "nearest"), ("_upsample_nearest_exact", "nearest-exact"))
+      for n, f in {1: lambda x, mode: F.interpolate(LINE(x), scale_factor=3, mode=mode),
+                   2: lambda x, mode: F.interpolate(GRID(x), (S * 12, 7), mode=mode),
+                   3: lambda x, mode: F.interpolate(tokens(6, 4, 2, width=1)(x), scale_factor=2.0, mode=mode)}.items()),
+    Case("conv_transpose1d.default", lambda x, w, b: F.conv_transpose1d(LINE(x), w, b, 2), (*WIDE, (8, 5, 2), (5,))),
+    Case("conv_transpose2d.input", lambda x, w: F.conv_transpose2d(GRID(x), w, None, (3, 2), (0, 1), groups=2),
+         (*WIDE, (2, 3, 3, 3))),
+    Case("conv_transpose3d.input", lambda x, w: F.conv_transpose3d(tokens(6, 4, 2, width=1)(x), w, stride=2),
+         (*WIDE, (1, 2, 2, 2, 2))),
+    Case("unfold.default", lambda x: LINE(x).unfold(2, 3, 3), WIDE),
+    Case("unfold.default", lambda x: x.unfold(-1, 5, 3), WIDE, True),
+    Case("im2col.default", lambda x: F.unfold(GRID(x), (3, 2), stride=(3, 2)), WIDE),
+    Case("col2im.default", lambda x: F.fold(F.unfold(GRID(x), 2, stride=2).sin(), (S * 6, 4), 2, stride=2), WIDE),
+    Case("pixel_unshuffle.default", lambda x: F.pixel_unshuffle(GRID(x), 2), WIDE),
+    Case("pixel_shuffle.default", lambda x: F.pixel_shuffle(tokens(3, 2, width=8)(x), 2), WIDE),
+    Case("repeat_interleave.self_int", lambda x: x.repeat_interleave(3, 1)),
+    Case("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1, output_size=2 * S)),
+    Case("conv2d.default", lambda x, w, b: F.conv2d(GRID(x), w, b, 2, 1), (*WIDE, (5, 2, 3, 3), (5,))),
+    Case("conv2d.default", lambda x, w: F.conv2d(GRID(x), w, None, 1, (2, 1), 2, groups=2), (*WIDE, (4, 1, 3, 3))),
+    Case("conv2d.default", lambda x, w: F.conv2d(GRID(x), w, None, (3, 1), (2, 0)), (*WIDE, (5, 2, 7, 2))),
+    Case("conv3d.default", lambda x, w: F.conv3d(tokens(6, 4, 2, width=1)(x), w, None, (2, 1, 1), 1),
+         (*WIDE, (3, 1, 4, 3, 3))),
+    Case("add.Tensor", lambda x, y: x.repeat_interleave(8, 1) + y.flatten(1, 3), ((B, S, D), (B, S, 2, 4, D))),
+]  # fmt: skip
+UNKNOWN_WINDOWS = ("unfold.default", "im2col.default", "col2im.default")
+NOT_MERGED = [  # windows that overlap or leave tokens out: divided along another dim, or gathered
+    *(Case(name, f, ((B, D, S),), name in UNKNOWN_WINDOWS) for name, f in {
+        "avg_pool1d.default": lambda x: F.avg_pool1d(x, 3, 1, 1), "max_pool1d.default": lambda x: F.max_pool1d(x, 2),
+        "adaptive_avg_pool1d.default": lambda x: F.adaptive_avg_pool1d(x, 1),
+        "upsample_nearest1d.vec": lambda x: F.interpolate(x, S + 5),
+        "unfold.default": lambda x: x.unfold(2, 3, 2), "slice.Tensor": lambda x: (x.cos() @ x.mT @ x)[..., ::2].sin(),
+    }.items()),
+    *(Case(name, f, ((B, D, S, 4),), name in UNKNOWN_WINDOWS) for name, f in {
+        "im2col.default": lambda x: F.unfold(x, 2), "avg_pool2d.default": lambda x: F.avg_pool2d(x, (S, 1)),
+        "col2im.default": lambda x: F.fold(x.flatten(2), (S + 1, 5), 2),
+        "conv_transpose2d.input": lambda x: F.conv_transpose2d(x, x[0, :, :2, :2][:, None].detach(), stride=1),
+    }.items()),
+    Case("conv2d.default", lambda x, w: F.conv2d(x, w, stride=2), ((B, D, S, 5), (3, D, 3, 3))),
+]  # fmt: skip
+CASES = [*SHARDED, *REDUCED, *SELECTED, *SLICES, *ALL_TO_ALL, *GATHERED, *MERGED, *NOT_MERGED]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies what it pads there

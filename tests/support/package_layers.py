@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("passes.plan",),
     ("passes.partition", "passes.dump"),
-    ("passes.lower", "passes.verify"),
+    ("passes.lower", "passes.verify", "passes.divide"),
     ("passes.pipeline", "compiled"),
     ("backend",),
 )

@@ -21,18 +21,19 @@ from ringpass.layouts.layout import Layout
 from ringpass.nodes import op_name
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.detect.detect import detect
+from ringpass.passes.divide import divide
 from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules import table as rules
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned, ShardedOutput
 from ringpass.passes.partition.placement import place
+from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.plan import RingPlan, plan
+from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.plan.prove import prove_all
-from ringpass.passes.plan.tracked import tracked
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import Sweep, propagate
+from ringpass.passes.propagate.factors import propagate
 from ringpass.passes.verify import verify
 from tests.support import thread_ranks
 from tests.support.pipeline_stages import captured_graph
@@ -93,28 +94,31 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
         replace(a, layout=a.layout.with_scheme(layout))
         for a in aligned_axes({axis.factor: axis}, sweep, world).values()
     ]
-    return _programs(captured, RingPlan(world, tuple(axes), (), "ring"), sweep)
+    planned = RingPlan(world, tuple(axes), (), "ring")
+    return _programs(captured, planned, _checked(place, captured, planned, sweep, {}, FAILURES))
 
 
 def planned_programs(case: Case, layout: str, world: int) -> list[Partitioned]:
     """Each rank's program of a call with attentions, as the compiler plans it."""
     captured = captured_of(case)
     sites = detect(captured.gm, failures=FAILURES)
-    sweep = propagate(captured.gm, rules.rule_for, failures=FAILURES)
-    verify("propagate", sweep)
-    planned = plan(sites, sweep, world, RingConfig.from_options({"layout": layout}), tracked(captured))
-    verify("plan", planned)
-    prove_all(planned, 0)
-    return _programs(captured, planned, sweep)
+    config = RingConfig.from_options({"layout": layout})
+    division = divide(_checked, captured, sites, world, config, {}, FAILURES)
+    prove_all(division.plan, 0)
+    return _programs(captured, division.plan, division.placement)
 
 
-def _programs(captured: Captured, plan: RingPlan, sweep: Sweep) -> list[Partitioned]:
-    world = plan.world
-    placement = place(captured, plan, sweep, {}, FAILURES)
-    verify("place", placement)
+def _checked(stage: Callable[..., Any], *args: Any) -> Any:
+    """What a stage returns, once it is verified."""
+    result = stage(*args)
+    verify(stage.__name__, result)
+    return result
+
+
+def _programs(captured: Captured, plan: RingPlan, placement: PlacementPlan) -> list[Partitioned]:
     made = [
-        partition(captured, placement, plan, Rank(rank, world, f"{thread_ranks.NAME}{rank}"), False, False)
-        for rank in range(world)
+        partition(captured, placement, plan, Rank(rank, plan.world, f"{thread_ranks.NAME}{rank}"), False, False)
+        for rank in range(plan.world)
     ]
     for program in made:
         verify("partition", program)
