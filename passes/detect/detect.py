@@ -59,7 +59,8 @@ def narrowed(site: AttentionSite, pattern: Pattern) -> AttentionSite:
         shape, keys = site.q.meta["val"].shape, site.k.meta["val"].shape[-2]
         batch, heads = {4: shape[:2], 3: (shape[0], 1)}.get(len(shape), (1, 1))
         pattern.check(batch, heads, shape[-2], keys)
-    return replace(site, mask=simplify(call("and", site.mask, pattern.expr)))
+    keyless = None if site.keyless is None else narrowed(site.keyless, pattern)
+    return replace(site, mask=simplify(call("and", site.mask, pattern.expr)), keyless=keyless)
 
 
 def _one_sequence(site: AttentionSite) -> AttentionSite:
@@ -71,4 +72,5 @@ def _one_sequence(site: AttentionSite) -> AttentionSite:
 def _grouped(site: AttentionSite) -> AttentionSite:
     """The site with the keys and values that the model computed before it repeated their heads."""
     k, v = unrepeated(site.k, site.v)
-    return replace(site, k=k, v=v)
+    keyless = None if site.keyless is None else replace(site.keyless, k=k, v=v)
+    return replace(site, k=k, v=v, keyless=keyless)

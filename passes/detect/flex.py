@@ -32,8 +32,7 @@ from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE
 
 from ringpass.masks.expr import FALSE, SCORE, TRUE, B, Const, Expr, H, K, Q, call
 from ringpass.masks.from_graph import Puller, numbered
-from ringpass.masks.scores import separated
-from ringpass.masks.simplify import simplify
+from ringpass.masks.scores import Scores, rows_with_keys, separated
 from ringpass.nodes import Size, args_of, first_of, insert_before, traced
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.precision import accumulator
@@ -43,12 +42,10 @@ OTHERS = {1: "log-sum-exp", 2: "maximum"}  # results beside the attention's outp
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a call does to its scaled scores: a mask, and at most one of a bias and a score function."""
+class Functions:
+    """What a call does to its scaled scores."""
 
-    mask: Expr
-    bias: Expr | None
-    score: Expr | None
+    scores: Scores
     leaves: tuple[Node, ...]
     block_sparse: bool  # whether the mask reads lists of blocks
 
@@ -62,11 +59,12 @@ def read(index: int, node: Node) -> AttentionSite | None:
     if isinstance(found, str):
         number = math.nan if isinstance(scale, Node) else scale
         return AttentionSite(index, node, q, k, v, TRUE, None, (), number, 0.0, unsupported=found)
-    scores = found.mask, found.bias, found.leaves
-    return AttentionSite(index, node, q, k, v, *scores, scale, 0.0, found.score, block_sparse=found.block_sparse)
+    known = found.scores.mask, found.scores.bias, found.leaves, scale, 0.0, found.scores.score
+    site = AttentionSite(index, node, q, k, v, *known, found.scores.unsupported, block_sparse=found.block_sparse)
+    return site.with_keyless(found.scores.keyless)
 
 
-def _scores(node: Node) -> Scores | str:
+def _scores(node: Node) -> Functions | str:
     """What the call `node` does to its scores, or why that cannot be said."""
     q, _, _, score_mod, block_mask, scale, _, score_buffers, mask_buffers = args_of(node)
     if isinstance(scale, Node):
@@ -82,10 +80,9 @@ def _scores(node: Node) -> Scores | str:
     blocks = _blocks(puller, node, allowed)
     if blocks is None:
         return "its block mask has a symbolic length, and lists of another"
-    seen, bias, function = separated(score, exact=dtype == q.meta["val"].dtype)
-    (mask, bias, function), leaves = numbered(puller, simplify(call("and", blocks, seen)), bias, function)
-    assert mask is not None
-    return Scores(mask, bias, function, leaves, block_sparse=blocks != allowed)
+    rows = rows_with_keys(*(x.meta["val"].shape[-2] for x in args_of(node)[:2]))
+    scores = separated(score, dtype == q.meta["val"].dtype, rows, within=blocks)
+    return Functions(*numbered(puller, scores), block_sparse=blocks != allowed)
 
 
 def _named(nodes: Sequence[Node]) -> str:

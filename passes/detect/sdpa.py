@@ -16,9 +16,9 @@ import torch
 from torch.fx import Node
 
 from ringpass.errors import UnsupportedError
-from ringpass.masks.expr import CAUSAL, TRUE, Expr, call
+from ringpass.masks.expr import CAUSAL, TRUE, call
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered
-from ringpass.masks.scores import rows_with_keys, split_bias
+from ringpass.masks.scores import Scores, rows_with_keys, split_bias
 from ringpass.masks.simplify import simplify
 from ringpass.passes.detect.site import AttentionSite
 
@@ -40,19 +40,17 @@ def read(index: int, node: Node) -> AttentionSite | None:
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
             raise UnsupportedError(f"{node.name}: {name} is computed in the graph ({value.name}); pass a Python number")
-    allowed: Expr = TRUE
-    bias: Expr | None = None
-    leaves: tuple[Node, ...] = ()
+    found, leaves = Scores(TRUE), tuple[Node, ...]()
     if given.get("attn_mask") is not None:
-        allowed, bias, leaves = _mask(given["attn_mask"], q, k)
-    if given.get("is_causal", False):
-        allowed = simplify(call("and", CAUSAL, allowed))
+        found, leaves = _mask(given["attn_mask"], q, k)
+    mask = simplify(call("and", CAUSAL, found.mask)) if given.get("is_causal", False) else found.mask
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    return AttentionSite(index, node, q, k, v, allowed, bias, leaves, scale, float(dropout))
+    known = mask, found.bias, leaves, scale, float(dropout)
+    return AttentionSite(index, node, q, k, v, *known, unsupported=found.unsupported).with_keyless(found.keyless)
 
 
-def _mask(node: Node, q: Node, k: Node) -> tuple[Expr, Expr | None, tuple[Node, ...]]:
-    """(boolean mask, additive bias, leaves) of an attn_mask node, which broadcasts to the scores of the queries."""
+def _mask(node: Node, q: Node, k: Node) -> tuple[Scores, tuple[Node, ...]]:
+    """What an attn_mask node, which broadcasts to the scores of the queries, does to them; its leaves."""
     puller = Puller()
     scores = COORDINATES.get(q.meta["val"].ndim, ())
     rank = node.meta["val"].ndim
@@ -61,11 +59,6 @@ def _mask(node: Node, q: Node, k: Node) -> tuple[Expr, Expr | None, tuple[Node, 
             f"attention mask {node.name} has {rank} dims, expected 2 to {len(scores)} for such queries"
         )
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
-    allowed, bias = (
-        (expr, None)
-        if node.meta["val"].dtype == torch.bool
-        else split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k))))
-    )
-    (mask, bias), leaves = numbered(puller, simplify(allowed), bias)
-    assert mask is not None
-    return mask, bias, leaves
+    if node.meta["val"].dtype == torch.bool:
+        return numbered(puller, Scores(expr))
+    return numbered(puller, split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k)))))

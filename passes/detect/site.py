@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -27,6 +28,7 @@ class AttentionSite:
     block_sparse: lists of blocks, which come with each call, say what is computed.
     handwritten: the model writes the softmax out.
     sink: the score of one more key, whose value is 0; None: no such key.
+    keyless: the same call for the rows that see no key under `mask`; None: these rows give 0.
     """
 
     index: int
@@ -44,6 +46,20 @@ class AttentionSite:
     block_sparse: bool = False
     handwritten: bool = False
     sink: Expr | None = None
+    keyless: AttentionSite | None = None
+
+    def with_keyless(self, found: tuple[Expr, Expr] | None) -> AttentionSite:
+        """The site whose rows without a key attend under a mask by a score function; None: they give 0."""
+        if found is None:
+            return self
+        mask, score = found
+        return replace(self, keyless=replace(self, mask=mask, bias=None, score=score))
+
+    def functions(self, change: Callable[[Expr], Expr]) -> AttentionSite:
+        """The site, and that of its rows without a key, with its expressions changed."""
+        bias, score, sink = (None if e is None else change(e) for e in (self.bias, self.score, self.sink))
+        keyless = None if self.keyless is None else self.keyless.functions(change)
+        return replace(self, mask=change(self.mask), bias=bias, score=score, sink=sink, keyless=keyless)
 
     @property
     def path(self) -> str:
@@ -67,6 +83,8 @@ class AttentionSite:
         parts += [f"bias {self.bias}"] if self.bias is not None else []
         parts += [f"score {self.score}"] if self.score is not None else []
         parts += [f"sink {self.sink}"] if self.sink is not None else []
+        if self.keyless is not None:
+            parts.append(f"rows without a key: mask {self.keyless.mask}, score {self.keyless.score}")
         parts += [f"leaves {leaves}"] if leaves else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         return "; ".join([*parts, f"scale {self.scale:.6g}"])

@@ -18,6 +18,7 @@ computed as written, from gathered queries and keys.  What is not of this form i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from ringpass.masks.from_graph import COORDINATES, Puller, numbered, regrouped
 from ringpass.masks.operators import DTYPES
 from ringpass.masks.rewrite import substitute
 from ringpass.masks.scores import rows_with_keys, scored, separated
-from ringpass.masks.simplify import simplify
 from ringpass.nodes import args_of
 from ringpass.passes.detect.site import AttentionSite
 
@@ -67,15 +67,17 @@ def read(index: int, node: Node) -> AttentionSite | None:
     if not scored(function) or (beside is not None and scored(beside)):
         return None
     scale, function = _scaled(_unshifted(function))
-    seen, bias, rest = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))
-    (allowed, bias, rest, beside), leaves = numbered(puller, simplify(seen), bias, rest, beside)
-    assert allowed is not None
+    found = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))
+    if beside is not None:
+        found = replace(found, sink=beside, keyless=None)  # beside a sink, a row of fills gives 0
+    found, leaves = numbered(puller, found)
     if any(_rests_on(leaf, scores) for leaf in leaves):
         return None
     q, k = (args_of(scores)[i] for i in PRODUCTS[scores.target])
     k = _transposed(k, scores)
-    known = allowed, bias, leaves, scale, dropout, rest
-    return AttentionSite(index, node, q, k, v, *known, handwritten=True, sink=beside)
+    known = found.mask, found.bias, leaves, scale, dropout, found.score, found.unsupported
+    site = AttentionSite(index, node, q, k, v, *known, handwritten=True, sink=found.sink)
+    return site.with_keyless(found.keyless)
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,6 +22,8 @@ from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
 from ringpass.schedule.site import Site, register
 
 aten = torch.ops.aten
+Operands = tuple[tuple[Node, Node, Node], list[Any], int, list[Any]]
+"""Queries, keys and values; leaves; the stream of dropout; the numbers of all queries and keys."""
 
 
 class AttentionWriter(Writer, Protocol):
@@ -62,11 +66,42 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     if plan.query_axis is None:  # sharded ones are in their order already
         sides = list(zip((q, k, v), (0, 1, 1), strict=True))
         q, k, v = (writer.ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
-    seed, stream = (writer.seed, writer.next_stream()) if site.dropout else (None, 0)
-    rank = replace(writer.rank, rank=writer.rank.rank if plan.query_axis else 0, world=problem.world)
-    pruning = plan.pruning
     if writer.plan.approximate:
-        leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths, rank))
+        leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths))
+    operands = (q, k, v), leaves, writer.next_stream() if site.dropout else 0, lengths
+    call = _ring(writer, plan, *operands, name=f"ring_attention_{site.index}")
+    out = writer.emit(operator.getitem, call, 0, name=site.node.name)
+    if plan.keyless is not None:
+        out = _with_keyless_rows(writer, plan.keyless, call, out, operands)
+    if plan.query_axis is None:
+        out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
+    for _ in range(missing):
+        out = writer.emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
+    return out
+
+
+def _with_keyless_rows(writer: AttentionWriter, plan: SitePlan, call: Node, out: Node, operands: Operands) -> Node:
+    """The output of the `call` of ring attention, with the rows that see no key as `plan` says."""
+    name = f"ring_attention_{plan.site.index}_keyless"
+    rows = writer.emit(operator.getitem, _ring(writer, plan, *operands, name=name), 0)
+    keyless = writer.emit(aten.eq.Scalar, writer.emit(operator.getitem, call, 1), -math.inf)
+    return writer.emit(aten.where.self, writer.emit(aten.unsqueeze.default, keyless, -1), rows, out)
+
+
+def _ring(
+    writer: AttentionWriter,
+    plan: SitePlan,
+    qkv: Sequence[Node],
+    leaves: list[Any],
+    stream: int,
+    lengths: Any,
+    name: str,
+) -> Node:
+    """[out, log-sum-exp] of the queries over all keys; all with batch and heads."""
+    site, problem, pruning, leaves = plan.ordered, plan.problem, plan.pruning, [*leaves]
+    assert problem is not None
+    rank = _rank_of(writer, plan)
+    if writer.plan.approximate:
         problem = replace(problem, mask=str(_chosen(writer, plan, len(leaves) - 1)))
         pruning = *pruning, len(leaves) - 1
     leaves += [writer.host_copy(leaves[i]) for i in pruning]
@@ -75,14 +110,14 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
         problem, rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, writer.plan.comm,
         plan.dilation, site.heads[0], plan.learned, pruning,
     )  # fmt: skip
-    name = f"ring_attention_{site.index}"
-    call = writer.emit(ops.ring_attention, q, k, v, leaves, seed, register(planned), *lengths, rank.group, name=name)
-    out = writer.emit(operator.getitem, call, 0, name=site.node.name)
-    if plan.query_axis is None:
-        out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
-    for _ in range(missing):
-        out = writer.emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
-    return out
+    seed = writer.seed if site.dropout else None
+    return writer.emit(ops.ring_attention, *qkv, leaves, seed, register(planned), *lengths, rank.group, name=name)
+
+
+def _rank_of(writer: AttentionWriter, plan: SitePlan) -> Rank:
+    """This rank, or, where every rank computes the site alone, the only one."""
+    assert plan.problem is not None
+    return replace(writer.rank, rank=writer.rank.rank if plan.query_axis else 0, world=plan.problem.world)
 
 
 def _keys(writer: AttentionWriter, x: Node, plan: SitePlan, reason: str) -> Any:
@@ -91,11 +126,10 @@ def _keys(writer: AttentionWriter, x: Node, plan: SitePlan, reason: str) -> Any:
     return writer.sharded(x, plan.key_axis) if plan.key_axis else writer.broadcast(x, reason)
 
 
-def _choose_blocks(
-    writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any, rank: Rank
-) -> Node:
+def _choose_blocks(writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any) -> Node:
     """The pairs of blocks that attend, the same on every rank: blocks of tokens, or of curve positions."""
     assert plan.problem is not None
+    rank = _rank_of(writer, plan)
     layouts = plan.problem.query_layout, plan.problem.key_layout
     names = [layout.assignment if writer.plan.along_curve else layout.name for layout in layouts]
     site = plan.ordered if writer.plan.along_curve else plan.site

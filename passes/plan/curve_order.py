@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
@@ -84,8 +83,5 @@ def in_curve_order(site: AttentionSite, orders: Sequence[Order | None], config: 
     """
     permuted = {name: order for name, order in zip("qk", orders, strict=True) if order}
     if permuted:
-        functions = site.mask, site.bias, site.score, site.sink
-        mask, bias, score, sink = (None if e is None else of_curve_positions(e, permuted) for e in functions)
-        assert mask is not None
-        site = replace(site, mask=mask, bias=bias, score=score, sink=sink)
+        site = site.functions(lambda e: of_curve_positions(e, permuted))
     return narrowed(site, config.mask) if config.along_curve else site

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from torch.fx import Node
@@ -58,6 +57,7 @@ class SitePlan:
     dilation: Dilation | None = None
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
+    keyless: SitePlan | None = None  # of the rows that see no key
 
     @property
     def group_problems(self) -> tuple[GroupProblem, ...]:
@@ -69,7 +69,8 @@ class SitePlan:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """What is scheduled: the problem, or, if the site is dilated, those of its head groups."""
-        return _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
+        own = _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
+        return own + (self.keyless.problems if self.keyless else ())
 
     def programs(self, rank: int) -> tuple[Program, ...]:
         """The schedules on `rank`, at the lengths of this compilation."""
@@ -179,17 +180,37 @@ def plan(
     plans = []
     for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
-        sharded, alone = (
-            partial(_problem, ordered, query, key, world),
-            partial(_single_rank_problem, ordered, orders, world),
-        )
-        make = sharded if query else alone
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
-        problem = _with_learned_bias(make(config, dilation), ordered, learned)
-        plans.append(SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, _unread(site)))
+        about = (query, key), orders, world, config, dilation, learned
+        problem = _site_problem(ordered, *about)
+        planned_site = SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, _unread(site))
+        if site.keyless and ordered.keyless and problem:
+            problem = _site_problem(ordered.keyless, *about)
+            keyless = replace(planned_site, site=site.keyless, ordered=ordered.keyless, problem=problem)
+            planned_site = replace(planned_site, keyless=keyless)
+        plans.append(planned_site)
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _site_problem(
+    site: AttentionSite,
+    axes: tuple[Axis | None, Axis | None],
+    orders: Sequence[Order | None],
+    world: int,
+    config: RingConfig,
+    dilation: Dilation | None,
+    learned: tuple[int, ...],
+) -> Problem | None:
+    """What is scheduled for a site; None: it runs as the model wrote it."""
+    sharded = axes[0] is not None
+    problem = (
+        _problem(site, *axes, world, config, dilation)
+        if sharded
+        else _single_rank_problem(site, orders, world, config, dilation)
+    )
+    return _with_learned_bias(problem, site, learned)
 
 
 def _with_learned_bias(problem: Problem | None, site: AttentionSite, learned: tuple[int, ...]) -> Problem | None:

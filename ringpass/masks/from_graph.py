@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -26,6 +26,7 @@ from ringpass.masks.expr import B, Call, Const, Expr, H, K, Load, Q, call, cast,
 from ringpass.masks.intervals import bounds
 from ringpass.masks.operators import OPERATORS
 from ringpass.masks.rewrite import renumber
+from ringpass.masks.scores import Scores
 from ringpass.masks.simplify import constant, simplify
 from ringpass.nodes import args_of
 
@@ -436,12 +437,10 @@ def _embedding(p: Puller, node: Node, indices: Indices) -> Expr:
 # --- what was found ---------------------------------------------------------------------------------------------------
 
 
-Found = tuple[tuple[Expr | None, ...], tuple[Node, ...]]
-
-
-def numbered(puller: Puller, *exprs: Expr | None) -> Found:
-    """(expressions, leaves): the leaves that the expressions load, numbered from 0."""
-    used = sorted(set[int]().union(*(loads(e) for e in exprs if e is not None)))
+def numbered(puller: Puller, scores: Scores) -> tuple[Scores, tuple[Node, ...]]:
+    """(scores, leaves): the leaves that the expressions of `scores` load, numbered from 0; its masks simplified."""
+    keyless = None if scores.keyless is None else (simplify(scores.keyless[0]), scores.keyless[1])
+    found = replace(scores, mask=simplify(scores.mask), keyless=keyless)
+    used = sorted(set[int]().union(*map(loads, found.expressions)))
     numbers = {old: new for new, old in enumerate(used)}
-    renamed = tuple(None if e is None else renumber(e, numbers) for e in exprs)
-    return renamed, tuple(puller.leaves[i] for i in used)
+    return found.rewritten(lambda e: renumber(e, numbers)), tuple(puller.leaves[i] for i in used)

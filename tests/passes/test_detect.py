@@ -232,7 +232,7 @@ FINEST = -3.4028234663852886e38
 FLAT = "i % 3 + 4 * (i // 3)"
 FAR = "int64(log(float32(abs(k - q)) / 4) / 1.6094379124341003 * 4) + 4"
 BUCKET = f"int64(k - q > 0) * 8 + where(abs(k - q) < 4, abs(k - q), min({FAR}, 7))"
-T5 = f"x0[{BUCKET}, h] + where(x1[b, k] == 0, -1000000000.0, 0.0)"
+T5 = f"x0[{BUCKET}, h]"
 SWIN = "x0[q - k + 7 - 1, h]"
 
 
@@ -263,7 +263,7 @@ CASES = [
     Case(fill_in_place, "k <= q"),
     Case(where_infinity, "k <= q & bool(x0[b, k])", (PADDING,), leaves=1),
     Case(where_smallest, "k <= q"),
-    Case(bert, "True", (PADDING,), f"(1.0 - float32(x0[b, k])) * {FINEST!r}", leaves=1),
+    Case(bert, "x0[b, k] != 0", (PADDING,), f"(1.0 - float32(x0[b, k])) * {FINEST!r}", leaves=1),
     Case(sum_of_additive_masks, "k <= q & not(x0[b, k] == 0)", (PADDING,), leaves=1),
     Case(input_mask, "x0[b, 0, q, k]", (FULL_MASK,), leaves=1),
     Case(input_mask, "True", (FULL_MASK.float() * -5,), "x0[b, 0, q, k]", leaves=1),
@@ -281,7 +281,7 @@ CASES = [
     Case(flattened, f"{FLAT.replace('i', 'k')} <= {FLAT.replace('i', 'q')}"),
     Case(chunked, "k // 3 == q // 3"),
     Case(alibi, "k <= q", (SLOPES,), "x0[h] * (k - q)", leaves=1),
-    Case(t5, "True", (NOISE, PADDING), T5, leaves=2),
+    Case(t5, "not(x1[b, k] == 0)", (NOISE, PADDING), T5, leaves=2),
     Case(swin, "True", (NOISE,), SWIN, leaves=1),
     Case(unknown_op, "x0[q, k]", leaves=1),
     Case(one_query_row, "x0[b, k] > 0", (PADDING,), leaves=1),

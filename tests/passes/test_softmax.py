@@ -217,8 +217,8 @@ def test_what_is_no_attention_is_left_alone(attend: Attend) -> None:
     assert site_of(attend, *inputs()) is None
 
 
-def test_a_finite_mask_that_may_empty_a_row_stays_a_bias() -> None:
-    """Its row sees all keys alike, which a mask would not give."""
+def test_rows_that_a_finite_mask_may_empty_are_told_apart() -> None:
+    """Such a row sees all keys alike, which a mask would not give."""
 
     def padded(q: Tensor, k: Tensor, v: Tensor, exists: Tensor) -> Tensor:
         bias = torch.zeros(B, 1, 1, S, dtype=q.dtype).masked_fill(~exists[:, None, None, :], torch.finfo(q.dtype).min)
@@ -226,4 +226,7 @@ def test_a_finite_mask_that_may_empty_a_row_stays_a_bias() -> None:
 
     found = site_of(padded, *inputs(), torch.ones(B, S, dtype=torch.bool))
     assert found is not None
-    assert str(found[0].mask) == "True" and "x0[b, k]" in str(found[0].bias)
+    site = found[0]
+    assert "x0[b, k]" in str(site.mask) and site.bias is None
+    assert site.keyless is not None and str(site.keyless.mask) == "True"
+    assert str(site.keyless.score).startswith("score + where(") and "rows without a key" in str(site)

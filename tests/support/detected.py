@@ -96,8 +96,8 @@ TILES = [((0, S), (0, K)), ((0, 3), (0, 4)), ((2, 6), (5, 9)), ((3, 4), (1, 8)),
 def assert_same(seen: Seen, mask: Tensor, keys: int) -> None:
     nothing = torch.zeros(mask.shape, dtype=torch.float64)
     whole = nothing.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.double()
-    if str(seen.site.mask) != "True" and mask.is_floating_point():  # beside a visible key the least number is no key
-        whole = whole.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+    if str(seen.site.mask) != "True" and mask.is_floating_point():  # beside a visible key a huge number is no key
+        whole = whole.masked_fill(mask < -1e8, -torch.inf)
     whole = whole.expand(B, H, S, keys)
     for q, k in TILES:
         k = min(k[0], keys - 1), min(k[1], keys)

@@ -98,11 +98,11 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
     return _programs(captured, planned, _checked(place, captured, planned, sweep, {}, FAILURES))
 
 
-def planned_programs(case: Case, layout: str, world: int) -> list[Partitioned]:
+def planned_programs(case: Case, layout: str, world: int, **options: Any) -> list[Partitioned]:
     """Each rank's program of a call with attentions, as the compiler plans it."""
     captured = captured_of(case)
     sites = detect(captured.gm, failures=FAILURES)
-    config = RingConfig.from_options({"layout": layout})
+    config = RingConfig.from_options({"layout": layout, **options})
     division = divide(_checked, captured, sites, world, config, {}, FAILURES)
     prove_all(division.plan, 0)
     return _programs(captured, division.plan, division.placement)
@@ -150,9 +150,9 @@ def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> lis
     return _check(case, rank_programs(case, layout, world, tokens))
 
 
-def check_attentions(case: Case, layout: str, world: int) -> list[str]:
+def check_attentions(case: Case, layout: str, world: int, **options: Any) -> list[str]:
     """`check_on_shards` of a call with attentions, on the axes that the compiler plans."""
-    return _check(case, planned_programs(case, layout, world))
+    return _check(case, planned_programs(case, layout, world, **options))
 
 
 def _check(case: Case, made: list[Partitioned]) -> list[str]:

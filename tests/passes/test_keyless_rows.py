@@ -1,0 +1,139 @@
+"""Rows whose keys are all masked by a finite number: one device attends to all of these keys, and so does the ring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.support.sharded_ops import Case, check_attentions
+
+B, H, G, S, D = 3, 4, 2, 13, 4
+LEAST = torch.finfo(torch.float64).min
+FLOAT32 = torch.finfo(torch.float32).min
+FILLS = (LEAST, FLOAT32, -1e30, -1e9, -1e6)
+HEADS = ((B, H, S, D),) * 3
+GROUPED = ((B, H, S, D), (B, G, S, D), (B, G, S, D))
+Attend = Callable[..., Tensor]
+
+
+def tokens() -> Tensor:
+    """Padding on the left of the first row, on the right of the second; the third is padding only."""
+    return torch.tensor([[0] * 4 + [1] * 9, [1] * 8 + [0] * 5, [0] * S]).bool()
+
+
+def keys() -> Tensor:
+    return tokens()[:, None, None]
+
+
+def causal(queries: int = S, length: int = S) -> Tensor:
+    return torch.arange(length) <= torch.arange(queries)[:, None]
+
+
+def pairs() -> Tensor:
+    """Queries are masked too, as in DeBERTa-v2."""
+    return keys() & tokens()[:, None, :, None]
+
+
+def added(mask: Tensor, fill: float) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, fill)
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    return (q @ k.mT / 2.0).masked_fill(~pairs(), fill).softmax(-1) @ v
+
+
+def filled_where(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.3
+    return torch.where(keys() & causal(), scores, fill).softmax(-1) @ v
+
+
+def filled_twice(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~causal(), fill)
+    return scores.masked_fill(~keys(), fill).softmax(-1) @ v
+
+
+def added_by_hand(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    return (q @ k.mT * 0.5 + added(keys() & causal(), fill)).softmax(-1) @ v
+
+
+def added_to_capped(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    return (2.0 * torch.tanh(q @ k.mT / 2.0) + added(keys() & causal(), fill)).softmax(-1) @ v
+
+
+def added_to_sdpa(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added(keys() & causal(), fill))
+
+
+def added_twice(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added(causal(), fill) + added(keys(), fill))
+
+
+def multiplied(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    bias = (1.0 - keys().to(torch.int64).to(q.dtype)) * fill
+    return (q @ k.mT * 0.5 + bias).softmax(-1) @ v
+
+
+def added_then_lifted(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    scores = q @ k.mT + added(causal(), fill) + added(keys(), fill)
+    return torch.max(scores, torch.tensor(fill, dtype=q.dtype)).softmax(-1) @ v
+
+
+def beside_infinity(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    return (q @ k.mT + added(causal(), -math.inf) + added(keys(), fill)).softmax(-1) @ v
+
+
+def with_slopes(q: Tensor, k: Tensor, v: Tensor, fill: float) -> Tensor:
+    distance = torch.arange(S) - torch.arange(S)[:, None]
+    slopes = 2.0 ** -torch.arange(1, H + 1, dtype=q.dtype)
+    return (q @ k.mT + distance * slopes[:, None, None] + added(keys() & causal(), fill)).softmax(-1) @ v
+
+
+def with_a_table(q: Tensor, k: Tensor, v: Tensor, table: Tensor, fill: float) -> Tensor:
+    distance = torch.arange(S) - torch.arange(S)[:, None] + S - 1
+    bias = table[distance].permute(2, 0, 1) + added(keys(), fill)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+ATTENTIONS: tuple[tuple[Attend, tuple[tuple[int, ...], ...]], ...] = (
+    (filled, HEADS),
+    (filled_where, HEADS),
+    (filled_twice, HEADS),
+    (added_by_hand, HEADS),
+    (added_to_capped, HEADS),
+    (added_to_sdpa, GROUPED),
+    (added_twice, HEADS),
+    (multiplied, HEADS),
+    (added_then_lifted, HEADS),
+    (beside_infinity, HEADS),
+    (with_slopes, HEADS),
+    (with_a_table, (*HEADS, (2 * S - 1, H))),
+)
+
+
+def case_of(attend: Attend, shapes: tuple[tuple[int, ...], ...], fill: float) -> Case:
+    return Case(attend.__name__, lambda *given: attend(*given, fill), shapes)
+
+
+def check(case: Case, world: int, **options: Any) -> list[str]:
+    """Beside the plain formula: the gradients of a CPU's fused kernels are n times too large in a row of n fills."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return check_attentions(case, "auto", world, tile=4, **options)
+
+
+@pytest.mark.parametrize(("attend", "shapes"), ATTENTIONS, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("fill", FILLS)
+def test_rows_without_a_key_are_those_of_one_device(
+    attend: Attend, shapes: tuple[tuple[int, ...], ...], fill: float
+) -> None:
+    case = case_of(attend, shapes, fill)
+    for world in (2, 3):
+        gathered = check(case, world)
+        assert not [reason for reason in gathered if "mask of" not in reason], gathered
