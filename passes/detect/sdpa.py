@@ -16,10 +16,9 @@ import torch
 from torch.fx import Node
 
 from ringpass.errors import UnsupportedError
-from ringpass.masks.expr import CAUSAL, TRUE, call
+from ringpass.masks.expr import CAUSAL, TRUE, Expr, call
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered
 from ringpass.masks.scores import Scores, rows_with_keys, split_bias
-from ringpass.masks.simplify import simplify
 from ringpass.passes.detect.site import AttentionSite
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -40,16 +39,16 @@ def read(index: int, node: Node) -> AttentionSite | None:
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
             raise UnsupportedError(f"{node.name}: {name} is computed in the graph ({value.name}); pass a Python number")
-    found, leaves = Scores(TRUE), tuple[Node, ...]()
+    within = CAUSAL if given.get("is_causal", False) else TRUE
+    found, leaves = Scores(within), tuple[Node, ...]()
     if given.get("attn_mask") is not None:
-        found, leaves = _mask(given["attn_mask"], q, k)
-    mask = simplify(call("and", CAUSAL, found.mask)) if given.get("is_causal", False) else found.mask
+        found, leaves = _mask(given["attn_mask"], q, k, within)
     scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    known = mask, found.bias, leaves, scale, float(dropout)
+    known = found.mask, found.bias, leaves, scale, float(dropout)
     return AttentionSite(index, node, q, k, v, *known, unsupported=found.unsupported).with_keyless(found.keyless)
 
 
-def _mask(node: Node, q: Node, k: Node) -> tuple[Scores, tuple[Node, ...]]:
+def _mask(node: Node, q: Node, k: Node, within: Expr) -> tuple[Scores, tuple[Node, ...]]:
     """What an attn_mask node, which broadcasts to the scores of the queries, does to them; its leaves."""
     puller = Puller()
     scores = COORDINATES.get(q.meta["val"].ndim, ())
@@ -60,5 +59,5 @@ def _mask(node: Node, q: Node, k: Node) -> tuple[Scores, tuple[Node, ...]]:
         )
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
     if node.meta["val"].dtype == torch.bool:
-        return numbered(puller, Scores(expr))
-    return numbered(puller, split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k)))))
+        return numbered(puller, Scores(call("and", within, expr)))
+    return numbered(puller, split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k))), within))

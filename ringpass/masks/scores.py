@@ -63,13 +63,13 @@ class Scores:
         return [e for e in found if e is not None]
 
 
-def split_bias(expr: Expr, rows: Size | None = None) -> Scores:
-    """What an additive mask does to scores.  `where(c, 0, -inf)` is the mask c.
+def split_bias(expr: Expr, rows: Size | None = None, within: Expr = TRUE) -> Scores:
+    """What an additive mask does to scores under the mask `within`.  `where(c, 0, -inf)` is the mask c.
 
     So is `where(c, 0, finfo.min)`; if not each of the `rows`, as from `rows_with_keys`, certainly sees a key, the rows
     that see none are keyless.
     """
-    return _best(lambda masks: Scores(*split_sum(expr, masks)), expr, rows, TRUE)
+    return _best(lambda masks: Scores(*split_sum(expr, masks)), expr, rows, within)
 
 
 def separated(expr: Expr, exact: bool, rows: Size | None = None, within: Expr = TRUE) -> Scores:
@@ -89,8 +89,7 @@ def _best(split: Callable[[Masks], Scores], expr: Expr, rows: Size | None, withi
         return soft
     if len(_values(expr)) > 1 or not _one_alone(expr, rows):
         return replace(hard, unsupported="it adds several finite fills, and a row may see no key (mask by -inf)")
-    score = hard.score if hard.score is not None else SCORE
-    whole = score if hard.bias is None else call("add", score, hard.bias)
+    whole = expr if scored(expr) else call("add", SCORE, expr)  # in the order of the model, which rounds each sum
     return replace(soft, keyless=(hard.mask, Call("sub", (whole, Const(_values(expr).pop())))))
 
 

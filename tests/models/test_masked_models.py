@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
+from transformers import DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaModel
 
 from ringpass import RingConfig
 from ringpass.passes.detect.detect import detect
@@ -40,6 +42,60 @@ def test_numbers_with_padding(workers: Workers, name: str) -> None:
         results = [{k: e for k, e in errors.items() if not k.endswith("key.bias")} for errors in results]
     error, where = worst(results)
     assert error < EXACT, where
+
+
+# --- rows that see no key ---------------------------------------------------------------------------------------------
+
+
+def deberta() -> torch.nn.Module:
+    """Its eager attention masks queries too, by the least number."""
+    sizes: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = DebertaV2Config(intermediate_size=24, pad_token_id=0, attn_implementation="eager", **sizes, **rates)
+    return DebertaV2Model(config)
+
+
+def left_padded() -> torch.nn.Module:
+    """Llama's eager attention adds the least number.  Its softmax in float32 would make that of float64 -inf."""
+    sizes: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(intermediate_size=24, num_key_value_heads=2, attn_implementation="eager", **sizes)
+    return LlamaModel(config)
+
+
+EAGER: dict[str, tuple[Callable[[], torch.nn.Module], torch.dtype, float]] = {
+    "deberta": (deberta, torch.float64, EXACT),
+    "left-padded llama": (left_padded, torch.float32, 1e-4),
+}
+
+
+def padded_rows(group: dist.ProcessGroup, name: str) -> tuple[dict[str, float], list[str]]:
+    """Errors of all hidden states, those of padding included, and of gradients; and what was warned of."""
+    torch.manual_seed(0)
+    make, dtype, _ = EAGER[name]
+    model = make().to(dtype)
+    ids, exists = torch.randint(1, 41, (3, 29)), torch.ones(3, 29, dtype=torch.int64)
+    exists[0, 20:], exists[1, :7] = 0, 0
+    weights = torch.randn(16, dtype=dtype)
+
+    def step(run: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        states = run(input_ids=ids, attention_mask=exists).last_hidden_state
+        (states * weights).sin().sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {"states": states.detach().clone(), **grads}
+
+    want = step(model)
+    with warnings.catch_warnings(record=True) as caught:
+        got = step(compiled(model, group, tile=8))
+    errors = {key: relative(got[key], want[key]) for key in want if not want[key].norm() < 1e-12}
+    return errors, [str(x.message) for x in caught]
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_padding_without_a_key(workers: Workers, name: str) -> None:
+    for errors, warned in workers.run(padded_rows, 3, name):
+        assert max(errors.values()) < EAGER[name][2], errors
+        assert not [text for text in warned if "as the model wrote it" in text]
 
 
 # --- Mistral's window -------------------------------------------------------------------------------------------------

@@ -169,6 +169,26 @@ def closed(model: Attention) -> Mod:
     return lambda s, b, h, q, k: torch.where((q < 3) | (q > 4), s, -INFINITY)
 
 
+def filled(model: Attention) -> Mod:
+    """Rows of document 1 see no key: they see all keys alike."""
+    least = torch.finfo(torch.float64).min
+    return lambda s, b, h, q, k: torch.where((model.ids[q] != 1) & (k <= q), s, least)
+
+
+def filled_learned(model: Attention) -> Mod:
+    """A learned bias, whose gradient goes through rows of fills too."""
+    return lambda s, b, h, q, k: s + model.table[h, q - k + S] + torch.where(model.ids[k] == 0, -1e9, 0.0)
+
+
+def dense_filled(model: Attention, s: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return s.masked_fill(~((model.ids.view(S, 1) != 1) & (k <= q)), torch.finfo(torch.float64).min)
+
+
+def dense_filled_learned(model: Attention, s: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    scores = s + model.table[h, q - k + S] + torch.where(model.ids == 0, -1e9, 0.0)
+    return scores.masked_fill(k > q, -INFINITY)
+
+
 CASES = {
     "no block mask": Case(lambda model, s, h, q, k: s),
     "causal": Case(seen(lambda h, q, k: k <= q), blocks=masked(lambda model: causal)),
@@ -199,6 +219,8 @@ CASES = {
     ),
     "positive": Case(lambda model, s, h, q, k: s.masked_fill(s <= 0.1, -INFINITY), score=positive),
     "not read": Case(lambda model, s, h, q, k: s + torch.lgamma(1 + s.abs()), score=gamma),
+    "filled": Case(dense_filled, score=filled, groups=2),
+    "filled, learned": Case(dense_filled_learned, score=filled_learned, blocks=masked(lambda model: causal)),
     "closed rows": Case(seen(lambda h, q, k: (q < 3) | (q > 4)), score=closed),
 }  # fmt: skip
 
@@ -242,7 +264,7 @@ def check(workers: Workers, ranks: int, names: tuple[str, ...], **options: Any) 
 ON_RANKS = {
     1: ("causal", "soft cap"),
     2: ("no block mask", "one block", "made inside", "clamped", "positive", "not read", "closed rows"),
-    3: ("documents", "block list", "relative bias", "learned soft cap"),
+    3: ("documents", "block list", "relative bias", "learned soft cap", "filled", "filled, learned"),
     5: ("window", "by head", "alibi"),
 }
 assert CASES.keys() == {name for names in ON_RANKS.values() for name in names}
