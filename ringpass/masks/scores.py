@@ -154,12 +154,12 @@ def _one_alone(expr: Expr, rows: Size | None) -> bool:
     if not isinstance(expr, Call) or expr.op != "add" or rows is None:
         return False
     left, right = filled
-    return any(_fills_once(a) and sees_a_key(_peeled_sum(b), rows) for a, b in ((left, right), (right, left)))
+    return any(_fills_once(a) and sees_a_key(_unfilled(b), rows) for a, b in ((left, right), (right, left)))
 
 
-def _peeled_sum(expr: Expr) -> Expr:
-    """The condition under which no fill of a sum masks a pair."""
-    return (_peeled if scored(expr) else split_sum)(expr, _is_fill)[0]
+def _unfilled(expr: Expr) -> Expr:
+    """The condition under which no fill of `expr` masks a pair."""
+    return _separated(expr, True, _is_fill).mask if scored(expr) else split_sum(expr, _is_fill)[0]
 
 
 def _replaced(expr: Expr) -> tuple[Expr, Expr, float] | None:

@@ -52,14 +52,16 @@ def deberta() -> torch.nn.Module:
     sizes: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = DebertaV2Config(intermediate_size=24, pad_token_id=0, attn_implementation="eager", **sizes, **rates)
-    return DebertaV2Model(config)
+    model: torch.nn.Module = DebertaV2Model(config)
+    return model
 
 
 def left_padded() -> torch.nn.Module:
     """Llama's eager attention adds the least number.  Its softmax in float32 would make that of float64 -inf."""
     sizes: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(intermediate_size=24, num_key_value_heads=2, attn_implementation="eager", **sizes)
-    return LlamaModel(config)
+    model: torch.nn.Module = LlamaModel(config)
+    return model
 
 
 EAGER: dict[str, tuple[Callable[[], torch.nn.Module], torch.dtype, float]] = {

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.support.sharded_ops import Case, check_attentions
+from ringpass.passes.detect.detect import detect
+from tests.support.sharded_ops import Case, captured_of, check_attentions
 
 B, H, G, S, D = 3, 4, 2, 13, 4
 LEAST = torch.finfo(torch.float64).min
@@ -122,10 +123,10 @@ def case_of(attend: Attend, shapes: tuple[tuple[int, ...], ...], fill: float) ->
     return Case(attend.__name__, lambda *given: attend(*given, fill), shapes)
 
 
-def check(case: Case, world: int, **options: Any) -> list[str]:
+def check(case: Case, world: int, layout: str = "auto", **options: Any) -> list[str]:
     """Beside the plain formula: the gradients of a CPU's fused kernels are n times too large in a row of n fills."""
     with sdpa_kernel(SDPBackend.MATH):
-        return check_attentions(case, "auto", world, tile=4, **options)
+        return check_attentions(case, layout, world, tile=4, **options)
 
 
 @pytest.mark.parametrize(("attend", "shapes"), ATTENTIONS, ids=lambda x: getattr(x, "__name__", ""))
@@ -137,3 +138,92 @@ def test_rows_without_a_key_are_those_of_one_device(
     for world in (2, 3):
         gathered = check(case, world)
         assert not [reason for reason in gathered if "mask of" not in reason], gathered
+
+
+def with_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return added_by_hand(q, k, v, -1e4)
+
+
+def filled_by_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return filled_where(q, k, v, -1e4)
+
+
+@pytest.mark.parametrize("attend", (with_minus_ten_thousand, filled_by_minus_ten_thousand))
+def test_moderate_fills_stay_what_they_are(attend: Attend) -> None:
+    """A number of this size is rounded to 2e-12, and so is a log-sum-exp."""
+    case = Case(attend.__name__, attend, HEADS)
+    (site,) = detect(captured_of(case).gm)
+    assert site.keyless is None and not site.unsupported
+    for world in (2, 5):
+        assert check(case, world, tolerance=4e-12) == []
+
+
+@pytest.mark.parametrize("world", (1, 2, 5))
+@pytest.mark.parametrize("options", ({}, {"comm": "allgather"}, {"layout": "zigzag"}, {"hilbert": (3, 4)}))
+@pytest.mark.parametrize("attend", (filled, added_to_sdpa))
+def test_rows_without_a_key_under_options(attend: Attend, options: dict[str, Any], world: int) -> None:
+    check(case_of(attend, GROUPED if attend is added_to_sdpa else HEADS, FLOAT32), world, **options)
+
+
+def few_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added(keys(), LEAST))
+
+
+def three_dims(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2)).masked_fill(~(tokens()[:, None] & causal()), FLOAT32)
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def over_all_rows_alike(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence of keys for the whole batch."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added(keys(), -1e9))
+
+
+def by_data(q: Tensor, k: Tensor, v: Tensor, exists: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~(exists > 1.0)[:, None, None], LEAST).softmax(-1) @ (v * exists[:, None, :, None])
+
+
+@pytest.mark.parametrize(
+    ("attend", "shapes"),
+    (
+        (few_queries, ((B, H, 3, D), (B, H, S, D), (B, H, S, D))),
+        (three_dims, ((B, S, D),) * 3),
+        (over_all_rows_alike, ((B, H, S, D), (1, H, S, D), (1, H, S, D))),
+        (by_data, (*HEADS, (B, S))),
+    ),
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_rows_without_a_key_in_other_shapes(attend: Attend, shapes: tuple[tuple[int, ...], ...]) -> None:
+    for world in (2, 3):
+        check(Case(attend.__name__, attend, shapes), world)
+
+
+def different_fills(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + added(causal(), LEAST) + added(keys(), -1e9)).softmax(-1) @ v
+
+
+def two_of_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No key is surely masked by one alone."""
+    return (q @ k.mT + added(pairs(), -1e9) + added(keys(), -1e9)).softmax(-1) @ v
+
+
+def inside_a_function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.sinh((q @ k.mT).masked_fill(~keys(), -1e6) * 1e-6) * 1e6).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("attend", (different_fills, two_of_data, inside_a_function))
+def test_fills_that_are_not_read_run_as_written(attend: Attend) -> None:
+    case = Case(attend.__name__, attend, HEADS)
+    (site,) = detect(captured_of(case).gm)
+    assert "finite" in site.unsupported
+    check(case, 2)
+
+
+def test_a_fill_beside_a_sure_key_is_a_mask() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added(causal(), -1e9))
+
+    case = Case("causal", attend, HEADS)
+    (site,) = detect(captured_of(case).gm)
+    assert (str(site.mask), site.bias, site.keyless) == ("k <= q", None, None)
+    assert check(case, 3) == []

@@ -134,15 +134,18 @@ def local_shard(x: Tensor, spec: ShardedOutput | None, rank: int, world: int) ->
     assert isinstance(spec.outer, int) and isinstance(spec.tokens, int)
     inner = x.shape[spec.dim] // (spec.outer * spec.tokens)
     split = x.reshape(*x.shape[: spec.dim], spec.outer, spec.tokens, inner, *x.shape[spec.dim + 1 :])
-    ranges = Layout(spec.layout, world).ranges(rank, spec.tokens)
+    layout = Layout(spec.layout, world)
+    if layout.order:  # along a curve
+        split = split.index_select(spec.dim + 1, torch.as_tensor(layout.order.permutation.values.copy()))
+    ranges = layout.ranges(rank, spec.tokens)
     mine = torch.cat([split.narrow(spec.dim + 1, a, b - a) for a, b in ((0, 0), *ranges)], spec.dim + 1)
     return mine.flatten(spec.dim, spec.dim + 2)
 
 
-def assert_close(got: Tensor, want: Tensor, full: Tensor) -> None:
-    """To 1e-12 of the largest element of the full tensor, or of 1."""
+def assert_close(got: Tensor, want: Tensor, full: Tensor, tolerance: float = 1e-12) -> None:
+    """To `tolerance` of the largest element of the full tensor, or of 1."""
     most = float(full.detach().abs().max()) if full.numel() else 0.0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(most, 1.0))
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * max(most, 1.0))
 
 
 def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
@@ -150,12 +153,12 @@ def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> lis
     return _check(case, rank_programs(case, layout, world, tokens))
 
 
-def check_attentions(case: Case, layout: str, world: int, **options: Any) -> list[str]:
+def check_attentions(case: Case, layout: str, world: int, tolerance: float = 1e-12, **options: Any) -> list[str]:
     """`check_on_shards` of a call with attentions, on the axes that the compiler plans."""
-    return _check(case, planned_programs(case, layout, world, **options))
+    return _check(case, planned_programs(case, layout, world, **options), tolerance)
 
 
-def _check(case: Case, made: list[Partitioned]) -> list[str]:
+def _check(case: Case, made: list[Partitioned], tolerance: float = 1e-12) -> list[str]:
     given, world = inputs(case), len(made)
     want = after_product(case)(*given)
     generator = torch.Generator().manual_seed(1)
@@ -170,9 +173,9 @@ def _check(case: Case, made: list[Partitioned]) -> list[str]:
 
     for rank, (got, grads) in enumerate(thread_ranks.run(world, job)):
         for y, full, spec in zip(got, want, made[rank].outputs, strict=True):
-            assert_close(y, local_shard(full, spec, rank, world), full)
+            assert_close(y, local_shard(full, spec, rank, world), full, tolerance)
         for g, full in zip(grads, want_grads, strict=True):
             assert (g is None) == (full is None)
             if g is not None:
-                assert_close(g, full, full)
+                assert_close(g, full, full, tolerance)
     return [g.reason for g in made[0].gathers if g.reason != "output"]
