@@ -81,7 +81,7 @@ def _scores(node: Node) -> Functions | str:
     if blocks is None:
         return "its block mask has a symbolic length, and lists of another"
     rows = rows_with_keys(*(x.meta["val"].shape[-2] for x in args_of(node)[:2]))
-    scores = separated(score, dtype == q.meta["val"].dtype, rows, within=blocks)
+    scores = separated(score, dtype == q.meta["val"].dtype, dtype, rows, within=blocks)
     return Functions(*numbered(puller, scores), block_sparse=blocks != allowed)
 
 

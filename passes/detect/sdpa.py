@@ -20,6 +20,7 @@ from ringpass.masks.expr import CAUSAL, TRUE, Expr, call
 from ringpass.masks.from_graph import COORDINATES, Puller, numbered
 from ringpass.masks.scores import Scores, rows_with_keys, split_bias
 from ringpass.passes.detect.site import AttentionSite
+from ringpass.precision import accumulator
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -60,4 +61,5 @@ def _mask(node: Node, q: Node, k: Node, within: Expr) -> tuple[Scores, tuple[Nod
     expr = puller.element(node, puller.clip(node, scores[len(scores) - rank :]))
     if node.meta["val"].dtype == torch.bool:
         return numbered(puller, Scores(call("and", within, expr)))
-    return numbered(puller, split_bias(expr, rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k))), within))
+    rows = rows_with_keys(*(x.meta["val"].shape[-2] for x in (q, k)))
+    return numbered(puller, split_bias(expr, accumulator(q.meta["val"].dtype), rows, within))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from ringpass.masks.expr import Expr
+from ringpass.masks.scores import Keyless
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class AttentionSite:
     handwritten: the model writes the softmax out.
     sink: the score of one more key, whose value is 0; None: no such key.
     keyless: the same call for the rows that see no key under `mask`; None: these rows give 0.
+    uniform: of the call for such rows, how its scores are surely equal (`ringpass.masks.scores.Keyless`).
     """
 
     index: int
@@ -47,13 +49,13 @@ class AttentionSite:
     handwritten: bool = False
     sink: Expr | None = None
     keyless: AttentionSite | None = None
+    uniform: str = ""
 
-    def with_keyless(self, found: tuple[Expr, Expr] | None) -> AttentionSite:
-        """The site whose rows without a key attend under a mask by a score function; None: they give 0."""
-        if found is None:
+    def with_keyless(self, how: Keyless | None) -> AttentionSite:
+        """The site whose rows without a key attend as `how` says; None: they give 0."""
+        if how is None:
             return self
-        mask, score = found
-        return replace(self, keyless=replace(self, mask=mask, bias=None, score=score))
+        return replace(self, keyless=replace(self, mask=how.mask, bias=None, score=how.score, uniform=how.uniform))
 
     def functions(self, change: Callable[[Expr], Expr]) -> AttentionSite:
         """The site, and that of its rows without a key, with its expressions changed."""
@@ -84,7 +86,8 @@ class AttentionSite:
         parts += [f"score {self.score}"] if self.score is not None else []
         parts += [f"sink {self.sink}"] if self.sink is not None else []
         if self.keyless is not None:
-            parts.append(f"rows without a key: mask {self.keyless.mask}, score {self.keyless.score}")
+            equal = f", all equal ({self.keyless.uniform})" if self.keyless.uniform else ""
+            parts.append(f"rows without a key: mask {self.keyless.mask}, score {self.keyless.score}{equal}")
         parts += [f"leaves {leaves}"] if leaves else []
         parts += [f"dropout {self.dropout}"] if self.dropout else []
         return "; ".join([*parts, f"scale {self.scale:.6g}"])

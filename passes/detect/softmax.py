@@ -67,7 +67,8 @@ def read(index: int, node: Node) -> AttentionSite | None:
     if not scored(function) or (beside is not None and scored(beside)):
         return None
     scale, function = _scaled(_unshifted(function))
-    found = separated(function, exact=True, rows=rows_with_keys(*scores.meta["val"].shape[-2:]))
+    product = scores.meta["val"]
+    found = separated(function, True, product.dtype, rows_with_keys(*product.shape[-2:]))
     if beside is not None:
         found = replace(found, sink=beside, keyless=None)  # beside a sink, a row of fills gives 0
     found, leaves = numbered(puller, found)

@@ -15,9 +15,10 @@ from ringpass import ops
 from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of
-from ringpass.passes.op_rules.spec import Rank, Writer
+from ringpass.passes.op_rules.spec import GraphSize, Rank, Writer
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
+from ringpass.precision import accumulator
 from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
 from ringpass.schedule.site import Site, register
 
@@ -82,10 +83,44 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
 
 def _with_keyless_rows(writer: AttentionWriter, plan: SitePlan, call: Node, out: Node, operands: Operands) -> Node:
     """The output of the `call` of ring attention, with the rows that see no key as `plan` says."""
-    name = f"ring_attention_{plan.site.index}_keyless"
-    rows = writer.emit(operator.getitem, _ring(writer, plan, *operands, name=name), 0)
+    if plan.problem is None:
+        rows = _means(writer, plan, *operands[0], operands[-1][1])
+    else:
+        name = f"ring_attention_{plan.site.index}_keyless"
+        rows = writer.emit(operator.getitem, _ring(writer, plan, *operands, name=name), 0)
     keyless = writer.emit(aten.eq.Scalar, writer.emit(operator.getitem, call, 1), -math.inf)
     return writer.emit(aten.where.self, writer.emit(aten.unsqueeze.default, keyless, -1), rows, out)
+
+
+def _means(writer: AttentionWriter, plan: SitePlan, q: Node, k: Node, v: Node, tokens: GraphSize) -> Node:
+    """The mean of all values, for each query: attention under equal scores.
+
+    Where these are scores that are lost in a fill, s = scale q . k has a gradient, ds[i, j] = g[i] . (v[j] - mean) / n.
+    It is that of t = scale q M for M = sum over j of k[j] (v[j] - mean) / n, which adds t - t = 0 to the output.
+    """
+    site, dtype = plan.ordered, accumulator(q.meta["val"].dtype)
+    q, k, v = (x if x.meta["val"].dtype == dtype else writer.emit(aten.to.dtype, x, dtype) for x in (q, k, v))
+
+    def over_ranks(total: Node) -> Node:
+        return writer.emit(ops.reduce, total, writer.rank.group) if plan.key_axis else total
+
+    total = over_ranks(writer.emit(aten.sum.dim_IntList, v, [2], True))
+    found = [writer.emit(aten.div.Tensor, total, tokens, name=f"{site.node.name}_mean")]
+    if site.uniform == "added":
+        apart = writer.emit(aten.detach.default, writer.emit(aten.sub.Tensor, v, found[0]))
+        moments = writer.emit(aten.matmul.default, writer.emit(aten.transpose.int, k, -2, -1), apart)
+        found.append(writer.emit(aten.div.Tensor, over_ranks(moments), tokens, name=f"{site.node.name}_moments"))
+    if plan.key_axis:
+        equal = writer.emit(ops.replicate, found, 0, writer.rank.rank, writer.rank.group)
+        found = [writer.emit(operator.getitem, equal, i) for i in range(len(found))]
+    repeats = site.heads[0] // site.heads[1]
+    mean, *others = (writer.emit(aten.repeat_interleave.self_int, x, repeats, 1) if repeats > 1 else x for x in found)
+    for moments in others:
+        t = writer.emit(aten.mul.Tensor, writer.emit(aten.matmul.default, q, moments), site.scale)
+        nothing = writer.emit(aten.sub.Tensor, t, writer.emit(aten.detach.default, t))
+        mean = writer.emit(aten.add.Tensor, mean, nothing)
+    values = site.v.meta["val"].dtype
+    return mean if dtype == values else writer.emit(aten.to.dtype, mean, values)
 
 
 def _ring(

@@ -20,7 +20,7 @@ from torch.fx import Node
 from ringpass.config import RingConfig
 from ringpass.layouts.hilbert import Order
 from ringpass.layouts.layout import Layout, following
-from ringpass.masks.expr import loads
+from ringpass.masks.expr import TRUE, loads
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.axes import aligned_axes, held_axes, tokens_of
@@ -57,7 +57,7 @@ class SitePlan:
     dilation: Dilation | None = None
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
-    keyless: SitePlan | None = None  # of the rows that see no key
+    keyless: SitePlan | None = None  # of the rows that see no key; without a problem: they give the mean of all values
 
     @property
     def group_problems(self) -> tuple[GroupProblem, ...]:
@@ -186,12 +186,19 @@ def plan(
         problem = _site_problem(ordered, *about)
         planned_site = SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, _unread(site))
         if site.keyless and ordered.keyless and problem:
-            problem = _site_problem(ordered.keyless, *about)
+            uniform = _is_uniform(ordered.keyless, dilation, config)
+            problem = None if uniform else _site_problem(ordered.keyless, *about)
             keyless = replace(planned_site, site=site.keyless, ordered=ordered.keyless, problem=problem)
             planned_site = replace(planned_site, keyless=keyless)
         plans.append(planned_site)
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _is_uniform(site: AttentionSite, dilation: Dilation | None, config: RingConfig) -> bool:
+    """Whether each row of the site surely gives the mean of all values."""
+    everything = site.mask == TRUE and dilation is None and not config.approximate
+    return bool(site.uniform) and everything and not site.dropout
 
 
 def _site_problem(

@@ -439,7 +439,7 @@ def _embedding(p: Puller, node: Node, indices: Indices) -> Expr:
 
 def numbered(puller: Puller, scores: Scores) -> tuple[Scores, tuple[Node, ...]]:
     """(scores, leaves): the leaves that the expressions of `scores` load, numbered from 0; its masks simplified."""
-    keyless = None if scores.keyless is None else (simplify(scores.keyless[0]), scores.keyless[1])
+    keyless = scores.keyless and replace(scores.keyless, mask=simplify(scores.keyless.mask))
     found = replace(scores, mask=simplify(scores.mask), keyless=keyless)
     used = sorted(set[int]().union(*map(loads, found.expressions)))
     numbers = {old: new for new, old in enumerate(used)}

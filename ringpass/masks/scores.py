@@ -27,6 +27,8 @@ from ringpass.nodes import Size
 
 ZERO = Const(0)
 LEAST = tuple(torch.finfo(t).min for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+LOST = 2.0**20
+"""Scores that are smaller than this are lost in a fill whose unit in the last place is twice as large."""
 LARGE = 2.0**17
 """A finite number that is smaller than minus this masks a pair: no score comes near it.  So do those of `LEAST`."""
 Split = tuple[Expr, Expr | None]
@@ -35,11 +37,24 @@ Masks = Callable[[float], bool]
 
 
 @dataclass(frozen=True)
+class Keyless:
+    """How the rows attend that see no key under a mask: by a score function, under another mask.
+
+    uniform: "filled": their scores are one number; "added": they are all lost in the fill, which is added to them, so
+    that they are equal and have gradients nonetheless; empty: neither is certain.
+    """
+
+    mask: Expr
+    score: Expr
+    uniform: str = ""
+
+
+@dataclass(frozen=True)
 class Scores:
     """What becomes of scores: a mask, and at most one of a bias and a score function; None: none.
 
     sink: the score of one more key, whose value is 0; None: no such key.
-    keyless: mask and score function of the rows that see no key under `mask`; None: these rows give 0.
+    keyless: how the rows attend that see no key under `mask`; None: these rows give 0.
     unsupported: why the score function is not read, in words.
     """
 
@@ -47,40 +62,43 @@ class Scores:
     bias: Expr | None = None
     score: Expr | None = None
     sink: Expr | None = None
-    keyless: tuple[Expr, Expr] | None = None
+    keyless: Keyless | None = None
     unsupported: str = ""
 
     def rewritten(self, change: Callable[[Expr], Expr]) -> Scores:
         """The same with each expression changed."""
         bias, score, sink = (None if e is None else change(e) for e in (self.bias, self.score, self.sink))
-        keyless = None if self.keyless is None else (change(self.keyless[0]), change(self.keyless[1]))
+        keyless = self.keyless and replace(
+            self.keyless, mask=change(self.keyless.mask), score=change(self.keyless.score)
+        )
         return Scores(change(self.mask), bias, score, sink, keyless, self.unsupported)
 
     @property
     def expressions(self) -> list[Expr]:
         """All of them."""
-        found = (self.mask, self.bias, self.score, self.sink, *(self.keyless or ()))
+        others = (self.keyless.mask, self.keyless.score) if self.keyless else ()
+        found = self.mask, self.bias, self.score, self.sink, *others
         return [e for e in found if e is not None]
 
 
-def split_bias(expr: Expr, rows: Size | None = None, within: Expr = TRUE) -> Scores:
+def split_bias(expr: Expr, dtype: torch.dtype, rows: Size | None = None, within: Expr = TRUE) -> Scores:
     """What an additive mask does to scores under the mask `within`.  `where(c, 0, -inf)` is the mask c.
 
     So is `where(c, 0, finfo.min)`; if not each of the `rows`, as from `rows_with_keys`, certainly sees a key, the rows
-    that see none are keyless.
+    that see none are keyless.  `dtype`: that of the scores.
     """
-    return _best(lambda masks: Scores(*split_sum(expr, masks)), expr, rows, within)
+    return _best(lambda masks: Scores(*split_sum(expr, masks)), expr, dtype, rows, within)
 
 
-def separated(expr: Expr, exact: bool, rows: Size | None = None, within: Expr = TRUE) -> Scores:
+def separated(expr: Expr, exact: bool, dtype: torch.dtype, rows: Size | None = None, within: Expr = TRUE) -> Scores:
     """What a score function does, under the mask `within`; without a bias where adding it would not be `exact`.
 
-    `rows`: as in `split_bias`.
+    `dtype`, `rows`: as in `split_bias`.
     """
-    return _best(lambda masks: _separated(expr, exact, masks), expr, rows, within)
+    return _best(lambda masks: _separated(expr, exact, masks), expr, dtype, rows, within)
 
 
-def _best(split: Callable[[Masks], Scores], expr: Expr, rows: Size | None, within: Expr) -> Scores:
+def _best(split: Callable[[Masks], Scores], expr: Expr, dtype: torch.dtype, rows: Size | None, within: Expr) -> Scores:
     """`split`(what masks) with all fills, and what keyless rows do, if there may be some."""
     hard, soft = (_within(split(masks), within) for masks in (_is_infinite, _is_fill))
     if left := [x for x in (soft.bias, soft.score) if x is not None and _has_fill(x)]:
@@ -90,7 +108,9 @@ def _best(split: Callable[[Masks], Scores], expr: Expr, rows: Size | None, withi
     if len(_values(expr)) > 1 or not _one_alone(expr, rows):
         return replace(hard, unsupported="it adds several finite fills, and a row may see no key (mask by -inf)")
     whole = expr if scored(expr) else call("add", SCORE, expr)  # in the order of the model, which rounds each sum
-    return replace(soft, keyless=(hard.mask, Call("sub", (whole, Const(_values(expr).pop())))))
+    (fill,) = _values(expr)
+    how = _uniform(expr, soft, -fill * torch.finfo(dtype).eps / 4)
+    return replace(soft, keyless=Keyless(hard.mask, Call("sub", (whole, Const(fill))), how))
 
 
 def _within(found: Scores, mask: Expr) -> Scores:
@@ -141,6 +161,27 @@ def _fills_once(expr: Expr) -> bool:
         return found[0] == expr or found[1] == FALSE or _fills_once(found[0])
     filled = [part for part in parts(expr) if _values(part)]
     return not filled or (len(filled) == 1 and _fills_once(filled[0]))
+
+
+def _uniform(expr: Expr, soft: Scores, lost: float) -> str:
+    """`Keyless.uniform` of a function with one fill; scores up to `lost` are lost in it."""
+    if scored(expr) and _is_filled(expr):
+        return "filled"
+    plain = soft.bias is None and soft.score is None and _fills_once(expr) and not _lifts(expr)
+    return "added" if plain and lost >= LOST else ""
+
+
+def _lifts(expr: Expr) -> bool:
+    """Whether anything in `expr` is lifted to a fill, which divides gradients in two where both are equal."""
+    return _lifted(expr) is not None or any(map(_lifts, parts(expr)))
+
+
+def _is_filled(expr: Expr) -> bool:
+    """Whether a finite fill stands wherever one masks a pair."""
+    found = _filled(expr, _is_fill)
+    if found is None or found[0] == expr or _is_infinite(found[2]):
+        return not _values(expr)
+    return _is_filled(found[0])
 
 
 def _one_alone(expr: Expr, rows: Size | None) -> bool:

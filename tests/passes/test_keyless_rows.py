@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ringpass import ops
 from ringpass.passes.detect.detect import detect
-from tests.support.sharded_ops import Case, captured_of, check_attentions
+from ringpass.schedule.site import lookup
+from tests.support.sharded_ops import Case, captured_of, check_attentions, planned_programs
 
 B, H, G, S, D = 3, 4, 2, 13, 4
 LEAST = torch.finfo(torch.float64).min
@@ -138,6 +140,35 @@ def test_rows_without_a_key_are_those_of_one_device(
     for world in (2, 3):
         gathered = check(case, world)
         assert not [reason for reason in gathered if "mask of" not in reason], gathered
+
+
+@pytest.mark.parametrize(
+    ("attend", "fill", "calls"),
+    (
+        (filled, -1e9, 1),
+        (filled_twice, LEAST, 1),
+        (added_by_hand, -1e30, 1),
+        (added_to_sdpa, FLOAT32, 1),
+        (added_by_hand, -1e9, 2),
+        (beside_infinity, LEAST, 2),
+    ),
+)
+def test_equal_scores_need_no_second_attention(attend: Attend, fill: float, calls: int) -> None:
+    shapes = GROUPED if attend is added_to_sdpa else HEADS
+    graph = planned_programs(case_of(attend, shapes, fill), "auto", 3)[0].gm.graph
+    assert len([n for n in graph.nodes if n.target is ops.ring_attention]) == calls
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).masked_fill(~keys(), LEAST).softmax(-1), 0.5) @ v
+
+
+def test_dropout_needs_a_second_attention() -> None:
+    """It draws each weight of an even row."""
+    program = planned_programs(Case("dropped", dropped, HEADS), "auto", 2)[0]
+    calls = [n for n in program.gm.graph.nodes if n.target is ops.ring_attention]
+    first, second = (lookup(str(n.args[5]), S, S) for n in calls)
+    assert first.dropout == second.dropout == 0.5 and first.stream == second.stream
 
 
 def with_minus_ten_thousand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
