@@ -129,7 +129,8 @@ def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
     parts = [(sweep.dims(n)[dim], size_of(n.meta["val"].shape[dim])) for n in listed]
     if sweep.computed.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
         return _passing_dims(sweep, node, note)
-    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in operands]
+    alike = [n for n in operands_of(node) if n.meta["val"].ndim == rank]  # empty ones have the other dims too
+    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in alike]
     out = list(sweep.broadcast(others, note))
     out[dim] = sweep.joined(parts, note)
     sweep.slices[node] = dim
