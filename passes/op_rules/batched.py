@@ -81,7 +81,7 @@ def _last(count: int) -> OpRule:
         leading = sweep.broadcast([d[: len(d) - count] for d in operands], note)
         return _each(node, lambda x: (*leading, *sweep.fresh(x.shape[len(leading) :])))
 
-    return OpRule(dims_rule)
+    return OpRule(dims_rule, takes_none=False)
 
 
 def _each(node: Node, dims: Any) -> Results:

@@ -20,7 +20,7 @@ import sympy
 from torch.fx import Node
 
 from ringpass.nodes import Size, args_of, bound_of, first_of, op_name, operands_of, size_of
-from ringpass.passes.op_rules.spec import OpRule, Writer
+from ringpass.passes.op_rules.spec import OpRule, Writer, same_call
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factors, Note, Sweep, is_integral, product
 
@@ -158,10 +158,14 @@ def _patches_to_grid(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 
 def _upsampled(sweep: Sweep, node: Node, note: Note) -> Dims:
-    """Rows and columns of nearest neighbours."""
+    """Rows and columns of nearest neighbours: repeated, where the scale that picks them is how often each stands."""
     batch, channels, *dims = sweep.dims(first_of(node))
-    shape = node.meta["val"].shape[2:]
-    repeats = [_repeats(f, n) for f, n in zip(dims, shape, strict=True)]
+    shape, old = node.meta["val"].shape[2:], first_of(node).meta["val"].shape[2:]
+    scales = bound_of(node).get("scale_factors") or [None] * len(shape)
+    repeats = [
+        _repeats(f, n) and (scale is None or scale * m == n)
+        for f, n, m, scale in zip(dims, shape, old, scales, strict=True)
+    ]
     out = [(_split if r else _replicated)(sweep, f, n, note) for r, f, n in zip(repeats, dims, shape, strict=True)]
     return batch, channels, *out
 
@@ -191,9 +195,11 @@ def _transposed_convolution(sweep: Sweep, node: Node, note: Note) -> Dims | None
 
 
 def _write_sized(count: int) -> Callable[[Writer, Node, Axis], Node]:
-    """Writes an op that is told the size of its last `count` dims."""
+    """Writes an op that is told the size of its last `count` dims, one of which has the tokens."""
 
     def write(writer: Writer, node: Node, axis: Axis) -> Node:
+        if writer.shard_args(node, axis).dim < node.meta["val"].ndim - count:
+            return same_call(writer, node, axis)
         given = writer.operands_by_name(node, axis, f"operand of {op_name(node)}")
         given |= {"output_size": writer.local_shape(node, axis)[-count:]}
         return writer.emit_by_name(node.target, {k: x for k, x in given.items() if k != "scale_factors"}, node.name)
@@ -202,20 +208,23 @@ def _write_sized(count: int) -> Callable[[Writer, Node, Axis], Node]:
 
 
 RULES = {
-    **{f"{kind}_pool{n}d.default": OpRule(_pooled(n)) for kind in ("avg", "max") for n in (1, 2, 3)},
-    **{f"adaptive_avg_pool{n}d.default": OpRule(_adaptive(n), write=_write_sized(n)) for n in (1, 2, 3)},
+    **{f"{kind}_pool{n}d.default": OpRule(_pooled(n), takes_none=False) for kind in ("avg", "max") for n in (1, 2, 3)},
     **{
-        f"{name}{n}d.vec": OpRule(_upsampled, write=_write_sized(n))
+        f"adaptive_avg_pool{n}d.default": OpRule(_adaptive(n), takes_none=False, write=_write_sized(n))
+        for n in (1, 2, 3)
+    },
+    **{
+        f"{name}{n}d.vec": OpRule(_upsampled, takes_none=False, write=_write_sized(n))
         for name in ("upsample_nearest", "_upsample_nearest_exact")
         for n in (1, 2, 3)
     },
     **dict.fromkeys(
         ("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input"),
-        OpRule(_transposed_convolution, computes=True),
+        OpRule(_transposed_convolution, computes=True, takes_none=False),
     ),
-    "unfold.default": OpRule(_unfolded),
-    "im2col.default": OpRule(_grid_to_patches),
-    "col2im.default": OpRule(_patches_to_grid, write=_write_sized(2)),
-    "pixel_unshuffle.default": OpRule(_pixels_merged),
-    "pixel_shuffle.default": OpRule(_pixels_split),
+    "unfold.default": OpRule(_unfolded, takes_none=False),
+    "im2col.default": OpRule(_grid_to_patches, takes_none=False),
+    "col2im.default": OpRule(_patches_to_grid, takes_none=False, write=_write_sized(2)),
+    "pixel_unshuffle.default": OpRule(_pixels_merged, takes_none=False),
+    "pixel_shuffle.default": OpRule(_pixels_split, takes_none=False),
 }

@@ -110,6 +110,7 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
     gathered: set[Node] = set()
     for node in region:
         on = _runs_on(p, node, factor) and (factor.size >= world or rule_for(node).takes_none)
+        on = first_of(node) in found.on if rule_for(node).follows else on
         if on:
             found.on.add(node)
         for n in reads(node):

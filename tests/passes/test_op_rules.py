@@ -166,6 +166,8 @@ SHARDED = [  # op on shards = shards of op
     Case("where.self", lambda x, y: x.index_put((ids(9) == 4,), y), ((B, S, D), (2, D))),
     Case("where.self", lambda x: x.index_put((ids(9) == 4,), torch.tensor(2.0, dtype=torch.float64))),
     Case("cummax.default", lambda x: x.cummax(-1)),
+    Case("upsample_nearest1d.vec", lambda x: F.interpolate(x, scale_factor=1.7), ((S, 2, 7),)),
+    Case("upsample_nearest2d.vec", lambda x: F.interpolate(x, scale_factor=(2, 2.4)), ((S, 2, 3, 2),)),
     Case("max_pool2d.default", lambda x: F.max_pool2d(x, 2), ((S, 2, 4, 4),)),
     Case("diagonal.default", lambda x: x.diagonal(0, 0, 2), ((3, S, D),)),
     Case("linalg_inv.default", lambda x: torch.linalg.inv(x + 4 * torch.eye(D, dtype=x.dtype)), ((S, D, D),)),
