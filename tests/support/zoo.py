@@ -362,38 +362,6 @@ ZOO: dict[str, Entry] = {
         _of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, head_dim=8, **EXPERTS), tokens, padding=True,
         dtype=torch.float32,
     ),
-    "qwen3_next": Entry(
-        _of("Qwen3NextForCausalLM", "Qwen3NextConfig", **GROUPED, head_dim=8, linear_num_key_heads=2,
-            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
-            layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1]),
-        tokens, dtype=torch.float32,
-    ),
-    "deepseek_v3": Entry(
-        _of("DeepseekV3ForCausalLM", "DeepseekV3Config", num_key_value_heads=HEADS, q_lora_rank=12, kv_lora_rank=8,
-            qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2),
-        tokens, padding=True, dtype=torch.float32,
-    ),
-    "llama4": Entry(
-        _of("Llama4ForCausalLM", "Llama4TextConfig", **GROUPED, head_dim=8, intermediate_size_mlp=2 * WIDTH,
-            num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=9, no_rope_layers=[1, 0],
-            moe_layers=[1]),
-        tokens, padding=True, dtype=torch.float32,
-    ),
-    "glm4_moe": Entry(
-        _of("Glm4MoeForCausalLM", "Glm4MoeConfig", **GROUPED, head_dim=8, first_k_dense_replace=2), tokens, padding=True
-    ),
-    "olmo3": Entry(_of("Olmo3ForCausalLM", "Olmo3Config", **GROUPED, sliding_window=9), tokens, padding=True),
-    "phi3": Entry(_of("Phi3ForCausalLM", "Phi3Config", **GROUPED), tokens, padding=True),
-    "bamba": Entry(
-        _of("BambaForCausalLM", "BambaConfig", **GROUPED, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16,
-            mamba_n_groups=1, mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=8),
-        tokens, dtype=torch.float32,
-    ),
-    "modernbert_decoder": Entry(
-        _of("ModernBertDecoderForCausalLM", "ModernBertDecoderConfig",
-            layer_types=["full_attention", "sliding_attention"], local_attention=8, cls_token_id=0, sep_token_id=1),
-        tokens, padding=True,
-    ),
     "gpt_neox": Entry(
         _of("GPTNeoXForCausalLM", "GPTNeoXConfig", hidden_dropout=0.0, attention_dropout=0.0), tokens, padding=True
     ),
