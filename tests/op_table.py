@@ -27,6 +27,7 @@ from tests.support.op_database import (
     Sample,
     Untraceable,
     check,
+    draws,
     name_of,
     operators,
     samples,
@@ -91,7 +92,7 @@ def row_of(op: OpInfo, most: int, worlds: tuple[int, ...] = WORLDS) -> Row:
             if world in worlds:
                 done = check(sample, operand, dim, "contiguous", world)
                 row.outcomes[done] += 1
-                if separable(sample, operand, dim):
+                if not draws(sample) and separable(sample, operand, dim):
                     row.separable += 1
                     row.local += done is Outcome.LOCAL
     except Untraceable as error:
