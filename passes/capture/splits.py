@@ -92,5 +92,6 @@ def _put_part(node: Node, view: Node, dim: int, position: int) -> None:
 
 
 def erase_unused(node: Node) -> None:
+    """Erases `node` if nothing reads it any more."""
     if not node.users:
         node.graph.erase_node(node)

@@ -155,6 +155,7 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "gather": lambda: (cuda(2, LOCAL, 5), *SHARD, "g"),
     "reduce_scatter": lambda: (cuda(2, 23, 5), *SHARD, "g"),
     "redistribute": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, "contiguous", WORLD, RANK, "g"),
+    "all_to_all": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, 2, 1, 5, "contiguous", WORLD, RANK, "g"),
     "permute": lambda: (cuda(2, 16, 5), 1, 1, 16, "hilbert 4x4", False),
     "reduce": lambda: (cuda(3, 5), "g"),
     "extremum": lambda: (cuda(2, LOCAL, 5), [1], False, True, WORLD, RANK, "g"),
