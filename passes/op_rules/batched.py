@@ -70,7 +70,7 @@ ALONG = (
 DEFAULTS = {"msort.default": 0, "_safe_softmax.default": -1}
 
 
-def _last(count: int) -> OpRule:
+def _last(count: int, takes_none: bool) -> OpRule:
     """An op on the last `count` dims of each operand."""
 
     def dims_rule(sweep: Sweep, node: Node, note: Note) -> Results | None:
@@ -81,7 +81,7 @@ def _last(count: int) -> OpRule:
         leading = sweep.broadcast([d[: len(d) - count] for d in operands], note)
         return _each(node, lambda x: (*leading, *sweep.fresh(x.shape[len(leading) :])))
 
-    return OpRule(dims_rule, takes_none=False)
+    return OpRule(dims_rule, takes_none=takes_none)
 
 
 def _each(node: Node, dims: Any) -> Results:
@@ -168,7 +168,7 @@ def new_channels(sweep: Sweep, node: Node, weights: Any, bias: Any, groups: int,
 
 
 RULES = {
-    **{name: _last(count) for count, names in LAST.items() for name in names},
+    **{name: _last(count, name.startswith("linalg_solve")) for count, names in LAST.items() for name in names},
     **{name: OpRule(_along, takes_none="fft" not in name) for name in ALONG},
     "diagonal.default": OpRule(_diagonal),
     "diag_embed.default": OpRule(_diag_embed),

@@ -103,9 +103,9 @@ class Sample:
 
     def captured(self) -> Captured:
         """The graph.  Raises Untraceable."""
-        if any(y.layout is not torch.strided for y in self.call(*self.given())):
-            raise Untraceable("a sparse result")
         try:
+            if any(y.layout is not torch.strided for y in self.call(*self.given())):
+                raise TypeError("a sparse result")
             gm = make_fx(lambda *xs: self.call(*xs), pre_dispatch=True)(*self.given())
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {error}") from error
