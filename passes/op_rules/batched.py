@@ -1,7 +1,7 @@
 """Ops that act on whole dims, and alike for every index of the others: matrices, planes of an image, one named dim.
 
     cholesky (.., n, n)                 the last two dims are needed replicated, those before pass
-    max_pool2d (.., h, w)               the same; (values, positions in the plane)
+    max_unpool2d (.., h, w)             the same
     sort (.., n, ..) along n            the dim that an argument names is needed replicated, all others pass
     diagonal (.., n, .., n)             both named dims are, and what they make is a new last dim
 
@@ -10,61 +10,56 @@ Contract: dims that pass are the same index in all operands and results; a resul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from ringpass.nodes import Size, bound_of, first_of, operands_of, schema_of
+from ringpass.nodes import bound_of, first_of, operands_of, schema_of
 from ringpass.passes.op_rules.spec import OpRule
 from ringpass.passes.propagate.factors import Dims, Note, Results, Sweep
 
 LAST = {
     1: (
-        "avg_pool1d.default", "max_pool1d_with_indices.default", "adaptive_avg_pool1d.default",
-        "adaptive_max_pool1d.default", "upsample_nearest1d.default", "upsample_nearest1d.vec",
-        "_upsample_nearest_exact1d.default", "_upsample_nearest_exact1d.vec", "upsample_linear1d.default",
-        "upsample_linear1d.vec", "reflection_pad1d.default", "replication_pad1d.default", "max_pool1d.default",
+        "max_pool1d_with_indices.default", "adaptive_max_pool1d.default", "upsample_nearest1d.default",
+        "_upsample_nearest_exact1d.default", "upsample_linear1d.default", "upsample_linear1d.vec",
+        "reflection_pad1d.default", "replication_pad1d.default",
     ),
     2: (
         "inverse.default", "linalg_inv.default", "linalg_inv_ex.default", "linalg_det.default", "det.default",
-        "cholesky.default", "cholesky_inverse.default",
-        "cholesky_solve.default", "linalg_cholesky_ex.default", "_linalg_det.default", "_linalg_slogdet.default",
-        "_linalg_eigh.default", "_linalg_eigvals.default", "linalg_eigvals.default", "linalg_eig.default",
-        "_linalg_svd.default", "linalg_qr.default", "linalg_lu.default", "linalg_lu_factor_ex.default",
-        "linalg_matrix_exp.default", "matrix_exp.default", "linalg_pinv.atol_rtol_tensor", "geqrf.default",
-        "linalg_solve_triangular.default", "triangular_solve.default", "_cdist_forward.default", "cdist.default",
-        "linalg_pinv.atol_rtol_float", "pinverse.default", "linalg_ldl_factor_ex.default", "trace.default",
-        "avg_pool2d.default", "max_pool2d_with_indices.default", "adaptive_avg_pool2d.default",
-        "adaptive_max_pool2d.default", "max_pool2d.default",
-        "max_pool2d_with_indices_backward.default", "max_unpool2d.default", "upsample_nearest2d.default",
-        "upsample_nearest2d.vec", "_upsample_nearest_exact2d.default", "_upsample_nearest_exact2d.vec",
-        "upsample_bilinear2d.default", "upsample_bilinear2d.vec", "_upsample_bilinear2d_aa.default",
-        "_upsample_bilinear2d_aa.vec", "upsample_bicubic2d.default", "upsample_bicubic2d.vec",
-        "_upsample_bicubic2d_aa.default", "_upsample_bicubic2d_aa.vec", "reflection_pad2d.default",
-        "replication_pad2d.default", "_adaptive_avg_pool2d.default", "linalg_lu_factor.default",
+        "cholesky.default", "cholesky_inverse.default", "cholesky_solve.default", "linalg_cholesky_ex.default",
+        "_linalg_det.default", "_linalg_slogdet.default", "_linalg_eigh.default", "_linalg_eigvals.default",
+        "linalg_eigvals.default", "linalg_eig.default", "_linalg_svd.default", "linalg_qr.default", "linalg_lu.default",
+        "linalg_lu_factor_ex.default", "linalg_matrix_exp.default", "matrix_exp.default",
+        "linalg_pinv.atol_rtol_tensor", "geqrf.default", "linalg_solve_triangular.default", "triangular_solve.default",
+        "_cdist_forward.default", "cdist.default", "linalg_pinv.atol_rtol_float", "pinverse.default",
+        "linalg_ldl_factor_ex.default", "trace.default", "max_pool2d_with_indices.default",
+        "adaptive_max_pool2d.default", "max_pool2d_with_indices_backward.default", "max_unpool2d.default",
+        "upsample_nearest2d.default", "_upsample_nearest_exact2d.default", "upsample_bilinear2d.default",
+        "upsample_bilinear2d.vec", "_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec",
+        "upsample_bicubic2d.default", "upsample_bicubic2d.vec", "_upsample_bicubic2d_aa.default",
+        "_upsample_bicubic2d_aa.vec", "reflection_pad2d.default", "replication_pad2d.default",
+        "_adaptive_avg_pool2d.default", "linalg_lu_factor.default",
     ),
     3: (
-        "avg_pool3d.default", "max_pool3d_with_indices.default", "adaptive_avg_pool3d.default",
-        "adaptive_max_pool3d.default", "max_pool3d.default", "max_unpool3d.default",
-        "upsample_nearest3d.default", "upsample_nearest3d.vec", "_upsample_nearest_exact3d.default",
-        "_upsample_nearest_exact3d.vec", "upsample_trilinear3d.default", "upsample_trilinear3d.vec",
-        "reflection_pad3d.default", "replication_pad3d.default", "_adaptive_avg_pool3d.default",
+        "max_pool3d_with_indices.default", "adaptive_max_pool3d.default", "max_unpool3d.default",
+        "upsample_nearest3d.default", "_upsample_nearest_exact3d.default", "upsample_trilinear3d.default",
+        "upsample_trilinear3d.vec", "reflection_pad3d.default", "replication_pad3d.default",
+        "_adaptive_avg_pool3d.default",
     ),
 }  # fmt: skip
 """By the number of last dims on which an op acts."""
 
 ALONG = (
     "cummax.default", "cummin.default", "mode.default", "kthvalue.default", "median.dim", "nanmedian.dim",
-    "_softmax_backward_data.default", "_log_softmax_backward_data.default", "_safe_softmax.default",
-    "sort.stable", "argsort.default", "argsort.stable", "msort.default", "linalg_cross.default", "_fft_c2c.default",
+    "_softmax_backward_data.default", "_log_softmax_backward_data.default", "_safe_softmax.default", "sort.stable",
+    "argsort.default", "argsort.stable", "msort.default", "linalg_cross.default", "_fft_c2c.default",
     "_fft_r2c.default", "_fft_c2r.default", "unsafe_split.Tensor", "unsafe_chunk.default",
-    "unsafe_split_with_sizes.default", "logcumsumexp.default",
-    "fft_fft.default", "fft_ifft.default", "fft_rfft.default", "fft_irfft.default", "fft_hfft.default",
-    "fft_ihfft.default", "fft_fft2.default", "fft_ifft2.default", "fft_rfft2.default", "fft_irfft2.default",
-    "fft_fftn.default", "fft_ifftn.default", "fft_rfftn.default", "fft_irfftn.default", "fft_fftshift.default",
-    "fft_ifftshift.default", "fft_hfft2.default", "fft_hfftn.default", "fft_ihfft2.default", "fft_ihfftn.default",
+    "unsafe_split_with_sizes.default", "fft_fft.default", "fft_ifft.default", "fft_rfft.default", "fft_irfft.default",
+    "fft_hfft.default", "fft_ihfft.default", "fft_fft2.default", "fft_ifft2.default", "fft_rfft2.default",
+    "fft_irfft2.default", "fft_fftn.default", "fft_ifftn.default", "fft_rfftn.default", "fft_irfftn.default",
+    "fft_fftshift.default", "fft_ifftshift.default", "fft_hfft2.default", "fft_hfftn.default", "fft_ihfft2.default",
+    "fft_ihfftn.default",
 )  # fmt: skip
 """Ops along the dims that `dim` names, the last one where it names none."""
 DEFAULTS = {"msort.default": 0, "_safe_softmax.default": -1}
@@ -146,34 +141,9 @@ def _diag_embed(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(sweep.new(n) if d in pair else next(passing) for d, n in enumerate(shape))
 
 
-def _transposed_convolution(sweep: Sweep, node: Node, note: Note) -> Dims | None:
-    """Rows pass, and so do channels of the result with those of the weights, where there is one group."""
-    bound = bound_of(node)
-    dims, weights = sweep.dims(first_of(node)), sweep.dims(bound["weight"])
-    if len(dims) != len(weights):  # no batch
-        return None
-    bias = sweep.dims(bound["bias"])[0] if bound.get("bias") is not None else ()
-    note.need_replication += [f for d in (*dims[1:], weights[0], *weights[2:]) for f in d]
-    channels = new_channels(sweep, node, weights[1], bias, bound.get("groups", 1), note)
-    return (dims[0], channels, *sweep.fresh(node.meta["val"].shape[2:]))
-
-
-def new_channels(sweep: Sweep, node: Node, weights: Any, bias: Any, groups: int, note: Note) -> Any:
-    """The channels that a convolution makes: those of its weights and bias; with groups, a dim of their own."""
-    shape: Sequence[Size] = node.meta["val"].shape
-    if groups == 1 and weights:
-        return sweep.tie(weights, bias, note) if bias else weights
-    note.need_replication += [*weights, *bias]
-    return sweep.new(shape[1])
-
-
 RULES = {
     **{name: _last(count, name.startswith("linalg_solve")) for count, names in LAST.items() for name in names},
     **{name: OpRule(_along, takes_none="fft" not in name) for name in ALONG},
     "diagonal.default": OpRule(_diagonal),
     "diag_embed.default": OpRule(_diag_embed),
-    **dict.fromkeys(
-        ("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input"),
-        OpRule(_transposed_convolution, computes=True),
-    ),
 }

@@ -395,6 +395,11 @@ def test_op_on_shards_equals_shards_of_op(case: Case, layout: str, world: int = 
     assert not reasons or any(case.op in reason for reason in reasons)
 
 
+def test_an_op_has_one_record() -> None:
+    names = [name for family in rules.FAMILIES for name in family.RULES]
+    assert [name for name in dict.fromkeys(names) if names.count(name) > 1] == []
+
+
 def test_every_rule_has_a_case() -> None:
     shown = {case.op for case in CASES}
     elsewhere = {  # attention and experts, shown by whole models; random ops, which draw alike; files of their own
