@@ -51,6 +51,12 @@ def bound_of(node: Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def defaults_of(node: Node) -> dict[str, Any]:
+    """The defaults of the arguments of an ATen op by name."""
+    schema = schema_of(node)
+    return {a.name: a.default_value for a in schema.arguments if a.has_default_value()} if schema else {}
+
+
 def schema_of(node: Node) -> torch.FunctionSchema | None:
     """The schema of the op that `node` calls; None if it calls something else."""
     return node.target._schema if isinstance(node.target, OpOverload) else None

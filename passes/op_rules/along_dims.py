@@ -7,18 +7,20 @@ from typing import Any
 
 from torch.fx import Node
 
-from ringpass.nodes import args_of, bound_of, first_of, op_name
+from ringpass.nodes import args_of, bound_of, defaults_of, first_of, op_name
 from ringpass.passes.op_rules import routing
 from ringpass.passes.op_rules.spec import OpRule
 from ringpass.passes.propagate.factors import Dims, Note, Sweep
 
-DEFAULT_DIMS: dict[str, Any] = {"tril.default": (-2, -1), "triu.default": (-2, -1), "glu.default": -1}
+DEFAULT_DIMS: dict[str, Any] = {"tril.default": (-2, -1), "triu.default": (-2, -1), "msort.default": 0}
+"""Of ops that have no argument for them."""
 
 
 def dims_of(node: Node) -> list[int]:
-    """The dims along which an op acts, counted from the front; all where it names none."""
+    """The dims along which an op acts, counted from the front: those that it names, or by default; else all."""
     bound, rank = bound_of(node), first_of(node).meta["val"].ndim
-    given = bound.get("dim", bound.get("dims", DEFAULT_DIMS.get(op_name(node))))
+    default = {"dim": DEFAULT_DIMS.get(op_name(node)), **defaults_of(node)}["dim"]
+    given = bound.get("dim", bound.get("dims", default))
     listed = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
     return [d % rank for d in listed] if rank else []
 

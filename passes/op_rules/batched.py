@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from ringpass.nodes import bound_of, first_of, operands_of, schema_of
+from ringpass.nodes import bound_of, first_of, operands_of
+from ringpass.passes.op_rules.along_dims import dims_of
 from ringpass.passes.op_rules.spec import OpRule
 from ringpass.passes.propagate.factors import Dims, Note, Results, Sweep
 
@@ -61,8 +62,7 @@ ALONG = (
     "fft_fftshift.default", "fft_ifftshift.default", "fft_hfft2.default", "fft_hfftn.default", "fft_ihfft2.default",
     "fft_ihfftn.default",
 )  # fmt: skip
-"""Ops along the dims that `dim` names, the last one where it names none."""
-DEFAULTS = {"msort.default": 0, "_safe_softmax.default": -1}
+"""Ops along the dims that they name (`dims_of`)."""
 
 
 def _last(count: int, takes_none: bool) -> OpRule:
@@ -85,29 +85,13 @@ def _each(node: Node, dims: Any) -> Results:
     return dims(value) if isinstance(value, Tensor) else tuple(dims(x) for x in value)
 
 
-def _named(node: Node, rank: int) -> list[int]:
-    """The dims along which an op acts, counted from the front; the last one by default."""
-    bound = bound_of(node)
-    given = bound.get("dim", bound.get("dims"))
-    if given is None and "axis" in bound:
-        given = bound["axis"]
-    if given is None:
-        schema = schema_of(node)
-        default = {a.name: a.default_value for a in schema.arguments} if schema else {}
-        given = default.get("dim", DEFAULTS.get(node.target and str(node.target).removeprefix("aten.")))
-        if given is None and "dim" in default:
-            return list(range(rank))
-    listed = [-1] if given is None else [given] if isinstance(given, int) else given
-    return [d % rank for d in listed] if rank else []
-
-
 def _along(sweep: Sweep, node: Node, note: Note) -> Results | None:
     """Other dims pass where operands and results have the same number of dims, or one less where it is reduced."""
     operands = [sweep.dims(n) for n in operands_of(node)]
     rank = len(operands[0])
     if any(len(d) != rank for d in operands):
         return None
-    acted = _named(node, rank)
+    acted = dims_of(node)
     note.need_replication += [f for d in operands for i in acted for f in d[i]]
     others = [tuple(() if i in acted else f for i, f in enumerate(d)) for d in operands]
     passing = sweep.broadcast(others, note)
