@@ -220,7 +220,7 @@ RULES = {
     },
     **dict.fromkeys(
         ("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input"),
-        OpRule(_transposed_convolution, computes=True, takes_none=False),
+        OpRule(_transposed_convolution, computes=True),
     ),
     "unfold.default": OpRule(_unfolded, takes_none=False),
     "im2col.default": OpRule(_grid_to_patches, takes_none=False),
