@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import mutates, op_name, tags_of
+from ringpass.nodes import mutates, op_name, operands_of, tags_of
 from ringpass.passes.op_rules import (
     along_dims,
     attention,
@@ -23,7 +23,7 @@ from ringpass.passes.op_rules import (
     slicing,
     views,
 )
-from ringpass.passes.op_rules.spec import OpRule, not_understood
+from ringpass.passes.op_rules.spec import OpRule, Reads, not_understood
 
 FAMILIES = (
     along_dims, attention, batched, contractions, creation, losses, merging, norms, pointwise, reductions, routing,
@@ -44,6 +44,11 @@ def rule_for(node: Node) -> OpRule:
 def has_rule(node: Node) -> bool:
     """Whether the dims of a node's op are understood."""
     return rule_for(node).dims is not not_understood
+
+
+def reads(node: Node) -> list[Node]:
+    """The operands that `node` reads element by element."""
+    return {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule_for(node).reads]
 
 
 def draws_counter_based(node: Node) -> bool:

@@ -21,9 +21,8 @@ import torch
 from torch.fx import Node
 
 from ringpass.layouts.layout import CONTIGUOUS, Layout
-from ringpass.nodes import bytes_of, first_of, has_effect, operands_of, tensors_of
-from ringpass.passes.op_rules.spec import Reads
-from ringpass.passes.op_rules.table import draws_shared, rule_for
+from ringpass.nodes import bytes_of, first_of, has_effect, tensors_of
+from ringpass.passes.op_rules.table import draws_shared, reads, rule_for
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor
@@ -61,7 +60,7 @@ def _regions(p: PlacementPlan, nodes: Sequence[Node]) -> list[list[Node]]:
         if node.op != "call_function" or p.modes[node] is not None or not tensors_of(node) or _takes_few(p, node):
             continue
         inside = [region_of[n] for n in reads(node) if n in region_of]
-        if not inside and not any(p.is_sharded(n) for n in reads(node)):
+        if not inside and not any(p.holds_shards(n) for n in reads(node)):
             continue
         merged = list({id(r): r for r in inside}.values())
         first = merged[0] if merged else []
@@ -76,30 +75,22 @@ def _regions(p: PlacementPlan, nodes: Sequence[Node]) -> list[list[Node]]:
     return [sorted(region, key=order.__getitem__) for region in regions]
 
 
-def reads(node: Node) -> list[Node]:
-    """The operands that `node` reads element by element."""
-    return {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule_for(node).reads]
-
-
 def _takes_few(p: PlacementPlan, node: Node) -> bool:
-    """Whether `node` takes a few tokens of a sharded value, which alone move: also with all others that take some."""
-    if rule_for(node).select is None:
-        return False
-    source = first_of(node)
-    takers = [n for n in source.users if rule_for(n).select is not None and p.modes.get(n) is None and n in p.live]
-    return p.is_sharded(source) and 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
+    """Whether `node` takes a few tokens of a sharded value, which alone move."""
+    takes = rule_for(node).select is not None
+    return takes and p.holds_shards(first_of(node)) and p.few_are_taken(first_of(node))
 
 
 def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:
     """The dims of what enters a region along which ranks could divide it, in order."""
-    entering = [n for node in region for n in reads(node) if p.is_sharded(n)]
+    entering = [n for node in region for n in reads(node) if p.holds_shards(n)]
     factors = dict.fromkeys(f for n in entering for d in p.sweep.operand_dims(n) for f in d)
     return [f for f in factors if f not in p.axis_of and f.size.is_Integer and f.size >= 2]
 
 
 def _bytes_replicated(p: PlacementPlan, region: list[Node]) -> int:
     """The bytes that every rank holds of a region that runs replicated: its values, and what enters."""
-    entering = dict.fromkeys(n for node in region for n in reads(node) if p.is_sharded(n))
+    entering = dict.fromkeys(n for node in region for n in reads(node) if p.holds_shards(n))
     return sum(map(bytes_of, (*entering, *region)))
 
 
@@ -115,7 +106,7 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
             found.on.add(node)
         for n in reads(node):
             whole = not on or not _crosses(p, n, factor)
-            if (p.is_sharded(n) or n in found.on) and whole:
+            if (p.holds_shards(n) or n in found.on) and whole:
                 gathered.add(n)
         found.bytes += bytes_of(node) * (share if on else 1)
     for node in found.on:

@@ -24,8 +24,7 @@ from ringpass.nodes import first_of, has_effect, operands_of, tensors_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules.routing import closed
-from ringpass.passes.op_rules.spec import Reads
-from ringpass.passes.op_rules.table import draws_shared, rule_for
+from ringpass.passes.op_rules.table import draws_shared, reads, rule_for
 from ringpass.passes.partition.batch_axes import divide_regions
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
@@ -153,7 +152,7 @@ def _decide(p: PlacementPlan, node: Node) -> Axis | None:
     if (axis := _slice_axis(p, node)) is not None:
         p.slices.add(node)
         return axis
-    operands = {Reads.ALL: operands_of(node), Reads.FIRST: operands_of(node)[:1], Reads.NONE: []}[rule.reads]
+    operands = reads(node)
     axis = _common_axis(p, node, operands)
     return axis if axis is not None and _may_run(p, node, axis, operands) and _starts(p, node, axis, operands) else None
 

@@ -43,7 +43,12 @@ class PlacementPlan:
             return self.modes[node] is axis
         return any(self.is_of(f, axis) for d in self.sweep.operand_dims(node) for f in d)
 
-    def is_sharded(self, node: Node) -> bool:
+    def few_are_taken(self, source: Node) -> bool:
+        """Whether the elements that replicated nodes take of a sharded value, all together, are at most half of it."""
+        takers = [n for n in source.users if n in self.live and rule_for(n).select and self.modes.get(n) is None]
+        return 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
+
+    def holds_shards(self, node: Node) -> bool:
         """Whether ranks hold shards of `node`."""
         return self.modes.get(node) is not None and not self.reduces(node)
 
@@ -55,7 +60,7 @@ class PlacementPlan:
             for node in self.live
             if node.op == "call_function"
             for n in operands_of(node)
-            if self.is_sharded(n) and not self._reads_shard(node, n)
+            if self.holds_shards(n) and not self._reads_shard(node, n)
         }
         return sum(map(bytes_of, whole))
 

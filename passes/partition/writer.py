@@ -41,9 +41,8 @@ from ringpass.nodes import (
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.failures import CannotWriteError
 from ringpass.passes.op_rules.spec import GraphSize, Rank, ShardArgs
-from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, rule_for
+from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, reads, rule_for
 from ringpass.passes.partition.attention import write_site
-from ringpass.passes.partition.batch_axes import reads
 from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.partition.flops import flops_of, whole_work
 from ringpass.passes.partition.partitioned import (
@@ -215,7 +214,7 @@ class Writer(Emitter):
         axis = self.placement.modes[source]
         if select is None or axis is None or not self.is_sharded(source) or axis.layout.section:
             return None
-        if 2 * sum(bytes_of(n) for n in source.users if self._selects(n)) > bytes_of(source):
+        if not self.placement.few_are_taken(source):
             return None
         dim, outer, *_ = self.shard_args(source, axis)
         size = source.meta["val"].shape[dim]
@@ -230,11 +229,6 @@ class Writer(Emitter):
         if taken is not None and self.rank.world * bytes_of(node) > bytes_of(source):
             self.report(node, f"{op_name(node)} takes more tokens than a rank holds")
         return taken
-
-    def _selects(self, node: Node) -> bool:
-        """Whether `node` takes elements of its first operand, and runs replicated."""
-        takes = node in self.placement.live and node.op == "call_function" and rule_for(node).select is not None
-        return takes and self.placement.modes[node] is None
 
     def _write_replicated(self, node: Node) -> Node:
         if node.op == "get_attr":
