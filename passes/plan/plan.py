@@ -148,12 +148,13 @@ def plan(
     remarks: list[str] = []
     order, dilated = find_order(sites, config), dilations(sites, config, remarks)
     planned = []
-    fits = {site.index for site in sites if world > 1 and not _unread(site)}
+    unread = {site.index: _unread(site) for site in sites}
+    fits = {index for index, why in unread.items() if world > 1 and not why}
     operands = [x for site in sites if site.index in fits for x in (site.q, site.k)]
     units = unit_factors(operands, sweep, world) if order is None else frozenset[Factor]()
     for site in sites:
-        unread = _unread(site)
-        remarks += [f"{site.node.name} runs as the model wrote it: {unread}"] if unread and world > 1 else []
+        why = unread[site.index]
+        remarks += [f"{site.node.name} runs as the model wrote it: {why}"] if why and world > 1 else []
         plain = site.index in fits
         pair = [_axis(axes, sweep, x, world, order, units, remarks) if plain else None for x in (site.q, site.k)]
         if pair[0] is None:
@@ -184,7 +185,7 @@ def plan(
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
         about = (query, key), orders, world, config, dilation, learned
         problem = _site_problem(ordered, *about)
-        planned_site = SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, _unread(site))
+        planned_site = SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index])
         if site.keyless and ordered.keyless and problem:
             uniform = _is_uniform(ordered.keyless, dilation, config)
             problem = None if uniform else _site_problem(ordered.keyless, *about)
