@@ -9,11 +9,9 @@ Contract: the choice depends on the graph, the options and P alone, so all ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch.fx import Node
 
 from ringpass.config import RingConfig
 from ringpass.passes.capture.capture import Captured
@@ -47,15 +45,13 @@ def divide(
     config: RingConfig,
     sharded: Mapping[int, int],
     failures: Failures,
-    computed: Collection[Node] = (),
 ) -> Division:
     """The division of the graph over `world` ranks.
 
-    `sharded`: the positions of inputs that come sharded, and the dim in which each is; `computed`: other nodes whose
-    values count as computed from tokens.
+    `sharded`: the positions of inputs that come sharded, and the dim in which each is.
     """
     placeholders = captured.gm.graph.find_nodes(op="placeholder")
-    given = [*(placeholders[i] for i in sharded), *computed]
+    given = [placeholders[i] for i in sharded]
 
     def stages(in_sections: bool) -> Division:
         sweep = run(propagate, captured.gm, rule_for, given, failures, in_sections)
