@@ -93,8 +93,7 @@ def _along(sweep: Sweep, node: Node, note: Note) -> Results | None:
         return None
     acted = dims_of(node)
     note.need_replication += [f for d in operands for i in acted for f in d[i]]
-    others = [tuple(() if i in acted else f for i, f in enumerate(d)) for d in operands]
-    passing = sweep.broadcast(others, note)
+    passing = sweep.broadcast_beside(operands, acted, note)
 
     def dims(x: Tensor) -> Dims:
         if x.ndim == rank:

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from ringpass.nodes import bound_of, hint_of, size_of
 from ringpass.passes.op_rules.selecting import located, positions_from
-from ringpass.passes.op_rules.slicing import rows_before
+from ringpass.passes.op_rules.slicing import first_token, rows_before
 from ringpass.passes.op_rules.spec import OpRule, Placed, Writer, same_call
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
@@ -43,8 +43,7 @@ def _slice_scatter(sweep: Sweep, node: Node, note: Note) -> Dims | None:
 
 def _with_dim(sweep: Sweep, operands: list[Dims], dim: int, note: Note) -> Dims:
     """The dims of the first operand; those of the others but `dim` are the same index."""
-    others = [tuple(() if d == dim else f for d, f in enumerate(dims)) for dims in operands]
-    out = list(sweep.broadcast(others, note))
+    out = list(sweep.broadcast_beside(operands, [dim], note))
     out[dim] = operands[0][dim]
     return tuple(out)
 
@@ -71,12 +70,9 @@ def _is_slice(sweep: Sweep, node: Node) -> bool:
 def _positions(node: Node) -> tuple[sympy.Expr, int]:
     """(the first token that a slice_scatter writes, how far apart they are)."""
     bound, (base, _, dim) = bound_of(node), _written(node)
-    start = bound.get("start") or 0
-    first = size_of(start.meta["val"] if isinstance(start, Node) else start)
+    start = bound.get("start")
     size = base.meta["val"].shape[dim]
-    if first.is_negative:
-        first = size_of(size) + first if hint_of(size) + int(first) >= 0 else sympy.Integer(0)
-    return first, bound.get("step", 1)
+    return first_token(start, size_of(size), hint_of(size)), bound.get("step", 1)
 
 
 def _axis_of_written(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:

@@ -83,9 +83,7 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     if old == size or not dims[dim] or size == 1 or step != 1 or first_of(node) not in sweep.computed or returned:
         return _passing_dims(sweep, node, note)
     many, kept = (hint_of(n.meta["val"].shape[dim]) for n in (first_of(node), node))
-    begin = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
-    if begin.is_negative:
-        begin = old + begin if many + int(begin) >= 0 else sympy.Integer(0)
+    begin = first_token(start, old, many)
     section = sweep.in_sections and (sweep.is_section(dims[dim]) or len(dims[dim]) > 1 or _one_of_sections(node))
     found = sweep.slice_of(dims[dim], begin, size, new=2 * kept >= many or section, section=section)
     if found is None:
@@ -93,6 +91,14 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     sweep.slices[node] = dim
     dims[dim] = found
     return tuple(dims)
+
+
+def first_token(start: int | Node | None, size: sympy.Expr, hint: int) -> sympy.Expr:
+    """Where a slice of `size` tokens, `hint` in this compilation, begins, counted from the front."""
+    first = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
+    if not first.is_negative:
+        return first
+    return size + first if hint + int(first) >= 0 else sympy.Integer(0)
 
 
 def _one_of_sections(node: Node) -> bool:
@@ -130,8 +136,7 @@ def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
     if sweep.computed.isdisjoint(operands) or len(parts) < 2 or not any(f for f, _ in parts):
         return _passing_dims(sweep, node, note)
     alike = [n for n in operands_of(node) if n.meta["val"].ndim == rank]  # empty ones have the other dims too
-    others = [tuple(() if d == dim else f for d, f in enumerate(sweep.dims(n))) for n in alike]
-    out = list(sweep.broadcast(others, note))
+    out = list(sweep.broadcast_beside([sweep.dims(n) for n in alike], [dim], note))
     out[dim] = sweep.joined(parts, note)
     sweep.slices[node] = dim
     return tuple(out)

@@ -17,7 +17,7 @@ which it *reduces* (sums over); for every other factor, op on shards equals shar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -307,6 +307,10 @@ class Sweep:
                 if factors:
                     out[position] = self.tie(out[position], factors, note) if out[position] else factors
         return tuple(out)
+
+    def broadcast_beside(self, operands: Sequence[Dims], left_out: Collection[int], note: Note) -> Dims:
+        """The same of operands of one rank, in which the dims `left_out` are not tied, and have no factors."""
+        return self.broadcast([tuple(() if d in left_out else f for d, f in enumerate(o)) for o in operands], note)
 
     def reshape(self, dims: Dims, shape: Sequence[Size | sympy.Expr], note: Note) -> Dims:
         """Dims after a view to `shape`: each takes the next factors, one is split where a new dim ends inside it.
