@@ -72,9 +72,7 @@ class Shard:
 
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`: (.., outer * S * inner, ..) to (.., outer * L * inner, ..)."""
-    parts = [shard.split(x, shard.tokens)[:, a:b] for a, b in shard.layout.ranges(shard.rank, shard.tokens)]
-    parts = parts or [shard.split(x, shard.tokens)[:, :0]]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out = _ranged(shard.split(x, shard.tokens), 1, shard.layout.ranges(shard.rank, shard.tokens))
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
 
 
@@ -87,13 +85,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     padded[:, : shard.length] = local
     everyone = padded.new_empty((shard.world, *padded.shape))
     run_collective(gather_equal(), sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
-    parts = {}
-    for rank, of_rank in enumerate(ranges):
-        offset = 0
-        for start, stop in of_rank:
-            parts[start] = everyone[rank, :, offset : offset + stop - start]
-            offset += stop - start
-    full = torch.cat([parts[start] for start in sorted(parts)], dim=1)
+    full = _assembled([of_rank.narrow(1, 0, size(r)) for of_rank, r in zip(everyone, ranges, strict=True)], ranges, 1)
     return full.reshape(shard.resized(x.shape, shard.length, shard.tokens))
 
 
@@ -147,12 +139,8 @@ def all_to_all(x: Tensor, held: Shard, wanted: Shard, group: str) -> Tensor:
     received = spread.new_empty(sum(sizes), 1)
     parts = [sendable(y) for y in (received, torch.cat([part.reshape(-1, 1) for part in ours]))]
     run_collective(dist.all_to_all_single, *parts, sizes, [part.numel() for part in ours], group=group)
-    pieces: dict[int, Tensor] = {}
-    for r, part in zip(ranks, received.split(sizes), strict=True):
-        ranges = held.layout.ranges(r, held.tokens)
-        of_rank = part.view(theirs[r]).split([b - a for a, b in ranges] or [0], first)
-        pieces |= {start: piece for (start, _), piece in zip(ranges, of_rank, strict=False)}
-    full = torch.cat([pieces[start] for start in sorted(pieces)], first)
+    shards = [part.view(theirs[r]) for r, part in zip(ranks, received.split(sizes), strict=True)]
+    full = _assembled(shards, [held.layout.ranges(r, held.tokens) for r in ranks], first)
     shape = held.resized(wanted.resized(x.shape, wanted.tokens, wanted.length), held.length, held.tokens)
     return full.reshape(shape).contiguous()
 
@@ -170,8 +158,18 @@ def _spread(x: Tensor, one: tuple[Shard, int], other: tuple[Shard, int]) -> tupl
 
 
 def _ranged(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
-    """The elements of `ranges` along `dim`."""
-    return torch.cat([x.narrow(dim, a, b - a) for a, b in ranges] or [x.narrow(dim, 0, 0)], dim)
+    """The elements of `ranges` along `dim`; a view of one range."""
+    parts = [x.narrow(dim, a, b - a) for a, b in ranges] or [x.narrow(dim, 0, 0)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _assembled(shards: Sequence[Tensor], ranges: Sequence[Ranges], dim: int) -> Tensor:
+    """All elements along `dim` in order, from the shard of each rank, which holds its `ranges`."""
+    parts: dict[int, Tensor] = {}
+    for shard, of_rank in zip(shards, ranges, strict=True):
+        pieces = shard.split([b - a for a, b in of_rank], dim) if of_rank else ()
+        parts |= {start: piece for (start, _), piece in zip(of_rank, pieces, strict=True)}
+    return torch.cat([parts[start] for start in sorted(parts)], dim)
 
 
 def halo(x: Tensor, shard: Shard, most: int, left: int, right: int, group: str) -> Tensor:
