@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.marks import slow
-from tests.support.model_parity import compiled, relative
 from tests.support.models import WIDTH, Block
 from tests.support.process_ranks import Workers
 from tests.support.sharded_ops import B, Case, D, check_attentions
-from tests.support.zoo_parity import step
+from tests.support.zoo_parity import strict_error
 
 H, W = 20, 6  # rows and columns of a grid
 S = H * W
@@ -328,13 +327,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
 
 
 def errors(group: dist.ProcessGroup, name: str, **options: Any) -> float:
-    """The largest relative error of the outputs and gradients under `strict`."""
-    torch.manual_seed(0)
-    make, batch = MODELS[name]
-    model = make().double()
-    want, got = (step(model, run, batch) for run in (model, compiled(model, group, strict=True, **options)))
-    assert got.keys() == want.keys()
-    return max(relative(got[key], want[key], 1e-6) for key in want)
+    return strict_error(group, *MODELS[name], **options)
 
 
 QUICK = [("hourglass", 3, "zigzag"), ("pyramid", 2, "contiguous")]

@@ -19,7 +19,7 @@ from tests.support.marks import slow
 from tests.support.model_parity import compiled, relative
 from tests.support.models import HEADS, VOCAB, WIDTH, Block
 from tests.support.process_ranks import Workers
-from tests.support.zoo_parity import step
+from tests.support.zoo_parity import step, strict_error
 
 ROWS, TOKENS = 2, 23
 
@@ -140,13 +140,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
 
 
 def errors(group: dist.ProcessGroup, name: str, **options: Any) -> float:
-    """The largest relative error of the outputs and gradients under `strict`."""
-    torch.manual_seed(0)
-    make, batch = MODELS[name]
-    model = make().double()
-    want, got = (step(model, run, batch) for run in (model, compiled(model, group, strict=True, **options)))
-    assert got.keys() == want.keys()
-    return max(relative(got[key], want[key], 1e-6) for key in want)
+    return strict_error(group, *MODELS[name], **options)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -25,22 +25,14 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 from ringpass import ops
-from ringpass.layouts.layout import Layout
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.failures import Failures
 from ringpass.passes.op_rules import table as rules
-from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
-from ringpass.passes.partition.placement import place
-from ringpass.passes.partition.writer import partition
-from ringpass.passes.plan.axes import aligned_axes
-from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import propagate
 from ringpass.passes.verify import verify
 from tests.support import thread_ranks
 from tests.support.pipeline_stages import captured_graph
-from tests.support.sharded_ops import local_shard
+from tests.support.sharded_ops import FAILURES, local_shard, programs_along
 
 SAMPLES = 6
 """Samples of an op that are tried, of different shapes of the operands first."""
@@ -64,9 +56,6 @@ class Outcome(IntEnum):
 
 class Untraceable(Exception):
     """The op has no graph: it returns no tensor, or its result depends on data."""
-
-
-FAILURES = Failures(strict=True)  # an analysis that fails is a failed test
 
 
 @dataclass(frozen=True)
@@ -165,17 +154,7 @@ def programs(sample: Sample, operand: int, dim: int, layout: str, world: int) ->
     verify("propagate", sweep)
     factors = sweep.dims(placeholders[operand])[dim]
     factor = factors[0] if len(factors) == 1 else sweep.fuse(factors)
-    axis = Axis(0, factor, sample.tensors[operand].shape[dim], Layout("contiguous", world))
-    aligned = aligned_axes({factor: axis}, sweep, world).values()
-    axes = [replace(a, layout=a.layout.with_scheme(layout)) for a in aligned]
-    placement = place(captured, RingPlan(world, tuple(axes), (), "ring"), sweep, {}, FAILURES)
-    verify("place", placement)
-    made = []
-    for rank in range(world):
-        who = Rank(rank, world, f"{thread_ranks.NAME}{rank}")
-        made.append(partition(captured, placement, RingPlan(world, tuple(axes), (), "ring"), who, False, False))
-        verify("partition", made[-1])
-    return made
+    return programs_along(captured, sweep, factor, sample.tensors[operand].shape[dim], layout, world)
 
 
 def outcome(program: Partitioned) -> Outcome:

@@ -33,7 +33,7 @@ from ringpass.passes.plan.axes import aligned_axes
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.plan.prove import prove_all
 from ringpass.passes.propagate.axis import Axis
-from ringpass.passes.propagate.factors import propagate
+from ringpass.passes.propagate.factors import Factor, Sweep, propagate
 from ringpass.passes.verify import verify
 from tests.support import thread_ranks
 from tests.support.pipeline_stages import captured_graph
@@ -89,10 +89,16 @@ def rank_programs(case: Case, layout: str, world: int, tokens: int = S) -> list[
     sweep = propagate(captured.gm, rules.rule_for, products, FAILURES)
     verify("propagate", sweep)
     factors = [f for n in placeholders for d in sweep.dims(n) for f in d if f.size == tokens]
-    axis = Axis(0, factors[0], tokens, Layout("contiguous", world))
+    return programs_along(captured, sweep, factors[0], tokens, layout, world)
+
+
+def programs_along(
+    captured: Captured, sweep: Sweep, factor: Factor, tokens: int, layout: str, world: int
+) -> list[Partitioned]:
+    """Each rank's program, as if an attention had the sequence of `tokens` that is `factor`."""
+    axis = Axis(0, factor, tokens, Layout("contiguous", world))
     axes = [
-        replace(a, layout=a.layout.with_scheme(layout))
-        for a in aligned_axes({axis.factor: axis}, sweep, world).values()
+        replace(a, layout=a.layout.with_scheme(layout)) for a in aligned_axes({factor: axis}, sweep, world).values()
     ]
     planned = RingPlan(world, tuple(axes), (), "ring")
     return _programs(captured, planned, _checked(place, captured, planned, sweep, {}, FAILURES))

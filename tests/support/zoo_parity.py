@@ -6,7 +6,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +95,17 @@ def step(model: nn.Module, run: Any, batch: dict[str, Any]) -> dict[str, Tensor]
     tensors = dict(_tensors(run(**batch), ""))
     numbers = [t for t in tensors.values() if not t.ndim and t.requires_grad]
     return after_backward(model, tensors, numbers[-1] if numbers else None)
+
+
+def strict_error(
+    group: dist.ProcessGroup, make: Callable[[], nn.Module], batch: dict[str, Tensor], **options: Any
+) -> float:
+    """The largest relative error of the outputs and gradients of a step in float64, under `strict`."""
+    torch.manual_seed(0)
+    model = make().double()
+    want, got = (step(model, run, batch) for run in (model, compiled(model, group, strict=True, **options)))
+    assert got.keys() == want.keys()
+    return max(relative(got[key], want[key], 1e-6) for key in want)
 
 
 def _peak(model: nn.Module, run: Any, batch: dict[str, Any]) -> int:
