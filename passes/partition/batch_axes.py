@@ -100,7 +100,7 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
     share = -(-int(factor.size) // world) / int(factor.size)
     gathered: set[Node] = set()
     for node in region:
-        on = _runs_on(p, node, factor) and (factor.size >= world or rule_for(node).takes_none)
+        on = _runs_on(p, node, factor) and (factor.size >= world or _runs_on_none(p, node, factor))
         on = first_of(node) in found.on if rule_for(node).follows else on
         if on:
             found.on.add(node)
@@ -126,6 +126,15 @@ def _runs_on(p: PlacementPlan, node: Node, factor: Factor) -> bool:
     if factor in p.sweep.resolve([*note.need_replication, *note.reduction, *moved]) or not rule.may_shard(p, node):
         return False
     return bool(_holds_once(p, node, factor)) and all(_holds_once(p, n, factor) is not None for n in reads(node))
+
+
+def _runs_on_none(p: PlacementPlan, node: Node, factor: Factor) -> bool:
+    """Whether `node` also runs on a rank that has no index of `factor`.
+
+    How many elements an index has in a dim could not be told there: it must be one.
+    """
+    dims = (d for n in (node, *reads(node)) for d in p.sweep.operand_dims(n))
+    return rule_for(node).takes_none and all(d[-1] is factor for d in dims if factor in d)
 
 
 def _holds_once(p: PlacementPlan, node: Node, factor: Factor) -> bool | None:

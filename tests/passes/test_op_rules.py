@@ -250,6 +250,8 @@ ALL_TO_ALL = [  # all tokens of a part of the channels, or rows of the batch
         "slice_scatter.default": lambda x: x.cumsum(1).slice_scatter(x[:, :3].cumsum(1) * 2, 1, 2, 5),
     }.items()),
     Case("softmax.int", lambda x: x.view(B, S * D).softmax(-1)),
+    # a dim of two factors of 2, of which some rank of three has none
+    Case("cumsum.default", lambda x, w: x.cumsum(1).view(1, S, 2, 2) * w, ((1, S, 4), (2, 1))),
 ]  # fmt: skip
 GATHERED = [  # gathered, with the reason
     *(Case(name, f, ((B, S, D),), True) for name, f in {
