@@ -29,7 +29,7 @@ import sympy
 import torch
 
 from ringpass.layouts.hilbert import Order
-from ringpass.layouts.layout import CONTIGUOUS, Layout, Section, few, following, section_of, split_at
+from ringpass.layouts.layout import CONTIGUOUS, Layout, Section, following, section_of, split_at
 from ringpass.layouts.ranges import clipped
 from ringpass.nodes import Size, hint_of, size_of
 from ringpass.passes.detect.site import AttentionSite
@@ -119,7 +119,7 @@ def _slices(sequence: Factor, axes: Mapping[Factor, Axis], sweep: Sweep, world: 
         factors = sweep.resolve([part])
         tokens = tokens_of(sweep, factors)
         section = sweep.is_section(factors) and axes.keys().isdisjoint(factors)
-        if section or tokens is None or tokens < few(world):
+        if section or tokens is None or tokens < 2 * world:
             continue
         if len(factors) > 1 and axes.keys().isdisjoint(factors):
             factors = (sweep.fuse(factors),)

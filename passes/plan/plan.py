@@ -3,7 +3,7 @@
     axes: the factor classes of the query and key dims of the sites, and of other slices of their sequences (`axes`)
     one rank: no axis, each site replicated
     of two axes of which one is in the batch of the other's attentions, the longer is held (`axes`)
-    an axis of S < 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
+    an axis of S <= 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
     layouts: the scheme of least estimated time (`schedule.cost`), along the curve that `curve_order` finds
 
 Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
@@ -292,8 +292,8 @@ def _axis(
         return None
     if factors[0] in axes:
         return axes[factors[0]]
-    if n < 2 * world:
-        remarks.append(f"{x.name}: {n} tokens are fewer than 2 per rank, and stay replicated")
+    if n <= 2 * world:
+        remarks.append(f"{x.name}: {n} tokens are not more than 2 per rank, and stay replicated")
         return None
     layout = Layout(following("contiguous", of_length(order, x)), world)
     return axes.setdefault(factors[0], Axis(len(axes), factors[0], n, layout))

@@ -81,7 +81,7 @@ def test_with_inductor(workers: Workers, name: str, bound: float) -> None:
 
 @pytest.mark.parametrize("length", (slow(2), slow(3), 7))
 def test_few_tokens(workers: Workers, length: int) -> None:
-    """Fewer than two tokens per rank: the sequence stays replicated."""
+    """At most two tokens per rank: the sequence stays replicated."""
     check(workers, 4, "nanogpt", length, True, False)
 
 
