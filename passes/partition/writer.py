@@ -31,6 +31,7 @@ from ringpass.nodes import (
     bound_of,
     bytes_of,
     first_of,
+    mutates,
     op_name,
     operands_of,
     outside_no_grad,
@@ -174,7 +175,8 @@ class Writer(Emitter):
             self.replicas[node] = selected
         else:
             self.replicas[node] = self._write_replicated(node)
-            if any(n in self.whole or (n in self.shards and n in self.replicas) for n in reads(node)):
+            gathered = any(n in self.whole or (n in self.shards and n in self.replicas) for n in reads(node))
+            if gathered and not mutates(node):
                 self.whole[node] = flops_of(node)
 
     def _write_reduced(self, node: Node, axis: Axis) -> None:
@@ -238,6 +240,8 @@ class Writer(Emitter):
         self.keeps = outside_no_grad(node, self.keeps)
         known = self.placement.sweep.notes[node].known
         reason = f"{op_name(node)} needs all tokens" if known else f"no rule for {op_name(node)}"
+        if mutates(node):
+            reason = "output"  # what a call leaves in an input is one of its outputs
         return rule_for(node).write_replicated(self, node, reason)
 
     def _checked(self, new: Node, node: Node, axis: Axis) -> Node:
