@@ -10,7 +10,7 @@ import sympy
 from torch.fx import Node
 
 from ringpass.layouts.ranges import contains
-from ringpass.nodes import bytes_of, operands_of, size_of
+from ringpass.nodes import bytes_of, first_of, operands_of, size_of
 from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import rule_for
 from ringpass.passes.plan.plan import SitePlan
@@ -47,6 +47,15 @@ class PlacementPlan:
         """Whether the elements that replicated nodes take of a sharded value, all together, are at most half of it."""
         takers = [n for n in source.users if n in self.live and rule_for(n).select and self.modes.get(n) is None]
         return 2 * sum(map(bytes_of, takers)) <= bytes_of(source)
+
+    def few_tokens(self, node: Node) -> bool:
+        """Whether `node`, on a batch axis, is what an op took of a sequence: at most as many tokens as a rank holds."""
+        axis = self.modes[node]
+        if axis is None or axis not in self.batch_axes.values() or rule_for(node).select is None:
+            return False
+        source = first_of(node)
+        of_tokens = [bool(self.axes(f for d in self.sweep.dims(n) for f in d)) for n in (source, node)]
+        return of_tokens == [True, False] and axis.layout.world * bytes_of(node) <= bytes_of(source)
 
     def holds_shards(self, node: Node) -> bool:
         """Whether ranks hold shards of `node`."""

@@ -299,7 +299,8 @@ class Writer(Emitter):
         if node not in self.replicas:
             axis = self.placement.modes[node]
             assert axis is not None and isinstance(node.meta["val"], torch.Tensor), node
-            self.report(node, reason)
+            if not self.placement.few_tokens(node):
+                self.report(node, reason)
             args = self.shard_args(node, axis)
             gathered = self.emit(ops.gather, self.shards[node], *args, self.rank.group, name=f"{node.name}_gathered")
             gathered = self.ordered(gathered, args, inverse=True)

@@ -140,11 +140,17 @@ def running_norm(x: Tensor, w: Tensor) -> Tensor:
     return y.sort(1).values.softmax(1) + x.flip(1).cummax(1).values
 
 
+def left_to_decay(x: Tensor, w: Tensor) -> Tensor:
+    """Each token's distance to the last one, along a sum over tokens: the last one alone moves to all ranks."""
+    total = F.logsigmoid(heads(x @ w)).cumsum(2)
+    return tokens(heads(x) * (total[:, :, -1:] - total).exp())
+
+
 RECURRENCES = (gated_delta, state_space, linear_attention, token_by_token)
 
 
 @pytest.mark.parametrize("world", (2, 3, slow(5)))
-@pytest.mark.parametrize("mix", (*RECURRENCES, transform, running_norm))
+@pytest.mark.parametrize("mix", (*RECURRENCES, left_to_decay, transform, running_norm))
 def test_what_needs_all_tokens(mix: Call, world: int) -> None:
     assert check_attentions(Case("mul.Tensor", between(mix), (TOKENS, SQUARE)), "zigzag", world) == []
 
