@@ -326,15 +326,17 @@ def _first_difference(a: Iterable[tuple[str, str]], b: Iterable[tuple[str, str]]
     return None
 
 
+ONE_HASH_SEED = "Where the model goes through a set of strings, start all ranks with one PYTHONHASHSEED."
 ADVICE = {
     "call": "Every rank must make the same calls in the same order: all share an input by ringpass.sharded, or none.",
     "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per "
     "rank, gives each its own. Shard the data over the data-parallel ranks only.",
     "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
     "model, or broadcast the state dict from rank 0.",
-    "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments.",
+    "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments. "
+    f"{ONE_HASH_SEED}",
     "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a shard of it, or "
-    "every rank its shard, by ringpass.sharded.",
+    f"every rank its shard, by ringpass.sharded. {ONE_HASH_SEED}",
     "shard": "Every rank must pass its own tokens of one tensor to ringpass.sharded, with the same dim and layout.",
     "options": "Every rank must pass the same options to torch.compile.",
 }
