@@ -233,6 +233,7 @@ class _Recorder(fx.Interpreter):
             "_enter_inference_mode": self.enter_inference_mode,
             "_exit_inference_mode": torch._C._set_grad_enabled,
             "lazy_load_decompositions": self.load_decompositions,
+            "_get_data_attr": torch.Tensor.detach,  # x.data, which leaves no node of its own
         }
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -171,9 +171,9 @@ class Functionaliser:
         if node.target is aten.detach_.default:
             self.detach(node, key)
             return
-        self.check_gradient(node, key)
+        hidden = self.check_gradient(node, key)
         if node.target is aten.copy_.default and key.op == "placeholder":
-            self.write(node, key, args[1])
+            self.write(node, key, args[1], hidden)
             return
         if node.target is aten.copy_.default:
             value = self.copied(node, args[0], args[1])
@@ -183,7 +183,7 @@ class Functionaliser:
             value = self.emit(node, functional_twin(node.target), args, kwargs)
         if value.meta["val"].dtype != changed.meta["val"].dtype:
             value = self.emit(node, aten.to.dtype, (value, changed.meta["val"].dtype), {})
-        self.write(node, key, value)
+        self.write(node, key, value, hidden)
 
     def copied(self, node: fx.Node, into: fx.Node, source: fx.Node) -> fx.Node:
         """What `into.copy_(source)` leaves in `into`; `aten.copy` has no derivative."""
@@ -202,23 +202,45 @@ class Functionaliser:
                 raise MutationError(f"detach_() of the graph input {key.name} is not supported; use detach()")
             self.present[key] = self.emit(node, aten.detach.default, (value,), {})
 
-    def check_gradient(self, node: fx.Node, key: fx.Node) -> None:
-        """Raises MutationError where the in-place op `node` hides from autograd that it changes `key`."""
-        root = key
+    def check_gradient(self, node: fx.Node, key: fx.Node) -> bool:
+        """Whether the in-place op `node` hides from autograd that it changes `key`, an input that nobody has read.
+
+        Raises MutationError where it hides that of anything else.
+        """
+        root, hidden = key, False
         while root in self.base:
-            if _op_name(root.target) == "detach" and self.read(self.base[root]) in self.needs_grad:
-                raise MutationError(f"{node.target} changes, through detach(), a tensor that needs a gradient")
-            root = self.base[root]
+            base = self.base[root]
+            if _op_name(root.target) == "detach" and self.read(base) in self.needs_grad:
+                hidden = base.op == "placeholder" and not self.is_read(base)
+                if not hidden:
+                    raise MutationError(f"{node.target} changes, through detach(), a tensor that needs a gradient")
+            root = base
         outside = root.op in ("placeholder", "get_attr")  # copy_ under no_grad does there what the in-place op did
         if not self.grad_enabled and not outside and self.read(key) in self.needs_grad:
             raise MutationError(f"{node.target} under no_grad changes a tensor that needs a gradient; use torch.where")
+        return hidden
 
-    def write(self, node: fx.Node, key: fx.Node, value: fx.Node, through: fx.Node | None = None) -> None:
+    def is_read(self, key: fx.Node) -> bool:
+        """Whether something that needs a gradient has been computed from the present value of `key`."""
+        users = [user for value in (key, self.read(key)) for user in value.users]
+        return any(user in self.needs_grad and user.target is not aten.copy_.default for user in users)
+
+    def written_outside(self, node: fx.Node, key: fx.Node, value: fx.Node, hidden: bool) -> fx.Node:
+        """`copy_` into an input or constant; `hidden` from autograd, as under no_grad."""
+        hidden = hidden and self.grad_enabled
+        if hidden:
+            self.graph.call_function(torch._C._set_grad_enabled, (False,))
+        copied = self.emit(node, aten.copy_.default, (key, value), {})
+        if hidden:
+            self.graph.call_function(torch._C._set_grad_enabled, (True,))
+        return copied
+
+    def write(self, node: fx.Node, key: fx.Node, value: fx.Node, hidden: bool, through: fx.Node | None = None) -> None:
         """Give `key` a new value; `node` is the op that does it, `through` the view of `key` that it came by."""
         outside = key.op in ("placeholder", "get_attr")
         if outside:
             before = self.read(key)
-            value = self.emit(node, aten.copy_.default, (key, value), {})
+            value = self.written_outside(node, key, value, hidden)
             if before in self.needs_grad:
                 self.needs_grad.add(value)
         self.present[key] = value
@@ -228,7 +250,7 @@ class Functionaliser:
                 self.make_stale(view)
         if key in self.base:
             base = self.base[key]
-            self.write(node, base, self.scattered(node, key, self.read(base), value), through=key)
+            self.write(node, base, self.scattered(node, key, self.read(base), value), hidden, through=key)
 
     def make_stale(self, view: fx.Node) -> None:
         """From now on, `view` and its views are taken anew from their base when they are used."""

@@ -235,6 +235,18 @@ def test_a_parameter_changed_under_no_grad_keeps_its_gradient(backend: Backend) 
     check(backend, f, grads(3, 2))
 
 
+@pytest.mark.parametrize("hide", (Tensor.detach, lambda w: w.data))
+def test_a_parameter_changed_behind_autograd_keeps_its_gradient(
+    backend: Backend, hide: Callable[[Tensor], Tensor]
+) -> None:
+    def f(w: Tensor) -> Tensor:
+        hide(w).clamp_(-0.1, 0.1)
+        hide(w)[0].mul_(2)
+        return w.square().sum() + hide(w).sum()
+
+    check(backend, f, grads(3, 2))
+
+
 def test_changes_through_views_reach_all_views(backend: Backend) -> None:
     def f(x: Tensor, other: Tensor) -> Tensor:
         y = x * 2
@@ -305,7 +317,13 @@ def behind_detach(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("f", [through_strides, under_no_grad, behind_detach])
+def behind_data(x: Tensor) -> Tensor:
+    y = x.square()
+    x.data.mul_(2)
+    return y
+
+
+@pytest.mark.parametrize("f", [through_strides, under_no_grad, behind_detach, behind_data])
 def test_changes_without_a_functional_form_are_refused(backend: Backend, f: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(BackendCompilerFailed) as error:
         torch.compile(f, backend=backend)(grads(4))
