@@ -23,18 +23,24 @@ HEAD = """# The zoo
 Small, randomly initialised models of public classes ({length} tokens, 2 layers, batch of 2, with labels, in
 training mode), sharded over {ranks} gloo ranks and compared with eager PyTorch on one device. Made by `python -m
 benchmarks.zoo`; `pytest tests/models/test_zoo.py -m slow` runs the same in evaluation, without labels, with
-padding, and over 3 ranks; `-k inductor`, with `-m slow`, runs each model once with code generation.
+padding (of one row at its end, of the other at its beginning), and over 3 ranks; `-k inductor`, with `-m slow`, runs
+each model once with code generation.
 
 *error*: the largest relative error of any output, the loss, or the gradient of any parameter, in float64; in
 float32 where marked \\*, because an op of the model has no float64 version. *on the ring*: the number of attentions
 that run as ring attention. *gathers*: values that had to be gathered in the forward, outputs excepted, and their
 bytes. *local*: the fraction of the FLOPs of linear layers and convolutions that runs on local tokens; layers that
-work on one vector per picture (its step and class, in DiT and SD3) run on every rank. *peak*: the peak memory of a
+work on one vector per picture (its step and class, in DiT and SD3) run on every rank, and so do Moonshine's strided
+convolutions, which make tokens of the wave: in a model this small, most of the work. *peak*: the peak memory of a
 rank in the second step, forward and backward, without parameters and their gradients, against one device in eager
 mode; in models this small, most of it does not depend on tokens.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |
+"""
+FOOT = """
+Not built: the Llama of litgpt and of torchtitan, because neither package is among those that the tests install; and
+Mamba-2 on its own, which has no attention and so nothing to shard.
 """
 
 
@@ -68,7 +74,7 @@ def main() -> None:
     missing = [f"{name} ({ZOO[name].missing})" for name in names if ZOO[name].missing]
     rows += [f"\nNot run, since the package was not installed: {', '.join(missing)}."] if missing else []
     if not args.only:
-        DOCUMENT.write_text(HEAD.format(length=LENGTH, ranks=args.ranks) + "\n".join(rows) + "\n")
+        DOCUMENT.write_text(HEAD.format(length=LENGTH, ranks=args.ranks) + "\n".join(rows) + "\n" + FOOT)
 
 
 if __name__ == "__main__":

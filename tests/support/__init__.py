@@ -19,7 +19,8 @@ What is compared:
 What it is compared on:
 
 - `models`: tiny models of each kind, with batches
-- `zoo`, `zoo_modules`: tiny models of the public classes that people train; their modules that no library has
+- `zoo`, `zoo_text`, `zoo_entry`, `zoo_modules`: tiny models of the public classes that people train; the newer language
+  models; what an entry is; their modules that no library has
 - `pattern_models`: patterns as boolean tensors, and a model that takes one
 - `dilation_cases`: random dilated attentions
 - `mask_expressions`: Hypothesis strategies for mask expressions

@@ -50,7 +50,11 @@ def outputs_and_gradients(model: nn.Module, run: Any, batch: dict[str, Tensor]) 
 
 def after_backward(model: nn.Module, tensors: dict[str, Tensor], loss: Tensor | None) -> dict[str, Tensor]:
     """Outputs, the loss (None: a number that depends on all of them), and the gradients of `model` under it."""
-    used = sum((t.pow(2).mean() for t in tensors.values()), torch.zeros(())) if loss is None else loss
+    used = (
+        sum((t.pow(2).mean() for t in tensors.values() if t.is_floating_point()), torch.zeros(()))
+        if loss is None
+        else loss
+    )
     used.backward()
     grads = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {**{k: t.detach().clone() for k, t in tensors.items()}, "loss used": used.detach().clone(), **grads}

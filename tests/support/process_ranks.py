@@ -36,7 +36,10 @@ Status = Literal["ok", "error"]
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 GRACE = 10.0  # seconds that the other ranks get to report, once one has failed
-CHILD_ENV = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+CHILD_ENV = {
+    "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",  # models that go through a set of strings make the same graph on every rank
+}  # fmt: skip
 
 
 class RankError(RuntimeError):

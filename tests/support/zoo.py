@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from unittest.mock import MagicMock
@@ -22,8 +20,20 @@ from unittest.mock import MagicMock
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from tests.support.zoo_entry import (
+    EXPERTS,
+    GROUPED,
+    ROWS,
+    Batch,
+    Entry,
+    generator,
+    ids,
+    mask,
+    of,
+    tokens,
+    translated,
+)
 from tests.support.zoo_modules import (
     HEADS,
     LAYERS,
@@ -36,87 +46,9 @@ from tests.support.zoo_modules import (
     Heads,
     Translator,
 )
-
-ROWS = 2
-Batch = dict[str, Any]
-
-
-class wide(TorchFunctionMode):  # noqa: N801  a context, used as a function
-    """Inside, what a model writes as float32 is float64: norms, softmax, losses, rotary tables."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*(torch.float64 if a is torch.float32 else a for a in args), **named)
-
-
-def nothing() -> None:
-    """What most entries need besides transformers."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """`factory(attention)` builds the model; `make_batch(length, labels, padding)` its keyword arguments.
-
-    `labels`, `padding`: whether the model takes them.  `attentions`: the ways in which it can be told to attend.
-    """
-
-    factory: Callable[[str], nn.Module]
-    make_batch: Callable[[int, bool, bool], Batch]
-    labels: bool = True
-    padding: bool = False
-    attentions: tuple[str, ...] = ("sdpa", "eager")
-    needs: Callable[[], Any] = nothing  # imports a package that may be missing
-    dtype: torch.dtype = torch.float64  # float32 where an op of the model knows nothing wider
-
-    @property
-    def missing(self) -> str:
-        """The package that the entry needs and that cannot be imported, or nothing."""
-        try:
-            self.needs()
-        except ImportError as error:
-            return str(error.name)
-        return ""
-
-    def make(self, attention: str = "sdpa", train: bool = True) -> nn.Module:
-        """The model in its dtype, the same on every rank; the caller's random state is untouched."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = self.factory(attention)
-            with torch.no_grad():
-                for parameter in model.parameters():  # biases and scales that start at 0 or 1 would hide faults
-                    parameter.add_(torch.randn_like(parameter) * 0.02)
-        return model.to(self.dtype).train(train)
-
-    def batch(self, length: int, labels: bool, padding: bool) -> Batch:
-        """Keyword arguments for one call."""
-        made = self.make_batch(length, labels, padding)
-        floats = {k: v for k, v in made.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        return made | {key: value.to(self.dtype) for key, value in floats.items()}
-
+from tests.support.zoo_text import TEXT
 
 # --- batches ----------------------------------------------------------------------------------------------------------
-
-
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _ids(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (ROWS, length), generator=_generator(seed))
-
-
-def _mask(length: int) -> Tensor:
-    """Row r lacks r + 3 tokens at its end."""
-    return (torch.arange(length) < length - 3 - torch.arange(ROWS).unsqueeze(1)).long()
-
-
-def tokens(length: int, labels: bool, padding: bool) -> Batch:
-    """Ids, and the same as labels."""
-    ids = _ids(length)
-    batch = {"input_ids": ids} | ({"attention_mask": _mask(length)} if padding else {})
-    return batch | ({"labels": ids.masked_fill(_mask(length) == 0, -100) if padding else ids} if labels else {})
 
 
 def classified(length: int, labels: bool, padding: bool) -> Batch:
@@ -125,20 +57,14 @@ def classified(length: int, labels: bool, padding: bool) -> Batch:
     return batch | ({"labels": torch.tensor([1, 0])} if labels else {})
 
 
-def translated(length: int, labels: bool, padding: bool) -> Batch:
-    """A source that is six tokens longer than the target."""
-    batch = tokens(length + 6, False, padding)
-    return batch | {"labels" if labels else "decoder_input_ids": _ids(length, 1)}
-
-
 def spoken(length: int, labels: bool, padding: bool) -> Batch:
     """A spectrogram of twice the length, and a transcript."""
-    features = torch.randn(ROWS, 8, 2 * (length + 6), generator=_generator(), dtype=torch.float64)
-    return {"input_features": features, "labels" if labels else "decoder_input_ids": _ids(length, 1)}
+    features = torch.randn(ROWS, 8, 2 * (length + 6), generator=generator(), dtype=torch.float64)
+    return {"input_features": features, "labels" if labels else "decoder_input_ids": ids(length, 1)}
 
 
 def _pixels() -> Tensor:
-    return torch.randn(ROWS, 3, 20, 20, generator=_generator(), dtype=torch.float64)
+    return torch.randn(ROWS, 3, 20, 20, generator=generator(), dtype=torch.float64)
 
 
 def pictures(length: int, labels: bool, padding: bool) -> Batch:
@@ -153,27 +79,8 @@ def captioned(length: int, labels: bool, padding: bool) -> Batch:
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": 2,
-}  # fmt: skip
-GROUPED = {"num_key_value_heads": HEADS // 2}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 PICTURE = {"image_size": 20, "patch_size": 4, "num_channels": 3}
-
-
-def _of(name: str, config: str, *drop: str, **options: Any) -> Callable[[str], nn.Module]:
-    """A factory of the class `name` with the sizes above, without those named in `drop`, and `options`."""
-
-    def factory(attention: str) -> nn.Module:
-        sizes = {key: value for key, value in SIZES.items() if key not in drop} | options
-        made = getattr(hf, config)(**sizes, attn_implementation=attention)
-        model: nn.Module = getattr(hf, name)(made)
-        return model
-
-    return factory
 
 
 def _gpt2(attention: str) -> nn.Module:
@@ -250,7 +157,7 @@ def prompted(length: int, labels: bool, padding: bool) -> Batch:
 
 
 def _latents(seed: int) -> Tensor:
-    return torch.randn(ROWS, 4, 10, 10, generator=_generator(seed), dtype=torch.float64)
+    return torch.randn(ROWS, 4, 10, 10, generator=generator(seed), dtype=torch.float64)
 
 
 LATENT = {"sample_size": 10, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": LAYERS}
@@ -315,12 +222,12 @@ def labelled(length: int, labels: bool, padding: bool) -> Batch:
 
 
 def _floats(length: int, seed: int = 0) -> Tensor:
-    return torch.randn(ROWS, length, WIDTH, generator=_generator(seed), dtype=torch.float64)
+    return torch.randn(ROWS, length, WIDTH, generator=generator(seed), dtype=torch.float64)
 
 
 def vectors(length: int, labels: bool, padding: bool) -> Batch:
     """A sequence of vectors, and what is to come of it; padding as torch.nn wants it, True where nothing is."""
-    batch = {"x": _floats(length)} | ({"padding": _mask(length) == 0} if padding else {})
+    batch = {"x": _floats(length)} | ({"padding": mask(length) == 0} if padding else {})
     return batch | ({"target": _floats(length, 1)} if labels else {})
 
 
@@ -331,53 +238,53 @@ def two_sequences(length: int, labels: bool, padding: bool) -> Batch:
 
 def texts(length: int, labels: bool, padding: bool) -> Batch:
     """Ids and targets."""
-    return {"idx": _ids(length)} | ({"targets": _ids(length, 1)} if labels else {})
+    return {"idx": ids(length)} | ({"targets": ids(length, 1)} if labels else {})
 
 
 ONE = ("sdpa",)  # for models that have no choice
 ZOO: dict[str, Entry] = {
     "gpt2": Entry(_gpt2, tokens, padding=True),
-    "llama": Entry(_of("LlamaForCausalLM", "LlamaConfig", **GROUPED), tokens, padding=True),
-    "qwen3": Entry(_of("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=8), tokens, padding=True),
-    "mistral": Entry(_of("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=9), tokens, padding=True),
+    "llama": Entry(of("LlamaForCausalLM", "LlamaConfig", **GROUPED), tokens, padding=True),
+    "qwen3": Entry(of("Qwen3ForCausalLM", "Qwen3Config", **GROUPED, head_dim=8), tokens, padding=True),
+    "mistral": Entry(of("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=9), tokens, padding=True),
     "gemma2": Entry(
-        _of("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=8, sliding_window=9), tokens, padding=True,
+        of("Gemma2ForCausalLM", "Gemma2Config", **GROUPED, head_dim=8, sliding_window=9), tokens, padding=True,
         attentions=("eager",),
     ),
     "gemma3": Entry(
-        _of("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, sliding_window=9,
+        of("Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, sliding_window=9,
             layer_types=["sliding_attention", "full_attention"]),
         tokens, padding=True,
     ),
     "mixtral": Entry(
-        _of("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, sliding_window=None), tokens,
+        of("MixtralForCausalLM", "MixtralConfig", **GROUPED, num_local_experts=4, sliding_window=None), tokens,
         padding=True, dtype=torch.float32,
     ),
     "gpt_oss": Entry(
-        _of("GptOssForCausalLM", "GptOssConfig", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        of("GptOssForCausalLM", "GptOssConfig", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
             sliding_window=9),
         tokens, padding=True, attentions=("eager",), dtype=torch.float32,
     ),
     "qwen3_moe": Entry(
-        _of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, head_dim=8, **EXPERTS), tokens, padding=True,
+        of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **GROUPED, head_dim=8, **EXPERTS), tokens, padding=True,
         dtype=torch.float32,
     ),
     "gpt_neox": Entry(
-        _of("GPTNeoXForCausalLM", "GPTNeoXConfig", hidden_dropout=0.0, attention_dropout=0.0), tokens, padding=True
+        of("GPTNeoXForCausalLM", "GPTNeoXConfig", hidden_dropout=0.0, attention_dropout=0.0), tokens, padding=True
     ),
     "bloom": Entry(_bloom, tokens, padding=True, attentions=("eager",)),
     "opt": Entry(
-        _of("OPTForCausalLM", "OPTConfig", "intermediate_size", ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH,
+        of("OPTForCausalLM", "OPTConfig", "intermediate_size", ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH,
             dropout=0.0),
         tokens, padding=True,
     ),
-    "bert": Entry(_of("BertForMaskedLM", "BertConfig", **STILL), tokens, padding=True),
+    "bert": Entry(of("BertForMaskedLM", "BertConfig", **STILL), tokens, padding=True),
     "bert_classification": Entry(
-        _of("BertForSequenceClassification", "BertConfig", **STILL), classified, padding=True
+        of("BertForSequenceClassification", "BertConfig", **STILL), classified, padding=True
     ),
-    "roberta": Entry(_of("RobertaForMaskedLM", "RobertaConfig", **STILL), tokens, padding=True),
+    "roberta": Entry(of("RobertaForMaskedLM", "RobertaConfig", **STILL), tokens, padding=True),
     "modernbert": Entry(
-        _of("ModernBertForMaskedLM", "ModernBertConfig", layer_types=["full_attention", "sliding_attention"],
+        of("ModernBertForMaskedLM", "ModernBertConfig", layer_types=["full_attention", "sliding_attention"],
             local_attention=8, cls_token_id=0, sep_token_id=1),
         tokens, padding=True,
     ),
@@ -385,11 +292,11 @@ ZOO: dict[str, Entry] = {
     "bart": Entry(_bart, translated, padding=True),
     "whisper": Entry(_whisper, spoken),
     "vit": Entry(
-        _of("ViTForImageClassification", "ViTConfig", "vocab_size", "max_position_embeddings", **STILL, **PICTURE),
+        of("ViTForImageClassification", "ViTConfig", "vocab_size", "max_position_embeddings", **STILL, **PICTURE),
         pictures,
     ),
     "dinov2": Entry(
-        _of("Dinov2ForImageClassification", "Dinov2Config", "vocab_size", "max_position_embeddings",
+        of("Dinov2ForImageClassification", "Dinov2Config", "vocab_size", "max_position_embeddings",
             "intermediate_size", **STILL, **PICTURE),
         pictures,
     ),
@@ -407,4 +314,5 @@ ZOO: dict[str, Entry] = {
     "nanogpt_flash": Entry(lambda _: HandwrittenGPT("flash"), texts, attentions=ONE),
     "nanogpt_manual": Entry(lambda _: HandwrittenGPT("manual"), texts, attentions=ONE),
     "nanogpt_einsum": Entry(lambda _: HandwrittenGPT("einsum"), texts, attentions=ONE),
+    **TEXT,
 }  # fmt: skip

@@ -21,7 +21,8 @@ from ringpass import backend
 from ringpass.nodes import bound_of
 from ringpass.passes.partition.partitioned import Gather, Partitioned
 from tests.support.model_parity import after_backward, compiled, relative
-from tests.support.zoo import ZOO, wide
+from tests.support.zoo import ZOO
+from tests.support.zoo_entry import wide
 
 LENGTH = 23  # prime, odd: nothing divides it
 FLOOR = 1e-3  # a gradient that is zero but for rounding, such as that of a key's bias, is not divided by itself
@@ -127,7 +128,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, item in value.items():
             yield from _tensors(item, f"{name}.{key}")
     elif hasattr(value, "layers"):
-        yield from _tensors([(layer.keys, layer.values) for layer in value.layers], name)
+        yield from _tensors([vars(layer) for layer in value.layers], name)  # keys, values, states of recurrences
 
 
 PRODUCTS = {
