@@ -33,7 +33,7 @@ bytes. *local*: the fraction of the FLOPs of linear layers and convolutions that
 work on one vector per picture (its step and class, in DiT and SD3) run on every rank, and so do Moonshine's strided
 convolutions, which make tokens of the wave: in a model this small, most of the work. *peak*: the peak memory of a
 rank in the second step, forward and backward, without parameters and their gradients, against one device in eager
-mode; in models this small, most of it does not depend on tokens.
+mode; in models this small, most of it does not depend on tokens. It is left out where it has not been measured.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |
