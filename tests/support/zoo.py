@@ -24,13 +24,19 @@ from torch import Tensor, nn
 from tests.support.zoo_entry import (
     EXPERTS,
     GROUPED,
+    ONE,
+    PICTURE,
     ROWS,
     Batch,
     Entry,
+    diffusers,
+    floats,
     generator,
     ids,
     mask,
     of,
+    pictures,
+    pixels,
     tokens,
     translated,
 )
@@ -46,6 +52,7 @@ from tests.support.zoo_modules import (
     Heads,
     Translator,
 )
+from tests.support.zoo_pictures import PICTURES
 from tests.support.zoo_text import TEXT
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -63,24 +70,14 @@ def spoken(length: int, labels: bool, padding: bool) -> Batch:
     return {"input_features": features, "labels" if labels else "decoder_input_ids": ids(length, 1)}
 
 
-def _pixels() -> Tensor:
-    return torch.randn(ROWS, 3, 20, 20, generator=generator(), dtype=torch.float64)
-
-
-def pictures(length: int, labels: bool, padding: bool) -> Batch:
-    """Pictures of 5 x 5 patches."""
-    return {"pixel_values": _pixels()} | ({"labels": torch.tensor([1, 0])} if labels else {})
-
-
 def captioned(length: int, labels: bool, padding: bool) -> Batch:
     """Pictures and texts, to be matched."""
-    return tokens(length, False, padding) | {"pixel_values": _pixels(), "return_loss": labels}
+    return tokens(length, False, padding) | {"pixel_values": pixels(), "return_loss": labels}
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-PICTURE = {"image_size": 20, "patch_size": 4, "num_channels": 3}
 
 
 def _gpt2(attention: str) -> nn.Module:
@@ -151,7 +148,7 @@ def noised(length: int, labels: bool, padding: bool) -> Batch:
 
 def prompted(length: int, labels: bool, padding: bool) -> Batch:
     """Latents of 5 x 5 patches, a step, and a text of `length` vectors, one of which stands for all."""
-    text = {"encoder_hidden_states": _floats(length, 2), "pooled_projections": _floats(1, 3)[:, 0]}
+    text = {"encoder_hidden_states": floats(length, 2), "pooled_projections": floats(1, 3)[:, 0]}
     batch = {"hidden_states": _latents(0), "timestep": torch.tensor([3, 70]), **text}
     return batch | ({"target": _latents(1)} if labels else {})
 
@@ -182,11 +179,6 @@ def _sd3(attention: str) -> nn.Module:
     return Denoiser(diffusers().SD3Transformer2DModel(**LATENT, **sizes, **widths))
 
 
-def diffusers() -> Any:
-    """The package, imported where it is used."""
-    return importlib.import_module("diffusers")
-
-
 @cache
 def timm() -> Any:
     """timm.  Only its data sets and their transforms need torchvision, whose builds each want one torch: where there is
@@ -215,25 +207,21 @@ def _timm(attention: str) -> nn.Module:
 
 def labelled(length: int, labels: bool, padding: bool) -> Batch:
     """Pictures of 5 x 5 patches, and a class each."""
-    return {"x": _pixels()} | ({"target": torch.tensor([1, 0])} if labels else {})
+    return {"x": pixels()} | ({"target": torch.tensor([1, 0])} if labels else {})
 
 
 # --- torch.nn ---------------------------------------------------------------------------------------------------------
 
 
-def _floats(length: int, seed: int = 0) -> Tensor:
-    return torch.randn(ROWS, length, WIDTH, generator=generator(seed), dtype=torch.float64)
-
-
 def vectors(length: int, labels: bool, padding: bool) -> Batch:
     """A sequence of vectors, and what is to come of it; padding as torch.nn wants it, True where nothing is."""
-    batch = {"x": _floats(length)} | ({"padding": mask(length) == 0} if padding else {})
-    return batch | ({"target": _floats(length, 1)} if labels else {})
+    batch = {"x": floats(length)} | ({"padding": mask(length) == 0} if padding else {})
+    return batch | ({"target": floats(length, 1)} if labels else {})
 
 
 def two_sequences(length: int, labels: bool, padding: bool) -> Batch:
     """A source that is six tokens longer than the target."""
-    return vectors(length, labels, False) | {"source": _floats(length + 6, 2)}
+    return vectors(length, labels, False) | {"source": floats(length + 6, 2)}
 
 
 def texts(length: int, labels: bool, padding: bool) -> Batch:
@@ -241,7 +229,6 @@ def texts(length: int, labels: bool, padding: bool) -> Batch:
     return {"idx": ids(length)} | ({"targets": ids(length, 1)} if labels else {})
 
 
-ONE = ("sdpa",)  # for models that have no choice
 ZOO: dict[str, Entry] = {
     "gpt2": Entry(_gpt2, tokens, padding=True),
     "llama": Entry(of("LlamaForCausalLM", "LlamaConfig", **GROUPED), tokens, padding=True),
@@ -315,4 +302,5 @@ ZOO: dict[str, Entry] = {
     "nanogpt_manual": Entry(lambda _: HandwrittenGPT("manual"), texts, attentions=ONE),
     "nanogpt_einsum": Entry(lambda _: HandwrittenGPT("einsum"), texts, attentions=ONE),
     **TEXT,
+    **PICTURES,
 }  # fmt: skip

@@ -1,7 +1,8 @@
-"""What the zoo's files share: an entry, its dtype, batches of token ids, and sizes of transformers' models."""
+"""What the zoo's files share: an entry, its dtype, batches, and sizes of transformers' models."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from tests.support.zoo_modules import HEADS, LAYERS, VOCAB, WIDTH
 
 ROWS = 2
+ONE = ("sdpa",)  # the attentions of models that have no choice
+PICTURE = {"image_size": 20, "patch_size": 4, "num_channels": 3}
 Batch = dict[str, Any]
 
 
@@ -23,6 +26,7 @@ class wide(TorchFunctionMode):  # noqa: N801  a context, used as a function
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             return args[0].double()
+        func = torch.unflatten if func is Tensor.unflatten else func  # Dynamo breaks at the method in such a mode
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
         return func(*(torch.float64 if a is torch.float32 else a for a in args), **named)
 
@@ -103,6 +107,26 @@ def translated(length: int, labels: bool, padding: bool) -> Batch:
     """A source that is six tokens longer than the target."""
     batch = tokens(length + 6, False, padding)
     return batch | {"labels" if labels else "decoder_input_ids": ids(length, 1)}
+
+
+def floats(length: int, seed: int = 0) -> Tensor:
+    """A sequence of vectors for each row."""
+    return torch.randn(ROWS, length, WIDTH, generator=generator(seed), dtype=torch.float64)
+
+
+def pixels() -> Tensor:
+    """A picture for each row."""
+    return torch.randn(ROWS, 3, 20, 20, generator=generator(), dtype=torch.float64)
+
+
+def pictures(length: int, labels: bool, padding: bool) -> Batch:
+    """Pictures of 5 x 5 patches."""
+    return {"pixel_values": pixels()} | ({"labels": torch.tensor([1, 0])} if labels else {})
+
+
+def diffusers() -> Any:
+    """The package, imported where it is used."""
+    return importlib.import_module("diffusers")
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------

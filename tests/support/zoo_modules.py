@@ -35,6 +35,18 @@ class Denoiser(Regression):
         return y
 
 
+class Features(Regression):
+    """An encoder of pictures, the last hidden states of which are its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def run(self, **batch: Any) -> Tensor:
+        y: Tensor = self.model(**batch).last_hidden_state
+        return y
+
+
 class Classifier(nn.Module):
     """(logits, cross entropy)."""
 
