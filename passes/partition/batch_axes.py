@@ -6,7 +6,8 @@ A node that needs all tokens runs replicated, on gathered operands.  A *region* 
 from them make up, up to where nodes run on local tokens again: a scan over chunks, a norm over tokens, a transform
 along the sequence.  Where the ops of a region treat some other dim alike for each index (heads, channels, rows of the
 batch), its ranks divide that *batch axis* instead: each has all tokens of a part of the heads, moved by one all-to-all
-of each value that enters or leaves, 1 / P of its bytes, and nothing is computed twice.
+of each value that enters or leaves, 1 / P of its bytes, and nothing is computed twice.  What sums over the batch axis,
+such as a loss of a picture that is made of patches, adds the sums of all ranks.
 
 Contract: an analysis, as `placement`.  Of the dims that a region has, the one with the fewest bytes per rank is taken;
 a region that no dim divides is left as it is, replicated.
@@ -49,6 +50,7 @@ class Division:
 
     factor: Factor
     on: set[Node] = field(default_factory=set)
+    summed: set[Node] = field(default_factory=set)  # those of them that sum over it: every rank has all of the result
     bytes: float = 0
 
 
@@ -102,14 +104,17 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
     for node in region:
         on = _runs_on(p, node, factor) and (factor.size >= world or _runs_on_none(p, node, factor))
         on = first_of(node) in found.on if rule_for(node).follows else on
+        summed = first_of(node) in found.summed if rule_for(node).follows else on and _sums(p, node, factor)
         if on:
             found.on.add(node)
+        if summed:
+            found.summed.add(node)
         for n in reads(node):
             whole = not on or not _crosses(p, n, factor)
-            if (p.holds_shards(n) or n in found.on) and whole:
+            if (p.holds_shards(n) or n in found.on - found.summed) and whole:
                 gathered.add(n)
-        found.bytes += bytes_of(node) * (share if on else 1)
-    for node in found.on:
+        found.bytes += bytes_of(node) * (share if on and not summed else 1)
+    for node in found.on - found.summed:
         outside = [user for user in node.users if user not in found.on and user in p.live and user.op != "output"]
         if any(not _hands_over(p, node, user) for user in outside if user not in region):
             gathered.add(node)
@@ -118,14 +123,23 @@ def _divided(p: PlacementPlan, region: list[Node], factor: Factor, world: int) -
 
 
 def _runs_on(p: PlacementPlan, node: Node, factor: Factor) -> bool:
-    """Whether `node` treats each index of `factor` alike, which all its results have once."""
+    """Whether `node` treats each index of `factor` alike, which all its results have once, or none, if it is summed."""
     note, rule = p.sweep.notes[node], rule_for(node)
     if not note.known or has_effect(node) or node in p.sites or draws_shared(node):
         return False
     moved = [f for pair in note.redistributed for f in pair]
-    if factor in p.sweep.resolve([*note.need_replication, *note.reduction, *moved]) or not rule.may_shard(p, node):
+    if factor in p.sweep.resolve([*note.need_replication, *moved]) or not rule.may_shard(p, node):
         return False
-    return bool(_holds_once(p, node, factor)) and all(_holds_once(p, n, factor) is not None for n in reads(node))
+    held = [_holds_once(p, n, factor) for n in reads(node)]
+    if _sums(p, node, factor):
+        combines = rule.reduce is not None and not any(value.is_complex() for value in tensors_of(node))
+        return combines and any(held) and None not in held
+    return bool(_holds_once(p, node, factor)) and None not in held
+
+
+def _sums(p: PlacementPlan, node: Node, factor: Factor) -> bool:
+    """Whether `node` sums over `factor`."""
+    return factor in p.sweep.resolve(p.sweep.notes[node].reduction)
 
 
 def _runs_on_none(p: PlacementPlan, node: Node, factor: Factor) -> bool:

@@ -107,7 +107,9 @@ class PlacementPlan:
     def reduces(self, node: Node) -> bool:
         """Whether `node` runs on an axis and sums over it: its value, once reduced, is replicated."""
         axis = self.modes[node]
-        return axis is not None and node not in self.sites and axis in self.axes(self.sweep.notes[node].reduction)
+        if axis is None or node in self.sites:
+            return False
+        return any(self.is_of(f, axis) for f in self.sweep.resolve(self.sweep.notes[node].reduction))
 
     def replicated_operands(self, node: Node) -> list[Node]:
         """Operands that `node`, running on an axis, reads replicated."""

@@ -218,3 +218,34 @@ def test_factorised_attention_moves_one_axis_only(call: Call, world: int) -> Non
     targets = [n.target for n in planned_programs(case, "zigzag", world)[0].gm.graph.nodes]
     assert ops.all_to_all not in targets
     assert ops.ring_attention in targets
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def picture(x: Tensor) -> Tensor:
+    """Patches (B, T * S, H * D), each a column of D pixels in H channels, as pictures (B, H, T * D, S)."""
+    return x.view(B, FRAMES, PLACES, H, D).permute(0, 3, 1, 4, 2).flatten(2, 3)
+
+
+def scored(score: Call) -> Call:
+    """Tokens scaled by what all elements of the picture that they make sum up to."""
+    return lambda x, w: x * score(picture(x @ w)) / (1 + picture(x).square().sum())
+
+
+SCORES: tuple[Call, ...] = (
+    lambda y: F.mse_loss(y, y.detach().cos()),
+    lambda y: y.mean(),
+    lambda y: y.amax(),
+    lambda y: y.abs().max(1).values.sum(),
+    lambda y: y.std(),
+    lambda y: F.cross_entropy(y, torch.zeros(B, FRAMES * D, PLACES, dtype=torch.long)) * y.norm(),
+)
+
+
+@pytest.mark.parametrize("world", (2, 3, slow(5)))
+@pytest.mark.parametrize("score", SCORES)
+def test_what_sums_over_a_batch_axis_adds_the_sums_of_ranks(score: Call, world: int) -> None:
+    """With more ranks than rows, and than channels, some have nothing to sum."""
+    case = Case("mul.Tensor", between(scored(score)), ((B, FRAMES * PLACES, WIDTH), SQUARE))
+    assert check_attentions(case, "zigzag", world) == []
