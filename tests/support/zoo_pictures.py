@@ -31,7 +31,7 @@ from tests.support.zoo_entry import (
 from tests.support.zoo_modules import HEADS, LAYERS, VOCAB, WIDTH, Denoiser, Features
 
 HEAD = WIDTH // HEADS
-FRAMES, HEIGHT, WIDE = 3, 3, 5  # patches of a film
+FRAMES, HEIGHT, WIDE = 3, 7, 9  # patches of a film; a picture is a frame of it
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -118,7 +118,7 @@ def _gemma3_vision(attention: str) -> nn.Module:
     layers = {"layer_types": ["sliding_attention", "full_attention"]}
     config = hf.Gemma3Config(
         text_config=hf.Gemma3TextConfig(**text, **layers).to_dict(),
-        vision_config=hf.SiglipVisionConfig(**VISION, image_size=24, patch_size=4).to_dict(),
+        vision_config=hf.SiglipVisionConfig(**VISION, image_size=24, patch_size=4, vision_use_head=False).to_dict(),
         mm_tokens_per_image=9, image_token_index=IMAGE, boi_token_index=IMAGE - 2, eoi_token_index=IMAGE - 1,
         attn_implementation=attention,
     )  # fmt: skip
@@ -127,9 +127,9 @@ def _gemma3_vision(attention: str) -> nn.Module:
 
 
 def ordered(length: int, labels: bool, padding: bool) -> Batch:
-    """Texts, each with a picture of 6 x 6 patches in the order of Qwen's processor, that become 9 tokens."""
-    batch = _with_places(tokens(length + 6, labels, padding), 4, 9)
-    vision = {"pixel_values": _normal(ROWS * 36, 96), "image_grid_thw": torch.tensor([[1, 6, 6]] * ROWS)}
+    """Texts, each with a picture of 8 x 8 patches in the order of Qwen's processor, that become 16 tokens."""
+    batch = _with_places(tokens(length + 6, labels, padding), 4, 16)
+    vision = {"pixel_values": _normal(ROWS * 64, 96), "image_grid_thw": torch.tensor([[1, 8, 8]] * ROWS)}
     return batch | vision | {"mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
 
