@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node, map_arg
 
 from ringpass.nodes import op_name
@@ -20,15 +22,20 @@ def _fresh(sweep: Sweep, node: Node, note: Note) -> Dims:
     return sweep.fresh(node.meta["val"].shape)
 
 
-def _write_replicated(writer: Writer, node: Node, reason: str) -> Node:
-    """A tensor that lends dtype and device need not be replicated."""
+def _operands(writer: Writer, node: Node, reason: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Sizes, and a tensor that lends dtype and device, of whatever tokens."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: writer.either(n, reason))
+    return args, kwargs
+
+
+def _write_replicated(writer: Writer, node: Node, reason: str) -> Node:
+    args, kwargs = _operands(writer, node, reason)
     return writer.copy(node, args, kwargs)
 
 
 def _write_constant(writer: Writer, node: Node, axis: Axis) -> Node:
     """The same constant at the local size."""
-    args, kwargs = writer.operands(node, axis, f"operand of {op_name(node)}")
+    args, kwargs = _operands(writer, node, f"operand of {op_name(node)}")
     shape, position = writer.local_shape(node, axis), SHAPE[op_name(node)]
     return writer.copy(node, (*args[:position], shape, *args[position + 1 :]), kwargs)
 
