@@ -31,7 +31,7 @@ from tests.support.zoo_entry import (
 from tests.support.zoo_modules import HEADS, LAYERS, VOCAB, WIDTH, Denoiser, Features
 
 HEAD = WIDTH // HEADS
-FRAMES, HEIGHT, WIDE = 3, 7, 9  # patches of a film; a picture is a frame of it
+FRAMES, HEIGHT, WIDE = 3, 9, 11  # patches of a film; a picture is a frame of it
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
