@@ -31,10 +31,11 @@ float32 where marked \\*, because an op of the model has no float64 version. *on
 that run as ring attention. *gathers*: values that had to be gathered in the forward, outputs excepted, and their
 bytes. *local*: the fraction of the FLOPs of linear layers and convolutions that runs on local tokens; layers that
 work on one vector per picture (its step and class, in DiT and SD3) run on every rank, and so do Moonshine's strided
-convolutions, which make tokens of the wave, and in SAM 2 the patches, which overlap, and the first layer, whose
-windows are not a sequence yet: in models this small, much of the work. *peak*: the peak memory of a rank in the second
-step, forward and backward, without parameters and their gradients, against one device in eager mode; in models this
-small, most of it does not depend on tokens. It is left out where it has not been measured.
+convolutions, which make tokens of the wave, the patches of CogVideoX, cut before its frames are one sequence, and in
+SAM 2 the patches, which overlap, and the first layer, whose windows are not a sequence yet: in models this small, much
+of the work. *peak*: the peak memory of a rank in the second step, forward and backward, without parameters and their
+gradients, against one device in eager mode; in models this small, most of it does not depend on tokens. It is left out
+where it has not been measured.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |

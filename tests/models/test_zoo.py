@@ -24,6 +24,7 @@ GATHERED = {  # why an entry gathers something
 REPLICATED = {  # why an entry computes more than 1 - LOCAL on every rank
     "dit": "layers of one vector for a whole picture, beside 25 patches",
     "sd3": "layers of one vector for a whole picture, beside 25 patches",
+    "cogvideox": "patches, cut out of each frame before the frames are one sequence",
     "sam2": "patches that overlap, and the layers before the first windows are sequences",
     "moonshine": "the strided convolutions that make tokens of the wave",
 }
