@@ -35,7 +35,8 @@ convolutions, which make tokens of the wave, the patches of CogVideoX, cut befor
 SAM 2 the patches, which overlap, and the first layer, whose windows are not a sequence yet: in models this small, much
 of the work. *peak*: the peak memory of a rank in the second step, forward and backward, without parameters and their
 gradients, against one device in eager mode; in models this small, most of it does not depend on tokens. It is left out
-where it has not been measured.
+where it has not been measured. Qwen2.5-VL cuts the patches of a batch apart by data: its graph breaks there, and where
+the lengths of the parts are symbolic, a layer after they are joined gathers them.
 
 | model | attention | error | on the ring | gathers | local | peak, KiB |
 | --- | --- | --- | --- | --- | --- | --- |
