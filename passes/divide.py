@@ -1,8 +1,9 @@
 """divide: propagate, plan and place, which together say what each rank works on.
 
 Of many slices of a sequence, such as the chunks of a loss, each rank works on its own tokens of each: they are
-*sections*.  A recurrence over chunks mixes all tokens of a section, and is better divided along its heads.  So where
-sections leave something to gather, the three stages run again without them, and what gathers fewer bytes is taken.
+*sections*.  A recurrence over chunks mixes all tokens of a section, and is better divided along its heads, or chunk by
+chunk.  So where sections leave something to gather or to move, the three stages run again without them, and what
+gathers fewer bytes is taken, of two alike what moves fewer.
 
 Contract: the choice depends on the graph, the options and P alone, so all ranks make the same one.
 """
@@ -59,6 +60,11 @@ def divide(
         return Division(sweep, planned, run(place, captured, planned, sweep, sharded, failures))
 
     found = stages(True)
-    if not found.sweep.sections or not found.placement.whole_bytes:
+    if not found.sweep.sections or not (found.placement.whole_bytes or any(found.placement.moved)):
         return found
-    return min(found, stages(False), key=lambda division: division.placement.whole_bytes)
+    return min(found, stages(False), key=_bytes)
+
+
+def _bytes(division: Division) -> tuple[int, int]:
+    """What every rank gathers, and what moves for the regions that need all tokens."""
+    return division.placement.whole_bytes, sum(division.placement.moved)

@@ -1,7 +1,7 @@
 """dump: what the stages handed on, as text, in one directory per rank and graph.
 
-<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, partitioned.py, gathers.txt, forward.py, backward.py,
-stages.txt
+<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, recurrences.txt (of a graph that has any),
+partitioned.py, gathers.txt, forward.py, backward.py, stages.txt
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
     elif stage == "plan":
         yield "plan.txt", str(result)
         yield "schedule.txt", schedule(result, rank)
+    elif stage == "place" and result.choices:
+        yield "recurrences.txt", "\n".join(result.choices)
     elif stage == "partition":
         yield "partitioned.py", readable(result.gm)
         yield "gathers.txt", "\n".join(map(str, (*result.gathers, *result.whole_work))) or "nothing is gathered"

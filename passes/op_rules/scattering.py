@@ -21,7 +21,7 @@ from torch.fx import Node
 from ringpass.nodes import bound_of, hint_of, size_of
 from ringpass.passes.op_rules.selecting import located, positions_from
 from ringpass.passes.op_rules.slicing import first_token, rows_before
-from ringpass.passes.op_rules.spec import OpRule, Placed, Writer, same_call
+from ringpass.passes.op_rules.spec import OpRule, Placed, Put, Writer, same_call
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Sweep, product
 
@@ -73,6 +73,16 @@ def _positions(node: Node) -> tuple[sympy.Expr, int]:
     start = bound.get("start")
     size = base.meta["val"].shape[dim]
     return first_token(start, size_of(size), hint_of(size)), bound.get("step", 1)
+
+
+def _put(node: Node) -> Put | None:
+    """The elements that a slice_scatter replaces, where they are next to each other, and their place is a number."""
+    base, part, dim = _written(node)
+    start, step = _positions(node)
+    size = part.meta["val"].shape[dim]
+    if step != 1 or not start.is_Integer or not isinstance(size, int):
+        return None
+    return Put(dim, base, ((part, int(start), int(start) + size),))
 
 
 def _axis_of_written(placement: Placed, node: Node, axis: Axis, dim: int) -> Axis | None:
@@ -193,7 +203,7 @@ def _diagonal_scatter(sweep: Sweep, node: Node, note: Note) -> Dims:
 
 RULES = {
     "slice_scatter.default": OpRule(
-        _slice_scatter, may_shard=_alone, slice_axis=_axis_of_written, write=_write_slice_scatter
+        _slice_scatter, may_shard=_alone, slice_axis=_axis_of_written, puts=_put, write=_write_slice_scatter
     ),
     "diagonal_scatter.default": OpRule(_diagonal_scatter),
     **dict.fromkeys((

@@ -31,6 +31,15 @@ def _select(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(dims)
 
 
+def _selected(node: Node) -> tuple[int, int, int] | None:
+    """The element that a select takes, where its place is a number."""
+    shape, (_, dim, position, *_) = first_of(node).meta["val"].shape, args_of(node)
+    size = shape[dim]
+    if type(position) is not int or not isinstance(size, int):
+        return None
+    return dim % len(shape), position % size, position % size + 1
+
+
 def _index(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """x[i, j, ..]: the indexed dims are needed replicated, the index tensors' dims stand in their place."""
     source, picks = sweep.dims(first_of(node)), list(args_of(node)[1])
@@ -178,7 +187,7 @@ def _from_holders(writer: Writer, part: Node, held: Node) -> Node:
 
 
 RULES = {
-    "select.int": OpRule(_select, select=_write_select),
+    "select.int": OpRule(_select, takes_part=_selected, select=_write_select),
     "index.Tensor": OpRule(_index, select=_write_index),
     "index_select.default": OpRule(_index_select, select=_write_index_select),
     "gather.default": OpRule(_gather, select=_write_gather),

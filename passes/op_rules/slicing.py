@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import accumulate
 
 import sympy
 import torch
@@ -39,7 +40,7 @@ from ringpass.nodes import (
 )
 from ringpass.passes.op_rules.merging import merged, of_each_dim
 from ringpass.passes.op_rules.selecting import write_slice
-from ringpass.passes.op_rules.spec import GraphSize, OpRule, Placed, Writer, same_call
+from ringpass.passes.op_rules.spec import GraphSize, OpRule, Placed, Put, Writer, same_call
 from ringpass.passes.propagate.alignment import same
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Factors, Note, Sweep, product
@@ -93,6 +94,16 @@ def _sliced(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(dims)
 
 
+def _taken(node: Node) -> tuple[int, int, int] | None:
+    """The elements that a slice takes, where they are next to each other, and their places are numbers."""
+    dim, start, stop, step = slice_of(node)
+    size = first_of(node).meta["val"].shape[dim]
+    if step != 1 or not all(type(n) is int for n in (start or 0, 0 if stop is None else stop, size)):
+        return None
+    first, last, _ = slice(start, stop).indices(size)
+    return dim, first, last
+
+
 def first_token(start: int | Node | None, size: sympy.Expr, hint: int) -> sympy.Expr:
     """Where a slice of `size` tokens, `hint` in this compilation, begins, counted from the front."""
     first = size_of(start.meta["val"] if isinstance(start, Node) else start or 0)
@@ -140,6 +151,17 @@ def _concatenated(sweep: Sweep, node: Node, note: Note) -> Dims:
     out[dim] = sweep.joined(parts, note)
     sweep.slices[node] = dim
     return tuple(out)
+
+
+def _put_together(node: Node) -> Put | None:
+    """The parts of a concatenation, where their sizes are numbers."""
+    dim = bound_of(node).get("dim", 0) % node.meta["val"].ndim
+    parts = [n for n in args_of(node)[0] if not is_empty(n)]
+    sizes = [n.meta["val"].shape[dim] for n in parts]
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    ends = list(accumulate(sizes, initial=0))
+    return Put(dim, None, tuple(zip(parts, ends, ends[1:], strict=False)))
 
 
 def _padded(sweep: Sweep, node: Node, note: Note) -> Dims:
@@ -436,9 +458,14 @@ _CONVOLUTION = OpRule(
 _PAD = OpRule(_padded, slice_axis=_axis_of_joined, write=_write_pad)
 RULES = {
     "slice.Tensor": OpRule(
-        _sliced, slice_axis=_axis_of_slice, write=_write_slice, select=write_slice, output_part=slice_of
+        _sliced,
+        takes_part=_taken,
+        slice_axis=_axis_of_slice,
+        write=_write_slice,
+        select=write_slice,
+        output_part=slice_of,
     ),
-    "cat.default": OpRule(_concatenated, slice_axis=_axis_of_joined, write=_write_cat),
+    "cat.default": OpRule(_concatenated, puts=_put_together, slice_axis=_axis_of_joined, write=_write_cat),
     **dict.fromkeys(CONVOLUTIONS, _CONVOLUTION),
     **dict.fromkeys(PADS, _PAD),
 }

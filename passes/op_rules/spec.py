@@ -153,6 +153,15 @@ class Writer(Protocol):
         """Appends the call of `node` with other arguments."""
 
 
+@dataclass(frozen=True)
+class Put:
+    """What an op puts along `dim`: parts, each (its value, start, stop), into `base`, or one after another."""
+
+    dim: int
+    base: Node | None
+    parts: tuple[tuple[Node, int, int], ...]
+
+
 class Reads(Enum):
     """Which operands an op reads element by element."""
 
@@ -205,6 +214,12 @@ class OpRule:
     """Whether this call may run on local tokens, where its dims alone do not say."""
     slice_axis: Callable[[Placed, Node, Axis, int], Axis | None] | None = None
     """(placement, node, axis, dim) -> `axis` if the node slices or joins sequences along `dim` on local tokens."""
+    takes_part: Callable[[Node], tuple[int, int, int] | None] = lambda node: None
+    """(dim, start, stop) of the neighbouring elements that the op takes along one dim, and does nothing else."""
+    puts: Callable[[Node], Put | None] = lambda node: None
+    """What it puts into a dim, where that is known, and does nothing else."""
+    view: bool = False
+    """Its result has the elements of its operand in their order."""
     weights: Callable[[Node], list[Node]] = lambda node: []
     """The operands that a node which slices so reads replicated."""
 

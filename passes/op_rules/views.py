@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from ringpass.nodes import args_of, bound_of, first_of, op_name, operands_of, size_of
-from ringpass.passes.op_rules.spec import OpRule, Writer
+from ringpass.passes.op_rules.spec import OpRule, Put, Writer
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Dims, Note, Results, Sweep
 
@@ -105,6 +105,13 @@ def _stack(sweep: Sweep, node: Node, note: Note) -> Dims:
     return tuple(dims)
 
 
+def _stacked(node: Node) -> Put:
+    """Each of its operands, an element of the new dim."""
+    parts = args_of(node)[0]
+    dim = bound_of(node).get("dim", 0) % node.meta["val"].ndim
+    return Put(dim, None, tuple((part, i, i + 1) for i, part in enumerate(parts)))
+
+
 def _repeat_interleave(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """Repeated K/V heads: each index, that many times; None: of all elements."""
     x, bound = first_of(node), bound_of(node)
@@ -141,7 +148,7 @@ def _getitem(sweep: Sweep, node: Node, note: Note) -> Results:
     return tuple(value)  # a list among several results
 
 
-VIEW = OpRule(_view, write=_write_view)
+VIEW = OpRule(_view, view=True, write=_write_view)
 RULES = {
     **dict.fromkeys((
         "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int",
@@ -158,7 +165,7 @@ RULES = {
     "permute.default": _permuted(lambda node, rank: [d % rank for d in args_of(node)[1]]),
     **dict.fromkeys(("split.Tensor", "split_with_sizes.default", "chunk.default"), OpRule(_split)),
     "unbind.int": OpRule(_unbind),
-    "stack.default": OpRule(_stack),
+    "stack.default": OpRule(_stack, puts=_stacked),
     "repeat_interleave.self_int": OpRule(_repeat_interleave, write=_write_repeat_interleave),
     "repeat.default": OpRule(_repeat),
     "getitem": OpRule(_getitem, follows=True),

@@ -9,8 +9,10 @@ batch), its ranks divide that *batch axis* instead: each has all tokens of a par
 of each value that enters or leaves, 1 / P of its bytes, and nothing is computed twice.  What sums over the batch axis,
 such as a loss of a picture that is made of patches, adds the sums of all ranks.
 
+A recurrence over chunks may leave its tokens where they are and pass its state from rank to rank (`scans`).
+
 Contract: an analysis, as `placement`.  Of the dims that a region has, the one with the fewest bytes per rank is taken;
-a region that no dim divides is left as it is, replicated.
+if the region is a recurrence too, the way that moves fewer bytes.  A region that has neither is left replicated.
 """
 
 from __future__ import annotations
@@ -25,30 +27,87 @@ from ringpass.layouts.layout import CONTIGUOUS, Layout
 from ringpass.nodes import bytes_of, first_of, has_effect, tensors_of
 from ringpass.passes.op_rules.table import draws_shared, reads, rule_for
 from ringpass.passes.partition.placement_plan import PlacementPlan
+from ringpass.passes.partition.scan import Scan
+from ringpass.passes.partition.scans import Decide, find_scan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor
 
 
-def divide_regions(p: PlacementPlan, nodes: Iterable[Node], world: int) -> None:
-    """Puts the nodes of each region on a batch axis, where there is one: changes `p.modes` and `p.batch_axes`."""
+def divide_regions(p: PlacementPlan, nodes: Iterable[Node], world: int, decide: Decide) -> None:
+    """Puts the nodes of each region on a batch axis, or chunk by chunk, where that is possible and moves fewer bytes.
+
+    Changes `p`: its modes, `slices`, `batch_axes`, `scans`, `choices`, `moved`.  `decide`: the mode of any other node.
+    """
     for region in _regions(p, [n for n in nodes if n in p.live]):
         tried = [_divided(p, region, factor, world) for factor in _candidates(p, region)]
-        best = min(tried, key=lambda division: division.bytes, default=None)
-        if best is None or best.bytes >= _bytes_replicated(p, region):
-            continue
-        axis = p.batch_axes.get(best.factor)
-        if axis is None:
-            number = max(a.index for a in (*p.axis_of.values(), *p.batch_axes.values())) + 1
-            axis = Axis(number, best.factor, int(best.factor.size), Layout(CONTIGUOUS, world))
+        best = min(tried, key=lambda division: division.bytes, default=Division(None))
+        if best.bytes >= _bytes_replicated(p, region):
+            best = Division(None)
+        axis = _axis_of(p, best.factor, world) if best.factor is not None else None
+        scan = find_scan(p, region, decide, _runs_on, world) if world > 1 else None
+        other = _moved(p, region, best.on, axis, world)
+        p.moved.append(min(scan.bytes, other) if scan is not None else other)
+        if scan is not None:
+            p.choices.append(_choice(region, scan, other, axis))
+            if scan.bytes < other:
+                _take(p, scan)
+                continue
+        if axis is not None and best.factor is not None:
             p.batch_axes[best.factor] = axis
-        p.modes.update(dict.fromkeys(best.on, axis))
+            p.modes.update(dict.fromkeys(best.on, axis))
+
+
+def _axis_of(p: PlacementPlan, factor: Factor, world: int) -> Axis:
+    """The batch axis of a dim."""
+    number = max(a.index for a in (*p.axis_of.values(), *p.batch_axes.values())) + 1
+    return p.batch_axes.get(factor) or Axis(number, factor, int(factor.size), Layout(CONTIGUOUS, world))
+
+
+def _take(p: PlacementPlan, scan: Scan) -> None:
+    """Notes a scan in the plan."""
+    p.modes.update(scan.modes)
+    p.slices.update(scan.slices)
+    if scan.unit > 1:
+        p.batch_axes.update(dict.fromkeys(scan.factors, scan.axis))
+    p.scans.update(dict.fromkeys((*scan.owned, *scan.writes, *scan.views), scan))
+
+
+def _choice(region: Sequence[Node], scan: Scan, other: int, axis: Axis | None) -> str:
+    """A line for the dump: what a recurrence moves either way, and which way is taken."""
+    passing = f"{scan.bytes} bytes ({scan.state_bytes} of states in {len(scan.handed)} transfers, {scan.token_bytes} of"
+    how = f"all-to-all to a dim of {axis.tokens}" if axis is not None else "gathering"
+    taken = "states pass" if scan.bytes < other else how
+    ends = f"{region[0].name} .. {region[-1].name}"
+    return f"{ends}: {len(scan.owners)} chunks; passing states moves {passing} tokens), {how} {other}; taken: {taken}"
+
+
+def _moved(p: PlacementPlan, region: Sequence[Node], on: set[Node], axis: Axis | None, world: int) -> int:
+    """The bytes that all ranks together send in a forward, if the nodes `on` run on the batch axis, others on all."""
+    total, inside = 0, {*region}
+    for node in dict.fromkeys(n for user in region for n in (user, *reads(user))):
+        held = axis if node in on else p.modes[node] if p.holds_shards(node) else None
+        readers = [n for n in node.users if n in p.live and n.op != "output" and (n in inside or node in on)]
+        wanted = dict.fromkeys(axis if n in on else p.modes[n] for n in readers if node in reads(n))
+        for other in wanted if held is not None else ():
+            if other is None or axis is None or not any(axis.factor in d for d in p.sweep.operand_dims(node)):
+                total += bytes_of(node) * (world - 1)
+            elif other is not held and held is not None:
+                total += bytes_of(node) - _staying(node, held, other)
+    return total
+
+
+def _staying(node: Node, held: Axis, wanted: Axis) -> int:
+    """The bytes of a value that need not move, if ranks divide it along one dim before, and along another after."""
+    ranks = range(held.layout.world)
+    both = sum(held.layout.length(r, held.hint) * wanted.layout.length(r, wanted.hint) for r in ranks)
+    return int(bytes_of(node) * both // (held.hint * wanted.hint))
 
 
 @dataclass
 class Division:
     """A region divided along `factor`: the nodes that then run on it, and the bytes that a rank holds of the region."""
 
-    factor: Factor
+    factor: Factor | None
     on: set[Node] = field(default_factory=set)
     summed: set[Node] = field(default_factory=set)  # those of them that sum over it: every rank has all of the result
     bytes: float = 0
@@ -87,7 +146,8 @@ def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:
     """The dims of what enters a region along which ranks could divide it, in order."""
     entering = [n for node in region for n in reads(node) if p.holds_shards(n)]
     factors = dict.fromkeys(f for n in entering for d in p.sweep.operand_dims(n) for f in d)
-    return [f for f in factors if f not in p.axis_of and f.size.is_Integer and f.size >= 2]
+    of_scans = {f for scan in p.scans.values() for f in scan.factors}
+    return [f for f in factors if f not in p.axis_of and f not in of_scans and f.size.is_Integer and f.size >= 2]
 
 
 def _bytes_replicated(p: PlacementPlan, region: list[Node]) -> int:

@@ -7,7 +7,8 @@
     replicated: when the op needs A replicated (softmax over the sequence, no rule), when a tensor of it has A twice, or
     two axes
     whole: what follows from whole inputs alone, if it is read whole
-    regions of these run on another dim that all their ops treat alike, if there is one (`batch_axes`)
+    regions of these run on another dim that all their ops treat alike, if there is one (`batch_axes`), or chunk by
+    chunk where the tokens are (`scans`)
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.  What it asks
 about an op is in the op's record (`passes.op_rules`).
@@ -63,7 +64,7 @@ def place(
             modes[node] = _given(placement, node, given[node])
     _keep_whole(placement, list(captured.gm.graph.nodes))
     if axis_of:
-        divide_regions(placement, captured.gm.graph.nodes, plan.world)
+        divide_regions(placement, captured.gm.graph.nodes, plan.world, _decide)
     return placement
 
 

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ringpass.nodes import tensors_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.op_rules.table import rule_for
+from ringpass.passes.op_rules.table import reads, rule_for
 
 
 def differentiable(t: torch.Tensor) -> bool:
@@ -25,7 +25,7 @@ def tracked(captured: Captured) -> frozenset[Node]:
         elif node.op == "get_attr":
             needs = getattr(getattr(captured.gm, str(node.target), None), "requires_grad", False)
         else:
-            inherits = not rule_for(node).detaches and any(n in found for n in node.all_input_nodes)
+            inherits = not rule_for(node).detaches and any(n in found for n in reads(node))
             needs = inherits and any(differentiable(t) for t in tensors_of(node))
         if needs:
             found.add(node)

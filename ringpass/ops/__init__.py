@@ -22,6 +22,11 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     block_means      means over blocks of all tokens                   none: the choice has no gradient
     choose_blocks    the pairs of blocks that attend                   none
     locate           the local row of each position, -1 if remote      none
+    begin_states     a token for the transfers of one recurrence        end_states: zeros for what enters
+    send_states      a state of a recurrence, to the rank of a later    receive_states
+                     chunk; gives a token (`ops.states`)
+    receive_states   the token and the state, from another rank         send_states
+    end_states       what leaves, once all transfers are made           identity, and begin_states
     keep             the keep mask of local elements                   none
     dropout          the kept elements, scaled                         the same with the same keep mask
 
@@ -61,17 +66,18 @@ from ringpass.ops.extremes import extremum, first_extremum
 from ringpass.ops.halos import halo, halo_backward, interior_rows
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
+from ringpass.ops.states import begin_states, end_states, receive_states, send_states
 
 __all__ = [
-    "COMMUNICATING", "all_to_all", "block_means", "choose_blocks", "dropout", "extremum", "first_extremum", "gather",
-    "halo", "halo_backward", "host_copy", "interior_rows", "keep", "locate", "permute", "redistribute", "reduce",
-    "reduce_list",
-    "reduce_scatter", "replicate", "ring_attention", "ring_attention_backward", "ring_attention_backward_body",
-    "ring_attention_body", "shard", "silent", "site_of",
+    "COMMUNICATING", "all_to_all", "begin_states", "block_means", "choose_blocks", "dropout", "end_states", "extremum",
+    "first_extremum", "gather", "halo", "halo_backward", "host_copy", "interior_rows", "keep", "locate", "permute",
+    "receive_states", "redistribute", "reduce", "reduce_list", "reduce_scatter", "replicate", "ring_attention",
+    "ring_attention_backward", "ring_attention_backward_body", "ring_attention_body", "send_states", "shard", "silent",
+    "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
     shard, gather, redistribute, all_to_all, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate,
-    block_means, extremum, first_extremum, ring_attention, ring_attention_backward,
+    block_means, extremum, first_extremum, ring_attention, ring_attention_backward, send_states, receive_states,
 )  # fmt: skip
 """Saved for the backward, never recomputed.  Those that talk to other ranks in their forward (all but `shard` and
 `replicate`) are kept in graph order by code generation."""
