@@ -141,7 +141,8 @@ def _targets(writer: Writer, node: Node, bound: dict[str, Any]) -> GraphSize:
         safe = writer.emit(aten.where.ScalarOther, counted, target, 0)
         weights = writer.emit(aten.index.Tensor, weight, [safe])
         counted = writer.emit(aten.where.ScalarOther, counted, weights, 0.0)
-    part = writer.emit(aten.sum.default, counted, dtype=None if weight is None else accumulator(torch.float32))
+    dtype = None if weight is None else accumulator(weight.meta["val"].dtype)
+    part = writer.emit(aten.sum.default, counted, dtype=dtype)
     return writer.emit(ops.reduce, part, writer.rank.group, name=f"{node.name}_targets")
 
 

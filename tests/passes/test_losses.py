@@ -18,7 +18,7 @@ from tests.support.sharded_ops import Case, check_on_shards, rank_programs
 B, C, S = 2, 5, 23
 SHAPE = (B, C, S)
 REDUCTIONS = ("mean", "sum", "none")
-WEIGHT = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+WEIGHT = torch.linspace(0.3, 2.0, C, dtype=torch.float64)  # no sum of these is exact in float32
 
 
 def labels(*shape: int, classes: int = C) -> Tensor:
