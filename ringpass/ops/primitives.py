@@ -81,7 +81,8 @@ def _pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
     its elements.
     """
     message = _fake_pack(tensors, rows)
-    for x, part in zip(tensors, unpack(message, tensors), strict=True):
+    tokens = sum(rows[1::2]) - sum(rows[::2])
+    for x, part in zip(tensors, unpack(message, tensors, tokens), strict=True):
         offset = 0
         for start, stop in zip(rows[::2], rows[1::2], strict=True):
             part[:, :, offset : offset + stop - start].copy_(x[:, :, start:stop])
@@ -89,10 +90,10 @@ def _pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
     return message
 
 
-def unpack(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The (B, G, n, D) views of a message's n tokens: one tensor for each of `like`, with its B, G and D."""
+def unpack(message: Tensor, like: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The (B, G, tokens, D) views of a message: one tensor for each of `like`, with its B, G and D."""
     sizes = [token_size([x]) for x in like]
-    parts = message.view(-1, sum(sizes)).split(sizes, 1)
+    parts = message.view(tokens, sum(sizes)).split(sizes, 1)
     return [
         part.unflatten(1, (x.shape[0], x.shape[1], x.shape[3])).permute(1, 2, 0, 3)
         for part, x in zip(parts, like, strict=True)

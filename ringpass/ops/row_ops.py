@@ -137,7 +137,8 @@ def _fake_take_rows(x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
 def _pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
     """As `primitives.pack`, where a row is a (head, token) of each of the parts in turn."""
     message, block_indices = _fake_pack_rows(tensors, *where), list(_block_indices(*where))
-    for x, found in zip(tensors, primitives.unpack(message, [x[:, :1] for x in tensors]), strict=True):
+    views = primitives.unpack(message, [x[:, :1] for x in tensors], _rows_of(*where))
+    for x, found in zip(tensors, views, strict=True):
         offset = 0
         for block_index in block_indices:
             part = _take(x, block_index).flatten(1, 2)
@@ -147,8 +148,12 @@ def _pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
 
 
 def _fake_pack_rows(tensors: list[Tensor], *where: list[int]) -> Tensor:
-    numbers = sum(len(heads) * count(rows) for heads, rows in _block_indices(*where))
-    return tensors[0].new_empty(numbers * sum(x.shape[0] * x.shape[3] for x in tensors))
+    return tensors[0].new_empty(_rows_of(*where) * sum(x.shape[0] * x.shape[3] for x in tensors))
+
+
+def _rows_of(*where: list[int]) -> int:
+    """How many (head, token) pairs the parts have."""
+    return sum(len(heads) * count(rows) for heads, rows in _block_indices(*where))
 
 
 def _is_all(block_index: BlockIndex, groups: int, length: int) -> bool:

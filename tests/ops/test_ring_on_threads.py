@@ -8,7 +8,7 @@ import torch
 from ringpass.comm import p2p
 from ringpass.errors import PeerError
 from tests.support import thread_ranks
-from tests.support.attention_parity import MASKS, dense_step, ring_step, tensors, worst
+from tests.support.attention_parity import MASKS, check_ranks, dense_step, ring_step, tensors, worst
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -18,6 +18,15 @@ def test_ring_on_threads_is_dense_attention(mask: str, layout: str, world: int) 
     given = tensors(23, (4, 2), 8, torch.float64, "cpu")
     found = ring_step(mask, layout, world, 4, *given)
     assert worst(found, dense_step(mask, *given), layout) < 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_batch_of_no_samples(world: int) -> None:
+    """Messages have tokens, but no elements."""
+    given = [x[:0] for x in tensors(23, (4, 2), 8, torch.float64, "cpu")]
+    wanted = dense_step("k <= q", *given)
+    assert not sum(x.numel() for x in wanted)
+    check_ranks(ring_step("k <= q", "zigzag", world, 4, *given), wanted, "zigzag", 0.0, "an empty batch")
 
 
 def test_messages_arrive_in_order_and_late() -> None:

@@ -58,7 +58,8 @@ class DilatedTransport(Transport):
             received: list[Tensor] = []
             if arriving is not None:
                 with label(f"wait_step{exchange.shift}"):
-                    received = primitives.unpack(primitives.wait(arriving), self._by_head())
+                    pairs = exchange.receive.rows if exchange.receive else 0
+                    received = primitives.unpack(primitives.wait(arriving), self._by_head(), pairs)
             early = following is not None and starts_early(exchange.shift, following.shift, backward)
             arriving = self._start(following) if following is not None and early else None
             served: Served = [(i, step, self._block(exchange, i, step, received)) for i, step in exchange.steps]
@@ -137,7 +138,8 @@ class DilatedTransport(Transport):
             assert exchange is not None
             if exchange.send is not None:
                 with label(f"wait_gradients_step{exchange.shift}"):
-                    self._return(exchange.send, primitives.unpack(message, self._by_head()))
+                    grads = primitives.unpack(message, self._by_head(), exchange.send.rows)
+                    self._return(exchange.send, grads)
         groups, length = self.k.shape[1:3]
         if sum(x.shape[1] * x.shape[2] for _, (x, _) in self.returned_parts[1:]) > groups * length:
             with label("add_gradients"):

@@ -40,7 +40,8 @@ class RingTransport(Transport):
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             if arriving is not None:
                 with label(f"wait_step{step.shift}"):
-                    served = [(0, step, primitives.unpack(primitives.wait(arriving), (self.k, self.v)))]
+                    tokens = step.receive.size if step.receive else 0
+                    served = [(0, step, primitives.unpack(primitives.wait(arriving), (self.k, self.v), tokens))]
             early = following is not None and starts_early(step.shift, following.shift, backward)
             arriving = self._start(following) if following is not None and early else None
             yield served, [arriving] if arriving is not None else []
@@ -117,7 +118,7 @@ class RingTransport(Transport):
             assert step is not None
             if step.send is not None:
                 with label(f"wait_gradients_step{step.shift}"):
-                    grads = primitives.unpack(message, (self.k, self.v))
+                    grads = primitives.unpack(message, (self.k, self.v), step.send.size)
                 text = f"add_gradients_step{step.shift}"
                 self.note(fold_ranges(local_sums[0], sent_rows(self.site, step), tuple(grads), text))
 
