@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ringpass.nodes import KEPT_META, args_of, bound_of, insert_before, mutates, tags_of, tensors_of, traced
 from ringpass.passes.capture.capture import Captured
@@ -349,7 +350,8 @@ def rows_written(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """`x` (.., D) with the rows at which `mask` (.., 1) is true replaced by those of `source` (n, D), in order."""
     width = x.shape[-1]
     rows = source.reshape(-1)[: source.numel() // width * width].view(-1, width)
-    rows = F.pad(rows, (0, 0, 0, 1))  # a row to look up where nothing is written, even if there are none
+    if not statically_known_true(rows.shape[0] > 0):
+        rows = F.pad(rows, (0, 0, 0, 1))  # a row to look up where nothing is written
     at = mask.reshape(-1).to(torch.int64).cumsum(0).view(mask.shape[:-1]) - 1
     found: Tensor = torch.where(mask, rows[at.clamp(min=0)], x)
     return found

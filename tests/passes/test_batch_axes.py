@@ -51,6 +51,36 @@ def between(mix: Call) -> Call:
     return call
 
 
+# --- rows of one sequence in another ----------------------------------------------------------------------------------
+
+
+def pictured(write: Call) -> Call:
+    """What a vision tower makes of two pictures of 9 patches, written to the places of their tokens in a text."""
+    at = torch.zeros(B, S, dtype=torch.bool)
+    at[0, 2:11] = at[1, 7:16] = True
+
+    def call(text: Tensor, pictures: Tensor, w: Tensor) -> Tensor:
+        return attend(write(text @ w, at, attend(pictures, w).flatten(0, 1)), w)
+
+    return call
+
+
+PICTURED: dict[str, Call] = {
+    "masked_scatter": lambda x, at, rows: x.masked_scatter(at.unsqueeze(-1).expand_as(x), rows),
+    "index_put": lambda x, at, rows: x.index_put((at,), rows),
+    "where": lambda x, at, rows: torch.where(
+        at[..., None], rows[(at.flatten().long().cumsum(0) - 1).clamp(min=0).view(at.shape)], x
+    ),
+}
+
+
+@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("write", PICTURED)
+def test_rows_of_a_divided_sequence_in_another(write: str, world: int) -> None:
+    case = Case("matmul.default", pictured(PICTURED[write]), (TOKENS, (B, 9, WIDTH), SQUARE))
+    assert check_attentions(case, "zigzag", world) == []
+
+
 # --- recurrences over tokens ------------------------------------------------------------------------------------------
 
 
