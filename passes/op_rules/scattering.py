@@ -5,6 +5,7 @@
     slice_scatter(x, part, -1, 0, 64)     features: all other dims pass
     scatter(x, -1, index, values)         the named dim is needed replicated, all others are the same index
     index_add(x, 1, index, rows)          the replicated rows whose positions this rank holds
+    one_hot(index, classes)               a one among zeros: the dims of the index, and one of the classes
 
 Contract: nothing moves.  Of rows that are written, each rank takes those that go into its tokens.
 """
@@ -18,7 +19,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from ringpass.nodes import bound_of, hint_of, size_of
+from ringpass.nodes import bound_of, first_of, hint_of, size_of
 from ringpass.passes.op_rules.selecting import located, positions_from
 from ringpass.passes.op_rules.slicing import first_token, rows_before
 from ringpass.passes.op_rules.spec import OpRule, Placed, Put, Writer, same_call
@@ -159,6 +160,14 @@ def _scatter(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     return tuple(out)
 
 
+def _one_hot(sweep: Sweep, node: Node, note: Note) -> Dims | None:
+    """The dims of the classes, and a new one; None: how many there are follows from the classes of all tokens."""
+    classes = bound_of(node).get("num_classes", -1)
+    if isinstance(classes, int) and classes < 0:
+        return None
+    return (*sweep.dims(first_of(node)), sweep.new(node.meta["val"].shape[-1]))
+
+
 def _index_along(sweep: Sweep, node: Node, note: Note) -> Dims | None:
     """index_add, index_copy, index_fill: `index` counts along one dim of x and of the rows written."""
     bound = bound_of(node)
@@ -206,6 +215,7 @@ RULES = {
         _slice_scatter, may_shard=_alone, slice_axis=_axis_of_written, puts=_put, write=_write_slice_scatter
     ),
     "diagonal_scatter.default": OpRule(_diagonal_scatter),
+    "one_hot.default": OpRule(_one_hot),
     **dict.fromkeys((
         "scatter.src", "scatter.value", "scatter.reduce", "scatter.value_reduce", "scatter_add.default",
         "scatter_reduce.two",

@@ -151,6 +151,8 @@ SHARDED = [  # op on shards = shards of op
     Case("scatter.value", lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, 1.0) * x),
     Case("scatter_add.default", lambda x: x.scatter_add(-1, (x > 0).long(), x * 2)),
     Case("index_add.default", lambda x: x.index_add(-1, torch.tensor([0, 0, 2]), x[..., :3] * 2)),
+    Case("one_hot.default", lambda x: x[..., None] * F.one_hot(x.argmax(-1), D)[:, :, None]),
+    Case("one_hot.default", lambda x: F.one_hot(x.topk(2, -1).indices, 5).sum(2) * x[..., :1]),
     Case("slice_scatter.default", lambda x: x.slice_scatter(x[..., :2] * 3, -1, 1, 3)),
     Case("slice_scatter.default", lambda x: x.select_scatter(x[..., 0] * 3, -1, 2)),
     Case("slice_scatter.default", lambda x: x.slice_scatter(x[..., ::2] * 3, -1, 0, D, 2)),
