@@ -113,7 +113,8 @@ def _inline(node: Node, has_rule: HasRule) -> None:
             graph = _traced_call(function, node, given)
         except Exception:  # torch's own writing does not take these arguments, or needs their values
             continue
-        if all(has_rule(n) for n in graph.nodes if n.op == "call_function"):
+        calls = [n for n in graph.nodes if n.op == "call_function"]
+        if all(has_rule(n) and n.target is not aten.copy.default for n in calls):  # which has no derivative
             _put(node, graph, given)
             return
 

@@ -175,7 +175,7 @@ class Functionaliser:
         if node.target is aten.copy_.default and key.op == "placeholder":
             self.write(node, key, args[1], hidden)
             return
-        if node.target is aten.copy_.default:
+        if node.target in (aten.copy_.default, aten.fill_.Tensor):
             value = self.copied(node, args[0], args[1])
         else:
             if node.target is aten.bernoulli_.float:  # the twin has no default for p
@@ -186,7 +186,7 @@ class Functionaliser:
         self.write(node, key, value, hidden)
 
     def copied(self, node: fx.Node, into: fx.Node, source: fx.Node) -> fx.Node:
-        """What `into.copy_(source)` leaves in `into`; `aten.copy` has no derivative."""
+        """What `into.copy_(source)` or `into.fill_(source)` leaves in `into`; `aten.copy` has no derivative."""
         want, have = into.meta["val"], source.meta["val"]
         if not _same_shape(into, source):
             source = self.emit(node, aten.expand.default, (source, self.sizes(node, into)), {})

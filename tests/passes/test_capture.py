@@ -270,7 +270,10 @@ def test_in_place_casts_back_and_broadcasts(backend: Backend) -> None:
         flag &= y > 0
         constant = torch.tensor([1.0, 2.0])
         constant.add_(1)
-        return half, filled, flag, constant
+        number = x * 2
+        number[:, 1] = 3.0
+        y[0] = 1.0
+        return half, filled, flag, constant, number, y
 
     check(backend, f, torch.randn(3, 4), torch.randn(3, 4))
 

@@ -26,6 +26,13 @@ def ids(n: int = 7) -> Tensor:
     return torch.arange(B * S).view(B, S) % n
 
 
+def overwritten(x: Tensor) -> Tensor:
+    """Numbers written over tokens, channels, and a token of one sample."""
+    x = x.clone()
+    x[:, 0], x[:, 3:9], x[0, 9], x[..., 2] = 1.0, -1.0, 2.0, 0.5
+    return x
+
+
 def seen() -> Tensor:
     return (ids(3) > 0)[..., None]
 
@@ -160,6 +167,7 @@ SHARDED = [  # op on shards = shards of op
     Case("slice_scatter.default", lambda x, y: x.slice_scatter(y, 1, 2, 4), ((B, S, D), (B, 2, D))),
     Case("slice_scatter.default", lambda x, y: x.slice_scatter(y, 1, -3, S, 2), ((B, S, D), (B, 2, D))),
     Case("slice_scatter.default", lambda x, y: x.select_scatter(y, 1, -1), ((B, S, D), (B, D))),
+    Case("slice_scatter.default", overwritten),
     Case("index_add.default", lambda x, y: x.index_add(1, torch.tensor([3, 9, 3]), y, alpha=2), ((B, S, D), (B, 3, D))),
     Case("index_copy.default", lambda x, y: x.index_copy(1, torch.tensor([10, 0]), y), ((B, S, D), (B, 2, D))),
     Case("index_fill.int_Scalar", lambda x: x.index_fill(1, torch.tensor([1, 7]), 5.0)),
