@@ -9,6 +9,8 @@
     roll(x, 1, 1)                                cat([x[:, -1:], x[:, :-1]], 1)
     select_scatter(x, y, 1, 0)                   slice_scatter(x, y.unsqueeze(1), 1, 0, 1)
     masked_scatter(x, mask, y), x[mask] = y      where(mask, y[cumsum(mask) - 1], x), for a mask of whole rows
+    x[:, [2, 5]] = y                             index_copy(x, 1, [2, 5], y)
+    x.unfold(1, 4, 1)                            stack([x[:, :-3], x[:, 1:-2], x[:, 2:-1], x[:, 3:]], -1)
     permute_copy(x, ..)                          permute(x, ..)
     swapaxes(x, 1, 2), concat([a, b], 1)         transpose(x, 1, 2), cat([a, b], 1): what torch itself writes them as
     conv1d(x, w, padding="same")                 conv1d(pad(x, ..), w), as where it makes more tokens than it reads
@@ -375,6 +377,26 @@ def _put_masked(node: Node) -> bool:
     return True
 
 
+def _put_along(node: Node) -> bool:
+    """x[:, positions] = values, of one list of positions, as an index_copy, or an index_add where they are added."""
+    x, picks, values, *accumulate = args_of(node)
+    at = [dim for dim, pick in enumerate(picks) if pick is not None]
+    index = picks[at[0]].meta["val"]
+    listed = len(at) == 1 and index.ndim == 1 and index.dtype in (torch.int32, torch.int64)
+    if not listed or not x.meta["val"].is_floating_point():  # numbers of tokens are a routing's to put
+        return False
+    given = {"x": x, "dim": at[0], "positions": picks[at[0]], "values": values, "add": any(accumulate)}
+    _replace(node, put_along, given)
+    return True
+
+
+def put_along(x: Tensor, dim: int, positions: Tensor, values: Tensor, add: bool) -> Tensor:
+    """`x` with `values` at `positions` (n,) of `dim`; negative ones count from the end."""
+    at = torch.where(positions < 0, positions + x.shape[dim], positions).to(torch.int64)
+    rows = values.expand([*x.shape[:dim], positions.shape[0], *x.shape[dim + 1 :]])
+    return x.index_add(dim, at, rows) if add else x.index_copy(dim, at, rows)
+
+
 def filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     """`x` with `value`, of one element, where `mask` (its first dims) is true."""
     return torch.where(mask.view([*mask.shape, *[1] * (x.ndim - mask.ndim)]), value.reshape([]).to(x.dtype), x)
@@ -383,6 +405,28 @@ def filled(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 def rows_put(x: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     """`x` (.., D) with `values` (n, D) in the rows at which `mask` (..) is true, in order."""
     return rows_written(x, mask.unsqueeze(-1), values)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+WIDEST_WINDOW = 16
+"""Elements of a window above which a slice for each would be many."""
+
+
+def _windowed(node: Node) -> bool:
+    """A window around each element, as a slice for each place in it."""
+    x, dim, size, step = args_of(node)
+    shape = x.meta["val"].shape
+    if step != 1 or not 1 < size <= WIDEST_WINDOW or not shape or not isinstance(shape[dim], int):
+        return False
+    _replace(node, windows, {"x": x, "dim": dim % len(shape), "size": size})
+    return True
+
+
+def windows(x: Tensor, dim: int, size: int) -> Tensor:
+    """`x.unfold(dim, size, 1)`."""
+    count = x.shape[dim] - size + 1
+    return torch.stack([aten.slice(x, dim, i, i + count) for i in range(size)], -1)
 
 
 # --- einsum -----------------------------------------------------------------------------------------------------------
@@ -435,6 +479,7 @@ REWRITES: dict[Any, Callable[[Node], bool]] = {
     aten.roll.default: _rolled,
     aten.select_scatter.default: _selected,
     aten.masked_scatter.default: _masked,
-    aten.index_put.default: _put_masked,
+    aten.index_put.default: lambda node: _put_masked(node) or _put_along(node),
+    aten.unfold.default: _windowed,
 }
 """By op: rewrites a node; False where it leaves the node to torch's own decomposition, if that is understood."""
