@@ -80,10 +80,11 @@ def schedule(plan: RingPlan, rank: int) -> str:
     """The schedule of `rank`, step by step, for each site of a plan."""
     lines = []
     for i, site in enumerate(plan.sites):
-        programs = site.programs(rank)
-        for group, program in zip(site.group_problems or [None], programs, strict=False):
+        programs, share = site.programs(rank), site.share(rank)
+        for group, program in zip(site.group_problems(share) or [None], programs, strict=False):
             total = f": {program.area} pairs, {program.received} key tokens received"
-            name = f"site {i} on rank {rank} of {plan.world}{f', {group.head_group}' if group else ''}"
+            heads = f", {share}" if site.degree > 1 else ""
+            name = f"site {i} on rank {rank} of {plan.world}{heads}{f', {group.head_group}' if group else ''}"
             lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
             lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
         lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]

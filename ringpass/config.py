@@ -61,6 +61,10 @@ class RingConfig:
     runtime_pruning: True: padding masks and document ids that come with a call and are replicated prune the tiles and
         transfers of that call.  Such attentions stay one node each, and what prunes them is copied to the host, once in
         a call.
+    ulysses_degree: how many neighbouring ranks divide the heads of an attention among them, each with the tokens of all
+        of them; between such groups K and V go round a ring.  1: a ring over all ranks; P: no ring.  It divides P and
+        is at most the number of heads.  A number for all attentions, or a dict from selectors, as those of `dilate`,
+        to numbers.  See `ringpass.schedule.head_shares`.
     comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
         all of them first (O(S) memory, no overlap): a baseline to measure against.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
@@ -93,6 +97,7 @@ class RingConfig:
     head_offset: str = "mod"
     dilate: Any = None
     runtime_pruning: bool = False
+    ulysses_degree: Any = 1
     comm: str = "ring"
     compiler: str = "inductor"
     strict: bool = False
@@ -111,6 +116,7 @@ class RingConfig:
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
         _one_of("comm", self.comm, tuple(TRANSPORTS))
         self._check_dilation()
+        self._check_degree()
         self._check_curve()
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
@@ -129,6 +135,12 @@ class RingConfig:
             raise OptionError(
                 "the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one"
             )
+
+    def _check_degree(self) -> None:
+        wanted = self.ulysses_degree
+        for degree in wanted.values() if isinstance(wanted, dict) else (wanted,):
+            fits = type(degree) is int and degree >= 1
+            _require("ulysses_degree", wanted, fits, "an int of at least 1, or a dict from attentions to such ints")
 
     def _check_dilation(self) -> None:
         lists = {name: getattr(self, name) for name in ("segment_lengths", "dilation_rates")}
@@ -259,7 +271,7 @@ class RingConfig:
         return ", ".join(
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name not in ("group", "dump", "timeout", "dilate")  # what `dilate` means is in the plan
+            if f.name not in ("group", "dump", "timeout", "dilate", "ulysses_degree")  # what selectors mean is in the plan
         )
 
 

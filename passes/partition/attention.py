@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
+from ringpass.comm.pooling import heads_text
 from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of
@@ -69,11 +70,12 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
         q, k, v = (writer.ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
     if writer.plan.approximate:
         leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths))
-    operands = (q, k, v), leaves, writer.next_stream() if site.dropout else 0, lengths
+    pooled = _pooled(writer, plan, (q, k, v), lengths)
+    operands = pooled, leaves, writer.next_stream() if site.dropout else 0, lengths
     call = _ring(writer, plan, *operands, name=f"ring_attention_{site.index}")
-    out = writer.emit(operator.getitem, call, 0, name=site.node.name)
+    out = _returned(writer, plan, writer.emit(operator.getitem, call, 0, name=site.node.name), lengths)
     if plan.keyless is not None:
-        out = _with_keyless_rows(writer, plan.keyless, call, out, operands)
+        out = _with_keyless_rows(writer, plan.keyless, call, out, (q, k, v), operands)
     if plan.query_axis is None:
         out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
     for _ in range(missing):
@@ -81,15 +83,54 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     return out
 
 
-def _with_keyless_rows(writer: AttentionWriter, plan: SitePlan, call: Node, out: Node, operands: Operands) -> Node:
-    """The output of the `call` of ring attention, with the rows that see no key as `plan` says."""
+def _pooled(
+    writer: AttentionWriter, plan: SitePlan, qkv: tuple[Node, Node, Node], lengths: Sequence[Any]
+) -> tuple[Node, Node, Node]:
+    """What the rank's share of the heads attends with: queries, and keys and values in one message."""
+    if plan.degree == 1:
+        return qkv
+    q, k, v = qkv
+    side = _pooling(writer, plan, lengths, 0), _pooling(writer, plan, lengths, 1)
+    queries = writer.emit(ops.pool_tokens, [q], *side[0], name=f"{plan.site.q.name}_pooled")
+    keys = writer.emit(ops.pool_tokens, [k, v], *side[1], name=f"{plan.site.k.name}_pooled")
+    found = (queries, 0), (keys, 0), (keys, 1)
+    q, k, v = (writer.emit(operator.getitem, *x) for x in found)
+    return q, k, v
+
+
+def _returned(writer: AttentionWriter, plan: SitePlan, out: Node, lengths: Sequence[Any]) -> Node:
+    """The rank's tokens of all heads, from what its share of the heads gave."""
+    if plan.degree == 1:
+        return out
+    args = plan.site.heads[0], *_pooling(writer, plan, lengths, 0)
+    return writer.emit(
+        operator.getitem, writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned"), 0
+    )
+
+
+def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], side: int) -> tuple[Any, ...]:
+    """The arguments of `pool_tokens` after what is pooled: queries (side 0), or keys and values (side 1)."""
+    assert plan.problem is not None
+    layout = (plan.problem.query_layout, plan.problem.key_layout)[side]
+    heads = heads_text([(share.heads, share.key_heads)[side] for share in plan.shares])
+    return heads, lengths[side], layout.name, writer.rank.world, writer.rank.rank, writer.rank.group
+
+
+def _with_keyless_rows(
+    writer: AttentionWriter, plan: SitePlan, call: Node, out: Node, qkv: tuple[Node, Node, Node], operands: Operands
+) -> Node:
+    """`out`, of the `call` of ring attention, with the rows that see no key as `plan` says."""
+    lengths = operands[-1]
     if plan.problem is None:
-        rows = _means(writer, plan, *operands[0], operands[-1][1])
+        rows = _means(writer, plan, *qkv, lengths[1])
     else:
         name = f"ring_attention_{plan.site.index}_keyless"
         rows = writer.emit(operator.getitem, _ring(writer, plan, *operands, name=name), 0)
-    keyless = writer.emit(aten.eq.Scalar, writer.emit(operator.getitem, call, 1), -math.inf)
-    return writer.emit(aten.where.self, writer.emit(aten.unsqueeze.default, keyless, -1), rows, out)
+        rows = _returned(writer, plan, rows, lengths)
+    seen = writer.emit(aten.unsqueeze.default, writer.emit(operator.getitem, call, 1), -1)
+    seen = _returned(writer, plan, seen, lengths)
+    keyless = writer.emit(aten.eq.Scalar, seen, -math.inf)
+    return writer.emit(aten.where.self, keyless, rows, out)
 
 
 def _means(writer: AttentionWriter, plan: SitePlan, q: Node, k: Node, v: Node, tokens: GraphSize) -> Node:
@@ -140,10 +181,12 @@ def _ring(
         problem = replace(problem, mask=str(_chosen(writer, plan, len(leaves) - 1)))
         pruning = *pruning, len(leaves) - 1
     leaves += [writer.host_copy(leaves[i]) for i in pruning]
-    bias, score, sink = ("" if x is None else str(x) for x in (site.bias, site.score, site.sink))
+    share = plan.share(rank.rank)
+    bias, score, sink = ("" if x is None else share.text(str(x)) for x in (site.bias, site.score, site.sink))
+    comm = writer.plan.comm if plan.degree < rank.world else "ring"  # of no other rank's keys
     planned = Site(
-        problem, rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, writer.plan.comm,
-        plan.dilation, site.heads[0], plan.learned, pruning,
+        share.problem(problem), rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, comm,
+        plan.dilation, site.heads[0], share.heads if plan.degree > 1 else None, plan.learned, pruning,
     )  # fmt: skip
     seed = writer.seed if site.dropout else None
     return writer.emit(ops.ring_attention, *qkv, leaves, seed, register(planned), *lengths, rank.group, name=name)

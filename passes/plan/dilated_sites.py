@@ -31,7 +31,7 @@ def dilations(sites: Sequence[AttentionSite], config: RingConfig, remarks: list[
     """
     if not config.dilated:
         return (None,) * len(sites)
-    _refuse_idle(sites, config.dilate or ())
+    refuse_idle("dilate", sites, config.dilate or ())
     found = tuple(_dilation(site, config, remarks) for site in sites)
     for dilation in dict.fromkeys(found):
         if dilation and 1 not in dilation.dilation_rates:
@@ -43,7 +43,7 @@ def dilations(sites: Sequence[AttentionSite], config: RingConfig, remarks: list[
 
 
 def _dilation(site: AttentionSite, config: RingConfig, remarks: list[str]) -> Dilation | None:
-    chosen = [selector for selector in config.dilate or () if _selects(selector, site)]
+    chosen = [selector for selector in config.dilate or () if selects(selector, site)]
     if config.dilate is not None and not chosen:
         return None
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
@@ -58,16 +58,18 @@ def _dilation(site: AttentionSite, config: RingConfig, remarks: list[str]) -> Di
     return config.dilation_of(wanted, lengths[0])
 
 
-def _selects(selector: int | str | Callable[[AttentionSite], bool], site: AttentionSite) -> bool:
+def selects(selector: int | str | Callable[[AttentionSite], bool], site: AttentionSite) -> bool:
+    """Whether a selector of an option means this site."""
     if isinstance(selector, int):
         return selector == site.index
     return fnmatch(site.path, selector) if isinstance(selector, str) else bool(selector(site))
 
 
-def _refuse_idle(sites: Sequence[AttentionSite], selectors: Iterable[Any]) -> None:
+def refuse_idle(option: str, sites: Sequence[AttentionSite], selectors: Iterable[Any]) -> None:
+    """Raises OptionError for what is no selector, or one that matches nothing."""
     for selector in selectors:
         if not isinstance(selector, int | str) and not callable(selector):
-            raise OptionError(f"option 'dilate' takes indices, module paths and functions, got {selector!r}")
-        if sites and not any(_selects(selector, site) for site in sites):
+            raise OptionError(f"option {option!r} takes indices, module paths and functions, got {selector!r}")
+        if sites and not any(selects(selector, site) for site in sites):
             known = ", ".join(f"{site.index} ({site.path or site.node.name})" for site in sites)
-            raise OptionError(f"option 'dilate': {selector!r} matches none of the attentions {known}")
+            raise OptionError(f"option {option!r}: {selector!r} matches none of the attentions {known}")

@@ -25,6 +25,7 @@ from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.axes import aligned_axes, held_axes, tokens_of
 from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
+from ringpass.passes.plan.degrees import degrees
 from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.plan.units import slices_of_units, unit_factors
 from ringpass.passes.propagate.axis import Axis
@@ -32,6 +33,7 @@ from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
 from ringpass.schedule.dilation import Dilation, GroupProblem, group_problems
+from ringpass.schedule.head_shares import HeadShare, head_shares
 from ringpass.schedule.messages import received
 from ringpass.schedule.program import Program, program
 from ringpass.schedule.tiles import TILE, Problem
@@ -58,23 +60,40 @@ class SitePlan:
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
     keyless: SitePlan | None = None  # of the rows that see no key; without a problem: they give the mean of all values
+    degree: int = 1  # the Ulysses degree
 
     @property
-    def group_problems(self) -> tuple[GroupProblem, ...]:
-        """The head groups of a dilated site, each with its problem."""
+    def shares(self) -> tuple[HeadShare, ...]:
+        """The shares of the heads; rank r attends for share r mod U."""
+        return head_shares(*self.site.heads, self.degree)
+
+    def share(self, rank: int) -> HeadShare:
+        """The share of `rank`."""
+        return self.shares[rank % self.degree]
+
+    def group_problems(self, share: HeadShare) -> tuple[GroupProblem, ...]:
+        """The head groups of a dilated site, each with its problem, of one share of the heads."""
         if self.dilation is None or self.problem is None:
             return ()
-        return group_problems(self.problem, self.dilation, self.site.heads[0])
+        return group_problems(share.problem(self.problem), self.dilation, self.site.heads[0], share.heads)
 
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """What is scheduled: the problem, or, if the site is dilated, those of its head groups."""
-        own = _problems(self.problem, self.dilation, self.site.heads[0]) if self.problem else ()
-        return own + (self.keyless.problems if self.keyless else ())
+    def problems(self, share: HeadShare) -> tuple[Problem, ...]:
+        """What is scheduled for a share of the heads: the problem, or, if the site is dilated, those of head groups."""
+        own = ()
+        if self.problem:
+            own = _problems(share.problem(self.problem), self.dilation, self.site.heads[0], share.heads)
+        return own + (self.keyless.problems(share) if self.keyless else ())
 
     def programs(self, rank: int) -> tuple[Program, ...]:
         """The schedules on `rank`, at the lengths of this compilation."""
-        return tuple(program(problem, rank if self.query_axis else 0) for problem in self.problems)
+        return tuple(program(problem, rank if self.query_axis else 0) for problem in self.problems(self.share(rank)))
+
+    def about_degree(self) -> list[str]:
+        """What a Ulysses degree above 1 does, for the plan's text."""
+        if self.degree == 1:
+            return []
+        ring = self.problem.world // self.degree if self.problem else 1
+        return [f"  ulysses degree {self.degree}: heads over {self.degree} neighbouring ranks, rings of {ring}"]
 
     def about_dilation(self) -> list[str]:
         """What a dilated site attends to and receives, for the plan's text."""
@@ -93,8 +112,9 @@ class SitePlan:
         """(key token, K/V head) pairs that `rank` receives: what head groups share, once."""
         rank = rank if self.query_axis else 0
         if self.dilation is None or self.problem is None:
-            return self.site.heads[1] * sum(one.received for one in self.programs(rank))
-        return received(self.group_problems, rank, *self.site.heads)
+            return len(self.share(rank).key_heads) * sum(one.received for one in self.programs(rank))
+        share = self.share(rank)
+        return received(self.group_problems(share), rank, len(share.heads), len(share.key_heads))
 
 
 @dataclass(frozen=True)
@@ -126,14 +146,16 @@ class RingPlan:
             pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
             order = site.problem and not site.query_axis and site.problem.query_layout.order
             alone = "" if site.query_axis else f"; runs replicated{f', along {order}' if order else ''}"
-            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_dilation()]
+            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_degree(), *site.about_dilation()]
         return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
 
 
-def _problems(problem: Problem, dilation: Dilation | None, heads: int) -> tuple[Problem, ...]:
+def _problems(
+    problem: Problem, dilation: Dilation | None, heads: int, share: range | None = None
+) -> tuple[Problem, ...]:
     if dilation is None:
         return (problem,)
-    return tuple(group.problem for group in group_problems(problem, dilation, heads))
+    return tuple(group.problem for group in group_problems(problem, dilation, heads, share))
 
 
 def plan(
@@ -179,13 +201,18 @@ def plan(
     chosen, weighed = _choose(ordered_pairs, tuple(aligned.values()), world, config)
     final = {a.index: replace(a, layout=a.layout.with_scheme(chosen)) for a in aligned.values()}
     plans = []
+    wanted = degrees([site for site, _, _, pair in planned if pair[0]], world, config)
+    chosen_degree = dict(zip((site.index for site, _, _, pair in planned if pair[0]), wanted, strict=True))
     for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
         about = (query, key), orders, world, config, dilation, learned
         problem = _site_problem(ordered, *about)
-        planned_site = SitePlan(site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index])
+        planned_site = SitePlan(
+            site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index],
+            degree=chosen_degree.get(site.index, 1),
+        )  # fmt: skip
         if site.keyless and ordered.keyless and problem:
             uniform = _is_uniform(ordered.keyless, dilation, config)
             problem = None if uniform else _site_problem(ordered.keyless, *about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringpass.passes.plan.plan import RingPlan, SitePlan
+from ringpass.schedule.head_shares import HeadShare
 from ringpass.schedule.messages import exchanges
 from ringpass.schedule.proof import Proof, prove, prove_from, prove_order
 from ringpass.schedule.tiles import tiling
@@ -16,15 +17,17 @@ def prove_all(plan: RingPlan, rank: int) -> tuple[Proof, ...]:
     A schedule of more than PROVED tiles is proved as arrays, and the program of `rank` alone is compared with them.
     Raises ScheduleError for one that is wrong.
     """
-    problems = dict.fromkeys(problem for site in plan.sites for problem in site.problems)
+    problems = dict.fromkeys(p for site in plan.sites for share in site.shares for p in site.problems(share))
     proofs = tuple(prove(p) if len(tiling(p)) <= PROVED else prove_from(p, rank) for p in problems)
     for site in plan.sites:
-        _prove_shared_exchanges(site)
+        for share in site.shares:
+            _prove_shared_exchanges(site, share)
     return proofs
 
 
-def _prove_shared_exchanges(site: SitePlan) -> None:
+def _prove_shared_exchanges(site: SitePlan, share: HeadShare) -> None:
     """The head groups of a dilated site share exchanges, whose order is not that of any one group."""
-    if site.query_axis and sum(len(tiling(p)) for p in site.problems) <= PROVED and site.group_problems:
-        ranks = range(site.group_problems[0].problem.world)
-        prove_order([[x.ends for x in exchanges(site.group_problems, r, *site.site.heads)[1:]] for r in ranks])
+    groups = site.group_problems(share)
+    if site.query_axis and groups and sum(len(tiling(p)) for p in site.problems(share)) <= PROVED:
+        ranks, heads = range(groups[0].problem.world), (len(share.heads), len(share.key_heads))
+        prove_order([[x.ends for x in exchanges(groups, r, *heads)[1:]] for r in ranks])

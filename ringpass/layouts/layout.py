@@ -28,6 +28,9 @@ merges the 4 into one reads no other rank's tokens.  Split points count units.  
 `zigzag along hilbert 14x14 after 1`: the tokens are put in the order of that curve (`ringpass.layouts.hilbert`) before
 they are split into chunks.  Ranges, and all schedules made of them, are then in positions along the curve.
 
+`zigzag pooled 2 at 1`: the tokens of each 2 neighbouring ranks are held by rank 1 of the two (`pooled`); the other one
+holds none.
+
 `zigzag every 2/1 of 8 of 16`: of the 16 tokens of that layout, only those of strided segments
 (`ringpass.layouts.strided`), numbered 0, 1, 2 ..; ranges are in these numbers.
 
@@ -51,7 +54,7 @@ from ringpass.layouts.strided import StridedSegments
 CONTIGUOUS, REPLICATED, CHUNKED = "contiguous", "replicated", "chunked"
 STRIPES = 8  # chunks of each rank in the striped layout, and in one that is made for a mask
 ASSIGNED, CUT, UNITS, FROM = "chunks ", " cut ", " in units of ", " from "
-ALONG, EVERY, SECTION = " along ", " every ", " section "
+ALONG, POOLED, AT, EVERY, SECTION = " along ", " pooled ", " at ", " every ", " section "
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Layout:
     @property
     def assignment(self) -> str:
         """The name without the order and the restrictions: how positions are assigned to ranks."""
-        return _unrestricted(self.name).partition(ALONG)[0]
+        return _unpooled(self.name).partition(ALONG)[0]
 
     @property
     def scheme(self) -> str:
@@ -153,7 +156,7 @@ class Layout:
     @property
     def order(self) -> Order | None:
         """The curve that orders the tokens; None: their original order."""
-        text = _unrestricted(self.name).partition(ALONG)[2]
+        text = _unpooled(self.name).partition(ALONG)[2]
         return Order.parse(text) if text else None
 
     @property
@@ -166,6 +169,28 @@ class Layout:
         """The layout of the units."""
         assignment, units, _ = self.assignment.partition(UNITS)
         return replace(self, name=assignment + self.name.removeprefix(self.assignment)) if units else self
+
+    @property
+    def pool(self) -> tuple[int, int] | None:
+        """(how many neighbouring ranks pool their tokens, the number of the one that holds them); None: each its own."""
+        degree, _, member = _unrestricted(self.name).partition(POOLED)[2].partition(AT)
+        return (int(degree), int(member)) if degree else None
+
+    def pooled(self, degree: int, member: int) -> Layout:
+        """The layout where member number `member` of each `degree` neighbouring ranks holds the tokens of all of them.
+
+        What every rank holds stays so.
+        """
+        assert self.world % degree == 0 and not self.pool and not self.strided and not self.section, (degree, self)
+        return self if degree == 1 or self.replicated else replace(self, name=f"{self.name}{POOLED}{degree}{AT}{member}")
+
+    def shares(self, rank: int) -> range:
+        """The ranks whose tokens, but for pooling, `rank` holds: its own, or those of its neighbours, or none."""
+        if self.pool is None:
+            return range(rank, rank + 1)
+        degree, member = self.pool
+        first = rank // degree * degree
+        return range(first, first + degree if rank % degree == member else first)
 
     @property
     def strided(self) -> StridedSegments | None:
@@ -191,7 +216,7 @@ class Layout:
 
     def owned(self, rank: int) -> tuple[int, ...]:
         """The chunks that `rank` holds, ascending."""
-        return _scheme(self.scheme).owned(rank, self.world)
+        return _owned(self.scheme, self.shares(rank), self.world)
 
     def length(self, rank: int, tokens: Any) -> Any:
         """Number of local tokens L.  `tokens` may be an int, a SymInt or an fx Proxy, for `+`, `*`, `//`."""
@@ -224,7 +249,7 @@ class Layout:
     def _local_size(self, rank: int, tokens: Any, owner: int | None) -> Any:
         """How many tokens of a part `rank` holds."""
         if owner is not None:
-            return tokens if owner == rank else 0
+            return tokens if owner in self.shares(rank) else 0
         n = self.chunks
         return reduce(operator.add, [(tokens + (n - 1 - chunk)) // n for chunk in self.owned(rank)] or [0])
 
@@ -265,7 +290,7 @@ class Layout:
             if owner is None:
                 for chunk in self.owned(rank):
                     yield offset + self._start(chunk, length), offset + self._start(chunk + 1, length)
-            elif owner == rank:
+            elif owner in self.shares(rank):
                 yield offset, offset + length
             offset += length
 
@@ -341,6 +366,15 @@ def section_of(name: str, section: Section) -> str:
 
 def _unrestricted(name: str) -> str:
     return name.partition(SECTION)[0].partition(EVERY)[0]
+
+
+def _unpooled(name: str) -> str:
+    return _unrestricted(name).partition(POOLED)[0]
+
+
+@lru_cache(maxsize=1024)
+def _owned(name: str, ranks: range, world: int) -> tuple[int, ...]:
+    return tuple(sorted(chunk for rank in ranks for chunk in _scheme(name).owned(rank, world)))
 
 
 @lru_cache(maxsize=256)

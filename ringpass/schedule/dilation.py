@@ -35,6 +35,7 @@ from ringpass.layouts.ranges import Ranges, spread
 from ringpass.layouts.strided import StridedSegments
 from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, parse, rebuilt
 from ringpass.masks.simplify import linear, simplify
+from ringpass.schedule.head_shares import read_heads
 from ringpass.schedule.tiles import Problem
 
 OFFSETS = ("mod", "block")
@@ -60,10 +61,7 @@ class HeadGroup:
 
         `heads`, `kv_heads`: the numbers of query heads and of K/V heads of the attention.
         """
-        each = tuple(j // (heads // kv_heads) for j in self.members)
-        unique = tuple(dict.fromkeys(each))
-        share = len(each) // len(unique)
-        return unique if each == tuple(g for g in unique for _ in range(share)) else each
+        return read_heads(self.members, heads // kv_heads)
 
     def tokens(self, ranges: Ranges) -> NDArray[np.int64]:
         """The tokens of the sequence at `ranges` of the group's own numbers."""
@@ -161,9 +159,12 @@ class Dilation:
         pairs = [pattern.split("/") for pattern in patterns.split("+")]
         return Dilation(tuple(int(w) for w, _ in pairs), tuple(int(r) for _, r in pairs), head_offset)
 
-    def head_groups(self, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
-        """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern."""
-        return _head_groups(self, heads, tokens)
+    def head_groups(self, heads: int, tokens: int, share: range | None = None) -> tuple[HeadGroup, ...]:
+        """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern.
+
+        `share`: the query heads that are grouped, and are numbered from 0 then; None: all.
+        """
+        return _head_groups(self, heads, tokens, range(heads) if share is None else share)
 
     def offset(self, head: int, heads: int, rate: int) -> int:
         """The offset of `head` in each segment."""
@@ -182,12 +183,12 @@ class Dilation:
 
 
 @lru_cache(maxsize=1024)
-def _head_groups(dilation: Dilation, heads: int, tokens: int) -> tuple[HeadGroup, ...]:
+def _head_groups(dilation: Dilation, heads: int, tokens: int, share: range) -> tuple[HeadGroup, ...]:
     out = []
     for i, (w, r) in enumerate(zip(dilation.segment_lengths, dilation.dilation_rates, strict=True)):
         by_offset: dict[int, list[int]] = {}
-        for head in range(heads):
-            by_offset.setdefault(dilation.offset(head, heads, r), []).append(head)
+        for number, head in enumerate(share):
+            by_offset.setdefault(dilation.offset(head, heads, r), []).append(number)
         for offset, members in sorted(by_offset.items()):
             progression = members[0], members[1] - members[0] if len(members) > 1 else 1, len(members)
             head_group = HeadGroup(i, StridedSegments(tokens, min(w, tokens), r, offset), progression)
@@ -204,11 +205,13 @@ class GroupProblem:
 
 
 @lru_cache(maxsize=256)
-def group_problems(problem: Problem, dilation: Dilation, heads: int) -> tuple[GroupProblem, ...]:
-    """The head groups of a dilated problem with `heads` query heads, each with its problem."""
+def group_problems(
+    problem: Problem, dilation: Dilation, heads: int, share: range | None = None
+) -> tuple[GroupProblem, ...]:
+    """The head groups of a dilated problem with `heads` query heads, or a share of them, each with its problem."""
     return tuple(
         GroupProblem(head_group, _of_head_group(problem, head_group))
-        for head_group in dilation.head_groups(heads, problem.queries)
+        for head_group in dilation.head_groups(heads, problem.queries, share)
     )
 
 

@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 
 from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import ConstantArray
-from ringpass.masks.expr import H, K, Q, loads, parse, table
+from ringpass.masks.expr import Const, H, K, Q, call, loads, parse, table
 from ringpass.schedule.dilation import Dilation, GroupProblem, HeadGroup, group_problems
 from ringpass.schedule.launches import STACK, Launch, gives_each_key_once, launches
 from ringpass.schedule.program import Program, program, tiles_between
@@ -48,6 +48,7 @@ class Site:
     comm: str = "ring"
     dilation: Dilation | None = None  # None: every query sees every key that the mask allows
     heads: int = 1  # query heads
+    share: range | None = None  # of these, those for which the rank attends, with pooled tokens; None: all
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
     head_group: HeadGroup | None = None  # of a dilated site, the group that this site is for
@@ -78,7 +79,12 @@ class Site:
     @property
     def group_problems(self) -> tuple[GroupProblem, ...]:
         """The head groups of a dilated site, each with its problem."""
-        return group_problems(self.problem, self.dilation, self.heads) if self.dilation else ()
+        return group_problems(self.problem, self.dilation, self.heads, self.share) if self.dilation else ()
+
+    @property
+    def own_heads(self) -> int:
+        """The number of query heads for which the rank attends."""
+        return self.heads if self.share is None else len(self.share)
 
     @cached_property
     def learns(self) -> bool:
@@ -114,7 +120,8 @@ class Site:
         """Index expressions (head, query, key), in the model's original order, that seed the dropout mask."""
         orders = self.problem.query_layout.order, self.problem.key_layout.order
         tokens = [table(order.permutation.values, i) if order else i for order, i in zip(orders, (Q, K), strict=True)]
-        indices = [H, *tokens]
+        head = call("add", H, Const(self.share.start)) if self.share else H
+        indices = [head, *tokens]
         return "; ".join(str(self.head_group.reindexed(x) if self.head_group else x) for x in indices)
 
     @property

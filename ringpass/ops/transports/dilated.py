@@ -28,7 +28,7 @@ class DilatedTransport(Transport):
 
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         super().__init__(site, k, v)
-        self.exchanges = exchanges(site.group_problems, site.rank, site.heads, k.shape[1])
+        self.exchanges = exchanges(site.group_problems, site.rank, site.own_heads, k.shape[1])
         self.pending: Exchange | None = None
         self.returned_parts: list[tuple[BlockIndex, Sequence[Tensor]]] = []
 
@@ -44,7 +44,7 @@ class DilatedTransport(Transport):
 
     def key_heads(self, index: int) -> tuple[int, ...]:
         """The K/V heads that the query heads of a group read."""
-        return self._head_group(index).key_heads(self.site.heads, self.k.shape[1])
+        return self._head_group(index).key_heads(self.site.own_heads, self.k.shape[1])
 
     def _rows(self, tokens: NDArray[np.int64]) -> StridedSpec:
         """The rows of `tokens` in this rank's block."""
