@@ -75,7 +75,7 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     call = _ring(writer, plan, *operands, name=f"ring_attention_{site.index}")
     out = _returned(writer, plan, writer.emit(operator.getitem, call, 0, name=site.node.name), lengths)
     if plan.keyless is not None:
-        out = _with_keyless_rows(writer, plan.keyless, call, out, (q, k, v), operands)
+        out = _with_keyless_rows(writer, plan, plan.keyless, call, out, (q, k, v), operands)
     if plan.query_axis is None:
         out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
     for _ in range(missing):
@@ -117,20 +117,25 @@ def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], si
 
 
 def _with_keyless_rows(
-    writer: AttentionWriter, plan: SitePlan, call: Node, out: Node, qkv: tuple[Node, Node, Node], operands: Operands
+    writer: AttentionWriter,
+    plan: SitePlan,
+    keyless: SitePlan,
+    call: Node,
+    out: Node,
+    qkv: tuple[Node, Node, Node],
+    operands: Operands,
 ) -> Node:
-    """`out`, of the `call` of ring attention, with the rows that see no key as `plan` says."""
+    """`out`, of the `call` of ring attention, with the rows that see no key as `keyless` says."""
     lengths = operands[-1]
-    if plan.problem is None:
-        rows = _means(writer, plan, *qkv, lengths[1])
+    if keyless.problem is None:
+        rows = _means(writer, keyless, *qkv, lengths[1])
     else:
         name = f"ring_attention_{plan.site.index}_keyless"
-        rows = writer.emit(operator.getitem, _ring(writer, plan, *operands, name=name), 0)
+        rows = writer.emit(operator.getitem, _ring(writer, keyless, *operands, name=name), 0)
         rows = _returned(writer, plan, rows, lengths)
-    seen = writer.emit(aten.unsqueeze.default, writer.emit(operator.getitem, call, 1), -1)
-    seen = _returned(writer, plan, seen, lengths)
-    keyless = writer.emit(aten.eq.Scalar, seen, -math.inf)
-    return writer.emit(aten.where.self, keyless, rows, out)
+    lse = writer.emit(aten.unsqueeze.default, writer.emit(operator.getitem, call, 1), -1)
+    empty = writer.emit(aten.eq.Scalar, _returned(writer, plan, lse, lengths), -math.inf)
+    return writer.emit(aten.where.self, empty, rows, out)
 
 
 def _means(writer: AttentionWriter, plan: SitePlan, q: Node, k: Node, v: Node, tokens: GraphSize) -> Node:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringpass import Dilation, reference
 from ringpass.errors import OptionError
 from ringpass.schedule.head_shares import allowed_degrees
 from tests.support.sharded_ops import Case, check_attentions
@@ -76,9 +79,14 @@ def test_learned_bias_of_heads(world: int, degree: int) -> None:
 
 @pytest.mark.parametrize("offsets", ["mod", "block"])
 @pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 2), (6, 3)])
-def test_dilation(world: int, degree: int, offsets: str) -> None:
-    from ringpass import Dilation, reference
-
+@pytest.mark.parametrize("heads", [(6, 2), (7, 7)], ids=["grouped", "7"])
+def test_dilation(heads: tuple[int, int], world: int, degree: int, offsets: str) -> None:
     dilation = Dilation((16, 40), (1, 2), offsets)
-    wanted = case(lambda q, k, v: reference.dilated_attention(q, k, v, dilation), (6, 2))
-    del wanted
+    dilated = replace(case(causal, heads), wanted=partial(reference.attention, dilation=dilation, causal=True))
+    options: dict[str, Any] = {"dilation": dilation, "ulysses_degree": degree}
+    assert not check_attentions(dilated, "contiguous", world, **options)
+
+
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 2), (6, 3)])
+def test_along_a_curve(world: int, degree: int) -> None:
+    assert not check_attentions(case(windowed, (6, 3)), "zigzag", world, ulysses_degree=degree, hilbert=(6, 6), tile=4)

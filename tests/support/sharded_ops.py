@@ -52,6 +52,7 @@ class Case:
     call: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...] = ((B, S, D),)
     gathers: bool = False
+    wanted: Callable[..., Any] | None = None  # what the call is to give where an option changes it
 
     def __str__(self) -> str:
         return f"{self.op} {'x'.join(map(str, self.shapes[0]))}"
@@ -69,9 +70,10 @@ def outputs_of(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [x for x in value if x.is_floating_point()]
 
 
-def after_product(case: Case) -> Callable[..., tuple[Tensor, ...]]:
-    """The case's op on products, which are sharded where an input might be replicated."""
-    return lambda *xs: tuple(outputs_of(case.call(*(x * 1.5 for x in xs))))
+def after_product(case: Case, wanted: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    """The case's op, or what it is to give, on products, which are sharded where an input might be replicated."""
+    call = case.wanted if wanted and case.wanted else case.call
+    return lambda *xs: tuple(outputs_of(call(*(x * 1.5 for x in xs))))
 
 
 def captured_of(case: Case) -> Captured:
@@ -166,7 +168,7 @@ def check_attentions(case: Case, layout: str, world: int, tolerance: float = 1e-
 
 def _check(case: Case, made: list[Partitioned], tolerance: float = 1e-12) -> list[str]:
     given, world = inputs(case), len(made)
-    want = after_product(case)(*given)
+    want = after_product(case, wanted=True)(*given)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in want]
     want_grads = torch.autograd.grad(want, given, cotangents, allow_unused=True)
