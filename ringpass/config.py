@@ -271,7 +271,8 @@ class RingConfig:
         return ", ".join(
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name not in ("group", "dump", "timeout", "dilate", "ulysses_degree")  # what selectors mean is in the plan
+            if f.name
+            not in ("group", "dump", "timeout", "dilate", "ulysses_degree")  # what selectors mean is in the plan
         )
 
 

@@ -53,7 +53,7 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     assert problem is not None
     q = writer.sharded(site.q, plan.query_axis) if plan.query_axis else writer.replicated(site.q, reason)
     k, v = (_keys(writer, x, plan, reason) for x in (site.k, site.v))
-    read = writer.broadcast if plan.query_axis else writer.replicated
+    read = writer.broadcast if plan.sharded else writer.replicated
     leaves = [read(leaf, f"mask of {site.node.name}") for leaf in site.leaves]
     missing = 4 - site.q.meta["val"].ndim  # (B, S, D) has one head, (S, D) one batch too
     for _ in range(missing):
@@ -65,22 +65,33 @@ def write_site(writer: AttentionWriter, plan: SitePlan) -> Node:
     )
     names = problem.query_layout.name, problem.key_layout.name
     lengths = [writer.size(size_of(x.meta["val"].shape[-2])) for x in (site.q, site.k)]
-    if plan.query_axis is None:  # sharded ones are in their order already
+    if not plan.sharded:  # sharded ones are in their order already
         sides = list(zip((q, k, v), (0, 1, 1), strict=True))
         q, k, v = (writer.ordered(x, (2, 1, lengths[i], names[i], 1, 0), inverse=False) for x, i in sides)
     if writer.plan.approximate:
         leaves.append(_choose_blocks(writer, writer.plan.approximate, plan, q, k, lengths))
+    if plan.moves_queries:
+        q = writer.emit(ops.gather, q, *_all_queries(writer, plan, lengths), name=f"{site.q.name}_of_ranks")
     pooled = _pooled(writer, plan, (q, k, v), lengths)
     operands = pooled, leaves, writer.next_stream() if site.dropout else 0, lengths
     call = _ring(writer, plan, *operands, name=f"ring_attention_{site.index}")
     out = _returned(writer, plan, writer.emit(operator.getitem, call, 0, name=site.node.name), lengths)
     if plan.keyless is not None:
         out = _with_keyless_rows(writer, plan, plan.keyless, call, out, (q, k, v), operands)
-    if plan.query_axis is None:
+    if plan.moves_queries:
+        out = writer.emit(ops.shard, out, *_all_queries(writer, plan, lengths), name=f"{site.node.name}_local")
+    if not plan.sharded:
         out = writer.ordered(out, (2, 1, lengths[0], names[0], 1, 0), inverse=True)
     for _ in range(missing):
         out = writer.emit(aten.squeeze.dim, out, min(1, out.meta["val"].ndim - 3))
     return out
+
+
+def _all_queries(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of `gather`, for the queries, and of `shard`, for what they give."""
+    assert plan.query_axis is not None
+    rank = writer.rank
+    return 2, 1, lengths[0], plan.query_axis.layout.name, rank.world, rank.rank, rank.group
 
 
 def _pooled(
@@ -103,9 +114,7 @@ def _returned(writer: AttentionWriter, plan: SitePlan, out: Node, lengths: Seque
     if plan.degree == 1:
         return out
     args = plan.site.heads[0], *_pooling(writer, plan, lengths, 0)
-    return writer.emit(
-        operator.getitem, writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned"), 0
-    )
+    return writer.emit(operator.getitem, writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned"), 0)
 
 
 def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], side: int) -> tuple[Any, ...]:
@@ -156,7 +165,7 @@ def _means(writer: AttentionWriter, plan: SitePlan, q: Node, k: Node, v: Node, t
         apart = writer.emit(aten.detach.default, writer.emit(aten.sub.Tensor, v, found[0]))
         moments = writer.emit(aten.matmul.default, writer.emit(aten.transpose.int, k, -2, -1), apart)
         found.append(writer.emit(aten.div.Tensor, over_ranks(moments), tokens, name=f"{site.node.name}_moments"))
-    if plan.key_axis:
+    if plan.key_axis and not plan.split:
         equal = writer.emit(ops.replicate, found, 0, writer.rank.rank, writer.rank.group)
         found = [writer.emit(operator.getitem, equal, i) for i in range(len(found))]
     repeats = site.heads[0] // site.heads[1]
@@ -200,13 +209,13 @@ def _ring(
 def _rank_of(writer: AttentionWriter, plan: SitePlan) -> Rank:
     """This rank, or, where every rank computes the site alone, the only one."""
     assert plan.problem is not None
-    return replace(writer.rank, rank=writer.rank.rank if plan.query_axis else 0, world=plan.problem.world)
+    return replace(writer.rank, rank=writer.rank.rank if plan.sharded else 0, world=plan.problem.world)
 
 
 def _keys(writer: AttentionWriter, x: Node, plan: SitePlan, reason: str) -> Any:
-    if plan.query_axis is None:
-        return writer.replicated(x, reason)
-    return writer.sharded(x, plan.key_axis) if plan.key_axis else writer.broadcast(x, reason)
+    if plan.key_axis:
+        return writer.sharded(x, plan.key_axis)
+    return writer.broadcast(x, reason) if plan.query_axis else writer.replicated(x, reason)
 
 
 def _choose_blocks(writer: AttentionWriter, how: TopBlocks, plan: SitePlan, q: Node, k: Node, lengths: Any) -> Node:

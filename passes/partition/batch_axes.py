@@ -120,6 +120,8 @@ def _regions(p: PlacementPlan, nodes: Sequence[Node]) -> list[list[Node]]:
     for node in nodes:
         if node.op != "call_function" or p.modes[node] is not None or not tensors_of(node) or _takes_few(p, node):
             continue
+        if node in p.sites and p.sites[node].split:
+            continue
         inside = [region_of[n] for n in reads(node) if n in region_of]
         if not inside and not any(p.holds_shards(n) for n in reads(node)):
             continue

@@ -122,13 +122,14 @@ class PlacementPlan:
     def replicated_operands(self, node: Node) -> list[Node]:
         """Operands that `node`, running on an axis, reads replicated."""
         axis, site = self.modes[node], self.sites.get(node)
-        if axis is None:
+        if axis is None and not (site and site.split):
             return []
         if node in self.slices:
             return rule_for(node).weights(node)
         if site:
             keys = [] if site.key_axis else [site.site.k, site.site.v]
             return [*keys, *(site.site.leaves[i] for i in site.learned)]
+        assert axis is not None
         return [n for n in operands_of(node) if self.source(node, n, axis) is None]
 
     def reaches_replicated(self, user: Node) -> bool:

@@ -30,6 +30,7 @@ from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.plan.units import slices_of_units, unit_factors
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
+from ringpass.precision import accumulator
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.cost import PRICES, Load, choose, refine
 from ringpass.schedule.dilation import Dilation, GroupProblem, group_problems
@@ -39,6 +40,7 @@ from ringpass.schedule.program import Program, program
 from ringpass.schedule.tiles import TILE, Problem
 
 SHOWN_RANKS = 64  # up to this many ranks, the plan's text says what each receives
+FEW = 2  # queries move instead of keys if that is this many times fewer bytes
 MAX_PRUNING_ELEMENTS = 2**24  # leaves of at most this many elements may prune the schedule of each call
 
 
@@ -46,8 +48,9 @@ MAX_PRUNING_ELEMENTS = 2**24  # leaves of at most this many elements may prune t
 class SitePlan:
     """Where a site's queries and keys live.  None: replicated on every rank.
 
-    `problem` None: the site runs replicated, as the model wrote it.  A site with a problem but no query axis is
-    computed by every rank alone, as a ring of one: because P = 1, or because an option changes what it attends to.
+    `problem` None: the site runs replicated, as the model wrote it.  A site with a problem but no axis is computed by
+    every rank alone, as a ring of one: because P = 1, or because an option changes what it attends to.  One with a key
+    axis alone is split: each rank attends with all queries to its own keys, and the results are merged over ranks.
     """
 
     site: AttentionSite
@@ -61,6 +64,17 @@ class SitePlan:
     unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
     keyless: SitePlan | None = None  # of the rows that see no key; without a problem: they give the mean of all values
     degree: int = 1  # the Ulysses degree
+    moves_queries: bool = False  # whether all ranks get the queries of the axis, which move less than keys would
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the site runs over the ranks."""
+        return self.query_axis is not None or self.key_axis is not None
+
+    @property
+    def split(self) -> bool:
+        """Whether each rank attends to its own keys alone, with all queries."""
+        return self.key_axis is not None and (self.query_axis is None or self.moves_queries)
 
     @property
     def shares(self) -> tuple[HeadShare, ...]:
@@ -86,7 +100,7 @@ class SitePlan:
 
     def programs(self, rank: int) -> tuple[Program, ...]:
         """The schedules on `rank`, at the lengths of this compilation."""
-        return tuple(program(problem, rank if self.query_axis else 0) for problem in self.problems(self.share(rank)))
+        return tuple(program(problem, rank if self.sharded else 0) for problem in self.problems(self.share(rank)))
 
     def about_degree(self) -> list[str]:
         """What a Ulysses degree above 1 does, for the plan's text."""
@@ -110,7 +124,7 @@ class SitePlan:
 
     def received(self, rank: int) -> int:
         """(key token, K/V head) pairs that `rank` receives: what head groups share, once."""
-        rank = rank if self.query_axis else 0
+        rank = rank if self.sharded else 0
         if self.dilation is None or self.problem is None:
             return len(self.share(rank).key_heads) * sum(one.received for one in self.programs(rank))
         share = self.share(rank)
@@ -144,8 +158,10 @@ class RingPlan:
                 for n, a in (("queries", site.query_axis), ("keys", site.key_axis))
             )
             pruned = f"; each call pruned by {', '.join(f'x{i}' for i in site.pruning)}" if site.pruning else ""
-            order = site.problem and not site.query_axis and site.problem.query_layout.order
-            alone = "" if site.query_axis else f"; runs replicated{f', along {order}' if order else ''}"
+            order = site.problem and not site.sharded and site.problem.query_layout.order
+            alone = "" if site.sharded else f"; runs replicated{f', along {order}' if order else ''}"
+            moved = "with all queries " if site.moves_queries else ""
+            alone = f"; split: each rank attends {moved}to its own keys, results are merged" if site.split else alone
             lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_degree(), *site.about_dilation()]
         return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
 
@@ -174,23 +190,22 @@ def plan(
     fits = {index for index, why in unread.items() if world > 1 and not why}
     operands = [x for site in sites if site.index in fits for x in (site.q, site.k)]
     units = unit_factors(operands, sweep, world) if order is None else frozenset[Factor]()
-    for site in sites:
+    for site, dilation in zip(sites, dilated, strict=True):
         why = unread[site.index]
         remarks += [f"{site.node.name} runs as the model wrote it: {why}"] if why and world > 1 else []
         plain = site.index in fits
         pair = [_axis(axes, sweep, x, world, order, units, remarks) if plain else None for x in (site.q, site.k)]
-        if pair[0] is None:
-            pair = [None, None]  # few queries over many keys: keys are gathered, the site runs replicated
-        orders = [_order(order, x, axis, pair[0] is None) for x, axis in zip((site.q, site.k), pair, strict=True)]
+        if pair[0] is None and (config.approximate or dilation):
+            pair = [None, None]  # an option that needs all keys together
+        alone = pair[0] is pair[1] is None
+        orders = [_order(order, x, axis, alone) for x, axis in zip((site.q, site.k), pair, strict=True)]
         planned.append((site, in_curve_order(site, orders, config), orders, pair))
-    held = held_axes(axes, [(site, pair[0]) for site, _, _, pair in planned], sweep)
-    for site, _, _, pair in planned:
-        if pair[0] and pair[0].factor not in held:
-            remarks.append(f"{site.node.name}: attends along {pair[0].tokens} tokens of each row of a divided batch")
-    planned = [
-        (site, ordered, orders, pair if pair[0] and pair[0].factor in held else [None, None])
-        for site, ordered, orders, pair in planned
-    ]
+    held = held_axes(axes, [(site, pair[0] or pair[1]) for site, _, _, pair in planned], sweep)
+    for i, (site, ordered, orders, pair) in enumerate(planned):
+        along = pair[0] or pair[1]
+        if along and along.factor not in held:
+            remarks.append(f"{site.node.name}: attends along {along.tokens} tokens of each row of a divided batch")
+            planned[i] = site, ordered, orders, [None, None]
     aligned = aligned_axes(held, sweep, world)
     aligned |= dict(slices_of_units(operands, units, aligned, sweep, world))
     planned = [
@@ -207,11 +222,12 @@ def plan(
         query, key = (final[a.index] if a else None for a in pair)
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
-        about = (query, key), orders, world, config, dilation, learned
+        moves = not (dilation or config.approximate or any(orders)) and _moves_queries(ordered, query, key, world)
+        about = (None if moves else query, key), orders, world, config, dilation, learned
         problem = _site_problem(ordered, *about)
         planned_site = SitePlan(
             site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index],
-            degree=chosen_degree.get(site.index, 1),
+            degree=chosen_degree.get(site.index, 1) if not moves else 1, moves_queries=moves,
         )  # fmt: skip
         if site.keyless and ordered.keyless and problem:
             uniform = _is_uniform(ordered.keyless, dilation, config)
@@ -221,6 +237,22 @@ def plan(
         plans.append(planned_site)
     how = config.comm, config.approximate, config.along_curve
     return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+
+
+def _moves_queries(site: AttentionSite, query: Axis | None, key: Axis | None, world: int) -> bool:
+    """Whether the queries of another sequence than the keys, and their results, are far fewer bytes than the keys.
+
+    Received by a rank: of queries, (P - 1) / P of them and the results of all others; of keys, by a ring, what it uses.
+    """
+    if query is None or key is None or query.factor is key.factor or query.sequence is not None:
+        return False
+    q, k, v = (x.meta["val"] for x in (site.q, site.k, site.v))
+    heads, groups = site.heads
+    wide = accumulator(q.dtype).itemsize
+    queries = query.hint * heads * (world - 1) * (hint_of(q.shape[-1]) * q.element_size() / world)
+    results = query.hint * heads * (world - 1) * (hint_of(v.shape[-1]) + 1) * wide
+    keys = key.hint * groups * (world - 1) / world * hint_of(k.shape[-1] + v.shape[-1]) * k.element_size()
+    return site.mask == TRUE and FEW * (queries + results) < keys
 
 
 def _is_uniform(site: AttentionSite, dilation: Dilation | None, config: RingConfig) -> bool:
@@ -239,7 +271,7 @@ def _site_problem(
     learned: tuple[int, ...],
 ) -> Problem | None:
     """What is scheduled for a site; None: it runs as the model wrote it."""
-    sharded = axes[0] is not None
+    sharded = any(axes)
     problem = (
         _problem(site, *axes, world, config, dilation)
         if sharded
@@ -334,7 +366,7 @@ def _problem(
     config: RingConfig,
     dilation: Dilation | None,
 ) -> Problem:
-    replicated = Layout("replicated" if query else "contiguous", world)
+    replicated = Layout("replicated" if query or key else "contiguous", world)
     lengths = [hint_of(x.meta["val"].shape[-2]) for x in (site.q, site.k)]
     layouts = [
         axis.layout.in_units(n // axis.hint) if axis else replicated
@@ -353,7 +385,7 @@ def _choose(ordered: list[Any], axes: Sequence[Axis], world: int, config: RingCo
     """The layout's name, and a line on each layout that was weighed, the chosen one first."""
     if config.layout != "auto" or world == 1:
         return ("contiguous" if config.layout == "auto" else config.layout), []
-    sharded = [(site, query, key, how) for site, how, (query, key) in ordered if query is not None]
+    sharded = [(site, query, key, how) for site, how, (query, key) in ordered if query or key]
     loads = [
         x
         for site, query, key, how in sharded

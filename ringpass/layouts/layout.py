@@ -182,7 +182,9 @@ class Layout:
         What every rank holds stays so.
         """
         assert self.world % degree == 0 and not self.pool and not self.strided and not self.section, (degree, self)
-        return self if degree == 1 or self.replicated else replace(self, name=f"{self.name}{POOLED}{degree}{AT}{member}")
+        return (
+            self if degree == 1 or self.replicated else replace(self, name=f"{self.name}{POOLED}{degree}{AT}{member}")
+        )
 
     def shares(self, rank: int) -> range:
         """The ranks whose tokens, but for pooling, `rank` holds: its own, or those of its neighbours, or none."""

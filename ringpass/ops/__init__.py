@@ -11,6 +11,8 @@ has the cotangent of its local tokens.*  Each operator's autograd formula keeps 
     pool_tokens      local tokens of all heads to those of neighbours,  return_tokens
                      of a share of the heads
     return_tokens    the inverse                                       pool_tokens
+    merge_ranks      the results of all ranks for the same queries,    none: inside ring_attention
+                     by log-sum-exp
     permute          all tokens, in the order of a curve               the inverse
     reduce_scatter   the local tokens of the sum over ranks            (in backward graphs only)
     halo             ranges of local tokens with their neighbours      sums on the rank that holds the token
@@ -67,6 +69,7 @@ from ringpass.ops.boundary import (
 )
 from ringpass.ops.extremes import extremum, first_extremum
 from ringpass.ops.halos import halo, halo_backward, interior_rows
+from ringpass.ops.merge_ranks import merge_ranks
 from ringpass.ops.pooling import pool_tokens, return_tokens
 from ringpass.ops.random import dropout, keep
 from ringpass.ops.selection import block_means, choose_blocks, locate
@@ -75,14 +78,14 @@ from ringpass.ops.states import begin_states, end_states, receive_states, send_s
 __all__ = [
     "COMMUNICATING", "all_to_all", "begin_states", "block_means", "choose_blocks", "dropout", "end_states",
     "extremum", "first_extremum", "gather", "halo", "halo_backward", "host_copy", "interior_rows", "keep", "locate",
-    "permute", "pool_tokens", "receive_states", "redistribute", "reduce", "reduce_list", "reduce_scatter",
-    "replicate", "return_tokens", "ring_attention", "ring_attention_backward", "ring_attention_backward_body",
-    "ring_attention_body", "send_states", "shard", "silent", "site_of",
+    "merge_ranks", "permute", "pool_tokens", "receive_states", "redistribute", "reduce", "reduce_list",
+    "reduce_scatter", "replicate", "return_tokens", "ring_attention", "ring_attention_backward",
+    "ring_attention_backward_body", "ring_attention_body", "send_states", "shard", "silent", "site_of",
 ]  # fmt: skip
 COMMUNICATING = (
     shard, gather, redistribute, all_to_all, halo, halo_backward, reduce, reduce_list, reduce_scatter, replicate,
     block_means, extremum, first_extremum, ring_attention, ring_attention_backward, send_states, receive_states,
-    pool_tokens, return_tokens,
+    pool_tokens, return_tokens, merge_ranks,
 )  # fmt: skip
 """Saved for the backward, never recomputed.  Those that talk to other ranks in their forward (all but `shard` and
 `replicate`) are kept in graph order by code generation."""

@@ -15,6 +15,9 @@ The backward sends K and V round again and returns each block's dK, dV to its ow
 local keys are divided in two, so that both the first and the last exchange overlap with some.  K and V (dK and dV) are
 sent as one message.  Partial results are merged in float32 (float64 for float64 inputs).
 
+Where all ranks have all queries, few of them, each attends to its own keys, and the results are merged over ranks: a
+*split* site.  Its dq is the sum over ranks.
+
 A `Transport` brings the keys and returns their gradients.  A dilated site consists of one site per head group, each
 with tiles of its rows, which share their exchanges; their results are merged once, at the end.
 """
@@ -31,8 +34,9 @@ from torch import Tensor
 from ringpass.kernels.blocks import join_rows, row_slice, stacked, unstacked
 from ringpass.layouts.ranges import Ranges, tokens
 from ringpass.masks.intervals import PARTIAL
-from ringpass.ops import masked_steps, primitives
+from ringpass.ops import boundary, masked_steps, primitives
 from ringpass.ops.accumulate import RowAccumulator, add, label, merge, row_accumulator
+from ringpass.ops.merge_ranks import merge_ranks
 from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import make_transport
@@ -58,6 +62,9 @@ def forward(
     with label("join_rows"):
         joined = [state.join(partial(_nothing, x, v)) for state, x in zip(states, queries, strict=True)]
         out, lse = _merged(transport.sites, joined, q) if site.dilation else joined[0]
+    if site.split:
+        with label("merge_ranks"):
+            out, lse = merge_ranks(out, lse, site.world, site.rank, site.group)
     if site.sink:
         out, lse = _with_sink(site, out, lse, leaves)
     return out.to(q.dtype), lse
@@ -110,11 +117,12 @@ def backward(
     for block, dkv in zip(local, local_sums, strict=True):
         sums.accumulate(block, sums.halves[block[0]][1], [], dkv)
     transport.finish(local_sums)
-    if site.sink and site.learned:
+    if site.sink and site.learned and not (site.split and site.rank):  # a split site's rows are on every rank
         sums.dleaves = _add_sink_grads(site, grad, out, lse, leaves, sums.dleaves)
     with label("join_gradients"):
         dk, dv = transport.collect(local_sums)
         dq = _dq(site, transport.sites, sums.dqs, q)
+        dq = boundary.reduce(dq, site.group) if site.split else dq
         learned = [g.to(leaves[i].dtype) for g, i in zip(sums.dleaves, site.learned, strict=True)]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), learned
 

@@ -8,7 +8,8 @@
 Contract: `cover` returns only if the tiles of one rank have all of these properties, and raises ScheduleError for the
 first that they lack.
 
-    owned      queries lie in the ranges of the rank, keys in one range of their owner
+    owned      queries lie in the ranges of the rank, keys in one range of their owner: the rank itself where each rank
+               attends to its own keys alone, so that all ranks together meet all keys
     once       no two tiles share a pair; what no tile covers is empty, by the mask's intervals
     kinds      full tiles are full, triangles are one diagonal of the mask and nothing else
     thrift     no tile is provably empty; none whose mask is evaluated is larger than the problem's tile
@@ -100,7 +101,8 @@ def _within(inner: IntervalArrays, outer: IntervalArrays) -> Array:
 def _once(problem: Problem, rank: int, tiles: Tiling) -> None:
     queries = np.array(problem.query_layout.ranges(rank, problem.queries), dtype=np.int64).reshape(-1, 2)
     rows = np.unique(np.concatenate([queries.reshape(-1), *tiles.q]))
-    columns = np.unique(np.concatenate([[0, problem.keys], *tiles.k]))
+    keys = np.array(problem.keys_met(rank), dtype=np.int64).reshape(-1, 2)
+    columns = np.unique(np.concatenate([keys.reshape(-1), *tiles.k]))
     count = np.zeros((len(rows), len(columns)), dtype=np.int32)
     corners = [np.searchsorted(rows, x) for x in tiles.q], [np.searchsorted(columns, x) for x in tiles.k]
     for i in (0, 1):
@@ -111,7 +113,8 @@ def _once(problem: Problem, rank: int, tiles: Tiling) -> None:
         where = (int(rows[row]), int(rows[row + 1])), (int(columns[column]), int(columns[column + 1]))
         raise ScheduleError(f"rank {rank}: two tiles cover queries {where[0]}, keys {where[1]}")
     local = _within((rows[:-1], rows[1:]), (queries[:, 0], queries[:, 1]))
-    row, column = np.nonzero((count == 0) & local[:, None])
+    met = _within((columns[:-1], columns[1:]), (keys[:, 0], keys[:, 1]))
+    row, column = np.nonzero((count == 0) & local[:, None] & met)
     q, k = (rows[row], rows[row + 1]), (columns[column], columns[column + 1])
     for i in np.nonzero(~proved(problem.expr, q, k, EMPTY))[0][:1].tolist():
         where = (int(q[0][i]), int(q[1][i])), (int(k[0][i]), int(k[1][i]))

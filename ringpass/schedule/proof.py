@@ -138,6 +138,8 @@ def check(programs: Sequence[Program]) -> Proof:
 
 def lower_bound(problem: Problem, rank: int) -> int:
     """Number of distinct remote key tokens to which some query of `rank` may attend."""
+    if problem.split:
+        return 0
     local = [(0, 0), *problem.key_layout.ranges(rank, problem.keys), (problem.keys, problem.keys)]
     remote = [(stop, start) for (_, stop), (start, _) in zip(local, local[1:], strict=False)]
     parts = [(low, min(low + COLUMNS, stop)) for start, stop in remote for low in range(start, stop, COLUMNS)]
@@ -306,6 +308,9 @@ def _cover_elements(one: Program) -> None:
     problem, rank = one.problem, one.rank
     queries = problem.query_layout.ranges(rank, problem.queries)
     may, must = (_values(problem.expr, queries, [(0, problem.keys)], unknown) for unknown in (True, False))
+    met = torch.zeros(problem.keys, dtype=torch.bool)
+    for start, stop in problem.keys_met(rank):
+        met[start:stop] = True
     covered = torch.zeros_like(may)
     for step, tile, _, k in _tiles(one):
         part = slice(*tile.q), torch.cat([torch.arange(*span) for span in k])
@@ -314,7 +319,8 @@ def _cover_elements(one: Program) -> None:
         covered[part] = covered[part] | inside
         whole = tile.kind == PARTIAL or bool((must[part] | ~inside).all())
         _demand(whole, rank, step, "the mask is not as the kind of tile {} says", tile)
-    for row, key in (may & ~covered).nonzero()[:1].tolist():
+    _demand(not bool(covered[:, ~met].any()), rank, None, "a tile covers keys that the rank does not hold")
+    for row, key in (may & ~covered & met).nonzero()[:1].tolist():
         ((query, _),) = tokens(queries, (row, row + 1))
         _demand(False, rank, None, "no tile covers query {}, key {}, which the mask may allow", query, key)
 

@@ -60,6 +60,11 @@ class Site:
         return self.problem.mask
 
     @property
+    def split(self) -> bool:
+        """Whether the rank attends to its own keys alone, and results are merged over ranks."""
+        return self.problem.split and self.world > 1
+
+    @property
     def world(self) -> int:
         """The number of ranks P."""
         return self.problem.world

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from ringpass.layouts.layout import Layout
+from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import Array, ConstantArray
 from ringpass.masks.expr import Expr, parse
 from ringpass.masks.intervals import EMPTY_CODE, FULL_CODE, KINDS, PARTIAL_CODE, IntervalArrays, classify_all, selected
@@ -70,6 +71,15 @@ class Problem:
     def world(self) -> int:
         """Number of ranks P."""
         return self.query_layout.world
+
+    @property
+    def split(self) -> bool:
+        """Whether all ranks have all queries, and each attends with them to its own keys alone."""
+        return self.query_layout.replicated and not self.key_layout.replicated
+
+    def keys_met(self, rank: int) -> Ranges:
+        """The keys that the queries of `rank` may attend to, as far as it computes that."""
+        return self.key_layout.ranges(rank, self.keys) if self.split else ((0, self.keys),)
 
     @cached_property
     def expr(self) -> Expr:
@@ -188,9 +198,9 @@ def chunks(layout: Layout, tokens: int) -> tuple[Array, Array, Array]:
 
 
 def _with_ranks(problem: Problem, q: list[Array], k: list[Array]) -> list[Array]:
-    """Columns dst, src, q0, q1, k0, k1 of pairs of chunks; replicated keys are local on each rank."""
+    """Columns dst, src, q0, q1, k0, k1 of pairs of chunks; what is replicated is local on each rank."""
     pairs = [q[0], k[0], *q[1:], *k[1:]]
-    return [x[q[0] == k[0]] for x in pairs] if problem.key_layout.replicated else pairs
+    return [x[q[0] == k[0]] for x in pairs] if problem.split or problem.key_layout.replicated else pairs
 
 
 def _split_up(
