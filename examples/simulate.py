@@ -96,9 +96,11 @@ def make_plan(args: argparse.Namespace) -> RingPlan:
 
 def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
     """What `rank` sends in a forward, exchange by exchange; a backward sends it again, and gradients the other way."""
-    heads, groups = site.site.heads
+    share = site.share(rank)
+    groups = len(share.key_heads)
     if site.dilation:
-        for exchange in exchanges(site.group_problems, rank if site.query_axis else 0, heads, groups):
+        problems, heads = site.group_problems(share), len(share.heads)
+        for exchange in exchanges(problems, rank if site.sharded else 0, heads, groups):
             if exchange.send:
                 yield Sent(exchange.shift, rank, exchange.send.dst, _parts(exchange.send), exchange.send.rows)
     else:
@@ -109,7 +111,8 @@ def sends(site: SitePlan, rank: int) -> Iterator[Sent]:
 
 def pairs_of(site: SitePlan, rank: int) -> int:
     """(query, key) pairs in tiles, over all heads."""
-    heads = [len(group.head_group.members) for group in site.group_problems] or [site.site.heads[0]]
+    share = site.share(rank)
+    heads = [len(group.head_group.members) for group in site.group_problems(share)] or [len(share.heads)]
     return sum(n * program.area for n, program in zip(heads, site.programs(rank), strict=True))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ringpass import ops
-from ringpass.comm.pooling import heads_text
+from ringpass.layouts.pooling import heads_text
 from ringpass.layouts.reindex import of_curve_positions
 from ringpass.masks.expr import TRUE, Expr, call
 from ringpass.nodes import size_of

@@ -1,9 +1,10 @@
 """degrees: the Ulysses degree of each site, as the option says.  An analysis.
 
     {"ulysses_degree": 4}                             every attention that runs over the ranks
-    {"ulysses_degree": {0: 2, "layers.1*.attn": 4}}   those alone, by selectors as those of `dilate`; others are rings
+    {"ulysses_degree": {0: 2, "layers.1*.attn": 4}}   those alone, by selectors as those of `dilate`; others 1
 
-Contract: depends on the graph and the options alone.  A degree that a site cannot have is refused with those that it can.
+Contract: depends on the graph, the options and P alone.  A degree that a site cannot have is refused, with those that
+it can have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from ringpass.schedule.head_shares import allowed_degrees
 
 
 def degrees(sites: Sequence[AttentionSite], world: int, config: RingConfig) -> tuple[int, ...]:
-    """The degree of each site.  Raises OptionError for one that does not fit P or the heads, or a selector of nothing."""
+    """The degree of each site.
+
+    Raises OptionError for one that does not fit P or the heads, or a selector that matches nothing.
+    """
     wanted = config.ulysses_degree
     if isinstance(wanted, dict):
         refuse_idle("ulysses_degree", sites, wanted)

@@ -93,7 +93,7 @@ class SitePlan:
 
     def problems(self, share: HeadShare) -> tuple[Problem, ...]:
         """What is scheduled for a share of the heads: the problem, or, if the site is dilated, those of head groups."""
-        own = ()
+        own: tuple[Problem, ...] = ()
         if self.problem:
             own = _problems(share.problem(self.problem), self.dilation, self.site.heads[0], share.heads)
         return own + (self.keyless.problems(share) if self.keyless else ())

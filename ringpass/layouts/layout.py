@@ -172,7 +172,7 @@ class Layout:
 
     @property
     def pool(self) -> tuple[int, int] | None:
-        """(how many neighbouring ranks pool their tokens, the number of the one that holds them); None: each its own."""
+        """(how many neighbouring ranks pool their tokens, number of the one that holds them); None: each its own."""
         degree, _, member = _unrestricted(self.name).partition(POOLED)[2].partition(AT)
         return (int(degree), int(member)) if degree else None
 

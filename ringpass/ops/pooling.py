@@ -4,7 +4,7 @@
     out, = return_tokens([out], H, heads, tokens, layout, ..)             (B, h, n, D) -> (B, H, L, D)
 
 Each is the other's gradient.  `heads`: those that each member of a group of neighbouring ranks gets
-(`ringpass.comm.pooling`); what is in one list travels in one message.
+(`ringpass.layouts.pooling`); what is in one list travels in one message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringpass.comm import pooling
-from ringpass.comm.pooling import Pooling
+from ringpass.layouts.pooling import Pooling
 from ringpass.ops.library import define, differentiate, implement
 
 HOW = "str heads, SymInt tokens, str layout, int world, int rank, str group"

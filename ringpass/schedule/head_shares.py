@@ -4,13 +4,13 @@
     heads 0:3 of 7 on every 2nd rank from 0
     heads 3:7 of 7 on every 2nd rank from 1
 
-The *Ulysses degree* U of an attention divides P.  Of each group of U neighbouring ranks, member u attends for share u of
-the heads, with the tokens of the whole group, which it gets by an all-to-all before the attention; its output returns by
-another one after it.  Member u of all groups are a ring of P / U ranks.  U = 1 is the ring over all ranks, U = P
-Ulysses.
+The *Ulysses degree* U of an attention divides P.  Of each group of U neighbouring ranks, member u attends for share u
+of the heads, with the tokens of the whole group, which it gets by an all-to-all before the attention; its output
+returns by another one after it.  The members u of all groups are a ring of P / U ranks.  U = 1 is the ring over all
+ranks, U = P Ulysses.
 
-Contract: a share is an attention of its own, over fewer ranks and longer blocks, so masks, schedules and proofs are those
-of any attention.  What depends on a head speaks of the model's: head h of a share is head first + h.
+Contract: a share is an attention of its own, over fewer ranks and longer blocks, so masks, schedules and proofs are
+those of any attention.  What depends on a head speaks of the model's: head h of a share is head first + h.
 """
 
 from __future__ import annotations

@@ -130,10 +130,10 @@ def test_all_ranks_get_the_same_bits() -> None:
 
     def job(rank: int, group: str) -> list[Tensor]:
         here = Site(problem, rank, group, SCALE)
-        mine = [of_rank(x, "zigzag", rank, world) for x in (k, v)]
+        mine, values = (of_rank(x, "zigzag", rank, world) for x in (k, v))
         with torch.no_grad():
-            out, lse = ring.forward(here, q, *mine, [], None)
-            return [out, lse, ring.backward(here, out, q, *mine, out, lse, [], None)[0]]
+            out, lse = ring.forward(here, q, mine, values, [], None)
+            return [out, lse, ring.backward(here, out, q, mine, values, out, lse, [], None)[0]]
 
     first, *others = thread_ranks.run(world, job)
     for other in others:
@@ -165,10 +165,10 @@ def test_a_sink_counts_once() -> None:
 
     def job(rank: int, group: str) -> list[Tensor]:
         here = Site(problem, rank, group, SCALE, sink="x0[h]", learned=(0,))
-        mine = [of_rank(x, "zigzag", rank, world) for x in (k, v)]
+        mine, values = (of_rank(x, "zigzag", rank, world) for x in (k, v))
         with torch.no_grad():
-            out, lse = ring.forward(here, q, *mine, [sink], None)
-            dq, _, _, (dsink,) = ring.backward(here, grad, q, *mine, out, lse, [sink], None)
+            out, lse = ring.forward(here, q, mine, values, [sink], None)
+            dq, _, _, (dsink,) = ring.backward(here, grad, q, mine, values, out, lse, [sink], None)
         return [out, dq, dsink]
 
     found = thread_ranks.run(world, job)
