@@ -1,14 +1,18 @@
 """How does one attention layer's step compare with other ways to divide its sequence?
 
-    pip install ring-attention-pytorch ring-flash-attn      # both optional: without one, its rows say so
+    pip install ring-attention-pytorch ring-flash-attn yunchang      # all optional: without one, its rows say so
     python -m benchmarks.alternatives --ranks 2 --lengths 2048 8192
 
-Forward alone, and forward with backward, one thread per rank. The layer scales q, k and v by learned weights, attends,
+Forward alone, and forward with backward, one thread per rank. Those with "ulysses" in their name, and yunchang, are also
+compared with ringpass's own Ulysses. The layer scales q, k and v by learned weights, attends,
 and takes the mean square; weight gradients and the loss are summed over the ranks. ringpass gets the module as it is
 and full inputs, through torch.compile; the others get local tokens. Alternatives:
 
     ringpass            backend="ring_dilated": zigzag where causal, contiguous where not
     ringpass allgather  the same with options={"comm": "allgather"}: K and V of all ranks first, then attention
+    ringpass ulysses    the same with options={"ulysses_degree": P}: heads over the ranks, two all-to-alls
+    plain ulysses       the same as written by hand: torch's differentiable all-to-all before and after torch's attention
+    yunchang            the package's UlyssesAttention over torch's attention
     context_parallel    torch.distributed.tensor.experimental: on CPU it has neither a causal mask nor a backward
     ring-attention-pytorch    the package's own kernels, in torch operators
     ring-flash-attn     the package's rings over the CPU kernel that ringpass uses (its own needs CUDA)
@@ -39,13 +43,15 @@ from benchmarks.paired import Alone, Case, Step, arguments, collect, conclude, i
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 WIDTH = 64
 QUICK = {"lengths": [64], "masks": ["causal"], "rounds": 2, "heads": 2, "compiler": "aot_eager"}
+OWN_ULYSSES = "ringpass ulysses"
+ULYSSES = ("plain ulysses", "yunchang")
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables and the verdict, write the JSON."""
     args = _arguments(argv)
-    contestants = 6
+    contestants = 9
     total = len(args.lengths) * len(args.masks) * 2 * contestants * (args.rounds + 1)
     cases = collect(screen(), "alternatives", total, on_ranks(args.ranks, job, args))
     conclude(screen(), "alternatives", args, _table(cases), cases, _verdict(cases))
@@ -64,10 +70,16 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
                 where = f"S = {length}, {'causal' if causal else 'full'}, {'training' if training else 'forward'}, "
                 case.seconds = yield from interleaved(steps, args.rounds, where)
                 for name in steps:
-                    ours = zip(case.seconds[name], case.seconds["ringpass"], strict=True)
-                    case.ratios[name] = [theirs / mine for theirs, mine in ours]
+                    case.ratios[name] = _over(case.seconds[name], case.seconds["ringpass"])
+                    if name in ULYSSES and OWN_ULYSSES in steps:
+                        ratios = _over(case.seconds[name], case.seconds[OWN_ULYSSES])
+                        case.ratios[f"{name} over {OWN_ULYSSES}"] = ratios
                 case.facts["skipped"] = skipped
                 yield case
+
+
+def _over(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(theirs, ours, strict=True)]
 
 
 def _agreeing(steps: dict[str, Callable[[], Step]], tolerance: float) -> tuple[dict[str, Step], dict[str, str]]:
@@ -151,6 +163,9 @@ def candidates(length: int, causal: bool, training: bool, args: argparse.Namespa
         "one rank": compiled(backend=args.compiler),
         "ringpass": compiled(backend="ring_dilated", options=options),
         "ringpass allgather": compiled(backend="ring_dilated", options=options | {"comm": "allgather"}),
+        OWN_ULYSSES: compiled(backend="ring_dilated", options=options | {"ulysses_degree": world}),
+        "plain ulysses": eager(plain_ulysses, "contiguous"),
+        "yunchang": eager(yunchang, "contiguous"),
         "context_parallel": eager(context_parallel, "contiguous"),
         "ring-attention-pytorch": eager(ring_attention_pytorch, "striped" if causal else "contiguous"),
         "ring-flash-attn": eager(ring_flash_attn, "zigzag" if causal else "contiguous"),
@@ -186,6 +201,46 @@ def context_parallel() -> Attend:
         zeros = torch.zeros(2 * dist.get_world_size())
         with experimental.context_parallel(mesh, buffers=[zeros], buffer_seq_dims=[0], no_restore_buffers={zeros}):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return attend
+
+
+def plain_ulysses() -> Attend:
+    """Heads to ranks and tokens together by an all-to-all of each of q, k and v, and back for the output."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    world = dist.get_world_size()
+
+    def exchanged(parts: Tensor) -> Tensor:
+        """Part r of each rank to rank r."""
+        found: Tensor = all_to_all_single_autograd(parts.contiguous(), [1] * world, [1] * world, dist.group.WORLD)
+        return found
+
+    def pooled(x: Tensor) -> Tensor:
+        """(1, H, L, D) to (1, H / P, S, D)."""
+        return exchanged(x.unflatten(1, (world, -1)).permute(1, 0, 2, 3, 4)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def returned(x: Tensor) -> Tensor:
+        return exchanged(x.unflatten(2, (world, -1)).permute(2, 0, 1, 3, 4)).permute(1, 0, 2, 3, 4).flatten(1, 2)
+
+    return lambda q, k, v, causal: returned(sdpa(pooled(q), pooled(k), pooled(v), causal))
+
+
+def yunchang() -> Attend:
+    """The package's Ulysses over torch's attention: its own kernels need CUDA."""
+    package: Any = importlib.import_module("yunchang")
+    kernels: Any = importlib.import_module("yunchang.kernels")
+    attention = package.UlyssesAttention(dist.group.WORLD, attn_type=kernels.AttnType.TORCH_MATH)
+
+    def local(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool, **__: Any) -> Tensor:
+        return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), causal).transpose(1, 2)
+
+    attention.attn_fn = local
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        out: Tensor = attention(q, k, v, causal=causal)
+        return out.transpose(1, 2)
 
     return attend
 
@@ -228,11 +283,14 @@ def _what(case: Case) -> str:
 
 
 def _table(cases: Sequence[Case]) -> Table:
-    table = Table("S", "", "alternative", "s", "time over ringpass's", title="one attention layer, median (min-max)")
+    columns = "S", "", "alternative", "s", "time over ringpass's", "over its Ulysses's"
+    table = Table(*columns, title="one attention layer, median (min-max)")
     for case in cases:
         start = str(case.case["length"]), _what(case)
         for name in case.seconds:
-            table.add_row(*start, name, spread(case.seconds[name]), spread(case.ratios[name], 2))
+            own = case.ratios.get(f"{name} over {OWN_ULYSSES}")
+            beside = [spread(case.ratios[name], 2), spread(own, 2) if own else ""]
+            table.add_row(*start, name, spread(case.seconds[name]), *beside)
         for name, reason in case.facts["skipped"].items():
             table.add_row(*start, name, "not run", reason)
         table.add_section()
@@ -245,7 +303,7 @@ def _verdict(cases: Sequence[Case]) -> str:
         (statistics.median(ratio), name, case)
         for case in cases
         for name, ratio in case.ratios.items()
-        if name not in ("ringpass", "one rank")
+        if name not in ("ringpass", "one rank", OWN_ULYSSES) and OWN_ULYSSES not in name
     ]
     if not others:
         return "no alternative ran"
