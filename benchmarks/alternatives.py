@@ -3,15 +3,15 @@
     pip install ring-attention-pytorch ring-flash-attn yunchang      # all optional: without one, its rows say so
     python -m benchmarks.alternatives --ranks 2 --lengths 2048 8192
 
-Forward alone, and forward with backward, one thread per rank. Those with "ulysses" in their name, and yunchang, are also
-compared with ringpass's own Ulysses. The layer scales q, k and v by learned weights, attends,
+Forward alone, and forward with backward, one thread per rank. The layer scales q, k and v by learned weights, attends,
 and takes the mean square; weight gradients and the loss are summed over the ranks. ringpass gets the module as it is
-and full inputs, through torch.compile; the others get local tokens. Alternatives:
+and full inputs, through torch.compile; the others get local tokens. `plain ulysses` and `yunchang` are also compared
+with ringpass's own Ulysses. Alternatives:
 
     ringpass            backend="ring_dilated": zigzag where causal, contiguous where not
     ringpass allgather  the same with options={"comm": "allgather"}: K and V of all ranks first, then attention
     ringpass ulysses    the same with options={"ulysses_degree": P}: heads over the ranks, two all-to-alls
-    plain ulysses       the same as written by hand: torch's differentiable all-to-all before and after torch's attention
+    plain ulysses       written by hand: torch's differentiable all-to-all before and after torch's attention
     yunchang            the package's UlyssesAttention over torch's attention
     context_parallel    torch.distributed.tensor.experimental: on CPU it has neither a causal mask nor a backward
     ring-attention-pytorch    the package's own kernels, in torch operators

@@ -162,11 +162,11 @@ COMPLETE = tuple(op for op in ops.COMMUNICATING if op not in (ops.shard, ops.rep
 def _register_collectives() -> None:
     """Lowers each op that talks to other ranks as an Inductor collective.
 
-    `exchange` and `start_sum` are still under way when they return.  Inductor keeps the buffers that `exchange` reads
-    alive, and unwritten, until the `wait` on what it returns, output i standing for input i.  What `start_sum` reads
-    may go at once, as it sums a buffer of its own; `wait_sum` counts as writing this buffer.
+    `exchange`, `start_gather` and `start_sum` are still under way when they return.  Inductor keeps the buffers that
+    the first two read alive, and unwritten, until the `wait` on what they return, output i standing for input i.  What
+    `start_sum` reads may go at once, as it sums a buffer of its own; `wait_sum` counts as writing this buffer.
     """
-    for op in (*COMPLETE, primitives.exchange, gradient_sums.start_sum):
+    for op in (*COMPLETE, primitives.exchange, primitives.start_gather, gradient_sums.start_sum):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
@@ -187,5 +187,6 @@ def _register_collectives() -> None:
         return flat
 
     register_lowering(gradient_sums.wait_sum, type_promotion_kind=None)(wait_sum)
-    for impure in (primitives.exchange, primitives.wait, gradient_sums.start_sum, gradient_sums.wait_sum):
+    started = primitives.exchange, primitives.start_gather, gradient_sums.start_sum
+    for impure in (*started, primitives.wait, gradient_sums.wait_sum):
         torch.fx.node.has_side_effect(impure)

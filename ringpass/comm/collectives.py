@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import lost, process_group, sendable
+from ringpass.comm.p2p import PendingExchange, lost, process_group, sendable
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
@@ -266,6 +266,19 @@ def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Te
         parts = [sendable(x) for x in (out, rows.contiguous())]
         run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
     return out
+
+
+def start_gather(sent: Tensor, received: Tensor, group: str) -> PendingExchange:
+    """Starts to fill `received` with the `sent` of all ranks, 1-D and equally long, in their order.
+
+    Raises PeerError if the process group is broken.
+    """
+    parts = [sendable(x) for x in (received, sent)]
+    try:
+        work = gather_equal()(*parts, group=process_group(group), async_op=True)
+    except RuntimeError as error:
+        raise lost((), error) from error
+    return PendingExchange(received, sent, [work], ())
 
 
 def run_collective(collective: Callable[..., object], *args: object, group: str) -> None:

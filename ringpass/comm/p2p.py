@@ -41,13 +41,13 @@ def process_group(name: str) -> dist.ProcessGroup:
 class PendingExchange:
     """An exchange that has been started.  Keeps the sent buffer alive until `wait`.
 
-    `peers`: the ranks sent to and received from; None: there is none.
+    `peers`: the ranks sent to and received from; None: there is none; none at all: those of the whole group.
     """
 
     received: Tensor
     sent: Tensor | None
     works: list[dist.Work]
-    peers: tuple[int | None, int | None]
+    peers: tuple[int | None, ...]
 
     def wait(self) -> None:
         """Returns when `received` is complete.  Raises PeerError if the other rank died or the time limit passed."""

@@ -2,7 +2,8 @@
 
     pack                rows of K and V (dK and dV) as one message, token by token
     exchange            start sending one message and receiving another; returns the buffer that will hold what arrives
-    wait                that buffer, complete
+    start_gather        start gathering one message of each rank, equally long; returns the buffer for all of them
+    wait                either buffer, complete
     attention_tile      (out, lse) of one tile;  attention_tile_backward: (dq, dk, dv, dbias if learned)
     scored_tile         the same with a score function;  scored_tile_backward: (dq, dk, dv, gradients of its leaves)
     merge               the log-sum-exp merge of two (out, lse) of the same rows
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringpass.comm import p2p
+from ringpass.comm import collectives, p2p
 from ringpass.kernels import table as kernels
 from ringpass.kernels.blocks import empty_rows_first, rows_first
 from ringpass.kernels.tile import TileArgs, merge_by_lse
@@ -45,6 +46,7 @@ define(
     "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str group) "
     "-> Tensor[]"
 )
+define("start_gather(Tensor[] sent, int world, Tensor[] after, str group) -> Tensor[]")
 define("wait(Tensor(a) received) -> Tensor(a)")
 for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
     define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after) -> Tensor[]")
@@ -58,7 +60,7 @@ define(f"mask_tile_backward(Tensor grad, Tensor[] leaves, int[] learned, Tensor 
 define(f"keep_tile(Tensor seed, int stream, float p, str dropout_indices, {SPANS}) -> Tensor")
 
 _ops = torch.ops.ringpass
-exchange, wait = _ops.exchange.default, _ops.wait.default
+exchange, start_gather, wait = _ops.exchange.default, _ops.start_gather.default, _ops.wait.default
 attention_tile, attention_tile_backward = _ops.attention_tile.default, _ops.attention_tile_backward.default
 scored_tile, scored_tile_backward = _ops.scored_tile.default, _ops.scored_tile_backward.default
 mask_tile, mask_tile_backward, keep_tile = (
@@ -131,12 +133,20 @@ def _exchange(
     return [started.received]
 
 
+def _start_gather(sent: list[Tensor], world: int, after: list[Tensor], group: str) -> list[Tensor]:
+    (message,) = sent
+    started = collectives.start_gather(message, message.new_empty(world * message.numel()), group)
+    _in_flight[storage_key(started.received)] = started
+    return [started.received]
+
+
 def _wait(received: Tensor) -> Tensor:
     _in_flight.pop(storage_key(received)).wait()
     return received
 
 
 implement("exchange", _exchange, lambda sent, numel, dtype, *args: [sent[0].new_empty(numel, dtype=dtype)])
+implement("start_gather", _start_gather, lambda sent, world, *args: [sent[0].new_empty(world * sent[0].numel())])
 implement("wait", _wait, lambda received: received)
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

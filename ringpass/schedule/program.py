@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ringpass.layouts.ranges import Ranges, size, tokens
+from ringpass.layouts.ranges import Ranges, size, tokens, union
 from ringpass.masks.expr import CAUSAL
 from ringpass.masks.intervals import FULL, IntervalArrays
 from ringpass.schedule.tiles import (
@@ -159,6 +159,25 @@ def _read(tiles: Tiling, problem: Problem, rank: int) -> Program:
                 )
             )
     return Program(problem, rank, tuple(steps))
+
+
+def remote_step(problem: Problem, rank: int) -> Step | None:
+    """All keys of other ranks that `rank` uses as one block, ascending, with their tiles; None: it uses none.
+
+    Tiles that touch are one: keys that come together take fewer kernel calls.  Nothing is said of who sends them.
+
+    >>> from ringpass.layouts.layout import Layout
+    >>> zigzag = Layout("zigzag", 4)
+    >>> for tile in remote_step(Problem("k <= q", 64, 64, zigzag, zigzag), rank=1).tiles: print(tile)
+    full q0:8 k0:8
+    full q8:16 k0:40
+    """
+    mine, queries = tiling(problem).of(rank), problem.query_layout.ranges(rank, problem.queries)
+    remote = mine.take(mine.src != rank)
+    tokens = union(tuple(span for spans in _by_peer(remote.used(), "src").values() for span in spans))
+    if not tokens:
+        return None
+    return Step(1, tokens, _tiles(problem, queries, tokens, remote))
 
 
 def tiles_between(problem: Problem, rank: int, src: int) -> tuple[Tile, ...]:

@@ -1,4 +1,4 @@
-"""Random attentions with random Ulysses degrees: heads, masks, biases, dilation, layouts and ranks drawn from a seed."""
+"""Random attentions with random Ulysses degrees: heads, masks, biases, dilation, layouts, ranks from a seed."""
 
 from __future__ import annotations
 

@@ -134,7 +134,13 @@ def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
         with torch.autograd.set_multithreading_enabled(False):  # else ranks on one device share a backward thread
             return job(rank, f"{NAME}{rank}")
 
-    rendezvous = patch.object(collectives, "run_collective", Rendezvous(world))
+    meeting = Rendezvous(world)
+
+    def gathered(sent: Tensor, received: Tensor, group: str) -> p2p.PendingExchange:
+        meeting(gather_equal(), received, sent, group=group)
+        return p2p.PendingExchange(received, sent, [], ())
+
+    rendezvous = patch.multiple(collectives, run_collective=meeting, start_gather=gathered)
     with patch.object(p2p, "start", mailboxes.start), rendezvous, ThreadPoolExecutor(world) as pool:
         results = list(pool.map(member, range(world)))
     assert mailboxes.undelivered == 0
