@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule
 import ringpass
 from ringpass import ops
 from ringpass.config import RingConfig
-from ringpass.ops import gradient_sums, primitives
+from ringpass.ops import gradient_sums, pooling, primitives
 from ringpass.passes.lower.lower import inline_arithmetic, lower, lower_module
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.partition.partitioned import Partitioned
@@ -162,11 +162,13 @@ COMPLETE = tuple(op for op in ops.COMMUNICATING if op not in (ops.shard, ops.rep
 def _register_collectives() -> None:
     """Lowers each op that talks to other ranks as an Inductor collective.
 
-    `exchange`, `start_gather` and `start_sum` are still under way when they return.  Inductor keeps the buffers that
-    the first two read alive, and unwritten, until the `wait` on what they return, output i standing for input i.  What
-    `start_sum` reads may go at once, as it sums a buffer of its own; `wait_sum` counts as writing this buffer.
+    `exchange`, `start_gather`, `start_all_to_all` and `start_sum` are still under way when they return.  Inductor keeps
+    the buffers that the first three read alive, and unwritten, until the `wait` on what they return, output i standing
+    for input i.  What `start_sum` reads may go at once, as it sums a buffer of its own; `wait_sum` counts as writing
+    this buffer.
     """
-    for op in (*COMPLETE, primitives.exchange, primitives.start_gather, gradient_sums.start_sum):
+    buffered = primitives.exchange, primitives.start_gather, pooling.start_all_to_all
+    for op in (*COMPLETE, *buffered, gradient_sums.start_sum):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
@@ -187,6 +189,5 @@ def _register_collectives() -> None:
         return flat
 
     register_lowering(gradient_sums.wait_sum, type_promotion_kind=None)(wait_sum)
-    started = primitives.exchange, primitives.start_gather, gradient_sums.start_sum
-    for impure in (*started, primitives.wait, gradient_sums.wait_sum):
+    for impure in (*buffered, gradient_sums.start_sum, primitives.wait, gradient_sums.wait_sum):
         torch.fx.node.has_side_effect(impure)

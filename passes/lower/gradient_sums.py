@@ -64,16 +64,16 @@ def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> 
         with graph.inserting_before(started):
             quiet = [mine.index(i) for i in silent if i in mine]
             summed = [gradients[i] for i in mine], quiet, dtype, node.args[-1]
-            sent = _call(graph, gradient_sums.start_sum, summed, f"start_gradients_{name}")
+            sent = call(graph, gradient_sums.start_sum, summed, f"start_gradients_{name}")
         with graph.inserting_before(used):
-            total = _call(graph, gradient_sums.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
+            total = call(graph, gradient_sums.wait_sum, (sent, node.args[-1]), f"wait_gradients_{name}")
             layout = [values[i].numel() for i in mine], [_name(values[i].dtype) for i in mine]
-            parts = _call(graph, gradient_sums.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
+            parts = call(graph, gradient_sums.unpack_gradients, (total, *layout), f"unpack_gradients_{name}")
             for k, i in enumerate(mine):
                 if i in results:
-                    part = _call(graph, operator.getitem, (parts, k), f"gradient_{name}")
+                    part = call(graph, operator.getitem, (parts, k), f"gradient_{name}")
                     whole = (part, list(values[i].shape))
-                    shaped = _call(graph, torch.ops.aten.view.default, whole, f"gradient_{name}_view")
+                    shaped = call(graph, torch.ops.aten.view.default, whole, f"gradient_{name}_view")
                     results[i].replace_all_uses_with(shaped)
 
 
@@ -81,8 +81,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _call(graph: Graph, target: Any, args: tuple[Any, ...], name: str) -> Node:
-    """A new node with its fake value."""
+def call(graph: Graph, target: Any, args: tuple[Any, ...], name: str) -> Node:
+    """A new node with its fake value, where `graph` inserts."""
     node = graph.create_node("call_function", target, args, name=name)
     values = map_arg(args, lambda n: n.meta["val"])
     mode: Any = detect_fake_mode(values)

@@ -6,6 +6,8 @@
                                 same code: above the unroll limit (the larger of P and the number of tiles, summed over
                                 all sites), with a symbolic length, or where data of each call prunes the schedule
     reduce_list               its start, after the last gradient that it sums, and its wait (`gradient_sums`)
+    pool_tokens,              their starts, after what they send, and their waits, before what reads them (`pooling`)
+    return_tokens
     merge                     kept in the graph that is shown; `inline_arithmetic` then replaces it by ATen arithmetic
     block_lists               equal ones, of layers with the same mask, become one node
     shard, gather             kept, renamed permute_<layout>, restore_<layout>
@@ -33,6 +35,7 @@ from ringpass.nodes import symbolic
 from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import LABEL
 from ringpass.passes.lower.gradient_sums import start_early
+from ringpass.passes.lower.pooling import start_pooling_early
 from ringpass.passes.op_rules.attention import attentions
 from ringpass.schedule.site import SITES, lookup
 
@@ -62,6 +65,7 @@ def lower(graph: Graph, unroll_limit: int, left: int) -> None:
             curve = str(node.args[LAYOUT]).replace(" after ", "_prefix").replace(" ", "_")
             node._rename(f"{'restore' if node.args[LAYOUT + 1] else 'permute'}_{curve}")
     start_early(graph)
+    start_pooling_early(graph)
     sites = [n for n in graph.nodes if n.op == "call_function" and n.target in ROLLED]
     fixed = [n for n in sites if not SITES[_key(n)[0]].pruning]
     if not any(symbolic(n) for n in sites) and sum(map(_size, fixed)) <= unroll_limit:

@@ -7,73 +7,132 @@
 Each is the transpose of the other.  Only neighbours exchange anything: a group of `degree` ranks.  A K/V head that
 several of them read is sent to each; one that is read several times by one of them is sent to it once.
 
-Both functions are collective over the whole process group, as those of `ringpass.comm.collectives`.
+    message = pack(xs, how, back=False)
+    pending = start(message, *contents(xs).splits(how, back=False), group)      # collective over the whole group
+    pooled = unpack(pending.received, contents(xs), how)                        # once it has been waited for
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm import collectives
-from ringpass.comm.p2p import sendable
+from ringpass.comm.p2p import PendingExchange, lost, process_group, sendable
 from ringpass.layouts.pooling import Parcel, Pooling
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.precision import accumulator
 
 
-def pool(xs: Sequence[Tensor], how: Pooling, group: str) -> list[Tensor]:
-    """The pooled tokens (B, h, n, D) of this rank's heads, from the local tokens (B, H, L, D); all in one message."""
-    if how.layout.replicated:
-        return [x.index_select(1, _index(how.own, x)) for x in xs]
-    sent = [[_heads(x, parcel.heads) for x in xs] for parcel in how.leaving]
-    received = _exchange(sent, how.arriving, how, group)
-    once = how.arriving[0].heads
-    found = []
-    for i, x in enumerate(xs):
-        out = x.new_empty((x.shape[0], len(once), how.pooled_length, x.shape[3]))
-        for parcel, parts in zip(how.arriving, received, strict=True):
-            _write_rows(out, how.pooled_rows(parcel.tokens), parts[i])
-        found.append(_heads(out, [once.index(head) for head in how.own]))
-    return found
+@dataclass(frozen=True)
+class Contents:
+    """What a message holds: `batch` rows of all heads and tokens of its parcels, of tensors of these `widths`."""
+
+    batch: int
+    widths: tuple[int, ...]
+
+    def shapes(self, parcel: Parcel) -> list[tuple[int, int, int, int]]:
+        """The part of a parcel of each tensor: (B, heads, tokens, D)."""
+        return [(self.batch, len(parcel.heads), size(parcel.tokens), width) for width in self.widths]
+
+    def elements(self, parcel: Parcel) -> int:
+        """The number of elements of a parcel."""
+        return sum(map(math.prod, self.shapes(parcel)))
+
+    def splits(self, how: Pooling, back: bool) -> tuple[list[int], list[int]]:
+        """The elements that this rank receives of each rank, and sends to each."""
+        arriving, leaving = ([self.elements(p) for p in parcels] for parcels in _sides(how, back))
+        before, after = [0] * how.neighbours.start, [0] * (how.world - how.neighbours.stop)
+        return [*before, *arriving, *after], [*before, *leaving, *after]
 
 
-def unpool(ys: Sequence[Tensor], how: Pooling, heads: int, group: str) -> list[Tensor]:
-    """The transpose of `pool`: (B, H, L, D) of all `heads` heads, from the pooled tokens (B, h, n, D)."""
-    if how.layout.replicated:
-        return [_added([(y, how.own)], heads).to(y.dtype) for y in ys]
-    wide = [_each_once(y, how.own) for y in ys] if how.adds else [*ys]
-    sent = [[_rows(y, how.pooled_rows(parcel.tokens)) for y in wide] for parcel in how.arriving]
-    received = _exchange(sent, how.leaving, how, group)
-    found = []
-    for i, y in enumerate(ys):
-        parts = [(parts[i], parcel.heads) for parcel, parts in zip(how.leaving, received, strict=True)]
-        found.append((_added(parts, heads) if how.adds else _placed(parts, heads)).to(y.dtype))
-    return found
+def contents(xs: Sequence[Tensor]) -> Contents:
+    """What a message of `xs`, (B, H, L, D) or (B, h, n, D), holds."""
+    return Contents(xs[0].shape[0], tuple(x.shape[3] for x in xs))
 
 
-def _exchange(
-    sent: Sequence[Sequence[Tensor]], parcels: Sequence[Parcel], how: Pooling, group: str
-) -> list[list[Tensor]]:
-    """What each of the group sends, as `parcels` say; `sent`: what each gets."""
-    widths = [(x.shape[0], x.shape[3]) for x in sent[0]]
-    shapes = [[(b, len(p.heads), size(p.tokens), width) for b, width in widths] for p in parcels]
-    flat = torch.cat([part.reshape(-1, 1) for parts in sent for part in parts])
-    sizes = [sum(map(math.prod, of)) for of in shapes]
-    received = flat.new_empty(sum(sizes), 1)
-    ours = [sum(part.numel() for part in parts) for parts in sent]
-    before, after = [0] * how.neighbours.start, [0] * (how.world - how.neighbours.stop)
-    splits = [*before, *sizes, *after], [*before, *ours, *after]
-    collectives.run_collective(dist.all_to_all_single, sendable(received), sendable(flat), *splits, group=group)
-    out = []
-    for block, of in zip(received.split(sizes), shapes, strict=True):
-        parts = block.split([math.prod(shape) for shape in of])
-        out.append([part.view(shape) for part, shape in zip(parts, of, strict=True)])
+def _sides(how: Pooling, back: bool) -> tuple[tuple[Parcel, ...], tuple[Parcel, ...]]:
+    """The parcels that arrive, and those that leave; `back`: after the attention."""
+    return (how.leaving, how.arriving) if back else (how.arriving, how.leaving)
+
+
+def pack(xs: Sequence[Tensor], how: Pooling, back: bool) -> Tensor:
+    """The message of this rank, 1-D: all parcels, in the order of ranks.
+
+    `back`: `xs` are pooled; where a head is read more than once, in the dtype in which its gradients are added.
+    """
+    parts: list[Tensor] = []
+    if back:
+        wide = [_each_once(x, how.own) for x in xs] if how.adds else [*xs]
+        for parcel in how.arriving:
+            parts += [_rows(x, how.pooled_rows(parcel.tokens)) for x in wide]
+    else:
+        for parcel in how.leaving:
+            parts += [_heads(x, parcel.heads) for x in xs]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def start(message: Tensor, received: Sequence[int], sent: Sequence[int], group: str) -> PendingExchange:
+    """Starts the all-to-all of `message`, in parts of these numbers of elements.
+
+    Raises PeerError if the process group is broken.
+    """
+    into = message.new_empty(sum(received))
+    both = sendable(into), sendable(message)
+    bytes_each = message.element_size() if both[0].dtype != message.dtype else 1
+    splits = ([n * bytes_each for n in side] for side in (received, sent))
+    try:
+        work = dist.all_to_all_single(*both, *splits, group=process_group(group), async_op=True)
+    except RuntimeError as error:
+        raise lost((), error) from error
+    return PendingExchange(into, message, [work], ())
+
+
+def unpack(message: Tensor, holds: Contents, how: Pooling) -> list[Tensor]:
+    """The pooled tokens (B, h, n, D) of this rank's heads, from what arrived before the attention."""
+    found = _by_tensor(message, holds, how.arriving)
+    spans = [span for parcel in how.arriving for span in parcel.tokens]
+    order = sorted(range(len(spans)), key=spans.__getitem__)
+    once, out = how.arriving[0].heads, []
+    for parts in found:
+        pieces = [
+            piece
+            for part, parcel in zip(parts, how.arriving, strict=True)
+            for piece in (part.split([b - a for a, b in parcel.tokens], 2) if parcel.tokens else ())
+        ]
+        rows = torch.cat([pieces[i] for i in order], 2) if pieces else parts[0]
+        out.append(_heads(rows, [once.index(head) for head in how.own]))
     return out
+
+
+def unpack_back(message: Tensor, holds: Contents, how: Pooling, heads: int, dtype: torch.dtype) -> list[Tensor]:
+    """(B, H, L, D) of all `heads` heads, in `dtype`, from what arrived after the attention."""
+    found = _by_tensor(message, holds, how.leaving)
+    lists = [parcel.heads for parcel in how.leaving]
+    each = [list(zip(parts, lists, strict=True)) for parts in found]
+    return [(_added(parts, heads) if how.adds else _placed(parts, heads)).to(dtype) for parts in each]
+
+
+def _by_tensor(message: Tensor, holds: Contents, parcels: Sequence[Parcel]) -> list[list[Tensor]]:
+    """The parts of each tensor, one per parcel."""
+    shapes = [shape for parcel in parcels for shape in holds.shapes(parcel)]
+    parts = message.split([math.prod(shape) for shape in shapes])
+    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [views[i :: len(holds.widths)] for i in range(len(holds.widths))]
+
+
+def take_heads(xs: Sequence[Tensor], how: Pooling) -> list[Tensor]:
+    """This rank's heads of what every rank has: nothing is sent."""
+    return [_heads(x, how.own) for x in xs]
+
+
+def place_heads(ys: Sequence[Tensor], how: Pooling, heads: int) -> list[Tensor]:
+    """The transpose of `take_heads`."""
+    return [_added([(y, how.own)], heads).to(y.dtype) for y in ys]
 
 
 def _heads(x: Tensor, heads: Sequence[int]) -> Tensor:

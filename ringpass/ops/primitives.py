@@ -128,16 +128,20 @@ def _exchange(
 ) -> list[Tensor]:
     (message,) = sent
     received = message.new_empty(numel, dtype=dtype)
-    started = p2p.start(message, dst if dst != NOBODY else None, received, src if src != NOBODY else None, tag, group)
-    _in_flight[storage_key(started.received)] = started
-    return [started.received]
+    peers = (None if rank == NOBODY else rank for rank in (dst, src))
+    to, of = peers
+    return [started(p2p.start(message, to, received, of, tag, group))]
+
+
+def started(pending: p2p.PendingExchange) -> Tensor:
+    """What `wait` will end, by its buffer, which is returned."""
+    _in_flight[storage_key(pending.received)] = pending
+    return pending.received
 
 
 def _start_gather(sent: list[Tensor], world: int, after: list[Tensor], group: str) -> list[Tensor]:
     (message,) = sent
-    started = collectives.start_gather(message, message.new_empty(world * message.numel()), group)
-    _in_flight[storage_key(started.received)] = started
-    return [started.received]
+    return [started(collectives.start_gather(message, message.new_empty(world * message.numel()), group))]
 
 
 def _wait(received: Tensor) -> Tensor:

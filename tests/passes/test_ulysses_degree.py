@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ringpass import Dilation, reference
+from ringpass import Dilation, ops, reference
 from ringpass.errors import OptionError
+from ringpass.ops import pooling
 from ringpass.schedule.head_shares import allowed_degrees
+from tests.support.marks import slow
+from tests.support.model_parity import compiled, relative
+from tests.support.pipeline_stages import fake_ring, stages
+from tests.support.process_ranks import Workers
 from tests.support.sharded_ops import Case, check_attentions
 
 S, B, D = 37, 2, 4
@@ -90,3 +96,51 @@ def test_dilation(heads: tuple[int, int], world: int, degree: int, offsets: str)
 @pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 2), (6, 3)])
 def test_along_a_curve(world: int, degree: int) -> None:
     assert not check_attentions(case(windowed, (6, 3)), "zigzag", world, ulysses_degree=degree, hilbert=(6, 6), tile=4)
+
+
+class Layer(nn.Module):
+    """Queries are there before keys and values are projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, D)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 2, D)).permute(2, 0, 3, 1, 4)
+        return self.out(causal(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("unroll_limit", [0, 256])
+def test_all_to_alls_are_started_and_waited_for_in_the_lowered_graph(unroll_limit: int) -> None:
+    options: Any = {"compiler": "aot_eager", "outputs": "local", "ulysses_degree": 2, "unroll_limit": unroll_limit}
+    with fake_ring(1, 4), stages() as seen:
+        run = torch.compile(Layer(), backend="ring_dilated", options=options)
+        run(torch.randn(1, S, 8)).sum().backward()
+    for stage, number in (("forward", 3), ("backward", 3)):  # q, k and v together, out; and their gradients
+        nodes = list(seen[stage][0].graph.nodes)
+        starts = [n for n in nodes if n.target is pooling.start_all_to_all]
+        assert len(starts) == number
+        assert not any(n.target in (ops.pool_tokens, ops.return_tokens) for n in nodes)
+    nodes = list(seen["forward"][0].graph.nodes)
+    names = [n.name for n in nodes]
+    first, wait = (names.index(f"{what}_heads_2to4_of_ranks_0to2") for what in ("start", "wait"))  # rank 1: heads 2, 3
+    assert "start_heads_2to4_back_to_ranks_0to2" in names
+    products = [i for i, n in enumerate(nodes) if n.target in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)]
+    assert any(first < i < wait for i in products)  # the projection of keys and values runs beside that of the queries
+
+
+def trained(group: dist.ProcessGroup, degree: int, compiler: str) -> float:
+    """The largest error of the output and of all gradients."""
+    torch.manual_seed(0)
+    model, x = Layer().double(), torch.randn(2, S, 8, dtype=torch.float64)
+    values = []
+    for run in (model, compiled(model, group, ulysses_degree=degree, compiler=compiler)):
+        out = run(x) + 0.0
+        values.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    return max(relative(got, want) for want, got in zip(*values, strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "degree"), [(2, 2), (4, 2), slow(3, 3), slow(4, 4)])
+def test_with_inductor_on_gloo(workers: Workers, ranks: int, degree: int) -> None:
+    assert max(workers.run(trained, ranks, degree, "inductor")) < 1e-12

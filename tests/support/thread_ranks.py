@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm import collectives, p2p
+from ringpass.comm import collectives, p2p, pooling
 from ringpass.torch_features import gather_equal
 
 TIMEOUT = 60.0
@@ -140,8 +140,14 @@ def run(world: int, job: Callable[[int, str], Any]) -> list[Any]:
         meeting(gather_equal(), received, sent, group=group)
         return p2p.PendingExchange(received, sent, [], ())
 
+    def exchanged(message: Tensor, received: list[int], sent: list[int], group: str) -> p2p.PendingExchange:
+        into = message.new_empty(sum(received))
+        meeting(dist.all_to_all_single, into, message, received, sent, group=group)
+        return p2p.PendingExchange(into, message, [], ())
+
     rendezvous = patch.multiple(collectives, run_collective=meeting, start_gather=gathered)
-    with patch.object(p2p, "start", mailboxes.start), rendezvous, ThreadPoolExecutor(world) as pool:
+    starts = patch.object(pooling, "start", exchanged)
+    with patch.object(p2p, "start", mailboxes.start), rendezvous, starts, ThreadPoolExecutor(world) as pool:
         results = list(pool.map(member, range(world)))
     assert mailboxes.undelivered == 0
     return results
