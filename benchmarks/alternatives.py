@@ -209,11 +209,12 @@ def plain_ulysses() -> Attend:
     """Heads to ranks and tokens together by an all-to-all of each of q, k and v, and back for the output."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-    world = dist.get_world_size()
+    world, group = dist.get_world_size(), dist.group.WORLD
+    assert group is not None
 
     def exchanged(parts: Tensor) -> Tensor:
         """Part r of each rank to rank r."""
-        found: Tensor = all_to_all_single_autograd(parts.contiguous(), [1] * world, [1] * world, dist.group.WORLD)
+        found: Tensor = all_to_all_single_autograd(parts.contiguous(), [1] * world, [1] * world, group)
         return found
 
     def pooled(x: Tensor) -> Tensor:
@@ -233,7 +234,8 @@ def yunchang() -> Attend:
     attention = package.UlyssesAttention(dist.group.WORLD, attn_type=kernels.AttnType.TORCH_MATH)
 
     def local(q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool, **__: Any) -> Tensor:
-        return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), causal).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return sdpa(q, k, v, causal).transpose(1, 2)
 
     attention.attn_fn = local
 

@@ -36,8 +36,8 @@ def start_pooling_early(graph: Graph) -> None:
 
 def _split(graph: Graph, node: Node, back: bool) -> None:
     given: Any = node.args[0]
-    all_heads, *args = node.args[1:] if back else (0, *node.args[1:])
-    *about, group = args
+    rest: tuple[Any, ...] = node.args[1:] if back else (0, *node.args[1:])
+    all_heads, *about, group = rest
     how, values = Pooling(*about), [x.meta["val"] for x in given]
     if how.layout.replicated:
         return
@@ -68,7 +68,7 @@ def _name(how: Pooling, back: bool) -> str:
 
 def _ready(graph: Graph, given: list[Node]) -> Node:
     """The node after the last of `given`, from which on nothing is an input of the graph."""
-    nodes = list(graph.nodes)
+    nodes: list[Node] = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     first = next(i for i, node in enumerate(nodes) if node.op not in ORIGINS)
     return nodes[max(first, *(position[x] + 1 for x in given))]

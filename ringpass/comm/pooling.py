@@ -82,11 +82,11 @@ def start(message: Tensor, received: Sequence[int], sent: Sequence[int], group: 
     Raises PeerError if the process group is broken.
     """
     into = message.new_empty(sum(received))
-    both = sendable(into), sendable(message)
-    bytes_each = message.element_size() if both[0].dtype != message.dtype else 1
-    splits = ([n * bytes_each for n in side] for side in (received, sent))
+    ours, theirs = sendable(message), sendable(into)
+    each = message.element_size() // ours.element_size()  # where elements travel as bytes
+    splits = [each * n for n in received], [each * n for n in sent]
     try:
-        work = dist.all_to_all_single(*both, *splits, group=process_group(group), async_op=True)
+        work = dist.all_to_all_single(theirs, ours, splits[0], splits[1], group=process_group(group), async_op=True)
     except RuntimeError as error:
         raise lost((), error) from error
     return PendingExchange(into, message, [work], ())

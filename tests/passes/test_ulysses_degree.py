@@ -108,7 +108,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (4, D)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, 2, D)).permute(2, 0, 3, 1, 4)
-        return self.out(causal(q, k, v).transpose(1, 2).flatten(2))
+        projected: Tensor = self.out(causal(q, k, v).transpose(1, 2).flatten(2))
+        return projected
 
 
 @pytest.mark.parametrize("unroll_limit", [0, 256])

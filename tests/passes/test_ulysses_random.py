@@ -62,8 +62,8 @@ def drawn(seed: int) -> tuple[Case, str, int, dict[str, Any]]:
     seen = allowed(random, heads, tokens)
     dilated = random.random() < 0.3
     dilation = Dilation((random.randint(4, 20), tokens), (1, random.randint(1, 4)), random.choice(("mod", "block")))
-    about = {"seen": seen, "dilation": dilation if dilated else None}
-    shapes = [(B, heads, tokens, D), (B, groups, tokens, D), (B, groups, tokens, D)]
+    about: dict[str, Any] = {"seen": seen, "dilation": dilation if dilated else None}
+    shapes: list[tuple[int, ...]] = [(B, heads, tokens, D), (B, groups, tokens, D), (B, groups, tokens, D)]
     shapes += [(heads, tokens, tokens)] if random.random() < 0.3 else []
     call: Callable[..., Tensor] = partial(attention, **about)
     case = Case("scaled_dot_product_attention.default", call, tuple(shapes), wanted=partial(dense, **about))
