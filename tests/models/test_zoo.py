@@ -28,6 +28,7 @@ REPLICATED = {  # why an entry computes more than 1 - LOCAL on every rank
     "sam2": "patches that overlap, and the layers before the first windows are sequences",
     "moonshine": "the strided convolutions that make tokens of the wave",
 }
+ONE_HEAD = {"bloom": "heads are merged into the batch"}  # why heads cannot be divided over ranks
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
     "gemma2": ("eager", True, False, True),
     "mixtral": ("sdpa", True, True, True),
@@ -78,3 +79,10 @@ def test_every_model(
 @pytest.mark.parametrize("name", ZOO)
 def test_every_model_with_inductor(workers: Workers, name: str) -> None:
     check(workers, name, ZOO[name].attentions[0], True, False, True, 2, compiler="inductor", timeout=900.0)
+
+
+@pytest.mark.parametrize("degree", (2, 4))
+@pytest.mark.parametrize("name", ["llama", *(slow(name) for name in ZOO if name not in ("llama", *ONE_HEAD))])
+def test_every_model_with_heads_over_neighbours(workers: Workers, name: str, degree: int) -> None:
+    entry = ZOO[name]
+    check(workers, name, entry.attentions[0], entry.labels, False, True, 4, ulysses_degree=degree)
