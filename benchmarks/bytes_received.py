@@ -26,7 +26,8 @@ from rich.table import Table
 from benchmarks.paired import Case, against, arguments, collect, conclude, screen
 from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, prefix, window
-from ringpass.schedule.cost import Load, choose, refine, with_layout
+from ringpass.schedule.attention_time import Load
+from ringpass.schedule.cost import choose, refine, with_layout
 from ringpass.schedule.proof import lower_bound
 from ringpass.schedule.tiles import Problem, tiling
 
@@ -77,7 +78,7 @@ def planned(masks: Mapping[str, Pattern], tokens: int, ranks: int) -> Iterator[A
 def chosen(problem: Problem) -> Problem:
     """One attention with the tile and the layout that the backend plans for it."""
     problem = replace(problem, tile=refine([problem], "cpu"))
-    load = Load(problem, flops=4.0 * HEADS * WIDTH, bytes=2.0 * GROUPS * WIDTH * 2)
+    load = Load(problem, HEADS, GROUPS, (WIDTH, WIDTH), itemsize=2)
     return with_layout(problem, choose([load], problem.world, fixed=True)[0].layout, problem.world)
 
 

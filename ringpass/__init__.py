@@ -6,6 +6,7 @@ needs no import of this package.  Besides the backend it has
 
     RingConfig                         the options of the backend, documented one by one
     patterns, top_blocks, Dilation     values of options
+    Machine, Dimension                 what computing and transfers cost, for the option `machine`
     reference                          dense attention on one device that defines what the options mean
     sharded, local, tokens_of          tensors of which each rank holds its tokens
     errors                             the errors that the package raises
@@ -15,10 +16,11 @@ from ringpass.config import RingConfig
 from ringpass.errors import InputError, MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
 from ringpass.schedule.block_selection import top_blocks
 from ringpass.schedule.dilation import Dilation
+from ringpass.schedule.machine import Dimension, Machine
 from ringpass.shards import local, sharded, tokens_of
 
 __all__ = [
-    "Dilation", "InputError", "MismatchError", "OptionError", "PeerError", "RingConfig", "RingpassError",
-    "UnsupportedError", "local", "sharded", "tokens_of", "top_blocks",
+    "Dilation", "Dimension", "InputError", "Machine", "MismatchError", "OptionError", "PeerError", "RingConfig",
+    "RingpassError", "UnsupportedError", "local", "sharded", "tokens_of", "top_blocks",
 ]  # fmt: skip
 __version__ = "0.1.0"

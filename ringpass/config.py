@@ -10,11 +10,13 @@ ringpass.errors.OptionError: unknown option 'layot': did you mean 'layout'? ...
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.comm.agreement import group_of
 from ringpass.errors import OptionError
@@ -22,10 +24,13 @@ from ringpass.layouts import layout as layouts
 from ringpass.ops.transports.table import TRANSPORTS
 from ringpass.patterns import Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
-from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
+from ringpass.schedule.dilation import BUDGET, OFFSETS, PRESETS, Dilation, preset
+from ringpass.schedule.machine import Machine, machine_of, on_nodes_of, ranks_on_node
 from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
+AUTO = "auto"
+MACHINES = "a Machine, the path of a JSON file or the name of a preset, or None"
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,17 @@ class RingConfig:
         a call.
     ulysses_degree: how many neighbouring ranks divide the heads of an attention among them, each with the tokens of all
         of them; between such groups K and V go round a ring.  1: a ring over all ranks; P: no ring.  It divides P and
-        is at most the number of heads.  A number for all attentions, or a dict from selectors, as those of `dilate`,
-        to numbers.  See `ringpass.schedule.head_shares`.
-    comm: "ring" (default): K and V go from rank to rank while tiles are computed; "allgather": every rank gathers
-        all of them first (O(S) memory, no overlap): a baseline to measure against.
+        is at most the number of heads.  "auto" (default): the one of least estimated time for each attention where a
+        machine is described, by `machine` or since the device has a preset; else 1.  A number or "auto" for all
+        attentions, or a dict from selectors, as those of `dilate`, to these; others are rings.  See
+        `ringpass.schedule.head_shares`.
+    comm: "ring": K and V go from rank to rank while tiles are computed; "allgather": every rank gathers all of them
+        first (O(S) memory, no overlap); "auto" (default): the one of less estimated time for each attention where a
+        machine is described, all-gather only among ranks of its inner dimension and up to 512 MiB of K and V; else a
+        ring.
+    machine: what computing and transfers cost: a `ringpass.Machine`, the path of a JSON file that
+        `python -m ringpass measure` wrote, or the name of a preset ("H100", "cpu", ..); None: the preset of the CUDA
+        device, if it has one.  See `ringpass.schedule.machine`.
     compiler: "inductor" (default), or "aot_eager": the partitioned graphs run without code generation.
     strict: True: raise UnsupportedError, with the line of the model, for anything but an output that would be gathered;
         False: gather it with a warning.
@@ -80,7 +92,9 @@ class RingConfig:
     timeout: seconds, more than 0, that ranks wait for each other at the checks before a call and when outputs are
         gathered.  Differences in compile time count.
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
-    group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"]; the default group if None.
+    group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"], or a mesh of two dimensions
+        with all their ranks as one ring, of which the inner one bounds the degree that `ulysses_degree="auto"` takes;
+        the default group if None.
     inductor: options passed on to Inductor as they are.
     """
 
@@ -97,8 +111,9 @@ class RingConfig:
     head_offset: str = "mod"
     dilate: Any = None
     runtime_pruning: bool = False
-    ulysses_degree: Any = 1
-    comm: str = "ring"
+    ulysses_degree: Any = AUTO
+    comm: str = AUTO
+    machine: Machine | str | None = None
     compiler: str = "inductor"
     strict: bool = False
     outputs: str = "lazy"
@@ -114,7 +129,7 @@ class RingConfig:
         _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
         _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
-        _one_of("comm", self.comm, tuple(TRANSPORTS))
+        _one_of("comm", self.comm, (AUTO, *TRANSPORTS))
         self._check_dilation()
         self._check_degree()
         self._check_curve()
@@ -130,6 +145,7 @@ class RingConfig:
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
         group_of(self.group)
+        self._check_machine()
         _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
         if self.compiler == "aot_eager" and self.inductor:
             raise OptionError(
@@ -139,8 +155,28 @@ class RingConfig:
     def _check_degree(self) -> None:
         wanted = self.ulysses_degree
         for degree in wanted.values() if isinstance(wanted, dict) else (wanted,):
-            fits = type(degree) is int and degree >= 1
-            _require("ulysses_degree", wanted, fits, "an int of at least 1, or a dict from attentions to such ints")
+            fits = degree == AUTO or (type(degree) is int and degree >= 1)
+            what = f"{AUTO!r}, an int of at least 1, or a dict from attentions to these"
+            _require("ulysses_degree", wanted, fits, what)
+
+    def _check_machine(self) -> None:
+        given = self.machine
+        _require("machine", given, given is None or isinstance(given, Machine | str), MACHINES)
+        if isinstance(given, str):
+            found, is_preset = machine_of(given)
+            object.__setattr__(self, "machine", self.on_nodes(found) if is_preset else found)
+
+    def on_nodes(self, preset: Machine) -> Machine:
+        """A preset whose nodes hold as many neighbouring ranks of the ring as torchrun says (LOCAL_WORLD_SIZE)."""
+        local = os.environ.get("LOCAL_WORLD_SIZE", "")
+        if not local.isdecimal() or not dist.is_initialized():
+            return preset
+        return on_nodes_of(preset, ranks_on_node(dist.get_process_group_ranks(self.ring), int(local)))
+
+    @property
+    def inner_ranks(self) -> int | None:
+        """The ranks of the inner dimension, if `group` is a mesh of two."""
+        return self.group.size(1) if isinstance(self.group, DeviceMesh) and self.group.ndim == 2 else None
 
     def _check_dilation(self) -> None:
         lists = {name: getattr(self, name) for name in ("segment_lengths", "dilation_rates")}
@@ -166,7 +202,7 @@ class RingConfig:
             self.dilation_of(wanted, tokens=2**20)
         if self.dilate is not None and not isinstance(self.dilate, dict) and not self.dilated:
             raise OptionError("option 'dilate' lists attentions, and no option says how to dilate them: add 'dilation'")
-        dilates = TRANSPORTS[self.comm].dilated is not None
+        dilates = self.comm == AUTO or TRANSPORTS[self.comm].dilated is not None
         for name, fits in (("approximate", self.approximate is None), ("comm", dilates)):
             if self.dilated and not fits:
                 raise OptionError(f"dilation does not go with the option {name!r} ({getattr(self, name)}): drop one")

@@ -197,9 +197,8 @@ def _ring(
     leaves += [writer.host_copy(leaves[i]) for i in pruning]
     share = plan.share(rank.rank)
     bias, score, sink = ("" if x is None else share.text(str(x)) for x in (site.bias, site.score, site.sink))
-    comm = writer.plan.comm if plan.degree < rank.world else "ring"  # of no other rank's keys
     planned = Site(
-        share.problem(problem), rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, comm,
+        share.problem(problem), rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, plan.comm,
         plan.dilation, site.heads[0], share.heads if plan.degree > 1 else None, plan.learned, pruning,
     )  # fmt: skip
     seed = writer.seed if site.dropout else None

@@ -4,9 +4,11 @@
     one rank: no axis, each site replicated
     of two axes of which one is in the batch of the other's attentions, the longer is held (`axes`)
     an axis of S <= 2P tokens stays replicated (for a symbolic S this guard comes first, the same on all ranks)
-    layouts: the scheme of least estimated time (`schedule.cost`), along the curve that `curve_order` finds
+    layouts: the scheme of least estimated time, along the curve that `curve_order` finds; how each site runs over the
+    ranks is chosen with it (`ways`)
 
-Contract: depends on the graph, the options and P alone, never on the rank, on time or on a measurement.
+Contract: depends on the graph, the options, the name of the CUDA device and P alone, never on the rank, on time or on a
+measurement.
 """
 
 from __future__ import annotations
@@ -25,19 +27,20 @@ from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.axes import aligned_axes, held_axes, tokens_of
 from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
-from ringpass.passes.plan.degrees import degrees
 from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.plan.units import slices_of_units, unit_factors
+from ringpass.passes.plan.ways import Chosen, Sharded, choose_ways, load_of
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.precision import accumulator
+from ringpass.schedule.attention_time import ALLGATHER, RING, Way, all_to_all_bytes
 from ringpass.schedule.block_selection import TopBlocks
-from ringpass.schedule.cost import PRICES, Load, choose, refine
+from ringpass.schedule.cost import PRICES, refine
 from ringpass.schedule.dilation import Dilation, GroupProblem, group_problems
 from ringpass.schedule.head_shares import HeadShare, head_shares
 from ringpass.schedule.messages import received
 from ringpass.schedule.program import Program, program
-from ringpass.schedule.tiles import TILE, Problem
+from ringpass.schedule.tiles import TILE, Problem, tiling
 
 SHOWN_RANKS = 64  # up to this many ranks, the plan's text says what each receives
 FEW = 2  # queries move instead of keys if that is this many times fewer bytes
@@ -64,7 +67,9 @@ class SitePlan:
     unread: str = ""  # why the site runs as the model wrote it, though others like it are partitioned
     keyless: SitePlan | None = None  # of the rows that see no key; without a problem: they give the mean of all values
     degree: int = 1  # the Ulysses degree
+    comm: str = RING  # how K and V of other ranks come: "ring" or "allgather"
     moves_queries: bool = False  # whether all ranks get the queries of the axis, which move less than keys would
+    weighed: tuple[str, ...] = ()  # how it might have run, with the estimated times, the chosen way first
 
     @property
     def sharded(self) -> bool:
@@ -102,12 +107,35 @@ class SitePlan:
         """The schedules on `rank`, at the lengths of this compilation."""
         return tuple(program(problem, rank if self.sharded else 0) for problem in self.problems(self.share(rank)))
 
-    def about_degree(self) -> list[str]:
-        """What a Ulysses degree above 1 does, for the plan's text."""
-        if self.degree == 1:
+    def received_bytes(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Bytes that each rank receives in a forward: keys and values, and by all-to-alls; rows without a key apart."""
+        problem = self.problem
+        if problem is None or self.query_axis is None or self.split:
+            return (0,), (0,)
+        load, world = load_of(self.site, problem, self.dilation), problem.world
+        if self.comm == ALLGATHER and not problem.key_layout.replicated:
+            longest = max(problem.key_layout.length(rank, problem.keys) for rank in range(world))
+            return [int((world - 1) * longest * self.site.heads[1] * load.head_bytes)] * world, [0] * world
+        pooled = all_to_all_bytes(load, self.degree, world).sum(2).reshape(-1)
+        if self.dilation is not None:
+            return [int(self.received(rank) * load.head_bytes) for rank in range(world)], pooled.tolist()
+        tokens = [tiling(share.problem(problem)).received(world) for share in self.shares]
+        heads = [len(share.key_heads) for share in self.shares]
+        members = [rank % self.degree for rank in range(world)]
+        return [int(tokens[m][r] * heads[m] * load.head_bytes) for r, m in enumerate(members)], pooled.tolist()
+
+    def about_ranks(self) -> list[str]:
+        """How a site runs over the ranks, what they receive, and how else it might have run, for the plan's text."""
+        if self.problem is None or self.query_axis is None or self.split:
             return []
-        ring = self.problem.world // self.degree if self.problem else 1
-        return [f"  ulysses degree {self.degree}: heads over {self.degree} neighbouring ranks, rings of {ring}"]
+        ring = self.problem.world // self.degree
+        heads = [f"ulysses degree {self.degree}: heads over {self.degree} neighbouring ranks"] * (self.degree > 1)
+        how = f"ring of {ring} ranks" if self.comm == RING else f"all-gather over {ring} ranks"
+        lines = ["  " + ", ".join([*heads, *[how] * (ring > 1)])]
+        if self.problem.world <= SHOWN_RANKS:
+            keys, pooled = map(max, self.received_bytes())
+            lines.append(f"  receives at most {keys} bytes of keys and values, {pooled} by all-to-alls, in a forward")
+        return [*lines, *(f"  {line}" for line in self.weighed)]
 
     def about_dilation(self) -> list[str]:
         """What a dilated site attends to and receives, for the plan's text."""
@@ -138,10 +166,9 @@ class RingPlan:
     world: int
     axes: tuple[Axis, ...]
     sites: tuple[SitePlan, ...]
-    comm: str  # how K and V reach the ranks that need them: "ring" or "allgather"
     approximate: TopBlocks | None = None
     along_curve: bool = False  # whether the blocks of `approximate` are intervals of curve positions
-    weighed: tuple[str, ...] = ()  # the layouts weighed against each other, the chosen one first
+    weighed: tuple[str, ...] = ()  # the machine, and the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
 
     @property
@@ -150,7 +177,7 @@ class RingPlan:
         return sum(s.problem is not None and not s.site.handwritten for s in self.sites)
 
     def __str__(self) -> str:
-        lines = [f"plan for {self.world} ranks, keys and values by {self.comm}", *map(str, self.axes)]
+        lines = [f"plan for {self.world} ranks", *map(str, self.axes)]
         lines += [f"approximate: {self.approximate}"] if self.approximate else []
         for site in self.sites:
             where = ", ".join(
@@ -162,8 +189,8 @@ class RingPlan:
             alone = "" if site.sharded else f"; runs replicated{f', along {order}' if order else ''}"
             moved = "with all queries " if site.moves_queries else ""
             alone = f"; split: each rank attends {moved}to its own keys, results are merged" if site.split else alone
-            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_degree(), *site.about_dilation()]
-        return "\n".join([*lines, *(f"layout {w}" for w in self.weighed), *(f"remark: {r}" for r in self.remarks)])
+            lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_ranks(), *site.about_dilation()]
+        return "\n".join([*lines, *self.weighed, *(f"remark: {r}" for r in self.remarks)])
 
 
 def _problems(
@@ -212,22 +239,23 @@ def plan(
         (site, ordered, orders, [aligned[a.factor] if a else None for a in pair])
         for site, ordered, orders, pair in planned
     ]
-    ordered_pairs = [(ordered, how, pair) for (_, ordered, _, pair), how in zip(planned, dilated, strict=True)]
-    chosen, weighed = _choose(ordered_pairs, tuple(aligned.values()), world, config)
-    final = {a.index: replace(a, layout=a.layout.with_scheme(chosen)) for a in aligned.values()}
+    moving = [
+        not (dilation or config.approximate or any(orders)) and _moves_queries(ordered, pair[0], pair[1], world)
+        for (_, ordered, orders, pair), dilation in zip(planned, dilated, strict=True)
+    ]
+    ordered_pairs = [(x[1], how, x[3], moves) for x, how, moves in zip(planned, dilated, moving, strict=True)]
+    chosen = _choose(ordered_pairs, tuple(aligned.values()), world, config, tracked)
+    final = {a.index: replace(a, layout=a.layout.with_scheme(chosen.layout)) for a in aligned.values()}
     plans = []
-    wanted = degrees([site for site, _, _, pair in planned if pair[0]], world, config)
-    chosen_degree = dict(zip((site.index for site, _, _, pair in planned if pair[0]), wanted, strict=True))
-    for (site, ordered, orders, pair), dilation in zip(planned, dilated, strict=True):
+    for (site, ordered, orders, pair), dilation, moves in zip(planned, dilated, moving, strict=True):
         query, key = (final[a.index] if a else None for a in pair)
         pruning = _pruning(site) if config.runtime_pruning or site.block_sparse else ()
         learned = tuple(i for i, leaf in enumerate(site.leaves) if leaf in tracked)
-        moves = not (dilation or config.approximate or any(orders)) and _moves_queries(ordered, query, key, world)
         about = (None if moves else query, key), orders, world, config, dilation, learned
         problem = _site_problem(ordered, *about)
         planned_site = SitePlan(
             site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index],
-            degree=chosen_degree.get(site.index, 1) if not moves else 1, moves_queries=moves,
+            moves_queries=moves, weighed=chosen.notes.get(site.index, ()), **vars(chosen.ways.get(site.index, Way())),
         )  # fmt: skip
         if site.keyless and ordered.keyless and problem:
             uniform = _is_uniform(ordered.keyless, dilation, config)
@@ -235,8 +263,8 @@ def plan(
             keyless = replace(planned_site, site=site.keyless, ordered=ordered.keyless, problem=problem)
             planned_site = replace(planned_site, keyless=keyless)
         plans.append(planned_site)
-    how = config.comm, config.approximate, config.along_curve
-    return RingPlan(world, tuple(final.values()), tuple(plans), *how, tuple(weighed), tuple(remarks))
+    how = config.approximate, config.along_curve
+    return RingPlan(world, tuple(final.values()), tuple(plans), *how, chosen.weighed, tuple(remarks))
 
 
 def _moves_queries(site: AttentionSite, query: Axis | None, key: Axis | None, world: int) -> bool:
@@ -381,32 +409,13 @@ def _problem(
     return replace(problem, tile=min(config.approximate.block, edge) if config.approximate else edge)
 
 
-def _choose(ordered: list[Any], axes: Sequence[Axis], world: int, config: RingConfig) -> tuple[str, list[str]]:
-    """The layout's name, and a line on each layout that was weighed, the chosen one first."""
-    if config.layout != "auto" or world == 1:
-        return ("contiguous" if config.layout == "auto" else config.layout), []
-    sharded = [(site, query, key, how) for site, how, (query, key) in ordered if query or key]
-    loads = [
-        x
-        for site, query, key, how in sharded
-        for x in _loads(site, _problem(site, query, key, world, config, how), how)
+def _choose(
+    ordered: list[Any], axes: Sequence[Axis], world: int, config: RingConfig, tracked: Collection[Node]
+) -> Chosen:
+    """The layout, and how each site runs over the ranks."""
+    sharded = [
+        Sharded(site, _problem(site, None if moves else query, key, world, config, how), how, (query, key), moves)
+        for site, how, (query, key), moves in ordered
+        if (query or key) and world > 1
     ]
-    fixed = all(isinstance(axis.tokens, int) for _, *pair, _ in sharded for axis in pair if axis)
-    tried = [t for t in choose(loads, world, fixed) if all(axis.reaches_all(t.layout) for axis in axes)]
-    return tried[0].layout, list(map(str, tried))
-
-
-def _loads(site: AttentionSite, problem: Problem, dilation: Dilation | None) -> list[Load]:
-    """FLOPs and bytes of a forward, one per head group; those of a backward are in the same proportion."""
-    k, v = (x.meta["val"] for x in (site.k, site.v))
-    heads, groups = site.heads
-    widths = hint_of(k.shape[-1]) + hint_of(v.shape[-1])
-    token = float(widths * k.element_size())
-    if dilation is None:
-        return [Load(problem, flops=2.0 * heads * widths, bytes=groups * token)]
-    out = []
-    for group in group_problems(problem, dilation, heads):
-        members = group.head_group.members
-        read = len({head // (heads // groups) for head in members})
-        out.append(Load(group.problem, flops=2.0 * len(members) * widths, bytes=read * token))
-    return out
+    return choose_ways(sharded, axes, world, config, tracked)

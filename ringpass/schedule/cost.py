@@ -1,7 +1,10 @@
-"""Chooses the layout of a model and the tile sizes of its sites by estimated time.  No tensors.
+"""Chooses the layout of a model, how each site runs over the ranks, and the tile sizes, by estimated time.  No tensors.
 
-    time of a rank    the larger of its tiles' FLOPs and BALANCE FLOPs for each byte of keys and values that it receives
-    time of a layout  that of its slowest rank
+    time of a rank    of each site as `ringpass.schedule.attention_time` says; where no machine is described, the larger
+                      of its FLOPs and FLOPS_PER_BYTE for each byte that it receives
+    way of a site     the fastest of its Ulysses degrees, by ring or all-gather; but the ring over all ranks, or else a
+                      ring, if its time is within GOOD of that
+    time of a layout  all sites together, each in its way: that of the slowest rank
     candidates        the `automatic` ones of `ringpass.layouts.layout.LAYOUTS`; where that leaves a rank with more than
                       GOOD times the mean, chunks assigned to ranks one by one: the costliest first, to the least loaded
                       rank (longest processing time first, Graham 1969)
@@ -9,7 +12,7 @@
 
 A model has one layout, so layers that attend differently, such as sliding and full ones, are balanced together.
 
-Contract: depends on masks, shapes and P alone, so all ranks choose alike.
+Contract: depends on masks, shapes, P and the description of the machine alone, so all ranks choose alike.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from ringpass.layouts.layout import CONTIGUOUS, LAYOUTS, STRIPES, assigned
 from ringpass.masks.constants import Array
 from ringpass.masks.expr import Expr, parts
 from ringpass.masks.intervals import FULL_CODE, PARTIAL_CODE
+from ringpass.schedule.attention_time import RING, Load, Times, Traffic, Way, milliseconds
+from ringpass.schedule.machine import UNDESCRIBED, Machine
 from ringpass.schedule.tiles import CAUSAL_CODE, FINEST, MIRRORED_CODE, THIN, TILE, Problem, Tiling, tiling
 
 CANDIDATES = {name: scheme for name, scheme in LAYOUTS.items() if scheme.automatic}
-BALANCE = 100.0  # FLOPs that a device computes while it receives a byte: some 50 on a CPU core, thousands on a GPU
+FLOPS_PER_BYTE = 100.0  # of a machine that is not described: some 50 on a CPU core, thousands on a GPU
 SPARED = 0.05  # relative difference in price that larger tiles may cost
 MANY = 1 << 13  # with at least this many tiles of a site, all partial, no finer ones are tried
 GOOD = 1.02  # largest over mean FLOPs of a rank
@@ -87,20 +92,28 @@ PRICES = {
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the cost of a site depends on: its problem, FLOPs per (query, key) pair, bytes sent per key token."""
+class SiteChoice:
+    """How an attention runs, and the estimated times of all ways on a described machine, the chosen one first."""
 
-    problem: Problem
-    flops: float
-    bytes: float
+    way: Way
+    weighed: tuple[tuple[Way, Times], ...] = ()
+
+    def describe(self, world: int) -> list[str]:
+        """A line for the chosen way, and for each one that was rejected; none where there was no choice."""
+        if len(self.weighed) < 2:
+            return []
+        verdicts = ["chosen", *["rejected"] * (len(self.weighed) - 1)]
+        lines = zip(verdicts, self.weighed, strict=True)
+        return [f"{verdict}: {way.name(world)}, {times}" for verdict, (way, times) in lines]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout costs, all sites together.
+    """What a layout costs, all attentions together, each in the best way for it.
 
-    `flops`: of the busiest rank; `mean_flops`: of the mean rank; `bytes`: received by the rank that receives most;
-    `time`: estimated, of the slowest rank, in FLOPs of a device.
+    `flops`: of the busiest rank in a forward; `mean_flops`: of the mean rank; `bytes`: received in a forward by the
+    rank that receives most; `time`: estimated, of the slowest rank, in seconds on a described machine, else in FLOPs;
+    `described`: whether the machine is.
     """
 
     layout: str
@@ -108,6 +121,8 @@ class Estimate:
     mean_flops: float
     bytes: float
     time: float
+    choices: tuple[SiteChoice, ...] = ()
+    described: bool = False
 
     @property
     def imbalance(self) -> float:
@@ -116,23 +131,44 @@ class Estimate:
 
     def __str__(self) -> str:
         received = f"{self.bytes / 2**20:.4g} MiB received at most"
-        return f"{self.layout}: {self.imbalance:.3f} x the mean work at most, {received}"
+        estimated = f", {milliseconds(self.time)} ms estimated" if self.described else ""
+        return f"{self.layout}: {self.imbalance:.3f} x the mean work at most, {received}{estimated}"
 
 
-def choose(loads: Sequence[Load], world: int, fixed: bool) -> list[Estimate]:
+def choose(
+    loads: Sequence[Load],
+    world: int,
+    fixed: bool,
+    machine: Machine = UNDESCRIBED,
+    ways: Sequence[Sequence[Way]] | None = None,
+    layouts: Sequence[str] = (),
+) -> list[Estimate]:
     """Estimates of the layouts tried for `loads` on `world` ranks, the chosen one first.
 
     `fixed`: all calls have the lengths of `loads`.  At other lengths, chunks that are assigned one by one could leave a
-    rank without tokens.
+    rank without tokens.  `ways`: those that are weighed for each load; None: a ring over all ranks.  `layouts`: those
+    that are tried; none: all that fit.
     """
+    allowed = [tuple(of) for of in ways] if ways is not None else [(Way(),)] * len(loads)
+    if layouts:
+        tried = [estimate(loads, name, world, machine, allowed) for name in layouts]
+    else:
+        tried = _tried(loads, world, fixed, machine, allowed)
+    chosen = _first_good(tried)
+    return [chosen, *(t for t in tried if t is not chosen)]
+
+
+def _tried(
+    loads: Sequence[Load], world: int, fixed: bool, machine: Machine, ways: Sequence[tuple[Way, ...]]
+) -> list[Estimate]:
     shortest = min((n for load in loads for n in (load.problem.queries, load.problem.keys)), default=0)
     chunks = STRIPES * world
     fine = chunks <= MOST_CHUNKS and shortest >= SHORTEST * chunks
-    tried = [estimate(loads, name, world) for name, scheme in CANDIDATES.items() if fine or not scheme.fine]
+    names = [name for name, scheme in CANDIDATES.items() if fine or not scheme.fine]
+    tried = [estimate(loads, name, world, machine, ways) for name in names]
     if fine and fixed and _first_good(tried).imbalance > GOOD:
-        tried.append(estimate(loads, solve(loads, world), world))
-    chosen = _first_good(tried)
-    return [chosen, *(t for t in tried if t is not chosen)]
+        tried.append(estimate(loads, solve(loads, world), world, machine, ways))
+    return tried
 
 
 def _first_good(tried: Sequence[Estimate]) -> Estimate:
@@ -140,15 +176,42 @@ def _first_good(tried: Sequence[Estimate]) -> Estimate:
     return next(t for t in tried if t.time <= GOOD * best)
 
 
-def estimate(loads: Sequence[Load], layout: str, world: int) -> Estimate:
-    """The cost of all sites under one layout."""
-    flops, received = np.zeros(world), np.zeros(world)
-    for load in loads:
-        tiles = tiling(with_layout(load.problem, layout, world))
-        flops += load.flops * tiles.areas(world)
-        received += load.bytes * tiles.received(world)
-    time = float(np.maximum(flops, BALANCE * received).max())
-    return Estimate(layout, float(flops.max()), float(flops.mean()), float(received.max()), time)
+def estimate(
+    loads: Sequence[Load],
+    layout: str,
+    world: int,
+    machine: Machine = UNDESCRIBED,
+    ways: Sequence[tuple[Way, ...]] | None = None,
+) -> Estimate:
+    """The cost of all attentions under one layout; those that are alike are weighed once."""
+    flops, received, seconds = np.zeros(world), np.zeros(world), np.zeros(world)
+    known: dict[tuple[Load, tuple[Way, ...]], tuple[SiteChoice, Array, Array]] = {}
+    choices = []
+    for load, allowed in zip(loads, ways or [(Way(),)] * len(loads), strict=True):
+        if (load, allowed) not in known:
+            traffic = Traffic(in_layout(load, layout, world), world)
+            choice = _choose_way(traffic, allowed, machine)
+            known[load, allowed] = choice, traffic.flops(choice.way.degree), traffic.received(choice.way)
+        choice, of_flops, of_bytes = known[load, allowed]
+        flops, received = flops + of_flops, received + of_bytes
+        seconds = seconds + (choice.weighed[0][1].total if choice.weighed else 0)
+        choices.append(choice)
+    if machine is UNDESCRIBED:
+        seconds = np.maximum(flops, received * FLOPS_PER_BYTE)
+    totals = float(flops.max()), float(flops.mean()), float(received.max()), float(seconds.max())
+    return Estimate(layout, *totals, tuple(choices), machine is not UNDESCRIBED)
+
+
+def _choose_way(traffic: Traffic, ways: Sequence[Way], machine: Machine) -> SiteChoice:
+    """The first way, or else the fastest ring, or else the fastest way: whichever first is within GOOD of the best."""
+    if machine is UNDESCRIBED:
+        (way,) = ways
+        return SiteChoice(way)
+    found = [(way, traffic.times(way, machine)) for way in ways]
+    fastest, *others = sorted(found, key=lambda x: x[1].slowest)
+    rings = [x for x in (fastest, *others) if x[0].comm == RING]
+    chosen = next(x for x in (found[0], *rings, fastest) if x[1].slowest <= GOOD * fastest[1].slowest)
+    return SiteChoice(chosen[0], (chosen, *(x for x in (fastest, *others) if x is not chosen)))
 
 
 def refine(problems: Sequence[Problem], device: str) -> int:
@@ -179,12 +242,18 @@ def with_layout(problem: Problem, layout: str, world: int) -> Problem:
     return replace(problem, query_layout=query, key_layout=key)
 
 
+def in_layout(load: Load, layout: str, world: int) -> Load:
+    """`load` with the sharded sides of its problems in `layout`."""
+    groups = tuple(replace(group, problem=with_layout(group.problem, layout, world)) for group in load.groups)
+    return replace(load, problem=with_layout(load.problem, layout, world), groups=groups)
+
+
 def solve(loads: Sequence[Load], world: int) -> str:
     """The name of a layout with STRIPES chunks per rank that gives all ranks about equal FLOPs."""
     chunks = STRIPES * world
     cost: Array = np.zeros(chunks)
-    for load in loads:
-        cost += load.flops * tiling(with_layout(load.problem, CONTIGUOUS, chunks)).areas(chunks)
+    for part, flops in [(part, load.pair_flops * part.heads) for load in loads for part in load.parts]:
+        cost += flops * tiling(with_layout(part.problem, CONTIGUOUS, chunks)).areas(chunks)
     owners, sums, counts = [0] * chunks, [0.0] * world, [0] * world
     for chunk in np.argsort(-cost, kind="stable").tolist():
         rank = min((r for r in range(world) if counts[r] < STRIPES), key=lambda r: (sums[r], r))

@@ -52,6 +52,13 @@ def step(group: dist.ProcessGroup, model: nn.Module, batch: dict[str, Tensor], *
         ({"timeout": -1}, "seconds above 0"),
         ({"strict": "yes"}, "True or False"),
         ({"group": "ring"}, "ProcessGroup"),
+        ({"comm": "rign"}, "did you mean 'ring'"),
+        ({"ulysses_degree": 0}, "'auto', an int of at least 1"),
+        ({"ulysses_degree": "most"}, "'auto', an int of at least 1"),
+        ({"ulysses_degree": {0: 2.0}}, "a dict from attentions to these"),
+        ({"machine": 3}, "a Machine, the path of a JSON file or the name of a preset"),
+        ({"machine": "H1000"}, "one of 'A100', 'H100', .*no such file; python -m ringpass measure"),
+        ({"machine": __file__}, "test_bad_input.py describes no machine: expected JSON"),
         ({"compiler": "aot_eager", "inductor": {"max_autotune": True}}, "drop one"),
     ],
 )
@@ -130,6 +137,12 @@ def other_options(group: dist.ProcessGroup) -> str:
     return error_message(MismatchError, lambda: step(group, model, batch, layout=layout))
 
 
+def other_machine(group: dist.ProcessGroup) -> str:
+    machine = "A100" if group.rank() == 1 else "H100"
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    return error_message(MismatchError, lambda: step(group, model, batch, machine=machine))
+
+
 @pytest.mark.parametrize(
     ("job", "said"),
     [
@@ -138,6 +151,7 @@ def other_options(group: dist.ProcessGroup) -> str:
         (other_weights, ("differ in weights", "same weights", "torch.manual_seed")),
         (other_model, ("differ in inputs",)),
         (other_options, ("differ in options", "'zigzag'", "'contiguous'")),
+        (other_machine, ("differ in options", "'H100'", "'A100'")),
     ],
 )
 def test_ranks_disagree(workers: Workers, job: Any, said: tuple[str, ...]) -> None:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from ringpass.layouts.layout import ASSIGNED, Layout
 from ringpass.patterns import Pattern, block_causal, causal, documents, prefix, window
-from ringpass.schedule.cost import Estimate, Load, choose, estimate, refine
+from ringpass.schedule.attention_time import Load
+from ringpass.schedule.cost import Estimate, choose, estimate, refine
 from ringpass.schedule.tiles import Problem
 from tests.support.marks import slow
 from tests.support.model_parity import worst
@@ -23,7 +24,7 @@ CAUSAL, SLIDING = causal(), causal() & window(1023)
 def load(pattern: Pattern | str, world: int, tokens: int) -> Load:
     here = Layout("contiguous", world)
     problem = Problem(str(pattern), tokens, tokens, here, here)
-    return Load(replace(problem, tile=refine([problem], "cpu")), flops=2.0 * 8 * 128, bytes=2.0 * 128 * 4)
+    return Load(replace(problem, tile=refine([problem], "cpu")), heads=8, key_heads=2, widths=(64, 64), itemsize=4)
 
 
 def best(patterns: list[Pattern | str], world: int, tokens: int, fixed: bool = True) -> Estimate:

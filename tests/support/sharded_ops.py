@@ -102,7 +102,7 @@ def programs_along(
     axes = [
         replace(a, layout=a.layout.with_scheme(layout)) for a in aligned_axes({factor: axis}, sweep, world).values()
     ]
-    planned = RingPlan(world, tuple(axes), (), "ring")
+    planned = RingPlan(world, tuple(axes), ())
     return _programs(captured, planned, _checked(place, captured, planned, sweep, {}, FAILURES))
 
 
