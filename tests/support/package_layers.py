@@ -19,7 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.partition", "passes.dump"),
     ("passes.lower", "passes.verify", "passes.divide"),
     ("passes.pipeline", "compiled"),
-    ("backend",),
+    ("backend", "measure"),
+    ("__main__",),
 )
 
 
