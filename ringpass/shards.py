@@ -94,7 +94,7 @@ OUTPUTS: Mapping[str, OutputKind | None] = {
 
 def _mesh(group: object, origin: Origin, device: str) -> DeviceMesh:
     """The option `group` if it is a mesh, else a mesh of its ranks."""
-    if isinstance(group, DeviceMesh):
+    if isinstance(group, DeviceMesh) and group.ndim == 1:
         return group
     assert origin.ring.pg is not None
     return DeviceMesh.from_group(origin.ring.pg, device)

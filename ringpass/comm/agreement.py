@@ -130,17 +130,37 @@ def _delete(store: dist.distributed_c10d.Store, keys: Iterable[str]) -> None:
 def group_of(given: object) -> dist.ProcessGroup | None:
     """The process group that the option `group` names; None: the default one.
 
-    Raises OptionError for anything but a process group, a mesh of one dimension, or None.
+    Raises OptionError for anything but a process group, a mesh of one dimension or two, or None.
     """
     if given is None or isinstance(given, dist.ProcessGroup):
         return given
     expected = "a ProcessGroup or a DeviceMesh"
     if isinstance(given, DeviceMesh):
-        if given.ndim == 1:
-            return given.get_group()
+        if given.ndim <= 2:
+            return given.get_group() if given.ndim == 1 else _flattened(given)
         names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
-        expected = f"one dimension of a mesh, the ring's, out of {names}"
+        expected = f"one dimension of a mesh, the ring's, or two, out of {names}"
     raise OptionError(f"option 'group' must be {expected}, got {given!r}")
+
+
+def _flattened(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh of two dimensions, the inner one fastest; made once per mesh, on all ranks.
+
+    Raises OptionError for a mesh without names, or of which the ranks do not ascend, as those of a group do.
+    """
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise OptionError(
+            f"option 'group' must be a mesh whose ranks ascend, the inner dimension fastest, to form one ring, got "
+            f"{mesh.mesh.tolist()}: exchange its dimensions, or pass one of them"
+        )
+    try:
+        return mesh._flatten().get_group()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise OptionError(
+            f"option 'group' must be a mesh that torch can flatten to form one ring, got {mesh!r}: {error}; name its "
+            "dimensions (mesh_dim_names), or pass the group of its ranks"
+        ) from error
 
 
 TIMEOUT = 300.0  # seconds, by default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ringpass import OptionError, RingConfig, UnsupportedError
+from ringpass import Machine, OptionError, RingConfig, UnsupportedError
 from tests.support.marks import slow
 from tests.support.model_parity import compiled
 from tests.support.process_ranks import Workers
@@ -99,7 +101,7 @@ def test_gradients_added_up_over_a_ring_are_refused(workers: Workers, how: str, 
 
 
 def meshes(group: dist.ProcessGroup) -> str:
-    mesh = DeviceMesh("cpu", torch.arange(2).view(1, 2), mesh_dim_names=("data", "ring"), _init_backend=False)
+    mesh = DeviceMesh("cpu", torch.arange(2).view(1, 1, 2), mesh_dim_names=("a", "b", "ring"), _init_backend=False)
     with pytest.raises(OptionError) as error:
         RingConfig(group=mesh)
     return str(error.value)
@@ -107,7 +109,7 @@ def meshes(group: dist.ProcessGroup) -> str:
 
 def test_a_mesh_of_several_dimensions_is_refused(workers: Workers) -> None:
     for said in workers.run(meshes, 2):
-        assert "'group' must be one dimension of a mesh, the ring's, out of data, ring" in said
+        assert "'group' must be one dimension of a mesh, the ring's, or two, out of a, b, ring" in said
 
 
 def hooked(group: dist.ProcessGroup) -> tuple[Any, ...]:
@@ -151,3 +153,64 @@ def test_the_page_names_what_is_here() -> None:
         name in page for name in ("-m examples.mesh", 'options = {"group": mesh["ring"]}', "optimize_ddp = False")
     )
     assert "docs/mesh.md" in (ROOT / "README.md").read_text()
+
+
+# --- a ring over a mesh of two dimensions -----------------------------------------------------------------------------
+
+TWO_DIMENSIONS = """
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from ringpass import Dimension, Machine
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu"))
+slow = Machine("slow to start", ((1, 1e15),), 1e15, 0.0, (Dimension(None, 1e15, 1.0, 1e-3),))
+options = {"group": mesh, "machine": slow, "comm": "ring", "compiler": "aot_eager", "outputs": "gathered", "dump": DUMP}
+torch.manual_seed(0)
+x = torch.randn(1, 4, 64, 8, dtype=torch.float64, requires_grad=True)
+attend = lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)
+found = []
+for call in (torch.compile(attend, backend="ring_dilated", options=options), attend):
+    y = call(x)
+    found.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
+print(max(float((a - b).abs().max()) for a, b in zip(*found)) < 1e-12)
+dist.destroy_process_group()
+"""
+
+
+def test_a_mesh_of_two_dimensions_is_one_ring(tmp_path: Path) -> None:
+    """On four ranks all heads would be divided by four; the inner dimension bounds that to two."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_DIMENSIONS.replace("DUMP", repr(str(tmp_path / "dump"))))
+    assert torchrun("--nproc-per-node", "4", str(script)).split() == ["True"] * 4
+    planned = (tmp_path / "dump" / "rank3" / "graph0" / "plan.txt").read_text()
+    assert "plan for 4 ranks" in planned and "ulysses degree 2: heads over 2 neighbouring ranks, ring of 2" in planned
+
+
+def test_meshes_that_are_no_ring() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("data", "node", "gpu"))
+        for given, said in (
+            (mesh, "one dimension of a mesh, the ring's, or two, out of data, node, gpu"),
+            (DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("a", "b")), r"ranks ascend.*\[\[0, 2\], \[1, 3\]\]"),
+            (DeviceMesh("cpu", [[0, 1], [2, 3]]), "name its dimensions"),
+        ):
+            with pytest.raises(OptionError, match=said):
+                RingConfig(group=given)
+        config = RingConfig(group=mesh["node", "gpu"])
+        assert config.inner_ranks == 2 and dist.get_process_group_ranks(config.ring) == [0, 1, 2, 3]
+        assert RingConfig(group=mesh["gpu"]).inner_ranks is None
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("local", "ranks"), [("2", 2), ("4", 4), ("", 8)])
+def test_presets_have_the_nodes_of_torchrun(monkeypatch: pytest.MonkeyPatch, local: str, ranks: int) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        found = RingConfig(machine="H100").machine
+        assert isinstance(found, Machine) and found.dimensions[0].ranks == ranks
+    finally:
+        dist.destroy_process_group()
