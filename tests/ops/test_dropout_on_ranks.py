@@ -16,11 +16,11 @@ from tests.support.process_ranks import Workers
 LENGTH = 23
 
 
-def trained(group: dist.ProcessGroup, seed: int) -> dict[str, Tensor]:
+def trained(group: dist.ProcessGroup, seed: int, **options: Any) -> dict[str, Tensor]:
     """Loss, logits and gradients of GPT-2 with its dropouts on; each rank's own generator is seeded differently."""
     model = MODELS["gpt2"].make(dropout=0.1)
     torch.manual_seed(seed + group.rank() * 1000)
-    outputs = compiled(model, group)(**batch_for("gpt2", LENGTH))
+    outputs = compiled(model, group, **options)(**batch_for("gpt2", LENGTH))
     loss_of(outputs).backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": outputs.loss.detach(), "logits": outputs.logits.detach().clone(), **grads}
@@ -28,10 +28,10 @@ def trained(group: dist.ProcessGroup, seed: int) -> dict[str, Tensor]:
 
 def test_same_masks_at_any_size(workers: Workers) -> None:
     (alone,) = workers.run(trained, 1, 5)
-    for ranks in (2, 3):
-        for got in workers.run(trained, ranks, 5):
+    for ranks, degree in ((2, 1), (3, 1), (2, 2), (4, 2)):
+        for got in workers.run(trained, ranks, 5, ulysses_degree=degree):
             for name, want in alone.items():
-                assert relative(got[name], want) < 1e-10, (ranks, name)
+                assert relative(got[name], want) < 1e-10, (ranks, degree, name)
 
 
 def test_other_seed_other_masks(workers: Workers) -> None:
