@@ -132,6 +132,7 @@ def test_a_result_that_is_not_as_its_fake_says_is_noticed(
 RANK, WORLD, LAYOUT = 1, 2, "zigzag"
 SHARD = 1, 1, 23, LAYOUT, WORLD, RANK  # dim, outer, tokens, layout, world, rank
 LOCAL = Layout(LAYOUT, WORLD).length(RANK, 23)
+POOLING = "0 1|1 2 1", 23, LAYOUT, WORLD, RANK  # heads of each member, tokens, layout, P, rank
 BLOCKS = [0, 1, 1, 2], [0, 8, 1, 4, 12, 2], [2, 3, 2, 3]  # heads, rows, sizes of two parts
 
 
@@ -156,6 +157,17 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "reduce_scatter": lambda: (cuda(2, 23, 5), *SHARD, "g"),
     "redistribute": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, "contiguous", WORLD, RANK, "g"),
     "all_to_all": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, 2, 1, 5, "contiguous", WORLD, RANK, "g"),
+    "merge_ranks": lambda: (cuda(2, 3, 8, 4, dtype=F32), lse(), WORLD, RANK, "g"),
+    "start_gather": lambda: ([cuda(12)], WORLD, [], "g"),
+    "pool_tokens": lambda: ([cuda(2, 3, LOCAL, 4), cuda(2, 3, LOCAL, 6)], *POOLING, "g"),
+    "return_tokens": lambda: ([cuda(2, 3, 23, 4)], 3, *POOLING, "g"),
+    "pack_heads": lambda: ([cuda(2, 3, 23, 4)], True, *POOLING),
+    "start_all_to_all": lambda: ([cuda(12)], [5, 6], [4, 8], "g"),
+    "unpack_heads": lambda: (cuda(2 * 2 * 23 * 10), 2, [4, 6], BF16, 0, False, *POOLING),
+    "begin_states": lambda: ([cuda(2, 3), cuda(4)],),
+    "send_states": lambda: ([cuda(1, dtype=F32), cuda(2, 3)], 0, "g"),
+    "receive_states": lambda: (cuda(1, dtype=F32), [2, 3], BF16, 0, "g"),
+    "end_states": lambda: (cuda(2, 3), cuda(1, dtype=F32)),
     "permute": lambda: (cuda(2, 16, 5), 1, 1, 16, "hilbert 4x4", False),
     "reduce": lambda: (cuda(3, 5), "g"),
     "extremum": lambda: (cuda(2, LOCAL, 5), [1], False, True, WORLD, RANK, "g"),

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ringpass.comm import all_reduce, collectives, p2p
+from ringpass.comm import all_reduce, collectives, p2p, pooling
 from ringpass.kernels import cuda as kernels_cuda
 from ringpass.kernels import flex, merge
 from ringpass.ops.library import BODIES, LIBRARY
@@ -91,6 +91,8 @@ def bodies_on_fake_cuda(capability: tuple[int, int] = HOPPER) -> Iterator[Counte
     with ExitStack() as stack:
         stack.enter_context(patch.object(kernels_cuda, "capability", lambda device: capability))
         stack.enter_context(patch.object(collectives, "run_collective", _checked_collective))
+        stack.enter_context(patch.object(collectives, "start_gather", _checked_gather))
+        stack.enter_context(patch.object(pooling, "start", _checked_all_to_all))
         stack.enter_context(patch.object(p2p, "start", _checked_start))
         stack.enter_context(patch.object(all_reduce, "start", _checked_sum))
         stack.enter_context(patch.object(flex, "capability", lambda device: capability))
@@ -155,6 +157,20 @@ def _checked_collective(collective: object, *args: Any, group: str) -> None:
     buffers = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
     assert buffers and all(x.device.type == "cuda" and x.is_contiguous() for x in buffers), buffers
     assert len({x.dtype for x in buffers}) == 1, buffers
+
+
+def _checked_gather(sent: Tensor, received: Tensor, group: str) -> p2p.PendingExchange:
+    """In place of `collectives.start_gather`: nothing is sent."""
+    _checked_collective(None, sent, received, group=group)
+    return p2p.PendingExchange(received, sent, [], ())
+
+
+def _checked_all_to_all(
+    message: Tensor, received: Sequence[int], sent: Sequence[int], group: str
+) -> p2p.PendingExchange:
+    """In place of `pooling.start`: nothing is sent."""
+    assert message.device.type == "cuda" and message.is_contiguous() and message.numel() == sum(sent), message
+    return p2p.PendingExchange(message.new_empty(sum(received)), message, [], ())
 
 
 def _checked_sum(flat: Tensor, group: str) -> all_reduce.PendingSum:
