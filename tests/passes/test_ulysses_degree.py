@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from ringpass import Dilation, ops, reference
 from ringpass.errors import OptionError
@@ -145,3 +146,45 @@ def trained(group: dist.ProcessGroup, degree: int, compiler: str) -> float:
 @pytest.mark.parametrize(("ranks", "degree"), [(2, 2), (4, 2), slow(3, 3), slow(4, 4)])
 def test_with_inductor_on_gloo(workers: Workers, ranks: int, degree: int) -> None:
     assert max(workers.run(trained, ranks, degree, "inductor")) < 1e-12
+
+
+def plain_ulysses(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Written independently: each of q, k, v from (B, H, L, D) to (B, H / P, S, D), attention, and back."""
+    world = group.size()
+
+    def exchanged(parts: Tensor) -> Tensor:
+        found: Tensor = all_to_all_single_autograd(parts.contiguous(), [1] * world, [1] * world, group)
+        return found
+
+    def pooled(x: Tensor) -> Tensor:
+        return exchanged(x.unflatten(1, (world, -1)).permute(1, 0, 2, 3, 4)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    out = F.scaled_dot_product_attention(pooled(q), pooled(k), pooled(v), is_causal=True)
+    return exchanged(out.unflatten(2, (world, -1)).permute(2, 0, 1, 3, 4)).permute(1, 0, 2, 3, 4).flatten(1, 2)
+
+
+class Causal(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal(q, k, v)
+
+
+def against_plain_ulysses(group: dist.ProcessGroup) -> list[float]:
+    """The largest differences of this rank's output and of its tokens' gradients."""
+    world, tokens = group.size(), 8 * group.size()
+    torch.manual_seed(0)
+    given = [torch.randn(B, 8, tokens, D, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(B, 8, tokens, D, dtype=torch.float64)
+    mine = slice(group.rank() * tokens // world, (group.rank() + 1) * tokens // world)
+    local = [x.detach()[:, :, mine].requires_grad_() for x in given]
+    wanted = plain_ulysses(local[0], local[1], local[2], group)
+    want = [wanted, *torch.autograd.grad(wanted, local, weights[:, :, mine])]
+    run = compiled(Causal(), group, ulysses_degree=world, layout="contiguous", outputs="local")
+    out = run(*given)
+    got = [out, *(x[:, :, mine] for x in torch.autograd.grad(out, given, weights[:, :, mine]))]
+    return [relative(a, b) for a, b in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+def test_the_degree_of_all_ranks_is_plain_ulysses(workers: Workers, ranks: int) -> None:
+    for errors in workers.run(against_plain_ulysses, ranks):
+        assert max(errors) < 1e-12, errors
