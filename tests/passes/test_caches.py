@@ -17,7 +17,7 @@ from torch._inductor.codecache import PyCodeCache
 
 import ringpass
 from ringpass import ops
-from ringpass.ops import gradient_sums, primitives
+from ringpass.ops import gradient_sums, pooling, primitives
 from ringpass.passes.lower import codegen
 from tests.support.model_parity import compiled, relative
 from tests.support.process_ranks import Workers
@@ -106,5 +106,8 @@ def test_every_op_that_talks_to_ranks_is_an_inductor_collective() -> None:
         for overload in (getattr(torch.ops.ringpass, name).default,)
         if any(argument.name == "group" for argument in overload._schema.arguments)
     }
-    waited_for = {ops.shard, ops.replicate, primitives.exchange, gradient_sums.start_sum, gradient_sums.wait_sum}
+    waited_for = {
+        ops.shard, ops.replicate, primitives.exchange, primitives.start_gather, pooling.start_all_to_all,
+        gradient_sums.start_sum, gradient_sums.wait_sum,
+    }  # fmt: skip
     assert talking - waited_for <= {*codegen.COMPLETE} <= talking
