@@ -81,7 +81,7 @@ class AllGather(Transport):
         parts: dict[int, list[Tensor]] = {}
         for rank, length in enumerate(lengths):
             start = rank * max(lengths) * each
-            held = primitives.unpack(message[start : start + length * each], (self.k, self.v))
+            held = primitives.unpack(message[start : start + length * each], (self.k, self.v), length)
             owned = layout.ranges(rank, keys)
             for first, last in owned:
                 for span in (part for a, b in wanted for part in clipped(((first, last),), a, b)):
