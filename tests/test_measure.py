@@ -43,6 +43,7 @@ def test_ranks_of_this_host(tmp_path: Any) -> None:
     assert RingConfig.from_options({"machine": str(path)}).machine == machine
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun() -> None:
     """Rank 0 alone prints."""
     run = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringpass", "measure"

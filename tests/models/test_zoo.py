@@ -81,7 +81,7 @@ def test_every_model_with_inductor(workers: Workers, name: str) -> None:
     check(workers, name, ZOO[name].attentions[0], True, False, True, 2, compiler="inductor", timeout=900.0)
 
 
-@pytest.mark.parametrize("degree", (2, 4))
+@pytest.mark.parametrize("degree", (2, slow(4)))
 @pytest.mark.parametrize("name", ["llama", *(slow(name) for name in ZOO if name not in ("llama", *ONE_HEAD))])
 def test_every_model_with_heads_over_neighbours(workers: Workers, name: str, degree: int) -> None:
     entry = ZOO[name]

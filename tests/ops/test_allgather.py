@@ -14,6 +14,7 @@ from ringpass.layouts.layout import Layout
 from ringpass.ops import primitives
 from ringpass.schedule.program import program, remote_step
 from ringpass.schedule.tiles import Problem
+from tests.support.marks import slow
 from tests.support.pattern_models import SelfAttention
 from tests.support.pipeline_stages import fake_ring, stages
 from tests.support.sharded_ops import Case, check_attentions
@@ -32,7 +33,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("world", [slow(1), 2, 3, slow(4), slow(5)])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("call", [causal, windowed])
 def test_numbers_are_those_of_one_device(call: Callable[..., Tensor], layout: str, world: int) -> None:
@@ -40,7 +41,7 @@ def test_numbers_are_those_of_one_device(call: Callable[..., Tensor], layout: st
     assert not check_attentions(case, layout, world, comm="allgather")
 
 
-@pytest.mark.parametrize("world", [2, 3, 5, 8])
+@pytest.mark.parametrize("world", [3, slow(2), slow(5), 8])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_remote_step_has_the_pairs_of_the_ring(mask: str, layout: str, world: int) -> None:

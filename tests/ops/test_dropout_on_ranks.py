@@ -28,7 +28,7 @@ def trained(group: dist.ProcessGroup, seed: int, **options: Any) -> dict[str, Te
 
 def test_same_masks_at_any_size(workers: Workers) -> None:
     (alone,) = workers.run(trained, 1, 5)
-    for ranks, degree in ((2, 1), (3, 1), (2, 2), (4, 2)):
+    for ranks, degree in ((2, 1), (3, 1), (4, 2)):
         for got in workers.run(trained, ranks, 5, ulysses_degree=degree):
             for name, want in alone.items():
                 assert relative(got[name], want) < 1e-10, (ranks, degree, name)

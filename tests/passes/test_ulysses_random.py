@@ -21,7 +21,7 @@ from tests.support.process_ranks import Workers
 from tests.support.sharded_ops import Case, check_attentions
 
 B, D = 2, 4
-SHOWN, ALL = 30, 1000
+SHOWN, ALL = 12, 1000
 WORLDS = (2, 3, 4, 5, 6, 8)
 
 
@@ -129,7 +129,7 @@ def on_ranks(group: dist.ProcessGroup, seeds: list[int]) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("ranks", "seeds"),
-    [(4, [0, 1, 2]), *(pytest.param(n, list(range(10 * n, 10 * n + 17)), marks=pytest.mark.slow) for n in (2, 3, 4))],
+    [(4, [0]), *(pytest.param(n, list(range(10 * n, 10 * n + 17)), marks=pytest.mark.slow) for n in (2, 3, 4))],
 )
 def test_random_models_on_gloo(workers: Workers, ranks: int, seeds: list[int]) -> None:
     for errors in workers.run(on_ranks, ranks, seeds):

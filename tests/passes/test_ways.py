@@ -24,6 +24,7 @@ from ringpass.passes.plan.plan import RingPlan
 from ringpass.schedule.attention_time import ALLGATHER, RING
 from ringpass.schedule.machine import PRESETS, UNDESCRIBED, Dimension, Machine
 from tests.support import thread_ranks
+from tests.support.marks import slow
 from tests.support.sharded_ops import FAILURES, Case, captured_of, check_attentions, inputs, planned_programs
 from tests.support.thread_ranks import Mailboxes, Rendezvous
 
@@ -174,8 +175,8 @@ def _rank(group: str) -> int:
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (7, 7)])
-@pytest.mark.parametrize(("world", "degree"), [(4, 1), (4, 2), (4, 4), (6, 3), (6, 2), (5, 5)])
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("world", "degree"), [slow(4, 1), (4, 2), slow(4, 4), (6, 3), slow(6, 2), (5, 5)])
+@pytest.mark.parametrize("layout", ["zigzag", slow("contiguous")])
 def test_bytes_at_run_time_are_those_of_the_plan(
     world: int, degree: int, heads: int, key_heads: int, layout: str
 ) -> None:
