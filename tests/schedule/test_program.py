@@ -99,7 +99,7 @@ def test_programs_of_all_sizes_are_proved(world: int, layout: str) -> None:
 @pytest.mark.parametrize("layouts", [("zigzag", "replicated"), ("replicated", "zigzag"), ("contiguous", "zigzag")])
 def test_sides_may_have_different_layouts(mask: str, layouts: tuple[str, str]) -> None:
     proof = prove(Problem(mask, 29, 31, Layout(layouts[0], 4), Layout(layouts[1], 4), 4))
-    assert (proof.moved == 0) == (layouts[1] == "replicated")
+    assert (proof.moved == 0) == ("replicated" in layouts)  # of queries: each rank attends to its own keys alone
 
 
 @pytest.mark.parametrize("length", range(8))
