@@ -35,7 +35,7 @@ from ringpass.layouts.ranges import Ranges, spread
 from ringpass.layouts.strided import StridedSegments
 from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, parse, rebuilt
 from ringpass.masks.simplify import linear, simplify
-from ringpass.schedule.head_shares import read_heads
+from ringpass.schedule.head_shares import ordinal, read_heads
 from ringpass.schedule.tiles import Problem
 
 OFFSETS = ("mod", "block")
@@ -116,7 +116,7 @@ class HeadGroup:
 
     def __str__(self) -> str:
         r = self.strided
-        every = "every token" if r.everything else f"every {_ordinal(r.rate)} token from {r.offset}"
+        every = "every token" if r.everything else f"every {ordinal(r.rate)} token from {r.offset}"
         return f"heads {' '.join(map(str, self.members))}: {every} of each {r.segment}"
 
 
@@ -178,7 +178,7 @@ class Dilation:
     def describe(self) -> str:
         """What it attends to, by pattern."""
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
-        each = [f"{'every token' if r == 1 else f'every {_ordinal(r)} token'} of each {w}" for w, r in pairs]
+        each = [f"{'every token' if r == 1 else f'every {ordinal(r)} token'} of each {w}" for w, r in pairs]
         return f"{'; '.join(each)}; head offsets by {self.head_offset}"
 
 
@@ -222,11 +222,6 @@ def _of_head_group(problem: Problem, head_group: HeadGroup) -> Problem:
     )
     mask = str(head_group.mask(parse(problem.mask)))
     return replace(problem, mask=mask, queries=n, keys=n, query_layout=query, key_layout=key)
-
-
-def _ordinal(n: int) -> str:
-    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class HeadShare:
 
     def __str__(self) -> str:
         heads = f"heads {self.heads.start}:{self.heads.stop} of {self.total}"
-        return f"{heads} on every {_ordinal(self.degree)} rank from {self.member}"
+        return f"{heads} on every {ordinal(self.degree)} rank from {self.member}"
 
 
 @lru_cache(maxsize=256)
@@ -85,5 +85,7 @@ def allowed_degrees(world: int, heads: int) -> tuple[int, ...]:
     return tuple(degree for degree in range(1, min(world, heads) + 1) if world % degree == 0)
 
 
-def _ordinal(n: int) -> str:
-    return {1: "1st", 2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+def ordinal(n: int) -> str:
+    """1st, 2nd, 11th, 23rd."""
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
