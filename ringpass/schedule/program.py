@@ -26,6 +26,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, product
 from weakref import WeakKeyDictionary
 
@@ -161,6 +162,7 @@ def _read(tiles: Tiling, problem: Problem, rank: int) -> Program:
     return Program(problem, rank, tuple(steps))
 
 
+@lru_cache(maxsize=256)
 def remote_step(problem: Problem, rank: int) -> Step | None:
     """All keys of other ranks that `rank` uses as one block, ascending, with their tiles; None: it uses none.
 
