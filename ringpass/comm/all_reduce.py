@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.comm import collectives
-from ringpass.comm.p2p import lost, process_group
+from ringpass.comm.p2p import lost
 from ringpass.precision import accumulator
 
 
@@ -94,9 +94,4 @@ class PendingSum:
 
 def start(flat: Tensor, group: str) -> PendingSum:
     """Starts to replace `flat` by its sum over the ranks of `group`.  Raises PeerError if a rank is lost."""
-    try:
-        work = dist.all_reduce(flat, group=process_group(group), async_op=True)
-    except RuntimeError as error:
-        raise lost((), error) from error
-    assert work is not None, "this rank is a member of its ring"
-    return PendingSum(flat, work)
+    return PendingSum(flat, collectives.start_collective(dist.all_reduce, flat, group=group))

@@ -72,7 +72,7 @@ class Shard:
 
 def take(x: Tensor, shard: Shard) -> Tensor:
     """The local tokens of the full-length `x`: (.., outer * S * inner, ..) to (.., outer * L * inner, ..)."""
-    out = _ranged(shard.split(x, shard.tokens), 1, shard.layout.ranges(shard.rank, shard.tokens))
+    out = ranged(shard.split(x, shard.tokens), 1, shard.layout.ranges(shard.rank, shard.tokens))
     return out.reshape(shard.resized(x.shape, shard.tokens, shard.length)).clone(memory_format=torch.contiguous_format)
 
 
@@ -85,7 +85,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     padded[:, : shard.length] = local
     everyone = padded.new_empty((shard.world, *padded.shape))
     run_collective(gather_equal(), sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
-    full = _assembled([of_rank.narrow(1, 0, size(r)) for of_rank, r in zip(everyone, ranges, strict=True)], ranges, 1)
+    full = assembled([of_rank.narrow(1, 0, size(r)) for of_rank, r in zip(everyone, ranges, strict=True)], ranges, 1)
     return full.reshape(shard.resized(x.shape, shard.length, shard.tokens))
 
 
@@ -131,7 +131,7 @@ def all_to_all(x: Tensor, held: Shard, wanted: Shard, group: str) -> Tensor:
     """
     spread, first, second = _spread(x, (held, held.length), (wanted, wanted.tokens))
     ranks = range(held.world)
-    ours = [_ranged(spread, second, wanted.layout.ranges(r, wanted.tokens)) for r in ranks]
+    ours = [ranged(spread, second, wanted.layout.ranges(r, wanted.tokens)) for r in ranks]
     theirs = [[*spread.shape[:first], held.layout.length(r, held.tokens), *spread.shape[first + 1 :]] for r in ranks]
     for shape in theirs:
         shape[second] = wanted.length
@@ -140,7 +140,7 @@ def all_to_all(x: Tensor, held: Shard, wanted: Shard, group: str) -> Tensor:
     parts = [sendable(y) for y in (received, torch.cat([part.reshape(-1, 1) for part in ours]))]
     run_collective(dist.all_to_all_single, *parts, sizes, [part.numel() for part in ours], group=group)
     shards = [part.view(theirs[r]) for r, part in zip(ranks, received.split(sizes), strict=True)]
-    full = _assembled(shards, [held.layout.ranges(r, held.tokens) for r in ranks], first)
+    full = assembled(shards, [held.layout.ranges(r, held.tokens) for r in ranks], first)
     shape = held.resized(wanted.resized(x.shape, wanted.tokens, wanted.length), held.length, held.tokens)
     return full.reshape(shape).contiguous()
 
@@ -157,13 +157,13 @@ def _spread(x: Tensor, one: tuple[Shard, int], other: tuple[Shard, int]) -> tupl
     return x.reshape(shape), at[one[0].dim], at[other[0].dim]
 
 
-def _ranged(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
+def ranged(x: Tensor, dim: int, ranges: Ranges) -> Tensor:
     """The elements of `ranges` along `dim`; a view of one range."""
     parts = [x.narrow(dim, a, b - a) for a, b in ranges] or [x.narrow(dim, 0, 0)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _assembled(shards: Sequence[Tensor], ranges: Sequence[Ranges], dim: int) -> Tensor:
+def assembled(shards: Sequence[Tensor], ranges: Sequence[Ranges], dim: int) -> Tensor:
     """All elements along `dim` in order, from the shard of each rank, which holds its `ranges`."""
     parts: dict[int, Tensor] = {}
     for shard, of_rank in zip(shards, ranges, strict=True):
@@ -274,11 +274,18 @@ def start_gather(sent: Tensor, received: Tensor, group: str) -> PendingExchange:
     Raises PeerError if the process group is broken.
     """
     parts = [sendable(x) for x in (received, sent)]
+    return PendingExchange(received, sent, [start_collective(gather_equal(), *parts, group=group)], ())
+
+
+def start_collective(collective: Callable[..., Any], *args: object, group: str) -> dist.Work:
+    """Starts a torch.distributed collective.  Raises PeerError if the process group is broken."""
     try:
-        work = gather_equal()(*parts, group=process_group(group), async_op=True)
+        work = collective(*args, group=process_group(group), async_op=True)
     except RuntimeError as error:
         raise lost((), error) from error
-    return PendingExchange(received, sent, [work], ())
+    assert work is not None, "this rank is a member of its ring"
+    started: dist.Work = work
+    return started
 
 
 def run_collective(collective: Callable[..., object], *args: object, group: str) -> None:

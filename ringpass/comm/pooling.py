@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import PendingExchange, lost, process_group, sendable
+from ringpass.comm import collectives
+from ringpass.comm.p2p import PendingExchange, sendable
 from ringpass.layouts.pooling import Parcel, Pooling
-from ringpass.layouts.ranges import Ranges, size
+from ringpass.layouts.ranges import size
 from ringpass.precision import accumulator
 
 
@@ -68,8 +69,8 @@ def pack(xs: Sequence[Tensor], how: Pooling, back: bool) -> Tensor:
     parts: list[Tensor] = []
     if back:
         wide = [_each_once(x, how.own) for x in xs] if how.adds else [*xs]
-        for parcel in how.arriving:
-            parts += [_rows(x, how.pooled_rows(parcel.tokens)) for x in wide]
+        for rows in how.arriving_rows:
+            parts += [collectives.ranged(x, 2, rows) for x in wide]
     else:
         for parcel in how.leaving:
             parts += [_heads(x, parcel.heads) for x in xs]
@@ -85,28 +86,16 @@ def start(message: Tensor, received: Sequence[int], sent: Sequence[int], group: 
     ours, theirs = sendable(message), sendable(into)
     each = message.element_size() // ours.element_size()  # where elements travel as bytes
     splits = [each * n for n in received], [each * n for n in sent]
-    try:
-        work = dist.all_to_all_single(theirs, ours, splits[0], splits[1], group=process_group(group), async_op=True)
-    except RuntimeError as error:
-        raise lost((), error) from error
+    work = collectives.start_collective(dist.all_to_all_single, theirs, ours, *splits, group=group)
     return PendingExchange(into, message, [work], ())
 
 
 def unpack(message: Tensor, holds: Contents, how: Pooling) -> list[Tensor]:
     """The pooled tokens (B, h, n, D) of this rank's heads, from what arrived before the attention."""
     found = _by_tensor(message, holds, how.arriving)
-    spans = [span for parcel in how.arriving for span in parcel.tokens]
-    order = sorted(range(len(spans)), key=spans.__getitem__)
-    once, out = how.arriving[0].heads, []
-    for parts in found:
-        pieces = [
-            piece
-            for part, parcel in zip(parts, how.arriving, strict=True)
-            for piece in (part.split([b - a for a, b in parcel.tokens], 2) if parcel.tokens else ())
-        ]
-        rows = torch.cat([pieces[i] for i in order], 2) if pieces else parts[0]
-        out.append(_heads(rows, [once.index(head) for head in how.own]))
-    return out
+    once, tokens = how.arriving[0].heads, [parcel.tokens for parcel in how.arriving]
+    numbers = [once.index(head) for head in how.own]
+    return [_heads(collectives.assembled(parts, tokens, 2), numbers) for parts in found]
 
 
 def unpack_back(message: Tensor, holds: Contents, how: Pooling, heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -144,18 +133,6 @@ def _heads(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def _index(heads: Sequence[int], x: Tensor) -> Tensor:
     return torch.tensor(heads, device=x.device)
-
-
-def _rows(x: Tensor, ranges: Ranges) -> Tensor:
-    parts = [x.narrow(2, a, b - a) for a, b in ranges] or [x.narrow(2, 0, 0)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _write_rows(out: Tensor, ranges: Ranges, part: Tensor) -> None:
-    offset = 0
-    for a, b in ranges:
-        out[:, :, a:b] = part[:, :, offset : offset + b - a]
-        offset += b - a
 
 
 def _each_once(y: Tensor, heads: Sequence[int]) -> Tensor:

@@ -120,9 +120,11 @@ class Pooling:
         heads, held = _once(self.own), [self.layout.ranges(src, self.tokens) for src in self.neighbours]
         return tuple(Parcel(src, self.rank, heads, of) for src, of in zip(self.neighbours, held, strict=True))
 
-    def pooled_rows(self, tokens: Ranges) -> Ranges:
-        """The rows of `tokens` in the pooled block."""
-        return rows(tokens, self.pooled.ranges(self.rank, self.tokens))
+    @cached_property
+    def arriving_rows(self) -> tuple[Ranges, ...]:
+        """The rows of each arriving parcel in the pooled block."""
+        owned = self.pooled.ranges(self.rank, self.tokens)
+        return tuple(rows(parcel.tokens, owned) for parcel in self.arriving)
 
     @property
     def adds(self) -> bool:

@@ -14,6 +14,7 @@ Each is the other's gradient.  `heads`: those that each member of a group of nei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,15 +43,19 @@ pack_heads, unpack_heads = _ops.pack_heads.default, _ops.unpack_heads.default
 start_all_to_all = _ops.start_all_to_all.default
 
 
+planned = lru_cache(maxsize=256)(Pooling)
+"""A `Pooling` of known lengths: what it sends is worked out once, not in each call."""
+
+
 def _pool_tokens(xs: list[Tensor], *args: Any) -> list[Tensor]:
-    how = Pooling(*args[:-1])
+    how = planned(*args[:-1])
     if how.layout.replicated:
         return [x.contiguous() for x in pooling.take_heads(xs, how)]
     return _unpack(_exchanged(xs, how, args[-1], back=False), contents(xs), xs[0].dtype, 0, how, back=False)
 
 
 def _return_tokens(xs: list[Tensor], all_heads: int, *args: Any) -> list[Tensor]:
-    how = Pooling(*args[:-1])
+    how = planned(*args[:-1])
     if how.layout.replicated:
         return pooling.place_heads(xs, how, all_heads)
     return _unpack(_exchanged(xs, how, args[-1], back=True), contents(xs), xs[0].dtype, all_heads, how, back=True)
@@ -72,20 +77,12 @@ def _unpack(
 
 def _fake_pool_tokens(xs: list[Tensor], *args: Any) -> list[Tensor]:
     how = Pooling(*args[:-1])
-    return [x.new_empty((x.shape[0], len(how.own), _after(x, how), x.shape[3])) for x in xs]
-
-
-def _after(x: Tensor, how: Pooling) -> Any:
-    return x.shape[2] if how.layout.replicated else how.pooled_length
+    return [x.new_empty((x.shape[0], len(how.own), how.pooled_length, x.shape[3])) for x in xs]
 
 
 def _fake_return_tokens(xs: list[Tensor], all_heads: int, *args: Any) -> list[Tensor]:
     how = Pooling(*args[:-1])
-    return [x.new_empty((x.shape[0], all_heads, _before(x, how), x.shape[3])) for x in xs]
-
-
-def _before(x: Tensor, how: Pooling) -> Any:
-    return x.shape[2] if how.layout.replicated else how.length(how.rank)
+    return [x.new_empty((x.shape[0], all_heads, how.length(how.rank), x.shape[3])) for x in xs]
 
 
 implement("pool_tokens", _pool_tokens, _fake_pool_tokens)
@@ -112,7 +109,7 @@ def _start_all_to_all(sent: list[Tensor], received_sizes: list[int], sent_sizes:
 def _unpack_heads(
     message: Tensor, batch: int, widths: list[int], dtype: torch.dtype, all_heads: int, back: bool, *args: Any
 ) -> list[Tensor]:
-    return _unpack(message, Contents(batch, tuple(widths)), dtype, all_heads, Pooling(*args), back)
+    return _unpack(message, Contents(batch, tuple(widths)), dtype, all_heads, planned(*args), back)
 
 
 def _fake_unpack_heads(
@@ -123,7 +120,7 @@ def _fake_unpack_heads(
     return [message.new_empty((batch, heads, tokens, width), dtype=dtype) for width in widths]
 
 
-implement("pack_heads", lambda xs, back, *args: pooling.pack(xs, Pooling(*args), back), _fake_pack_heads)
+implement("pack_heads", lambda xs, back, *args: pooling.pack(xs, planned(*args), back), _fake_pack_heads)
 implement(
     "start_all_to_all",
     _start_all_to_all,
