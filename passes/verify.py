@@ -137,7 +137,7 @@ def _lowered(gm: GraphModule) -> Sequence[str]:
 def _exchanges(graph: Graph) -> Sequence[str]:
     wrong = [f"{n.name} is left" for n in graph.nodes if n.target is ops.replicate]
     for node in graph.nodes:
-        if node.target in (primitives.exchange, primitives.start_gather, pooling.start_all_to_all):
+        if node.target in pooling.BUFFERED:
             received = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
             waits = [user for x in received for user in x.users if user.target is primitives.wait]
             if len(waits) != 1:

@@ -167,8 +167,7 @@ def _register_collectives() -> None:
     for input i.  What `start_sum` reads may go at once, as it sums a buffer of its own; `wait_sum` counts as writing
     this buffer.
     """
-    buffered = primitives.exchange, primitives.start_gather, pooling.start_all_to_all
-    for op in (*COMPLETE, *buffered, gradient_sums.start_sum):
+    for op in (*COMPLETE, *pooling.BUFFERED, gradient_sums.start_sum):
 
         def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
@@ -189,5 +188,5 @@ def _register_collectives() -> None:
         return flat
 
     register_lowering(gradient_sums.wait_sum, type_promotion_kind=None)(wait_sum)
-    for impure in (*buffered, gradient_sums.start_sum, primitives.wait, gradient_sums.wait_sum):
+    for impure in (*pooling.BUFFERED, gradient_sums.start_sum, primitives.wait, gradient_sums.wait_sum):
         torch.fx.node.has_side_effect(impure)

@@ -41,6 +41,8 @@ _ops = torch.ops.ringpass
 pool_tokens, return_tokens = _ops.pool_tokens.default, _ops.return_tokens.default
 pack_heads, unpack_heads = _ops.pack_heads.default, _ops.unpack_heads.default
 start_all_to_all = _ops.start_all_to_all.default
+BUFFERED = primitives.exchange, primitives.start_gather, start_all_to_all
+"""What is under way when it returns, in a buffer that `primitives.wait` completes."""
 
 
 planned = lru_cache(maxsize=256)(Pooling)
