@@ -14,6 +14,7 @@ the rank.  A `reduce_list` of symbolic sizes stays as it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,9 @@ def start_early(graph: Graph) -> None:
     """Splits each `reduce_list` of `graph` into its start and its wait.  In place."""
     nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
-    first = next(i for i, node in enumerate(nodes) if node.op not in ORIGINS)
 
     def ready(node: Node) -> int:
-        """The position from which on all operands are there."""
-        return max(first, *(position[x] + 1 for x in node.all_input_nodes))
+        return ready_after(nodes, position, node.all_input_nodes)
 
     sums = [n for n in nodes if n.op == "call_function" and n.target is ops.reduce_list and not symbolic(n)]
     places = []
@@ -50,6 +49,12 @@ def start_early(graph: Graph) -> None:
         for result in list(node.users):
             graph.erase_node(result)
         graph.erase_node(node)
+
+
+def ready_after(nodes: Sequence[Node], position: Mapping[Node, int], operands: Iterable[Node]) -> int:
+    """The position among `nodes` from which on all operands are there, and nothing is an input of the graph."""
+    first = next(i for i, node in enumerate(nodes) if node.op not in ORIGINS)
+    return max(first, *(position[x] + 1 for x in operands))
 
 
 def _split(graph: Graph, node: Node, bucket: str, started: Node, used: Node) -> None:

@@ -22,7 +22,7 @@ from ringpass.comm.pooling import contents
 from ringpass.layouts.pooling import Pooling
 from ringpass.nodes import symbolic
 from ringpass.ops import pooling, primitives
-from ringpass.passes.lower.gradient_sums import ORIGINS, call
+from ringpass.passes.lower.gradient_sums import call, ready_after
 
 BACK = {ops.pool_tokens: False, ops.return_tokens: True}
 
@@ -43,11 +43,12 @@ def _split(graph: Graph, node: Node, back: bool) -> None:
         return
     received, sent = contents(values).splits(how, back)
     name = _name(how, back)
-    with graph.inserting_before(_ready(graph, given)):
+    nodes: list[Node] = list(graph.nodes)
+    order = {n: i for i, n in enumerate(nodes)}
+    with graph.inserting_before(nodes[ready_after(nodes, order, given)]):
         message = call(graph, pooling.pack_heads, (given, back, *about), f"pack_{name}")
         buffers = call(graph, pooling.start_all_to_all, ([message], received, sent, group), f"start_{name}")
         arriving = call(graph, operator.getitem, (buffers, 0), f"arriving_{name}")
-    order = {n: i for i, n in enumerate(graph.nodes)}
     uses = [user for result in node.users for user in result.users]
     with graph.inserting_before(min(uses, key=order.__getitem__) if uses else node):
         complete = call(graph, primitives.wait, (arriving,), f"wait_{name}")
@@ -64,11 +65,3 @@ def _name(how: Pooling, back: bool) -> str:
     """Which heads travel, and between which ranks: `heads_4to8_of_ranks_0to2`."""
     ranks = f"ranks_{how.neighbours.start}to{how.neighbours.stop}"
     return f"heads_{min(how.own)}to{max(how.own) + 1}_{'back_to' if back else 'of'}_{ranks}"
-
-
-def _ready(graph: Graph, given: list[Node]) -> Node:
-    """The node after the last of `given`, from which on nothing is an input of the graph."""
-    nodes: list[Node] = list(graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
-    first = next(i for i, node in enumerate(nodes) if node.op not in ORIGINS)
-    return nodes[max(first, *(position[x] + 1 for x in given))]
