@@ -205,12 +205,13 @@ def context_parallel() -> Attend:
     return attend
 
 
-def plain_ulysses() -> Attend:
+def plain_ulysses(group: dist.ProcessGroup | None = None) -> Attend:
     """Heads to ranks and tokens together by an all-to-all of each of q, k and v, and back for the output."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-    world, group = dist.get_world_size(), dist.group.WORLD
+    group = group or dist.group.WORLD
     assert group is not None
+    world = group.size()
 
     def exchanged(parts: Tensor) -> Tensor:
         """Part r of each rank to rank r."""

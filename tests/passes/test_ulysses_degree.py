@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from benchmarks.alternatives import plain_ulysses
 from ringpass import Dilation, ops, reference
 from ringpass.errors import OptionError
 from ringpass.ops import pooling
@@ -149,21 +149,6 @@ def test_with_inductor_on_gloo(workers: Workers, ranks: int, degree: int) -> Non
     assert max(workers.run(trained, ranks, degree, "inductor")) < 1e-12
 
 
-def plain_ulysses(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Written independently: each of q, k, v from (B, H, L, D) to (B, H / P, S, D), attention, and back."""
-    world = group.size()
-
-    def exchanged(parts: Tensor) -> Tensor:
-        found: Tensor = all_to_all_single_autograd(parts.contiguous(), [1] * world, [1] * world, group)
-        return found
-
-    def pooled(x: Tensor) -> Tensor:
-        return exchanged(x.unflatten(1, (world, -1)).permute(1, 0, 2, 3, 4)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-    out = F.scaled_dot_product_attention(pooled(q), pooled(k), pooled(v), is_causal=True)
-    return exchanged(out.unflatten(2, (world, -1)).permute(2, 0, 1, 3, 4)).permute(1, 0, 2, 3, 4).flatten(1, 2)
-
-
 class Causal(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal(q, k, v)
@@ -177,7 +162,7 @@ def against_plain_ulysses(group: dist.ProcessGroup) -> list[float]:
     weights = torch.randn(B, 8, tokens, D, dtype=torch.float64)
     mine = slice(group.rank() * tokens // world, (group.rank() + 1) * tokens // world)
     local = [x.detach()[:, :, mine].requires_grad_() for x in given]
-    wanted = plain_ulysses(local[0], local[1], local[2], group)
+    wanted = plain_ulysses(group)(local[0], local[1], local[2], True)
     want = [wanted, *torch.autograd.grad(wanted, local, weights[:, :, mine])]
     run = compiled(Causal(), group, ulysses_degree=world, layout="contiguous", outputs="local")
     out = run(*given)
