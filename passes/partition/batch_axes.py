@@ -9,7 +9,7 @@ batch), its ranks divide that *batch axis* instead: each has all tokens of a par
 of each value that enters or leaves, 1 / P of its bytes, and nothing is computed twice.  What sums over the batch axis,
 such as a loss of a picture that is made of patches, adds the sums of all ranks.
 
-A recurrence over chunks may leave its tokens where they are and pass its state from rank to rank (`scans`).
+A recurrence over chunks may leave its tokens where they are and pass its state from rank to rank (`recurrences`).
 
 Contract: an analysis, as `placement`.  Of the dims that a region has, the one with the fewest bytes per rank is taken;
 if the region is a recurrence too, the way that moves fewer bytes.  A region that has neither is left replicated.
@@ -27,8 +27,8 @@ from ringpass.layouts.layout import CONTIGUOUS, Layout
 from ringpass.nodes import bytes_of, first_of, has_effect, tensors_of
 from ringpass.passes.op_rules.table import draws_shared, reads, rule_for
 from ringpass.passes.partition.placement_plan import PlacementPlan
-from ringpass.passes.partition.scan import Scan
-from ringpass.passes.partition.scans import Decide, find_scan
+from ringpass.passes.partition.recurrence import Recurrence
+from ringpass.passes.partition.recurrences import Decide, find_recurrence
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor
 
@@ -36,7 +36,8 @@ from ringpass.passes.propagate.factors import Factor
 def divide_regions(p: PlacementPlan, nodes: Iterable[Node], world: int, decide: Decide) -> None:
     """Puts the nodes of each region on a batch axis, or chunk by chunk, where that is possible and moves fewer bytes.
 
-    Changes `p`: its modes, `slices`, `batch_axes`, `scans`, `choices`, `moved`.  `decide`: the mode of any other node.
+    Changes `p`: its modes, `slices`, `batch_axes`, `recurrences`, `choices`, `moved`.  `decide`: the mode of any other
+    node.
     """
     for region in _regions(p, [n for n in nodes if n in p.live]):
         tried = [_divided(p, region, factor, world) for factor in _candidates(p, region)]
@@ -44,13 +45,13 @@ def divide_regions(p: PlacementPlan, nodes: Iterable[Node], world: int, decide: 
         if best.bytes >= _bytes_replicated(p, region):
             best = Division(None)
         axis = _axis_of(p, best.factor, world) if best.factor is not None else None
-        scan = find_scan(p, region, decide, _runs_on, world) if world > 1 else None
+        recurrence = find_recurrence(p, region, decide, _runs_on, world) if world > 1 else None
         other = _moved(p, region, best.on, axis, world)
-        p.moved.append(min(scan.bytes, other) if scan is not None else other)
-        if scan is not None:
-            p.choices.append(_choice(region, scan, other, axis))
-            if scan.bytes < other:
-                _take(p, scan)
+        p.moved.append(min(recurrence.bytes, other) if recurrence is not None else other)
+        if recurrence is not None:
+            p.choices.append(_choice(region, recurrence, other, axis))
+            if recurrence.bytes < other:
+                _take(p, recurrence)
                 continue
         if axis is not None and best.factor is not None:
             p.batch_axes[best.factor] = axis
@@ -63,22 +64,24 @@ def _axis_of(p: PlacementPlan, factor: Factor, world: int) -> Axis:
     return p.batch_axes.get(factor) or Axis(number, factor, int(factor.size), Layout(CONTIGUOUS, world))
 
 
-def _take(p: PlacementPlan, scan: Scan) -> None:
-    """Notes a scan in the plan."""
-    p.modes.update(scan.modes)
-    p.slices.update(scan.slices)
-    if scan.unit > 1:
-        p.batch_axes.update(dict.fromkeys(scan.factors, scan.axis))
-    p.scans.update(dict.fromkeys((*scan.owned, *scan.writes, *scan.views), scan))
+def _take(p: PlacementPlan, recurrence: Recurrence) -> None:
+    """Notes a recurrence in the plan."""
+    p.modes.update(recurrence.modes)
+    p.slices.update(recurrence.slices)
+    if recurrence.unit > 1:
+        p.batch_axes.update(dict.fromkeys(recurrence.factors, recurrence.axis))
+    p.recurrences.update(dict.fromkeys((*recurrence.owned, *recurrence.writes, *recurrence.views), recurrence))
 
 
-def _choice(region: Sequence[Node], scan: Scan, other: int, axis: Axis | None) -> str:
+def _choice(region: Sequence[Node], recurrence: Recurrence, other: int, axis: Axis | None) -> str:
     """A line for the dump: what a recurrence moves either way, and which way is taken."""
-    passing = f"{scan.bytes} bytes ({scan.state_bytes} of states in {len(scan.handed)} transfers, {scan.token_bytes} of"
+    states = f"{recurrence.state_bytes} of states in {len(recurrence.handed)} transfers"
+    passing = f"{recurrence.bytes} bytes ({states}, {recurrence.token_bytes} of tokens)"
     how = f"all-to-all to a dim of {axis.tokens}" if axis is not None else "gathering"
-    taken = "states pass" if scan.bytes < other else how
+    taken = "states pass" if recurrence.bytes < other else how
     ends = f"{region[0].name} .. {region[-1].name}"
-    return f"{ends}: {len(scan.owners)} chunks; passing states moves {passing} tokens), {how} {other}; taken: {taken}"
+    chunks = len(recurrence.owners)
+    return f"{ends}: {chunks} chunks; passing states moves {passing}, {how} {other}; taken: {taken}"
 
 
 def _moved(p: PlacementPlan, region: Sequence[Node], on: set[Node], axis: Axis | None, world: int) -> int:
@@ -148,8 +151,8 @@ def _candidates(p: PlacementPlan, region: list[Node]) -> list[Factor]:
     """The dims of what enters a region along which ranks could divide it, in order."""
     entering = [n for node in region for n in reads(node) if p.holds_shards(n)]
     factors = dict.fromkeys(f for n in entering for d in p.sweep.operand_dims(n) for f in d)
-    of_scans = {f for scan in p.scans.values() for f in scan.factors}
-    return [f for f in factors if f not in p.axis_of and f not in of_scans and f.size.is_Integer and f.size >= 2]
+    of_recurrences = {f for recurrence in p.recurrences.values() for f in recurrence.factors}
+    return [f for f in factors if f not in p.axis_of and f not in of_recurrences and f.size.is_Integer and f.size >= 2]
 
 
 def _bytes_replicated(p: PlacementPlan, region: list[Node]) -> int:

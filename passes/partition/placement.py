@@ -8,7 +8,7 @@
     two axes
     whole: what follows from whole inputs alone, if it is read whole
     regions of these run on another dim that all their ops treat alike, if there is one (`batch_axes`), or chunk by
-    chunk where the tokens are (`scans`)
+    chunk where the tokens are (`recurrences`)
 
 Contract: an analysis; it writes nothing, and depends on the graph and the plan alone, not on the rank.  What it asks
 about an op is in the op's record (`passes.op_rules`).

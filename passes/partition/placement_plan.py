@@ -13,7 +13,7 @@ from ringpass.layouts.ranges import contains
 from ringpass.nodes import bytes_of, first_of, operands_of, size_of
 from ringpass.passes.op_rules.spec import Reads
 from ringpass.passes.op_rules.table import rule_for
-from ringpass.passes.partition.scan import Scan
+from ringpass.passes.partition.recurrence import Recurrence
 from ringpass.passes.plan.plan import SitePlan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
@@ -25,9 +25,9 @@ class PlacementPlan:
 
     `live`: nodes that an output needs; `tracked`: those that may need a gradient; `kept`: those that masks and biases
     are made of without any floating-point input, which stay replicated; `slices`: those that slice or join sequences on
-    local tokens; `batch_axes`: other dims along which ranks divide what needs all tokens (`batch_axes`); `scans`: the
-    recurrence that says how a node is written (`scans`); `choices`: a line for each region that may be one;
-    `moved`: the bytes that all ranks together send in a forward for each region.
+    local tokens; `batch_axes`: other dims along which ranks divide what needs all tokens (`batch_axes`);
+    `recurrences`: the recurrence that says how a node is written (`recurrences`); `choices`: a line for each region
+    that may be one; `moved`: the bytes that all ranks together send in a forward for each region.
     """
 
     sweep: Sweep
@@ -39,7 +39,7 @@ class PlacementPlan:
     kept: frozenset[Node] = frozenset()
     slices: set[Node] = field(default_factory=set)
     batch_axes: dict[Factor, Axis] = field(default_factory=dict)
-    scans: dict[Node, Scan] = field(default_factory=dict)
+    recurrences: dict[Node, Recurrence] = field(default_factory=dict)
     choices: list[str] = field(default_factory=list)
     moved: list[int] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ class PlacementPlan:
 
     def _reads_shard(self, node: Node, operand: Node) -> bool:
         axis = self.modes[node]
-        if node in self.scans:
+        if node in self.recurrences:
             return True
         if axis is not None:
             return node in self.slices or node in self.sites or self.source(node, operand, axis) is not None

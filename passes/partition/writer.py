@@ -9,7 +9,7 @@ reported with its reason and bytes.  What is written for an op is in its record 
     for node in graph, if live: write it in its mode, lengths that name S become L
     outputs: sharded ones are described to the caller, which shows them as tensors of global shape
 
-Contract: the sequence of nodes does not depend on the rank, recurrences (`scan_writer`) left out, but constants do.
+Contract: the sequence of nodes does not depend on the rank, but in recurrences (`recurrence_writer`); constants do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ringpass.passes.partition.emitter import Emitter
 from ringpass.passes.partition.flops import flops_of, whole_work
 from ringpass.passes.partition.partitioned import Gather, OutputSize, Partitioned, ShardedInput, ShardedOutput
 from ringpass.passes.partition.placement_plan import PlacementPlan
-from ringpass.passes.partition.scan_writer import ScanWriter
+from ringpass.passes.partition.recurrence_writer import RecurrenceWriter
 from ringpass.passes.plan.plan import RingPlan
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import product
@@ -90,7 +90,7 @@ class Writer(Emitter):
         self.gathers: list[Gather] = []
         self.whole: dict[Node, int] = {}  # nodes that follow from gathered values on every rank, and their FLOPs
         self.host_copies: dict[Node, Node] = {}
-        self.scans: dict[Any, ScanWriter] = {}  # by recurrence
+        self.recurrences: dict[Any, RecurrenceWriter] = {}  # by recurrence
         self.seed: Node | None = None
         self.streams = 0
         self.keeps = True  # whether what is written now may serve later nodes: not inside a no_grad region of the model
@@ -154,11 +154,11 @@ class Writer(Emitter):
 
     def _write(self, node: Node) -> None:
         """One captured node, in its mode."""
-        axis, rule, scan = self.placement.modes[node], rule_for(node), self.placement.scans.get(node)
+        axis, rule, recurrence = self.placement.modes[node], rule_for(node), self.placement.recurrences.get(node)
         if isinstance(node.meta.get("val"), torch.SymInt):
             return  # written on demand, from the sizes of the inputs
-        if scan is not None:
-            return self.scans.setdefault(scan, ScanWriter(self, scan)).write(node, self.shards)
+        if recurrence is not None:
+            return self.recurrences.setdefault(recurrence, RecurrenceWriter(self, recurrence)).write(node, self.shards)
         if node in self.replicas:
             return  # one of several results that were reduced
         if node in self.placement.sites:

@@ -1,4 +1,4 @@
-"""scan_writer: one rank's part of a recurrence: its own chunks, and the states that it receives and sends.
+"""recurrence_writer: one rank's part of a recurrence: its own chunks, and the states that it receives and sends.
 
     picks, and what follows from them     written by the owner of the chunk alone
     hand-over                             `send_states` on one rank, `receive_states` on the other, nothing elsewhere
@@ -19,17 +19,17 @@ from ringpass import ops
 from ringpass.nodes import args_of, first_of, tensors_of
 from ringpass.passes.op_rules.spec import GraphSize, Writer
 from ringpass.passes.op_rules.table import rule_for
-from ringpass.passes.partition.scan import Scan
+from ringpass.passes.partition.recurrence import Recurrence
 from ringpass.passes.propagate.axis import Axis
 
 aten = torch.ops.aten
 
 
-class ScanWriter:
+class RecurrenceWriter:
     """What has been written of one recurrence."""
 
-    def __init__(self, writer: Writer, scan: Scan) -> None:
-        self.writer, self.scan = writer, scan
+    def __init__(self, writer: Writer, recurrence: Recurrence) -> None:
+        self.writer, self.recurrence = writer, recurrence
         self.values: dict[Node, Node] = {}  # owned values, made here or received
         self.whole: dict[Node, Node] = {}  # tokens of whole chunks
         self.token: Node | None = None
@@ -37,21 +37,23 @@ class ScanWriter:
 
     def write(self, node: Node, shards: dict[Node, Node]) -> None:
         """One captured node of the recurrence; into `shards` its local tokens or chunks, if it has those of several."""
-        scan, writer = self.scan, self.writer
-        while self.handed < len(scan.handed) and scan.handed[self.handed].reader is node:
+        recurrence, writer = self.recurrence, self.writer
+        while self.handed < len(recurrence.handed) and recurrence.handed[self.handed].reader is node:
             self._hand_over()
-        if node in scan.owned:
-            if node in scan.picks:
+        if node in recurrence.owned:
+            if node in recurrence.picks:
                 self._pick(node)
-            elif scan.owners[scan.owned[node]] == writer.rank.rank:
+            elif recurrence.owners[recurrence.owned[node]] == writer.rank.rank:
                 args, kwargs = map_arg((node.args, node.kwargs), self._operand)
                 self.values[node] = writer.copy(node, args, kwargs)
             return
-        local = self._put(node) if node in scan.writes else self._view(node)
-        if node in scan.ends and self.token is not None:
+        local = self._put(node) if node in recurrence.writes else self._view(node)
+        if node in recurrence.ends and self.token is not None:
             local = writer.emit(ops.end_states, local, self.token, name=f"{node.name}_end")
-        if node in scan.leaving:
-            local = self._moved(node, local, scan.layout, scan.leaving[node].layout.name, scan.leaving[node])
+        if node in recurrence.leaving:
+            local = self._moved(
+                node, local, recurrence.layout, recurrence.leaving[node].layout.name, recurrence.leaving[node]
+            )
         shards[node] = local
 
     def _operand(self, node: Node) -> GraphSize:
@@ -60,26 +62,26 @@ class ScanWriter:
 
     def _pick(self, node: Node) -> None:
         """The part of a chunk, of the local ones."""
-        (chunk, each), source, writer = self.scan.picks[node], first_of(node), self.writer
+        (chunk, each), source, writer = self.recurrence.picks[node], first_of(node), self.writer
         local = self._chunks(source)
-        if self.scan.owners[chunk] != writer.rank.rank:
+        if self.recurrence.owners[chunk] != writer.rank.rank:
             return
         taken = rule_for(node).takes_part(node)
         assert taken is not None
         dim, start, stop = taken
-        shift = (self.scan.index(chunk) - chunk) * each
+        shift = (self.recurrence.index(chunk) - chunk) * each
         alone = local.meta["val"].ndim > node.meta["val"].ndim
         bounds = (start + shift,) if alone else (start + shift, stop + shift)
         self.values[node] = writer.copy(node, (local, dim, *bounds), {})
 
     def _chunks(self, node: Node) -> Node:
         """The local chunks of a value, or their tokens."""
-        scan, writer = self.scan, self.writer
-        axis = scan.entering.get(node)
+        recurrence, writer = self.recurrence, self.writer
+        axis = recurrence.entering.get(node)
         if axis is None:
-            return writer.sharded(node, scan.axis)
+            return writer.sharded(node, recurrence.axis)
         if node not in self.whole:
-            self.whole[node] = self._moved(node, writer.sharded(node, axis), axis.layout.name, scan.layout, axis)
+            self.whole[node] = self._moved(node, writer.sharded(node, axis), axis.layout.name, recurrence.layout, axis)
         return self.whole[node]
 
     def _moved(self, node: Node, x: Node, layout: str, other: str, axis: Axis) -> Node:
@@ -90,34 +92,34 @@ class ScanWriter:
 
     def _put(self, node: Node) -> Node:
         """What is owned here, put into the local chunks."""
-        (put, each), scan, writer = self.scan.writes[node], self.scan, self.writer
-        mine = [(n, a, b) for n, a, b in put.parts if scan.owners[a // each] == writer.rank.rank]
+        (put, each), recurrence, writer = self.recurrence.writes[node], self.recurrence, self.writer
+        mine = [(n, a, b) for n, a, b in put.parts if recurrence.owners[a // each] == writer.rank.rank]
         if put.base is None:
             return writer.copy(node, ([self.values[n] for n, _, _ in mine], *args_of(node)[1:]), node.kwargs)
-        local: Node = writer.sharded(put.base, scan.axis)
+        local: Node = writer.sharded(put.base, recurrence.axis)
         for part, start, stop in mine:
-            shift = (scan.index(start // each) - start // each) * each
+            shift = (recurrence.index(start // each) - start // each) * each
             bounds = put.dim, start + shift, stop + shift
             local = writer.emit(aten.slice_scatter.default, local, self.values[part], *bounds, name=node.name)
         return local
 
     def _view(self, node: Node) -> Node:
         """Tokens as chunks of tokens, or back, at the local size."""
-        scan, writer, source = self.scan, self.writer, first_of(node)
-        if node not in scan.leaving:
-            shape = writer.local_shape(node, scan.axis)
+        recurrence, writer, source = self.recurrence, self.writer, first_of(node)
+        if node not in recurrence.leaving:
+            shape = writer.local_shape(node, recurrence.axis)
             return writer.emit(aten.reshape.default, self._chunks(source), shape, name=node.name)
-        dim = writer.shard_args(node, scan.leaving[node]).dim
+        dim = writer.shard_args(node, recurrence.leaving[node]).dim
         shape = list(node.meta["val"].shape)
-        shape[dim] = scan.unit * scan.owners.count(writer.rank.rank)
-        return writer.emit(aten.reshape.default, writer.sharded(source, scan.axis), shape, name=node.name)
+        shape[dim] = recurrence.unit * recurrence.owners.count(writer.rank.rank)
+        return writer.emit(aten.reshape.default, writer.sharded(source, recurrence.axis), shape, name=node.name)
 
     def _hand_over(self) -> None:
         """The next transfer, which only two ranks write."""
-        one, writer = self.scan.handed[self.handed], self.writer
+        one, writer = self.recurrence.handed[self.handed], self.writer
         if self.token is None:
-            entering = [self._element(self._chunks(n)) for n in self.scan.begins]
-            like = entering or [self._chunks(first_of(next(iter(self.scan.picks))))]
+            entering = [self._element(self._chunks(n)) for n in self.recurrence.begins]
+            like = entering or [self._chunks(first_of(next(iter(self.recurrence.picks))))]
             self.token = writer.emit(ops.begin_states, like, name="states_begin")
         self.handed += 1
         (value,), name = tensors_of(one.value), one.value.name

@@ -1,4 +1,4 @@
-"""What `scans` finds of one recurrence, for `placement` to hand on and for the writer to write."""
+"""What `recurrences` finds of one recurrence, for `placement` to hand on and for the writer to write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HandOver:
 
 
 @dataclass(eq=False)
-class Scan:
+class Recurrence:
     """A recurrence over chunks of `unit` tokens, of which rank owners[i] has chunk i.
 
     `axis`: that of the chunks; of single tokens, the axis of the sequence itself.  `factors`: what numbers the chunks;
@@ -49,7 +49,7 @@ class Scan:
     ends: tuple[Node, ...] = ()  # the writes whose result is read
 
     def __contains__(self, node: Node) -> bool:
-        """Whether the scan says how a node is written."""
+        """Whether the recurrence says how a node is written."""
         return node in self.owned or node in self.writes or node in self.views
 
     @property

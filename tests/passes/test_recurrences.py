@@ -100,7 +100,7 @@ def from_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return tokens(out, count)
 
 
-SCANS = (delta_rule, two_states, by_token, from_the_end)
+RECURRENCES = (delta_rule, two_states, by_token, from_the_end)
 
 
 def attended(mix: Call) -> Call:
@@ -130,7 +130,7 @@ def count_of(target: Any, programs: list[Partitioned]) -> int:
 
 @pytest.mark.parametrize("world", (1, 2, 3, slow(4), slow(5)))
 @pytest.mark.parametrize("layout", ("contiguous", slow("zigzag")))
-@pytest.mark.parametrize("mix", SCANS)
+@pytest.mark.parametrize("mix", RECURRENCES)
 def test_states_pass(mix: Call, layout: str, world: int) -> None:
     whole = case(mix)
     sent, received = (
