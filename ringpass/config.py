@@ -24,12 +24,11 @@ from ringpass.layouts import layout as layouts
 from ringpass.ops.transports.table import TRANSPORTS
 from ringpass.patterns import Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
-from ringpass.schedule.dilation import BUDGET, OFFSETS, PRESETS, Dilation, preset
+from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.schedule.machine import Machine, machine_of, on_nodes_of, ranks_on_node
 from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
-AUTO = "auto"
 MACHINES = "a Machine, the path of a JSON file or the name of a preset, or None"
 
 
@@ -73,9 +72,9 @@ class RingConfig:
         attentions, or a dict from selectors, as those of `dilate`, to these; others are rings.  See
         `ringpass.schedule.head_shares`.
     comm: "ring": K and V go from rank to rank while tiles are computed; "allgather": every rank gathers all of them
-        first (O(S) memory, no overlap); "auto" (default): the one of less estimated time for each attention where a
-        machine is described, all-gather only among ranks of its inner dimension and up to 512 MiB of K and V; else a
-        ring.
+        beside its local tiles (O(S) memory); "auto" (default): the one of less estimated time for each attention where
+        a machine is described, all-gather only among ranks of its inner dimension and up to 512 MiB of K and V; else
+        a ring.
     machine: what computing and transfers cost: a `ringpass.Machine`, the path of a JSON file that
         `python -m ringpass measure` wrote, or the name of a preset ("H100", "cpu", ..); None: the preset of the CUDA
         device, if it has one.  See `ringpass.schedule.machine`.

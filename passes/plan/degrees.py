@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ringpass.config import AUTO, RingConfig
+from ringpass.config import RingConfig
 from ringpass.errors import OptionError
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.dilated_sites import refuse_idle, selects
 from ringpass.schedule.attention_time import ALLGATHER
+from ringpass.schedule.dilation import AUTO
 from ringpass.schedule.head_shares import allowed_degrees
 
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from ringpass.config import AUTO, RingConfig
+from ringpass.config import RingConfig
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.degrees import degrees
 from ringpass.passes.propagate.axis import Axis
 from ringpass.schedule.attention_time import ALLGATHER, Group, Load, Way
 from ringpass.schedule.cost import SiteChoice, choose
-from ringpass.schedule.dilation import Dilation, group_problems
+from ringpass.schedule.dilation import AUTO, Dilation, group_problems
 from ringpass.schedule.machine import UNDESCRIBED, Machine, preset_of_device
 from ringpass.schedule.tiles import Problem
 
