@@ -43,7 +43,15 @@ def checksum(x: Tensor) -> Tensor:
     x = torch.view_as_real(x) if x.is_complex() else x
     bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
     some = bits[:: max(1, bits.numel() // SAMPLE)].to(torch.int64)
-    return bits.sum(dtype=torch.int64) * 31 + mixed(some)
+    return _sum(bits) * 31 + mixed(some)
+
+
+def _sum(bits: Tensor) -> Tensor:
+    """The sum of a tensor's bits as words of 8 bytes, in which torch sums many times faster than in narrower ones."""
+    each = 8 // bits.element_size()
+    whole = bits.numel() // each * each
+    bits = bits.clone() if bits.storage_offset() % each else bits  # a word begins at a multiple of 8 bytes
+    return bits[:whole].view(torch.int64).sum() + bits[whole:].sum(dtype=torch.int64)
 
 
 def combined(checksums: Tensor) -> Tensor:

@@ -41,6 +41,13 @@ def test_a_checksum_sees_one_changed_element(dtype: torch.dtype) -> None:
     assert int(checksum(x.clone())) == int(checksum(x))
 
 
+def test_equal_tensors_anywhere_in_memory_have_one_checksum() -> None:
+    for dtype in (torch.bool, torch.bfloat16, torch.int32, torch.float64):
+        for n in (0, 1, 3, 70_001):
+            x = (torch.arange(n + 9) % 3).to(dtype)
+            assert len({int(checksum(torch.cat([x[:i], x])[i : i + n])) for i in range(9)}) == 1
+
+
 def test_differences_do_not_cancel() -> None:
     """In one tensor: signs, lengths of equal sum, a negated mask; between two, changes that weigh the same."""
     lengths = torch.tensor([20, 20, 20]), torch.tensor([19, 22, 19])
