@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import agreement, bytes_received, density, dilation_length, memory, overlap, planning, step_time
+from benchmarks import agreement, bytes_received, density, dilation_length, memory, overlap, planning, step_time, ways
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
@@ -20,7 +20,7 @@ from tests.support.pattern_models import dense_mask
 
 NAMES = (
     "agreement", "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap",
-    "planning", "step_time",
+    "planning", "step_time", "ways",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -41,6 +41,15 @@ def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
     ours, others = (case["seconds"][name]["samples"] for name in ("agreement", "one by one"))
     assert case["ratios"]["of one by one"]["samples"] == [a / b for a, b in zip(ours, others, strict=True)]
+
+
+@pytest.mark.slow
+def test_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).startswith("what auto takes, over the fastest way's median:")
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert case["taken"] in case["seconds"] and set(case["seconds"]) == {"ring", "all-gather", "degree 2"}
+    assert min(case["ratios"]["taken over the fastest"]["samples"]) >= 1
 
 
 def test_step_time_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ringpass.layouts.layout import Layout
 from ringpass.ops import primitives
@@ -17,6 +17,7 @@ from ringpass.schedule.tiles import Problem
 from tests.support.marks import slow
 from tests.support.pattern_models import SelfAttention
 from tests.support.pipeline_stages import fake_ring, stages
+from tests.support.repository import ROOT
 from tests.support.sharded_ops import Case, check_attentions
 
 B, H, G, S, D = 2, 4, 2, 37, 4
@@ -72,3 +73,42 @@ def test_the_gather_runs_beside_the_local_tiles_and_the_rest_takes_few_calls() -
     remote = nodes[nodes.index("wait") :].count("tile")
     assert remote == 2  # both chunks of the rank see one range of keys each, but for its own
     assert forward_nodes("ring").count("tile") > nodes.count("tile")
+
+
+class EightHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(64, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 8, 8).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ring": {"comm": "ring"},
+    "all-gather": {"comm": "allgather"},
+    **{f"U = {degree}": {"ulysses_degree": degree} for degree in (2, 4, 8)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kernel_calls_are_those_that_the_docs_list(way: str) -> None:
+    """Calls of the attention kernel on rank 3 of 8, forward and backward, as docs/ulysses.md has them."""
+    options: Any = {
+        "compiler": "aot_eager",
+        "layout": "zigzag",
+        "unroll_limit": 10_000,
+        "outputs": "local",
+        **WAYS[way],
+    }
+    with fake_ring(3, 8), stages() as seen:
+        run = torch.compile(EightHeads(), backend="ring_dilated", options=options)
+        run(torch.randn(1, 8192, 64)).sum().backward()
+    forward, backward = (
+        [n.target for n in seen[stage][0].graph.nodes].count(target)
+        for stage, target in (
+            ("forward", primitives.attention_tile), ("backward", primitives.attention_tile_backward)
+        )
+    )  # fmt: skip
+    assert f"| {way} | {forward} | {backward} |" in (ROOT / "docs/ulysses.md").read_text()
