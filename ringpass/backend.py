@@ -99,7 +99,7 @@ def ring_dilated(
     left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
     run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps)
     facts = _facts(captured, planned, config, sharded, failures)
-    return compiled_call(run, program, Agreement(ring, facts, _names(captured)), ring, config)
+    return compiled_call(run, program, Agreement(ring, facts, _names(captured), config.compare_weights), ring, config)
 
 
 def _unpartitioned(

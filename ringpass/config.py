@@ -29,6 +29,8 @@ from ringpass.schedule.machine import Machine, machine_of, on_nodes_of, ranks_on
 from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
+NOT_ASKED = ("group", "inductor", "timeout", "compare_weights")
+"""The options that mean nothing for one rank, or are Inductor's."""
 MACHINES = "a Machine, the path of a JSON file or the name of a preset, or None"
 
 
@@ -90,6 +92,8 @@ class RingConfig:
         symbolic lengths, each attention is one node that runs the same code.  0: always one node.
     timeout: seconds, more than 0, that ranks wait for each other at the checks before a call and when outputs are
         gathered.  Differences in compile time count.
+    compare_weights: ranks compare all weights in a graph's first call, and from then on each weight in one of this many
+        calls, by turns, so that weights that drift apart are found within so many; 0: in the first call alone.
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"], or a mesh of two dimensions
         with all their ranks as one ring, of which the inner one bounds the degree that `ulysses_degree="auto"` takes;
@@ -119,6 +123,7 @@ class RingConfig:
     tile: int | None = None
     unroll_limit: int = 256
     timeout: float = 300.0
+    compare_weights: int = 100
     dump: str | None = None
     group: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -138,8 +143,9 @@ class RingConfig:
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
         edge = self.tile is None or (type(self.tile) is int and self.tile >= 1)
         _require("tile", self.tile, edge, "an int of at least 1, or None")
-        natural = type(self.unroll_limit) is int and self.unroll_limit >= 0
-        _require("unroll_limit", self.unroll_limit, natural, "an int of at least 0")
+        for name in ("unroll_limit", "compare_weights"):
+            natural = type(getattr(self, name)) is int and getattr(self, name) >= 0
+            _require(name, getattr(self, name), natural, "an int of at least 0")
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
@@ -280,11 +286,11 @@ class RingConfig:
 
     @property
     def asked(self) -> bool:
-        """Whether any option but `group`, `inductor` and `timeout` differs from its default."""
+        """Whether any option but those of NOT_ASKED differs from its default."""
         return any(
             getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
             for f in fields(self)
-            if f.name not in ("group", "inductor", "timeout")
+            if f.name not in NOT_ASKED
         )
 
     @property

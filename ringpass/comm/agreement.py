@@ -1,9 +1,10 @@
 """The ranks of a ring check that they agree in every call of a compiled graph.
 
 Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
-graph that it is about to run, a checksum of its inputs, a checksum of the weights (in a graph's first call) and a
-random seed.  All ranks see all headers, so they reach the same decision: continue with rank 0's seed, or raise the same
-MismatchError.  On a mismatch they exchange details through the store, to name the ranks and the first difference.
+graph that it is about to run, a checksum of its inputs, one of weights (of all in a graph's first call, then of a few
+in each, by turns) and a random seed.  All ranks see all headers, so they reach the same decision: continue with rank
+0's seed, or raise the same MismatchError.  On a mismatch they exchange details through the store, to name the ranks and
+the first difference.
 
     comparison = agreement.begin(args, number, device)     # the headers are gathered; rank 0's number is on the device
     comparison.finish()                                    # they are read on the host, and compared
@@ -186,12 +187,14 @@ class Agreement:
     """What the ranks compare for one compiled graph.
 
     `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.
-    `compared`: number of calls that were; before the first one, weights are compared too.
+    `every`: all weights are compared in the first call, and from then on each in one of so many calls; 0: never again.
+    `compared`: number of calls that were.
     """
 
     ring: Ring
     facts: tuple[tuple[str, str], ...]
     names: tuple[str, ...]
+    every: int = 0
     compared: int = 0
 
     @cached_property
@@ -234,11 +237,13 @@ class Agreement:
         return Comparison(self, said, copied, onto(headers[0, 0].clone(), device))
 
     def _said(self, args: Sequence[object]) -> Said:
-        """What the header and the details say of the arguments; weights are looked at in the first call alone."""
-        said = Said([], [], [])
+        """What the header and the details say of the arguments, and of those weights whose turn it is."""
+        said, number = Said([], [], [], later=self.compared > 0), 0
         for name, value in zip(self.names, args, strict=False):
             if isinstance(value, torch.nn.Parameter):
-                said.weights.extend([(name, checksum(value))] if not self.compared else [])
+                if not self.compared or (self.every and (self.compared - number) % self.every == 0):
+                    said.weights.append((name, checksum(value)))
+                number += 1
             elif isinstance(value, Tensor):
                 said.inputs.append((name, checksum(value)))
             else:
@@ -279,11 +284,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Said:
-    """What a rank says of its arguments: texts, and checksums of tensors, which are on their devices."""
+    """What a rank says of its arguments: texts, and checksums of tensors, which are on their devices.
+
+    `later`: the weights were equal in an earlier call.
+    """
 
     others: Sheet
     inputs: list[tuple[str, Tensor]]
     weights: list[tuple[str, Tensor]]
+    later: bool = False
 
     @property
     def checksums(self) -> int:
@@ -292,7 +301,9 @@ class Said:
 
     def sheet(self, checksums: Sequence[int]) -> Sheet:
         """All of it as texts, given the checksums on the host."""
-        names = [f"values of input {name}" for name, _ in self.inputs] + [f"weights {name}" for name, _ in self.weights]
+        weights = "updated weights" if self.later else "weights"
+        names = [f"values of input {name}" for name, _ in self.inputs]
+        names += [f"{weights} {name}" for name, _ in self.weights]
         texts = [(f"values of input {name}", text) for name, text in self.others]
         return texts + [(name, str(x)) for name, x in zip(names, checksums, strict=True)]
 
@@ -353,6 +364,8 @@ ADVICE = {
     "rank, gives each its own. Shard the data over the data-parallel ranks only.",
     "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
     "model, or broadcast the state dict from rank 0.",
+    "updated": "They were equal in an earlier call: every rank must take and skip the same optimizer steps, with the "
+    "same learning rates and states, load the same checkpoint, and clip or edit gradients alike.",
     "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments. "
     f"{ONE_HASH_SEED}",
     "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a shard of it, or "

@@ -126,6 +126,32 @@ def other_weights(group: dist.ProcessGroup) -> str:
     return error_message(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
 
 
+def other_learning_rate(group: dist.ProcessGroup) -> str:
+    """Each weight is compared in one of 3 calls: the difference shows within 3 steps of the first update."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    run = compiled(model, group, timeout=10.0, compare_weights=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * (1 + (group.rank() == 1)))
+    for step in range(5):
+        try:
+            loss_of(run(**batch)).backward()
+        except MismatchError as error:
+            return f"step {step}: {error}"
+        optimizer.step()
+        optimizer.zero_grad()
+    return "no error"
+
+
+def unequal_weights_found_once(group: dist.ProcessGroup) -> str:
+    """compare_weights=0: what changes after the first call is not looked at."""
+    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
+    run = compiled(model, group, timeout=10.0, compare_weights=0)
+    for _ in range(3):
+        loss_of(run(**batch)).backward()
+        with torch.no_grad():
+            next(model.parameters()).add_(group.rank())
+    return "no error"
+
+
 def other_model(group: dist.ProcessGroup) -> str:
     name = "llama" if group.rank() == 1 else "gpt2"
     return error_message(MismatchError, lambda: step(group, MODELS[name].make(), batch_for(name, 23)))
@@ -149,6 +175,8 @@ def other_machine(group: dist.ProcessGroup) -> str:
         (other_length, ("differ in inputs", "[2, 23]", "[2, 24]", "the whole sequence")),
         (other_values, ("differ in values of input l_idx_", "DistributedSampler")),
         (other_weights, ("differ in weights", "same weights", "torch.manual_seed")),
+        (other_learning_rate, ("step 1", "differ in updated weights", "learning rates")),
+        (unequal_weights_found_once, ("no error",)),
         (other_model, ("differ in inputs",)),
         (other_options, ("differ in options", "'zigzag'", "'contiguous'")),
         (other_machine, ("differ in options", "'H100'", "'A100'")),
