@@ -35,7 +35,7 @@ from tests.support.torchrun import torchrun
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
 PAGES["benchmarks/README.md"] = ROOT / "benchmarks" / "README.md"
 CONTINUED = {"docs/sharding.md"}  # whose snippets go on from one another
 ELSEWHERE = {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}  # run by tests of their own
@@ -74,8 +74,8 @@ def test_links_and_paths(page: str) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    index = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text()))
-    assert index == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+    index = re.findall(r"^- \[.+?\]\(([\w/]+\.md)\)", (DOCS / "README.md").read_text(), re.MULTILINE)
+    assert sorted(index) == sorted({path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"README.md"})
 
 
 def test_the_page_on_options_names_every_option() -> None:
