@@ -38,7 +38,9 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
 PAGES["benchmarks/README.md"] = ROOT / "benchmarks" / "README.md"
 CONTINUED = {"docs/sharding.md"}  # whose snippets go on from one another
-ELSEWHERE = {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}  # run by tests of their own
+SCRIPTS = {f"docs/guides/{name}.md" for name in ("long_sequences", "trainer", "fsdp", "images", "nodes")}
+# Run by tests of their own; scripts by those of tests/test_guides.py.
+ELSEWHERE = SCRIPTS | {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}
 PACKAGES = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
 MODULES = [m.name for m in PACKAGES if ">>>" in (inspect.getsource(importlib.import_module(m.name)))]
 
@@ -151,12 +153,14 @@ def test_the_page_on_training() -> None:
     imported = "from transformers import Trainer\n"
     assert imported in snippet
     rows = [{"input_ids": torch.full((4,), i)} for i in range(4)]
-    args = SimpleNamespace(seed=3, per_device_train_batch_size=2)
-    names = {"Trainer": lambda *args, **kwargs: trainer, "model": torch.nn.Linear(1, 1), "args": args, "dataset": rows}
+    args = SimpleNamespace(seed=3, per_device_train_batch_size=2, per_device_eval_batch_size=4)
+    names = {"Trainer": lambda *args, **kwargs: trainer, "model": torch.nn.Linear(1, 1), "args": args}
+    names |= {"dataset": rows, "held_out": rows}
     exec(snippet.replace(imported, ""), names)
-    batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
-    assert [len(batch) for batch in batches] == [2, 2]
-    assert sorted(torch.cat(batches)[:, 0].tolist()) == [0, 1, 2, 3]
+    for loader, sizes in ((trainer.get_train_dataloader(), [2, 2]), (trainer.get_eval_dataloader(), [4])):
+        batches = [batch["input_ids"] for batch in loader]
+        assert [len(batch) for batch in batches] == sizes
+        assert sorted(torch.cat(batches)[:, 0].tolist()) == [0, 1, 2, 3]
 
 
 def test_the_page_on_dilation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,3 +210,6 @@ def test_the_dump_that_the_documentation_reads(tmp_path: Path) -> None:
     graph = tmp_path / "rank1" / "graph0"
     for name, block in zip(("schedule.txt", "forward.py", "backward.py"), blocks[1:], strict=True):
         assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/lowered_graph.md"
+    shown = re.findall(r"^```text\n(.*?)^```", (DOCS / "guides" / "dumps.md").read_text(), re.DOTALL | re.MULTILINE)
+    for name, block in zip(("plan.txt", "schedule.txt"), shown, strict=True):
+        assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/guides/dumps.md"
