@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "docs/README.md": "contents.md", "benchmarks/README.md": "benchmarks.md"}
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")  # the path in [text](path#anchor)
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")  # the path in [text](path#anchor)
 DOCTEST = re.compile(r"^ *>>> (?:.*\S.*\n?)+", re.MULTILINE)  # up to an empty line
 FIELDS = re.compile(r"^(\w+(?:, \w+)*): ", re.MULTILINE)
 CONTENTS = re.compile(r"^## (?P<section>.+)|^- \[(?P<title>.+?)\]\((?P<path>[^)]+)\)", re.MULTILINE)
