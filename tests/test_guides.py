@@ -92,7 +92,7 @@ def test_scripts_run_as_they_are_started(tmp_path: Path, guide: str) -> None:
     path.write_text(script(guide).replace('"output"', repr(str(tmp_path))).replace("model.pt", f"{tmp_path}/model.pt"))
     ranks = RANKS.get(guide, 2)
     assert f"torchrun --nproc-per-node {ranks} " in script(guide).splitlines()[0]
-    assert losses(torchrun("--nproc-per-node", str(ranks), str(path)))
+    assert losses(torchrun("--nproc-per-node", str(ranks), str(path), timeout=900))
 
 
 def test_meshes_of_many_nodes() -> None:
