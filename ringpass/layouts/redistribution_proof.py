@@ -55,7 +55,10 @@ def check_redistribution(
             )
         for i in np.flatnonzero(reach[move.found] != wants[rank])[:1].tolist():
             got, token = int(reach[move.found[i]]), int(wants[rank][i])
-            raise ScheduleError(f"rank {rank}: wants token {token} at row {i}, and gets token {got}")
+            ends = np.cumsum([move.held, *(len(sent[src][rank]) for src in ranks)])
+            source = int(np.searchsorted(ends, move.found[i], side="right")) - 1
+            where = f"of rank {source}" if source >= 0 else "of its own"
+            raise ScheduleError(f"rank {rank}: wants token {token} at row {i}, and gets token {got} {where}")
 
 
 def _check_pair(src: int, dst: int, tokens: Array, expected: int, held: Array) -> None:

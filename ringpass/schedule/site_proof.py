@@ -80,10 +80,10 @@ def check_shares(shares: Sequence[HeadShare], heads: tuple[int, int]) -> None:
         if share.heads.start != reached or share.heads.step != 1 or not share.heads:
             raise ScheduleError(f"rank {share.member}: {share} do not follow head {reached - 1}, the last one before")
         reached = share.heads.stop
-        each, left = divmod(len(share.heads), len(share.key_heads) or 1)
-        read = [share.key_heads[i // each] for i in range(len(share.heads))] if each and not left else []
+        n, m = len(share.heads), len(share.key_heads)
+        read = [share.key_heads[i * m // n] for i in range(n)] if m and n % m == 0 else []
         wanted = [head // (total // kv_heads) for head in share.heads]
-        if not share.key_heads or read != wanted:
+        if read != wanted:
             raise ScheduleError(f"rank {share.member}: {share} read K/V heads {share.key_heads}, not {wanted}")
     if reached != total:
         raise ScheduleError(f"rank {len(shares) - 1}: the shares end with head {reached - 1} of {total}")

@@ -1,6 +1,7 @@
 """Programs of all ranks, executed on tiny integers in one process: what a fault changes, without the proof.
 
     >>> from tests.support.programs import problem
+    >>> from ringpass.schedule.program import program
     >>> execute([program(problem("k <= q", 2, 8), rank) for rank in range(2)]).moved
     8
 
@@ -23,7 +24,7 @@ from ringpass.layouts.ranges import rows, size, spread
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.intervals import FULL, PARTIAL
 from ringpass.schedule.order import Ends, order
-from ringpass.schedule.program import Program, Step, program
+from ringpass.schedule.program import Program, Step
 from ringpass.schedule.proof import ends_of
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, Problem, Tile
 from tests.support.nccl import completes
