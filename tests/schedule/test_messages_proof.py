@@ -116,7 +116,8 @@ def test_wrong_messages_are_caught_and_named(fault: str, each: int) -> None:
         rank, i, side = random.choice(places)
         x = right[rank][i]
         message = getattr(x, side)
-        changed = replace(x, **{side: MESSAGE_FAULTS[fault](random, message)})
+        other = MESSAGE_FAULTS[fault](random, message)
+        changed = replace(x, send=other) if side == "send" else replace(x, receive=other)
         wrong = [*right]
         wrong[rank] = (*right[rank][:i], changed, *right[rank][i + 1 :])
         check_messages(groups, right, *heads)
