@@ -37,6 +37,7 @@ from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.op_rules.table import draws_counter_based, draws_shared, has_rule
 from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement import place
+from ringpass.passes.partition.prove_moves import prove_moves
 from ringpass.passes.partition.writer import partition
 from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.plan.plan import RingPlan
@@ -95,6 +96,7 @@ def ring_dilated(
         except CannotWriteError as refused:
             failures.note("partition", refused.node, refused.__cause__)
             placement = stages.run(place, captured, planned, sweep, sharded, failures)
+    stages.run(prove_moves, placement, program)
     _report(planned, program, ring)
     left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
     run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps)

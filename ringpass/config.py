@@ -26,6 +26,7 @@ from ringpass.patterns import Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.schedule.machine import Machine, machine_of, on_nodes_of, ranks_on_node
+from ringpass.schedule.run_time_proof import ALL, SAMPLE
 from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
@@ -67,6 +68,9 @@ class RingConfig:
     runtime_pruning: True: padding masks and document ids that come with a call and are replicated prune the tiles and
         transfers of that call.  Such attentions stay one node each, and what prunes them is copied to the host, once in
         a call.
+    prove: which schedules that are made in a call (`runtime_pruning`, `approximate`, block lists, symbolic lengths) are
+        proved before it sends anything: "sample" (default), those of an attention's first 4 calls and of each 256th
+        after; "all".  Schedules that are made when the graph is compiled are always proved.
     ulysses_degree: how many neighbouring ranks divide the heads of an attention among them, each with the tokens of all
         of them; between such groups K and V go round a ring.  1: a ring over all ranks; P: no ring.  It divides P and
         is at most the number of heads.  "auto" (default): the one of least estimated time for each attention where a
@@ -114,6 +118,7 @@ class RingConfig:
     head_offset: str = "mod"
     dilate: Any = None
     runtime_pruning: bool = False
+    prove: str = SAMPLE
     ulysses_degree: Any = AUTO
     comm: str = AUTO
     machine: Machine | str | None = None
@@ -138,6 +143,7 @@ class RingConfig:
         self._check_degree()
         self._check_curve()
         _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
+        _one_of("prove", self.prove, (SAMPLE, ALL))
         _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
         _one_of("outputs", self.outputs, tuple(OUTPUTS))
         _require("strict", self.strict, isinstance(self.strict, bool), "True or False")

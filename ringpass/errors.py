@@ -16,6 +16,10 @@ class InputError(RingpassError, ValueError):
     """An argument of `ringpass.sharded`, `local` or `tokens_of` is not valid."""
 
 
+class ParseError(RingpassError, ValueError):
+    """A text is no mask expression or no name of a layout, or is longer or deeper than ringpass writes them."""
+
+
 class UnsupportedError(RingpassError, ValueError):
     """Something in the model cannot be partitioned exactly, or, under the option `strict`, not without a gather."""
 

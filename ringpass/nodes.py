@@ -18,7 +18,7 @@ Size = int | torch.SymInt
 
 def size_of(n: Size | sympy.Expr) -> sympy.Expr:
     """A dim's size as a sympy expression."""
-    return n.node.expr if isinstance(n, torch.SymInt) else sympy.sympify(n)
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.sympify(n, strict=True)
 
 
 def symbolic(node: Node) -> bool:

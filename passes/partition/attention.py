@@ -200,6 +200,7 @@ def _ring(
     planned = Site(
         share.problem(problem), rank.rank, rank.group, site.scale, site.dropout, stream, bias, score, sink, plan.comm,
         plan.dilation, site.heads[0], share.heads if plan.degree > 1 else None, plan.learned, pruning,
+        writer.plan.prove,
     )  # fmt: skip
     seed = writer.seed if site.dropout else None
     return writer.emit(ops.ring_attention, *qkv, leaves, seed, register(planned), *lengths, rank.group, name=name)

@@ -83,7 +83,7 @@ class Emitter:
 
         Raises UnsupportedError for a symbol that is no input, and for arithmetic that has no node.
         """
-        expr = sympy.sympify(expr)
+        expr = sympy.sympify(expr, strict=True)
         if expr.is_number:
             return int(expr)
         if expr not in self.sizes:

@@ -170,6 +170,7 @@ class RingPlan:
     along_curve: bool = False  # whether the blocks of `approximate` are intervals of curve positions
     weighed: tuple[str, ...] = ()  # the machine, and the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
+    prove: str = "sample"  # which schedules that are made in calls are proved
 
     @property
     def partitioned(self) -> int:
@@ -264,7 +265,7 @@ def plan(
             planned_site = replace(planned_site, keyless=keyless)
         plans.append(planned_site)
     how = config.approximate, config.along_curve
-    return RingPlan(world, tuple(final.values()), tuple(plans), *how, chosen.weighed, tuple(remarks))
+    return RingPlan(world, tuple(final.values()), tuple(plans), *how, chosen.weighed, tuple(remarks), config.prove)
 
 
 def _moves_queries(site: AttentionSite, query: Axis | None, key: Axis | None, world: int) -> bool:

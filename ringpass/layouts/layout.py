@@ -48,6 +48,7 @@ from itertools import pairwise
 from typing import Any
 
 from ringpass.layouts.hilbert import Order
+from ringpass.layouts.names import check_name
 from ringpass.layouts.ranges import Ranges, clipped, size, union
 from ringpass.layouts.strided import StridedSegments
 
@@ -125,7 +126,7 @@ class Layout:
     world: int
 
     def __post_init__(self) -> None:
-        assert self.scheme in LAYOUTS or self.scheme.startswith(ASSIGNED), self.name
+        check_name(self.name)
 
     @property
     def assignment(self) -> str:

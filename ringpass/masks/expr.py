@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ringpass.errors import ParseError
 from ringpass.masks.constants import ConstantArray
 from ringpass.masks.operators import ATOM, COMPARISON, DTYPES, INFIX, OPERATORS
 
@@ -164,57 +166,122 @@ def _text(e: Expr, outer: int) -> str:
 PARSING = threading.Lock()
 """One `ast.parse` at a time: before CPython 3.11.8, two threads in it raise a SystemError now and then (gh-106905)."""
 
+MOST_CHARACTERS, MOST_BRACKETS = 1 << 17, 128  # of a text: in all, and open at once (Python's grammar has 200)
+MOST_NODES, MOST_DEPTH = 20_000, 256  # of its expression
+MOST_LEAVES = 1 << 16
+ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|']*")
+PREFIXES = re.compile(r"(?:(?:\bnot\b|-)\s*){64}")  # more signs in a row than an expression has
+SYNTAX = (SyntaxError, LookupError, AttributeError, TypeError, ValueError, RecursionError, MemoryError)
+
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expr:
-    """The expression of `text`.  Raises ValueError if it is not a mask expression."""
+    """The expression of `text`, which is never evaluated.
+
+    Raises ParseError if it is not a mask expression, or has more than MOST_CHARACTERS, MOST_NODES or MOST_DEPTH levels.
+    """
+    _check_size(text)
     python = text.replace("&", " and ").replace("|", " or ")
     try:
         with PARSING:
             tree = ast.parse(python.strip(), mode="eval")
-        return _from_ast(tree.body)
-    except (SyntaxError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"not a mask expression: {text!r}") from error
+        found = _from_ast(tree.body)
+    except SYNTAX as error:
+        raise ParseError(f"not a mask expression: {_excerpt(text)}") from error
+    _check_tree(found, text)
+    return found
+
+
+def _excerpt(text: str) -> str:
+    return repr(text) if len(text) <= 200 else f"{text[:200]!r} .. ({len(text)} characters)"
+
+
+def _check_size(text: str) -> None:
+    """Before Python's grammar sees it, whose time and stack grow with the text."""
+    if len(text) > MOST_CHARACTERS:
+        raise ParseError(f"a mask expression has at most {MOST_CHARACTERS} characters, got {_excerpt(text)}")
+    if not ALLOWED.fullmatch(text):
+        raise ParseError(f"not a mask expression, for its characters: {_excerpt(text)}")
+    depth = deepest = 0
+    for sign in re.findall(r"[()\[\]]", text):
+        depth += 1 if sign in "([" else -1
+        deepest = max(deepest, depth)
+    if deepest > MOST_BRACKETS or PREFIXES.search(text):
+        raise ParseError(f"a mask expression has at most {MOST_BRACKETS} levels of brackets, got {_excerpt(text)}")
+
+
+def _check_tree(expr: Expr, text: str) -> None:
+    level, count, depth = [expr], 0, 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MOST_NODES or depth > MOST_DEPTH:
+            what = f"{MOST_NODES} nodes" if count > MOST_NODES else f"{MOST_DEPTH} levels"
+            raise ParseError(f"a mask expression has at most {what}, got {_excerpt(text)}")
+        level = [part for one in level for part in parts(one)]
 
 
 def _from_ast(n: Any) -> Expr:
     if isinstance(n, ast.Name):
         return {i.name: i for i in (B, H, Q, K, SCORE)}[n.id]
     if isinstance(n, ast.Constant):
-        if isinstance(n.value, bool | int | float):
-            return Const(n.value)
-        raise ValueError(n.value)
+        return _constant(n.value)
     if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.USub) and isinstance(n.operand, ast.Constant):
-        return Const(-n.operand.value)  # type: ignore[operator,arg-type]
+        return _constant(-n.operand.value)  # type: ignore[operator]
     if isinstance(n, ast.UnaryOp):
         if not isinstance(n.op, ast.Not):
             raise ValueError(n.op)
         return Call("not", (_from_ast(n.operand),))
     if isinstance(n, ast.Subscript):
-        items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
-        name, indices = n.value.id, tuple(_from_ast(i) for i in items)  # type: ignore[attr-defined]
-        return Table(TABLES[name[1:]], indices) if name[0] == "t" else Load(int(name.removeprefix("x")), indices)
+        return _from_subscript(n)
     if isinstance(n, ast.BoolOp):
         op = "and" if isinstance(n.op, ast.And) else "or"
         return reduce(lambda a, b: Call(op, (a, b)), map(_from_ast, n.values))
     if isinstance(n, ast.Call):
         return _from_call(n)
-    sides, sign = ([n.left, *n.comparators], n.ops[0]) if isinstance(n, ast.Compare) else ([n.left, n.right], n.op)
-    left, right = map(_from_ast, sides)
-    return Call({node: name for name, (_, _, node) in INFIX.items()}[type(sign)], (left, right))
+    if isinstance(n, ast.Compare):
+        (sign,), (right,) = n.ops, n.comparators  # comparisons do not chain
+        return Call(_SIGNS[type(sign)], (_from_ast(n.left), _from_ast(right)))
+    return Call(_SIGNS[type(n.op)], (_from_ast(n.left), _from_ast(n.right)))
+
+
+_SIGNS: dict[type, str] = {infix.node: name for name, infix in INFIX.items()}
+
+
+def _constant(value: object) -> Const:
+    if not isinstance(value, bool | int | float) or (isinstance(value, int) and abs(value) > 2**64):
+        raise ValueError(value)
+    return Const(value)
+
+
+def _from_subscript(n: ast.Subscript) -> Expr:
+    items = n.slice.elts if isinstance(n.slice, ast.Tuple) else [n.slice]
+    name, indices = n.value.id, tuple(_from_ast(i) for i in items)  # type: ignore[attr-defined]
+    if name[0] == "t":
+        found = TABLES[name[1:]]
+        if len(indices) != len(found.shape):
+            raise ValueError(f"{len(indices)} indices of a table of {len(found.shape)} dims")
+        return Table(found, indices)
+    if not re.fullmatch(r"x\d{1,5}", name) or int(name[1:]) >= MOST_LEAVES:
+        raise ValueError(name)
+    return Load(int(name[1:]), indices)
 
 
 def _from_call(n: ast.Call) -> Expr:
     name = n.func.id  # type: ignore[attr-defined]
+    if n.keywords:
+        raise ValueError(f"{name} with keywords")
     if name == "float":
-        return Const(float(n.args[0].value))  # type: ignore[attr-defined]
+        (number,) = n.args
+        if not isinstance(number, ast.Constant) or not isinstance(number.value, str):
+            raise ValueError("float of no text")
+        return Const(float(number.value))
     args = tuple(_from_ast(a) for a in n.args)
     if name in DTYPES:
         (arg,) = args
         return Call("cast", (arg, Index(name)))
     code = OPERATORS[name].bounds.__code__
     fits = len(args) == code.co_argcount or (code.co_flags & inspect.CO_VARARGS and len(args) > code.co_argcount)
-    if name in INFIX or name == "cast" or not fits or n.keywords:
+    if name in INFIX or name == "cast" or not fits:
         raise ValueError(f"{name} of {len(args)} arguments")
     return Call(name, args)
 

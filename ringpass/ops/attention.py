@@ -19,6 +19,7 @@ from ringpass.masks.constants import ConstantArray
 from ringpass.ops import ring
 from ringpass.ops.library import define, differentiate, implement
 from ringpass.precision import accumulator
+from ringpass.schedule.run_time_proof import prove_call
 from ringpass.schedule.site import SITES, Site, lookup
 
 SITE = "Tensor? seed, str site, SymInt queries, SymInt keys, str group"
@@ -48,6 +49,7 @@ def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *
     """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys, group."""
     seed, site = site_of(args)
     site, leaves = _pruned(site, leaves)
+    prove_call(args[1], SITES[args[1]], site, k.shape[1])
     out, lse = ring.forward(site, q, k, v, leaves, seed)
     return [rows_first(out), lse.contiguous()]
 

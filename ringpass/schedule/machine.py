@@ -29,9 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from ringpass.errors import OptionError
+from ringpass.errors import InputError, OptionError
+from ringpass.files import read_text
 from ringpass.masks.constants import Array
 
+MOST_BYTES = 1 << 20  # of a file that describes a machine
 MEASURE = "python -m ringpass measure > machine.json"
 
 
@@ -128,7 +130,7 @@ class Machine:
         """The machine that `text` describes.  Raises OptionError, which names `source`, if it describes none."""
         try:
             given = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _wrong(source, f"expected JSON, got {error}") from error
         _require_fields(cls, given, source)
         points, dimensions = given["flops"], given["dimensions"]
@@ -153,8 +155,8 @@ class Machine:
     def from_file(cls, path: str) -> Machine:
         """The machine that a JSON file describes.  Raises OptionError if it cannot be read or describes none."""
         try:
-            return cls.from_json(Path(path).read_text(), path)
-        except (OSError, UnicodeDecodeError) as error:
+            return cls.from_json(read_text(path, MOST_BYTES), path)
+        except (OSError, InputError) as error:
             raise _wrong(path, f"the file cannot be read: {error}") from error
 
     def __str__(self) -> str:

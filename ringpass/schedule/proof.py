@@ -11,9 +11,11 @@ head); it *must* if the mask holds for every such value.
 Contract: `prove` returns only if the programs have all of these properties, and raises ScheduleError for the first that
 they lack.
 
+    owned        each query and each key token is one rank's, or every rank's
     wellformed   each step is about its rank: local queries, local rows sent, tiles inside the key block
     exchanges    each send has one receive with equal tokens, in the same order on both sides; a step is a matching
-    order        no deadlock, forward and backward, with gloo's matching by tag and with NCCL's order of starts
+    order        no deadlock, forward and backward, with gloo's matching by tag and with NCCL's order of starts; no
+                 buffer is read or freed too early (`schedule.order_proof`)
     coverage     tiles are disjoint; pairs outside of tiles may not attend; in full tiles and triangles all must
     thrift       each received token is used by a tile; no tile is provably empty or larger than necessary
 
@@ -22,11 +24,10 @@ Coverage is checked element by element if the mask has at most BRUTE elements, e
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,10 +36,11 @@ from ringpass.errors import ScheduleError
 from ringpass.layouts.ranges import Ranges, contains, size, tokens
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import Expr
-from ringpass.masks.intervals import EMPTY, FULL, FULL_CODE, PARTIAL, classify, extents
+from ringpass.masks.intervals import EMPTY, EMPTY_CODE, FULL, FULL_CODE, PARTIAL, classify, classify_all, extents
 from ringpass.masks.rewrite import without_data
 from ringpass.schedule.coverage import cover
-from ringpass.schedule.order import Ends, Event, order
+from ringpass.schedule.order import START, Ends, order
+from ringpass.schedule.order_proof import check_buffers, prove_order
 from ringpass.schedule.program import Program, Step, Transfer, program
 from ringpass.schedule.tiles import CAUSAL_TILE, MIRRORED, TILE_KINDS, TRIANGLES, Problem, Tile, Tiling, tiling
 
@@ -81,21 +83,36 @@ def prove_from(problem: Problem, rank: int) -> Proof:
     starts (`schedule.order`): an exchange only waits for exchanges with smaller keys.  Raises ScheduleError if
     something is wrong.
     """
-    whole, one = tiling(problem), program(problem, rank)
+    return check_from(tiling(problem), program(problem, rank))
+
+
+def check_from(whole: Tiling, one: Program) -> Proof:
+    """Proves the tiles `whole` of all ranks, and that the program `one` of a rank agrees with them.
+
+    Raises ScheduleError if something is wrong.
+    """
+    problem, rank = one.problem, one.rank
+    check_owners(problem)
     for index, step in enumerate(one.steps):
         _wellformed(one, index, step)
     shifts = [step.shift for step in one.steps]
     _demand(shifts == sorted(set(shifts)), rank, None, "its shifts {} do not ascend", shifts)
-    starts = [event.key for event in order(shifts[1:], backward=True) if event.action == "start"]
+    events = {backward: list(order(shifts[1:], backward)) for backward in (False, True)}
+    for backward, of_rank in events.items():
+        check_buffers(rank, shifts[1:], of_rank, backward)
+    starts = [event.key for event in events[True] if event.action == START]
     _demand(starts == sorted(set(starts)), rank, None, "its starts {} are not in the global order", starts)
     runs, sent = whole.of(rank).used(), whole.serving(rank).used()
     for side, peers, table in (("receive", runs.src, runs), ("send", sent.dst, sent)):
-        found = [(x.src, x.dst, span) for s in one.steps if (x := getattr(s, side)) for span in x.tokens]
+        moved = [(x.src, x.dst, span) for s in one.steps if (x := getattr(s, side)) for span in x.tokens]
         ends = zip(
             table.src.tolist(), table.dst.tolist(), zip(*(x.tolist() for x in table.k), strict=True), strict=True
         )
         wanted = [end for end, remote in zip(ends, (peers != rank).tolist(), strict=True) if remote]
-        _demand(sorted(found) == sorted(wanted), rank, None, "does not {} what the tiles use", side)
+        for verb, odd in (("does not {}", Counter(wanted) - Counter(moved)), ("{}s", Counter(moved) - Counter(wanted))):
+            for (src, dst, span), _ in sorted(odd.items())[:1]:
+                text = f"{verb.format(side)} tokens {span[0]}:{span[1]} from rank {src} to rank {dst}"
+                _demand(False, rank, None, "{}, unlike what the tiles use", text)
     _cover_rectangles(one)
     for other in range(problem.world):
         if other != rank:
@@ -118,6 +135,8 @@ def check(programs: Sequence[Program]) -> Proof:
     problem = programs[0].problem
     for rank, one in enumerate(programs):
         _demand((one.problem, one.rank) == (problem, rank), rank, None, "the program is another rank's or problem's")
+    check_owners(problem)
+    for one in programs:
         for index, step in enumerate(one.steps):
             _wellformed(one, index, step)
     _exchanges(programs)
@@ -134,6 +153,27 @@ def check(programs: Sequence[Program]) -> Proof:
         largest_area=max(areas),
         mean_area=sum(areas) / len(areas),
     )
+
+
+def check_owners(problem: Problem) -> None:
+    """Proves that each query and key token is one rank's, or every rank's where all are.
+
+    Raises ScheduleError with the first token that is nobody's or two ranks'.
+    """
+    for side, layout, n in (
+        ("query", problem.query_layout, problem.queries),
+        ("key", problem.key_layout, problem.keys),
+    ):
+        held = [(*span, rank) for rank in range(layout.world) for span in layout.ranges(rank, n)]
+        if layout.replicated:
+            for rank in range(layout.world):
+                _demand(size(layout.ranges(rank, n)) == n, rank, None, "lacks some of the {} {} tokens", n, side)
+            continue
+        reached, before = 0, 0
+        for start, stop, rank in [*sorted(held), (n, n, 0)]:
+            _demand(start <= reached, rank, None, "{} token {} is no rank's", side, reached)
+            _demand(start >= reached, rank, None, "{} token {} is rank {}'s too", side, start, before)
+            reached, before = stop, rank
 
 
 def lower_bound(problem: Problem, rank: int) -> int:
@@ -219,68 +259,6 @@ def ends_of(one: Program) -> tuple[Ends, ...]:
     return tuple(Ends(s.shift, s.send.dst if s.send else None, s.receive.src if s.receive else None) for s in remote)
 
 
-Issue = Callable[[Sequence[int], bool], Iterable[Event]]
-"""(shifts of a rank, whether backward) -> its starts and waits in order."""
-
-
-def prove_order(ranks: Sequence[Sequence[Ends]], issue: Issue = order) -> None:
-    """Proves that the exchanges of all ranks complete, forward and backward, with gloo and with NCCL.
-
-    `ranks`: the exchanges of ranks 0, 1, ..; `issue`: the order in which a rank starts and awaits them.  Raises
-    ScheduleError with the circle of waits.
-
-    gloo    a wait ends once both ends have started the exchange, whatever else they have started
-    NCCL    the exchanges of a rank run one after the other, in the order of their starts; one that has its turn ends
-            once it has its turn on both ends; nothing is buffered
-    """
-    for backward in (False, True):
-        events = [list(issue([ends.shift for ends in of_rank], backward)) for of_rank in ranks]
-        for engine, graph in (("gloo", _matched_by_tag), ("NCCL", _one_after_the_other)):
-            _refuse_circle(graph(ranks, events), engine, "backward" if backward else "forward")
-
-
-Moment = tuple[int, str, str, int]  # (rank, what happens, to keys or gradients, shift)
-
-
-def _matched_by_tag(ranks: Sequence[Sequence[Ends]], events: Sequence[Sequence[Event]]) -> nx.DiGraph[Moment]:
-    """What happens, with edges forward in time."""
-    graph: nx.DiGraph[Moment] = nx.DiGraph()
-    for rank, (exchanges, of_rank) in enumerate(zip(ranks, events, strict=True)):
-        nx.add_path(graph, [(rank, event.action, event.what, event.shift) for event in of_rank])
-        peers = {ends.shift: ends.peers - {rank} for ends in exchanges}
-        for event in of_rank:
-            if event.action == "wait":
-                for peer in peers[event.shift]:
-                    graph.add_edge((peer, "start", event.what, event.shift), (rank, "wait", event.what, event.shift))
-    return graph
-
-
-def _one_after_the_other(ranks: Sequence[Sequence[Ends]], events: Sequence[Sequence[Event]]) -> nx.DiGraph[Moment]:
-    """The same where an exchange has its turn, and ends."""
-    graph: nx.DiGraph[Moment] = nx.DiGraph()
-    for rank, (exchanges, of_rank) in enumerate(zip(ranks, events, strict=True)):
-        peers = {ends.shift: ends.peers - {rank} for ends in exchanges}
-        before: list[Moment] = []  # what must have ended: the exchange that was started last, and what was waited for
-        for event in of_rank:
-            turn, end = ((rank, what, event.what, event.shift) for what in ("turn", "end"))
-            if event.action == "wait":
-                before.append(end)
-                continue
-            graph.add_edge(turn, end)
-            graph.add_edges_from((moment, turn) for moment in before)
-            graph.add_edges_from(((peer, "turn", event.what, event.shift), end) for peer in peers[event.shift])
-            before = [end]
-    return graph
-
-
-def _refuse_circle(graph: nx.DiGraph[Moment], engine: str, direction: str) -> None:
-    if not nx.is_directed_acyclic_graph(graph):
-        circle = [edge[0] for edge in nx.find_cycle(graph)]
-        text = " -> ".join(f"rank {r}: {happens} {what} {shift}" for r, happens, what, shift in [*circle, circle[0]])
-        complaint = "step {}: with {}, its {} waits in a circle: {}"
-        _demand(False, circle[0][0], None, complaint, circle[0][3], engine, direction, text)
-
-
 def _coverage(one: Program) -> None:
     expr = one.problem.expr
     if one.problem.queries * one.problem.keys > BRUTE:
@@ -359,13 +337,16 @@ def _owner(one: Program, keys: Span) -> int:
 
 def _thrift(one: Program) -> None:
     """With this, a rank receives exactly the lower bound, at the granularity of tiles."""
-    expr, edge = one.problem.expr, one.problem.tile
-    for step, tile, q, k in _tiles(one):
+    edge, found = one.problem.tile, list(_tiles(one))
+    pairs = [(i, *a, *b) for i, (_, _, q, k) in enumerate(found) for a in q for b in k]
+    columns = np.array(pairs, dtype=np.int64).reshape(-1, 5).T
+    kinds = classify_all(one.problem.expr, (columns[1], columns[2]), (columns[3], columns[4]))
+    some = {*columns[0][kinds != EMPTY_CODE].tolist()}
+    for i, (step, tile, _, _) in enumerate(found):
         whole = tile.kind != PARTIAL and not one.problem.cut_all
         small = max(tile.q[1] - tile.q[0], tile.k[1] - tile.k[0]) <= edge
         _demand(whole or small, one.rank, step, "tile {} is larger than {}", tile, edge)
-        empty = all(classify(expr, a, b) == EMPTY for a in q for b in k)
-        _demand(not empty, one.rank, step, "the mask is empty in tile {}", tile)
+        _demand(i in some, one.rank, step, "the mask is empty in tile {}", tile)
     for step in one.steps[1:]:
         reached, end = 0, size(step.tokens)
         for start, stop in [*sorted(tile.k for tile in step.tiles), (end, end)]:

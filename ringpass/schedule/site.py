@@ -51,6 +51,7 @@ class Site:
     share: range | None = None  # of these, those for which the rank attends, with pooled tokens; None: all
     learned: tuple[int, ...] = ()  # the leaves that need a gradient
     pruning: tuple[int, ...] = ()  # the leaves whose values prune the schedule of each call
+    prove: str = "sample"  # which schedules made in a call are proved: see `schedule.run_time_proof`
     head_group: HeadGroup | None = None  # of a dilated site, the group that this site is for
     group_index: int = 0  # the index of this group
 

@@ -9,6 +9,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringpass.errors import ParseError
 from ringpass.layouts import layout
 from ringpass.layouts.layout import NAMES, Layout, assigned
 from ringpass.layouts.ranges import Ranges, size, tokens
@@ -102,7 +103,7 @@ def test_only_replicated_axes_are_replicated() -> None:
     assert [Layout(name, 3).replicated for name in NAMES] == [False, False, False, True]
     assert [Layout(name, 3).chunks for name in NAMES] == [3, 6, 24, 1]
     assert Layout("zigzag", 3).owned(1) == (1, 4)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ParseError, match="not the name of a layout: 'spiral'"):
         Layout("spiral", 2)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -10,8 +11,9 @@ import pytest
 
 from ringpass.errors import ScheduleError
 from ringpass.layouts.pooling import Parcel, Pooling, heads_text
-from ringpass.schedule.head_shares import allowed_degrees, head_shares
+from ringpass.schedule.head_shares import HeadShare, allowed_degrees, head_shares
 from ringpass.schedule.pooling_proof import check_pooling, prove_pooling
+from ringpass.schedule.site_proof import check_shares
 
 Sides = list[list[list[Parcel]]]
 
@@ -31,27 +33,30 @@ def test_what_is_planned_is_right(heads: tuple[int, int], world: int) -> None:
                 prove_pooling(heads_text(read), tokens, layout, world)
 
 
-def dropped(sides: Sides, random: Random) -> None:
+def dropped(sides: Sides, random: Random) -> set[int]:
     """On both sides, so that they still match."""
     rank = random.randrange(len(sides[1]))
     parcel = sides[1][rank].pop(random.randrange(len(sides[1][rank])))
     sides[0][parcel.src].remove(parcel)
+    return {parcel.src, parcel.dst}
 
 
-def dropped_by_the_sender(sides: Sides, random: Random) -> None:
+def dropped_by_the_sender(sides: Sides, random: Random) -> set[int]:
     rank = random.randrange(len(sides[0]))
-    sides[0][rank].pop(random.randrange(len(sides[0][rank])))
+    parcel = sides[0][rank].pop(random.randrange(len(sides[0][rank])))
+    return {parcel.src, parcel.dst}
 
 
-def doubled(sides: Sides, random: Random) -> None:
+def doubled(sides: Sides, random: Random) -> set[int]:
     rank = random.randrange(len(sides[1]))
     parcel = random.choice(sides[1][rank])
     sides[1][rank].append(parcel)
     sides[0][parcel.src].append(parcel)
+    return {parcel.src, parcel.dst}
 
 
-def changed(change: Callable[[Parcel, int], Parcel]) -> Callable[[Sides, Random], None]:
-    def apply(sides: Sides, random: Random) -> None:
+def changed(change: Callable[[Parcel, int], Parcel]) -> Callable[[Sides, Random], set[int]]:
+    def apply(sides: Sides, random: Random) -> set[int]:
         rank = random.randrange(len(sides[1]))
         i = random.randrange(len(sides[1][rank]))
         old = sides[1][rank][i]
@@ -59,6 +64,7 @@ def changed(change: Callable[[Parcel, int], Parcel]) -> Callable[[Sides, Random]
         sides[1][rank][i] = new
         sides[0][old.src].remove(old)
         sides[0][new.src].append(new)
+        return {old.src, old.dst, new.src, new.dst}
 
     return apply
 
@@ -80,8 +86,71 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_wrong_is_refused(fault: str, world: int, degree: int) -> None:
     ranks = poolings(world, degree, heads=(8, 4))
+    right = executed(ranks, [list(how.leaving) for how in ranks], [list(how.arriving) for how in ranks])
     for seed in range(10):
         sides = [[[*how.leaving] for how in ranks], [[*how.arriving] for how in ranks]]
-        FAULTS[fault](sides, Random(seed))
-        with pytest.raises(ScheduleError):
+        touched = FAULTS[fault](sides, Random(seed))
+        assert executed(ranks, *sides) != right
+        with pytest.raises(ScheduleError, match="head|token") as error:
             check_pooling(ranks, *sides)
+        assert touched & {int(x) for x in re.findall(r"rank (\d+)", str(error.value))}, error.value
+
+
+def executed(ranks: list[Pooling], leaving: list[list[Parcel]], arriving: list[list[Parcel]]) -> list[object]:
+    """What each rank ends up with, of the numbers of heads and tokens: by (head, token), or how it fails."""
+    sent: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
+    for rank, parcels in enumerate(leaving):
+        for p in parcels:
+            held = {t for a, b in ranks[rank].layout.ranges(rank, ranks[rank].tokens) for t in range(a, b)}
+            pairs = [(head, t) if t in held else (-1, -1) for head in p.heads for a, b in p.tokens for t in range(a, b)]
+            sent.setdefault((rank, p.dst), []).append(pairs)
+    out: list[object] = []
+    for rank, parcels in enumerate(arriving):
+        found: list[object] = []
+        for p in parcels:
+            at = [(head, t) for head in p.heads for a, b in p.tokens for t in range(a, b)]
+            box = sent.get((p.src, rank), [])
+            found.append(sorted(zip(at, box.pop(0), strict=True)) if box and len(box[0]) == len(at) else "fails")
+        out.append((sorted(map(str, found)), rank))
+    return [out, sorted(key for key, box in sent.items() if box)]
+
+
+SHARE_FAULTS: dict[str, Callable[[HeadShare], HeadShare]] = {
+    "a head too few": lambda share: replace(share, heads=share.heads[:-1]),
+    "a head too many": lambda share: replace(share, heads=range(share.heads.start, share.heads.stop + 1)),
+    "heads of a neighbour": lambda share: replace(share, heads=range(share.heads.start + 1, share.heads.stop + 1)),
+    "other K/V heads": lambda share: replace(share, key_heads=tuple(head + 1 for head in share.key_heads)),
+    "a K/V head too few": lambda share: replace(share, key_heads=share.key_heads[1:]),
+    "K/V heads in another order": lambda share: replace(share, key_heads=share.key_heads[::-1]),
+    "of another member": lambda share: replace(share, member=share.member + 1),
+}
+
+
+@pytest.mark.parametrize("fault", SHARE_FAULTS)
+def test_wrong_shares_are_refused(fault: str) -> None:
+    """What each query head reads is found by itself: every head once, from the K/V head of its group."""
+    caught = 0
+    for heads, degree in (((8, 8), 2), ((8, 4), 2), ((8, 2), 4), ((7, 7), 3), ((6, 3), 2), ((12, 4), 3)):
+        right = head_shares(*heads, degree)
+        for member in range(degree):
+            shares = [SHARE_FAULTS[fault](share) if share.member == member else share for share in right]
+            if reading(shares, heads) == reading(right, heads):
+                continue
+            with pytest.raises(ScheduleError, match="head|members") as error:
+                check_shares(shares, heads)
+            named = {int(x) for x in re.findall(r"rank (\d+)", str(error.value))}
+            assert named & {member, member + 1} or "members" in str(error.value), error.value
+            caught += 1
+    assert caught >= 6
+
+
+def reading(shares: Sequence[HeadShare], heads: tuple[int, int]) -> list[object]:
+    """(member, query head, the K/V head that it reads) as grouped attention has it."""
+    out: list[object] = []
+    for share in shares:
+        n, m = len(share.heads), len(share.key_heads)
+        out += [
+            (share.member, h, share.key_heads[i * m // n] if m and n % m == 0 else None)
+            for i, h in enumerate(share.heads)
+        ]
+    return out

@@ -23,6 +23,9 @@ What it is compared on:
   models; what an entry is; their modules that no library has
 - `pattern_models`: patterns as boolean tensors, and a model that takes one
 - `dilation_cases`: random dilated attentions
+- `random_plans`: random attentions as a plan would have them
+- `schedule_faults`: faults put into the programs of all ranks
+- `executed`: the programs of all ranks, executed on integers, to tell what a fault changes
 - `mask_expressions`: Hypothesis strategies for mask expressions
 - `whole_steps`: masked steps as whole calls on a CPU
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ringpass.schedule.order import GRADIENTS, KEYS, Ends, Event
+from ringpass.schedule.order import GRADIENTS, KEYS, START, WAIT, Ends, Event
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Stream:
         while self.at < len(self.program):
             event = self.program[self.at]
             exchange = event.what, event.shift
-            if event.action == "start":
+            if event.action == START:
                 self.queue.append(exchange)
-            elif exchange not in self.done:
+            elif event.action == WAIT and exchange not in self.done:
                 break
             self.at += 1
         return self.at > before
@@ -59,13 +59,13 @@ def keys_first(shifts: Sequence[int], backward: bool) -> Iterator[Event]:
     pending: int | None = None
     for shift, following in zip([0, *shifts], [*shifts, None], strict=True):
         if shift:
-            yield Event("wait", KEYS, shift)
+            yield Event(WAIT, KEYS, shift)
         if following is not None:
-            yield Event("start", KEYS, following)
+            yield Event(START, KEYS, following)
         if backward and shift:
-            yield Event("start", GRADIENTS, shift)
+            yield Event(START, GRADIENTS, shift)
             if pending is not None:
-                yield Event("wait", GRADIENTS, pending)
+                yield Event(WAIT, GRADIENTS, pending)
             pending = shift
     if pending is not None:
-        yield Event("wait", GRADIENTS, pending)
+        yield Event(WAIT, GRADIENTS, pending)

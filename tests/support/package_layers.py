@@ -8,6 +8,7 @@ from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("devices", "errors", "nodes", "precision", "torch_features"),
+    ("files",),
     ("masks", "kernels", "passes.failures"),
     ("layouts", "patterns"),
     ("schedule", "comm"),
