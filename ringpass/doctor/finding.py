@@ -10,6 +10,9 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
+
+R = TypeVar("R")
 
 
 class Status(StrEnum):
@@ -30,35 +33,46 @@ class Finding:
     remedy: str = ""
 
 
+def within(seconds: float, call: Callable[[], R]) -> R:
+    """What `call` returns, or raises.  Raises TimeoutError if it has done neither after `seconds`: it is left behind.
+
+    >>> within(5, lambda: 3)
+    3
+    """
+    done: list[R] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            done.append(call())
+        except BaseException as error:  # raised below, where it is waited for
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return done[0]
+
+
 def bounded(name: str, check: Callable[[], Iterable[Finding]], seconds: float) -> list[Finding]:
     """What `check` finds; a problem instead, if it raises or has not returned after `seconds`.
 
     >>> bounded("clock", lambda: 1 / 0, 5)[0].found
     'the check itself failed: ZeroDivisionError: division by zero'
     """
-    found: list[Finding] = []
-    failure: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            found.extend(check())
-        except BaseException as error:  # whatever a broken machine brings
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name=f"doctor: {name}", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        text, remedy = (
-            f"no answer within {seconds:g} s",
-            "try again with a longer --timeout; if that hangs too, report it",
-        )
-        return [*found, Finding(name, Status.PROBLEM, text, remedy)]
-    if failure:
-        error = failure[0]
+    try:
+        return within(seconds, lambda: list(check()))
+    except TimeoutError as error:
+        return [
+            Finding(name, Status.PROBLEM, str(error), "try again with a longer --timeout; if it hangs too, report it")
+        ]
+    except BaseException as error:  # whatever a broken machine brings
         text = f"the check itself failed: {type(error).__name__}: {error}"
-        return [*found, Finding(name, Status.PROBLEM, text, "please report it, with this line")]
-    return found
+        return [Finding(name, Status.PROBLEM, text, "please report it, with this line")]
 
 
 def worst(findings: Iterable[Finding]) -> Status:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ringpass.comm import p2p
-from ringpass.doctor.finding import Finding, Status
+from ringpass.doctor.finding import Finding, Status, within
 from ringpass.doctor.network import Job, way_to_rank_0
 from ringpass.errors import PeerError
 from ringpass.local_ranks import Say, process_group, run_on_local_ranks
@@ -25,6 +25,7 @@ from ringpass.local_ranks import Say, process_group, run_on_local_ranks
 c10d: Any = dist  # stores, which torch does not list among its public names
 Store = dist.distributed_c10d.Store
 MESSAGE = 2**18  # float32 elements: 1 MiB
+CONNECT = 3.0  # seconds beyond the limit of a store, which does not keep to it before the other end has answered
 POLL = 0.1  # seconds between looks into the store
 HOW_TO_START = "torchrun --nproc-per-node {} -m ringpass doctor checks the ranks of a job; train with torchrun too"
 
@@ -100,11 +101,12 @@ def meet(job: Job, seconds: float) -> tuple[Meeting | None, list[Finding]]:
     where = f"{job.address}:{job.port}"
     try:
         limit = timedelta(seconds=seconds)
-        tcp = c10d.TCPStore(job.address, job.port, None, job.opens_store, limit, wait_for_workers=False)
+        how = job.address, job.port, None, job.opens_store, limit
+        tcp = within(seconds + CONNECT, lambda: c10d.TCPStore(*how, wait_for_workers=False))
         store = c10d.PrefixStore("ringpass_doctor", tcp)
         store.set(f"here/{job.rank}", "yes")
         present = _those_with(store, "here", range(job.world), seconds)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         first = str(error).splitlines()[0]
         if job.opens_store:
             text, remedy = f"cannot listen at {where}: {first}", "set MASTER_PORT to a free port"
