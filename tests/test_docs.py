@@ -38,7 +38,13 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
 PAGES["benchmarks/README.md"] = ROOT / "benchmarks" / "README.md"
 CONTINUED = {"docs/sharding.md"}  # whose snippets go on from one another
-ELSEWHERE = {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}  # run by tests of their own
+ELSEWHERE = {
+    "README.md",
+    "docs/debugging.md",
+    "docs/lowered_graph.md",
+    "docs/mesh.md",
+    "docs/training.md",
+}  # run by tests of their own
 PACKAGES = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
 MODULES = [m.name for m in PACKAGES if ">>>" in (inspect.getsource(importlib.import_module(m.name)))]
 
