@@ -99,15 +99,16 @@ def _of_job(job: Job, seconds: float) -> tuple[list[Finding], bool]:
         meeting.extend([met] if met else [])
         return found
 
-    findings = _run([("ranks", meet)], seconds, hidden=job.rank != 0)
-    if job.local_rank == 0:
-        findings = [*_run(_local_checks(job, seconds), seconds, hidden=job.rank != 0), *findings]
-    if not meeting:
-        return findings, True
-    (met,) = meeting
+    hidden = job.rank != 0
+    patience = 3 * seconds  # to reach the store, to open it, to wait for the last rank
+    findings = _run([("ranks", meet)], patience, hidden)
+    met = meeting[0] if meeting else None
     device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= job.local_world else "cpu"
-    if met.everyone:
-        trip = partial(ranks.round_trip, met, device, seconds)
-        findings += _run([("round trip", lambda: [trip()])], seconds, hidden=job.rank != 0)
-    findings += ranks.share(met, findings, 2 * seconds)
-    return findings, job.rank == met.present[0]
+    if met and met.everyone:  # before what takes long on some ranks, while all are here
+        trip = partial(ranks.round_trips, met, device, seconds)
+        findings += _run([("round trip", trip)], patience, hidden)
+    if job.local_rank == 0:
+        findings = [*_run(_local_checks(job, seconds), seconds, hidden), *findings]
+    if met is None:
+        return findings, True
+    return [*findings, *ranks.share(met, findings, 2 * seconds)], job.rank == met.present[0]

@@ -52,7 +52,7 @@ def compiles(seconds: float) -> Iterator[Finding]:
         remedy = "apt-get install g++ (or gcc-c++); or set CXX to the path of a C++ compiler"
         yield Finding("compiler", Status.PROBLEM, f"there is no C++ compiler {compiler!r}: {error.strip()}", remedy)
     else:
-        remedy = "run TORCH_LOGS=+inductor ringpass doctor, or set CXX to another C++ compiler"
+        remedy = "torch.compile a small function with TORCH_LOGS=+inductor to see more; set CXX to another compiler"
         yield Finding(
             "compiler", Status.PROBLEM, f"torch.compile fails with {_path_of(compiler)}: {error.strip()}", remedy
         )

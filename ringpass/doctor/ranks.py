@@ -136,7 +136,7 @@ def _those_with(store: Store, key: str, ranks: Sequence[int], seconds: float) ->
         time.sleep(POLL)
 
 
-def round_trip(meeting: Meeting, device: str, seconds: float) -> Finding:
+def round_trips(meeting: Meeting, device: str, seconds: float) -> Iterator[Finding]:
     """A message around the ranks of a job, which all came."""
     job, backend = meeting.job, "nccl" if device == "cuda" else "gloo"
     how = {"store": c10d.PrefixStore(backend, meeting.store), "rank": job.rank, "world_size": job.world}
@@ -148,9 +148,10 @@ def round_trip(meeting: Meeting, device: str, seconds: float) -> Finding:
         first = str(error).splitlines()[0]
         remedy = "open all ports between the hosts: ranks connect to each other directly; set GLOO_SOCKET_IFNAME or "
         remedy += "NCCL_SOCKET_IFNAME to the interface that reaches them"
-        return Finding("round trip", Status.PROBLEM, f"{backend}, {job.world} ranks: {first}", remedy)
+        yield Finding("round trip", Status.PROBLEM, f"{backend}, {job.world} ranks: {first}", remedy)
+        return
     text = f"{backend}, {job.world} ranks: 1 MiB to the next rank and back in {1e3 * took:.1f} ms"
-    return Finding("round trip", Status.OK, text)
+    yield Finding("round trip", Status.OK, text)
 
 
 def share(meeting: Meeting, findings: Sequence[Finding], seconds: float) -> list[Finding]:
