@@ -4,10 +4,12 @@
     captured = stages.run(capture, gm, example_inputs)      # its files, and a line of stages.txt
 
 `stages.txt` has a line for each stage: seconds, nodes, and the calls that the graph gained and lost since the last one.
+Each line is an INFO record of the logger `ringpass.passes.pipeline`; `artifacts` has the texts.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,11 +18,13 @@ from typing import Any, ParamSpec, TypeVar
 from torch.fx import GraphModule
 
 from ringpass.nodes import op_name
-from ringpass.passes.dump import Dump, texts
+from ringpass.passes import artifacts
+from ringpass.passes.dump import Dump, readable, texts
 from ringpass.passes.verify import verify
 
 P = ParamSpec("P")
 R = TypeVar("R")
+log = logging.getLogger(__name__)
 NAMED_CHANGES = 12  # calls gained or lost that a line names
 
 
@@ -34,6 +38,7 @@ class Pipeline:
     def __init__(self, directory: str | None, rank: int) -> None:
         self.dump = Dump(directory, rank)
         self.lines: list[str] = []
+        self.emitted: dict[str, str] = {}
         self.calls: Counter[str] = Counter()
 
     @property
@@ -53,8 +58,10 @@ class Pipeline:
 
     def write(self, stage: str, result: Any) -> None:
         """Writes the files that show the `result` of a stage."""
-        for name, text in texts(stage, result, self.dump.rank) if self.dumps else ():
-            self.dump.write(name, text)
+        for name, text in texts(stage, result, self.dump.rank) if self.dumps or artifacts.wanted() else ():
+            if self.dumps:
+                self.dump.write(name, text)
+            self._emit(name, text)
 
     def lowered(self, name: str, gm: GraphModule) -> None:
         """Checks and dumps the lowered `forward` or `backward` graph, when torch compiles it.
@@ -65,13 +72,21 @@ class Pipeline:
         self._note(name, None, gm)
         if self.dumps:
             self.dump.graph(name, gm)
+        if artifacts.wanted():
+            self._emit(f"{name}.py", readable(gm))
+
+    def _emit(self, name: str, text: str) -> None:
+        """Gives a text to `artifacts`, unless it is the one that a stage gave before under this name."""
+        if self.emitted.get(name) != text:
+            self.emitted[name] = text
+            artifacts.emit(name, text)
 
     def open(self) -> None:
         """From now on texts are written, those of the stages before too."""
         self.dump.open()
 
     def _note(self, name: str, seconds: float | None, result: Any) -> None:
-        if not self.dumps:
+        if not self.dumps and not log.isEnabledFor(logging.INFO):
             return
         gm = getattr(result, "gm", result)
         took = f"{seconds:.3f} s" if seconds is not None else "as torch compiles it"
@@ -80,6 +95,7 @@ class Pipeline:
             calls = Counter(op_name(n) for n in gm.graph.nodes if n.op == "call_function")
             line += f", {len(gm.graph.nodes)} nodes{_changes(self.calls, calls) if self.calls else ''}"
             self.calls = calls
+        log.info("%s", line)
         self.lines.append(line)
         self.dump.write("stages.txt", "\n".join(self.lines))
 

@@ -48,6 +48,7 @@ from ringpass.schedule.tiles import tiling
 from ringpass.torch_features import flash_implementation
 
 log = logging.getLogger("ringpass")
+log_of_plan, log_of_gathers = (logging.getLogger(f"ringpass.passes.{name}") for name in ("plan", "partition"))
 
 AUTOTUNING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise")
 """Options of Inductor under which it chooses kernels by their times."""
@@ -251,14 +252,14 @@ def _warn_of_unread(planned: RingPlan, ring: Ring, config: RingConfig) -> None:
 
 
 def _report(planned: RingPlan, program: Partitioned, ring: Ring) -> None:
-    log.info("%s", planned)
+    log_of_plan.info("%s", planned)
     for text in _dilated(planned):
         _warn_rank0(ring, text)
     for gather in program.gathers if ring.world > 1 else ():
         if gather.reason != "output":
-            _warn_rank0(ring, str(gather))
+            _warn_rank0(ring, str(gather), log_of_gathers)
     for work in program.whole_work if ring.world > 1 else ():
-        _warn_rank0(ring, str(work))
+        _warn_rank0(ring, str(work), log_of_gathers)
 
 
 def _dilated(planned: RingPlan) -> list[str]:
@@ -284,10 +285,10 @@ def _first_few(names: Sequence[str]) -> str:
     )
 
 
-def _warn_rank0(ring: Ring, text: str) -> None:
+def _warn_rank0(ring: Ring, text: str, logger: logging.Logger = log) -> None:
     """Warns once per ring: on rank 0."""
     if ring.rank == 0:
-        log.warning("%s", text)
+        logger.warning("%s", text)
 
 
 def _names(captured: Captured) -> tuple[str, ...]:

@@ -15,26 +15,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from ringpass.comm import p2p
-from ringpass.errors import OptionError, PeerError, RingpassError
+from ringpass.errors import OptionError
 from ringpass.kernels.table import forward
 from ringpass.kernels.tile import TileArgs
+from ringpass.local_ranks import Say, process_group, run_on_local_ranks
+from ringpass.progress import progress
 from ringpass.schedule.machine import Dimension, Machine
 
-Advance = Callable[[str], None]
 EDGES = {"cpu": (64, 128, 256, 512, 1024), "cuda": (64, 128, 256, 512, 1024, 2048, 4096, 8192)}
 TINY = 8  # edge of the tile whose time is that of a call
 HEADS = {"cpu": (8, 64), "cuda": (32, 128)}  # query heads, of which K and V have as many, and their width
@@ -42,7 +36,7 @@ COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
 SMALL, LARGE = 64, {"cpu": 2**23, "cuda": 2**27}  # bytes of messages
 BUDGET = 0.4  # seconds of repeats of one measurement
 MOST, FEWEST = 50, 10  # repeats
-TIMEOUT = timedelta(seconds=60)  # of an exchange
+EXCHANGE = 60.0  # seconds, the limit of one exchange
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if ranks < 1 or (device == "cuda" and ranks > torch.cuda.device_count()):
         most = f" to {torch.cuda.device_count()}, the number of GPUs" if device == "cuda" else " on"
         raise OptionError(f"--ranks must be from 1{most}, got {ranks}")
-    print(_spawned(ranks, device, args.name).to_json())
+    with progress(_steps(ranks, ranks, device)) as advance:
+        found = run_on_local_ranks(_rank, ranks, device, (device, ranks, args.name), exchange=EXCHANGE, advance=advance)
+    print(found[0])
     return 0
 
 
@@ -76,102 +72,21 @@ def _under_torchrun(args: argparse.Namespace, device: str) -> int:
     if args.ranks not in (None, ranks):
         raise OptionError(f"--ranks {args.ranks}: torchrun started {ranks} ranks: leave it out")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    with _group(device, int(os.environ.get("LOCAL_RANK", 0))), _progress(ranks, local, device) as advance:
+    hidden = int(os.environ["RANK"]) != 0
+    with (
+        process_group(device, int(os.environ.get("LOCAL_RANK", 0)), EXCHANGE),
+        progress(_steps(ranks, local, device), hidden) as advance,
+    ):
         found = measured(device, local, advance, args.name)
     if found is not None:
         print(found.to_json())
     return 0
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _group(device: str, local_rank: int, **how: Any) -> Iterator[None]:
-    """The default process group, for as long as the block runs."""
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, **how)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _spawned(ranks: int, device: str, name: str | None) -> Machine:
-    """What `ranks` processes of this host measure.  Raises PeerError if one of them fails."""
-    context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="ringpass_measure_") as folder:
-        ours, theirs = zip(*(context.Pipe(duplex=False) for _ in range(ranks)), strict=True)
-        arguments = [(rank, ranks, device, str(Path(folder) / "store"), name, theirs[rank]) for rank in range(ranks)]
-        processes = [context.Process(target=_spawned_rank, args=of, daemon=True) for of in arguments]
-        for process in processes:
-            process.start()
-        for pipe in theirs:
-            pipe.close()
-        try:
-            with _progress(ranks, ranks, device) as advance:
-                return _read(list(ours), advance)
-        finally:
-            for process in processes:
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
-
-
-def _read(pipes: list[Connection], advance: Advance) -> Machine:
-    """What the processes say until all are done: texts are steps of rank 0."""
-    found = None
-    while pipes:
-        for pipe in wait(pipes):
-            assert isinstance(pipe, Connection)
-            try:
-                said = pipe.recv()
-            except EOFError:
-                pipes.remove(pipe)
-                continue
-            if isinstance(said, Exception):
-                raise PeerError(f"a process that measures failed: {type(said).__name__}: {said}")
-            if isinstance(said, str):
-                advance(said)
-            else:
-                found = said
-    if found is None:
-        raise PeerError("the processes that measure ended without a result: look at their output above")
-    return Machine.from_json(found[0])
-
-
-def _spawned_rank(rank: int, ranks: int, device: str, store: str, name: str | None, pipe: Connection) -> None:
-    if device == "cpu":
-        torch.set_num_threads(1)
-    how = {"init_method": f"file://{store}", "rank": rank, "world_size": ranks}
-    try:
-        with _group(device, rank, **how):
-            found = measured(device, ranks, pipe.send if rank == 0 else lambda text: None, name)
-        if found is not None:
-            pipe.send((found.to_json(),))
-    except Exception as error:  # told to the parent, which raises it
-        pipe.send(RuntimeError(str(error)))
-
-
-@contextmanager
-def _progress(ranks: int, local: int, device: str) -> Iterator[Advance]:
-    """A bar on stderr, of rank 0."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        raise RingpassError("this command needs rich: pip install 'ringpass[tools]'") from error
-    columns = TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    hidden = dist.is_initialized() and dist.get_rank() != 0
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
-        task = progress.add_task("start", total=_steps(ranks, local, device))
-
-        def advance(text: str) -> None:
-            progress.update(task, advance=1, description=text)
-
-        yield advance
-        progress.update(task, description="done", completed=progress.tasks[0].total)
+def _rank(say: Say, device: str, ranks: int, name: str | None) -> str | None:
+    """What one of the processes of this host finds, as JSON on rank 0."""
+    found = measured(device, ranks, say, name)
+    return found.to_json() if found is not None else None
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
@@ -191,7 +106,7 @@ def _dimensions(ranks: int, local: int) -> list[tuple[int, int]]:
     return [x for x in both if x[0] > 1] or both[:1]
 
 
-def measured(device: str, local: int, advance: Advance, name: str | None = None) -> Machine | None:
+def measured(device: str, local: int, advance: Say, name: str | None = None) -> Machine | None:
     """What the ranks of the default group measure, `local` of them on each host; None on all ranks but rank 0.
 
     Called on all ranks.  Raises OptionError if the ranks are not equally many on each host.

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch._dynamo import config
 
+TESTED_TORCH = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
+"""The releases that docs/torch_versions.md lists as tested, ascending."""
 RECOMPILE_LIMITS = tuple(name for name in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, name))
 """Dynamo's settings of how many kinds of arguments a function may be compiled for."""
 

@@ -40,7 +40,7 @@ PAGES["benchmarks/README.md"] = ROOT / "benchmarks" / "README.md"
 CONTINUED = {"docs/sharding.md"}  # whose snippets go on from one another
 SCRIPTS = {f"docs/guides/{name}.md" for name in ("long_sequences", "trainer", "fsdp", "images", "nodes")}
 # Run by tests of their own; scripts by those of tests/test_guides.py.
-ELSEWHERE = SCRIPTS | {"README.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}
+ELSEWHERE = SCRIPTS | {"README.md", "docs/debugging.md", "docs/lowered_graph.md", "docs/mesh.md", "docs/training.md"}
 PACKAGES = pkgutil.walk_packages(ringpass.__path__, "ringpass.")
 MODULES = [m.name for m in PACKAGES if ">>>" in (inspect.getsource(importlib.import_module(m.name)))]
 

@@ -25,9 +25,12 @@ import importlib.metadata, json, torch
 import ringpass.backend
 from ringpass.passes.lower.codegen import source_files
 
-(entry,) = importlib.metadata.distribution("ringpass").entry_points.select(group="torch_dynamo_backends")
+entry_points = importlib.metadata.distribution("ringpass").entry_points
+(entry,) = entry_points.select(group="torch_dynamo_backends")
+(script,) = entry_points.select(group="console_scripts")
 print(json.dumps({
     "sources": [str(path) for path in source_files()],
+    "script": [script.name, script.load().__module__],
     "entry": [entry.name, entry.load() is ringpass.backend.ring_dilated],
     "backends": torch._dynamo.list_backends(),
 }))
@@ -102,5 +105,6 @@ def test_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     """From a folder outside the repository: the imports, the sources in the cache key, the backend's entry point."""
     report = json.loads(python("-c", REPORT, folder=tmp_path, path=wheel))
     assert report["sources"] == sorted(str(wheel.resolve() / name) for name in package_modules())
+    assert report["script"] == ["ringpass", "ringpass.__main__"]
     assert report["entry"] == ["ring_dilated", True]
     assert "ring_dilated" in report["backends"]

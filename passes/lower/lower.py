@@ -37,6 +37,7 @@ from ringpass.ops.accumulate import LABEL
 from ringpass.passes.lower.gradient_sums import start_early
 from ringpass.passes.lower.pooling import start_pooling_early
 from ringpass.passes.op_rules.attention import attentions
+from ringpass.profiling import site_label
 from ringpass.schedule.site import SITES, lookup
 
 ROLLED: dict[Any, Callable[..., Any]] = {
@@ -169,7 +170,15 @@ def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> N
     text = inner.meta.get(LABEL)
     if text:
         new._rename(_readable(text, inner))
+        if "label" in new.kwargs:  # the trace is that of an equal site, which may be another one
+            new.kwargs = {**new.kwargs, "label": f"{site_label(_index(origin))} {text}"}
     return new
+
+
+def _index(node: Node) -> int:
+    """The number of the attention that a ring operator computes."""
+    index: Any = node.kwargs.get("index", 0)
+    return int(index)
 
 
 def _readable(text: str, inner: Node) -> str:

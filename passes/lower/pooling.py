@@ -47,7 +47,10 @@ def _split(graph: Graph, node: Node, back: bool) -> None:
     order = {n: i for i, n in enumerate(nodes)}
     with graph.inserting_before(nodes[ready_after(nodes, order, given)]):
         message = call(graph, pooling.pack_heads, (given, back, *about), f"pack_{name}")
-        buffers = call(graph, pooling.start_all_to_all, ([message], received, sent, group), f"start_{name}")
+        started = [message], received, sent, group
+        buffers = call(
+            graph, pooling.start_all_to_all, started, f"start_{name}", label=f"{node.kwargs['label']} {name}"
+        )
         arriving = call(graph, operator.getitem, (buffers, 0), f"arriving_{name}")
     uses = [user for result in node.users for user in result.users]
     with graph.inserting_before(min(uses, key=order.__getitem__) if uses else node):

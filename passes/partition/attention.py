@@ -20,6 +20,7 @@ from ringpass.passes.op_rules.spec import GraphSize, Rank, Writer
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.precision import accumulator
+from ringpass.profiling import site_label
 from ringpass.schedule.block_selection import TopBlocks, chosen_blocks
 from ringpass.schedule.site import Site, register
 
@@ -100,10 +101,10 @@ def _pooled(
     """What the rank's share of the heads attends with: queries, and keys and values in one message."""
     if plan.degree == 1:
         return qkv
-    q, k, v = qkv
+    (q, k, v), site = qkv, site_label(plan.site.index)
     side = _pooling(writer, plan, lengths, 0), _pooling(writer, plan, lengths, 1)
-    queries = writer.emit(ops.pool_tokens, [q], *side[0], name=f"{plan.site.q.name}_pooled")
-    keys = writer.emit(ops.pool_tokens, [k, v], *side[1], name=f"{plan.site.k.name}_pooled")
+    queries = writer.emit(ops.pool_tokens, [q], *side[0], name=f"{plan.site.q.name}_pooled", label=f"{site} queries")
+    keys = writer.emit(ops.pool_tokens, [k, v], *side[1], name=f"{plan.site.k.name}_pooled", label=f"{site} keys")
     found = (queries, 0), (keys, 0), (keys, 1)
     q, k, v = (writer.emit(operator.getitem, *x) for x in found)
     return q, k, v
@@ -114,7 +115,9 @@ def _returned(writer: AttentionWriter, plan: SitePlan, out: Node, lengths: Seque
     if plan.degree == 1:
         return out
     args = plan.site.heads[0], *_pooling(writer, plan, lengths, 0)
-    return writer.emit(operator.getitem, writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned"), 0)
+    label = f"{site_label(plan.site.index)} results"
+    returned = writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned", label=label)
+    return writer.emit(operator.getitem, returned, 0)
 
 
 def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], side: int) -> tuple[Any, ...]:
@@ -203,7 +206,8 @@ def _ring(
         writer.plan.prove,
     )  # fmt: skip
     seed = writer.seed if site.dropout else None
-    return writer.emit(ops.ring_attention, *qkv, leaves, seed, register(planned), *lengths, rank.group, name=name)
+    args = *qkv, leaves, seed, register(planned), *lengths, rank.group
+    return writer.emit(ops.ring_attention, *args, index=plan.site.index, name=name)
 
 
 def _rank_of(writer: AttentionWriter, plan: SitePlan) -> Rank:

@@ -16,6 +16,7 @@ On CUDA the caller may launch its work between the two, so that the device does 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
 from ringpass.errors import MismatchError, OptionError, PeerError
 
+log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 Sheet = list[tuple[str, str]]
 """What a rank has to say of a call: (name, text) pairs."""
@@ -228,11 +230,13 @@ class Agreement:
                 "call has no others: move the model and its inputs to the GPU, or pass init_process_group(device_id=..)"
             )
         said = self._said(args)
+        log.debug("rank %d comes to call %d: %s", ring.rank, ring.calls, said)
         checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
         try:
             headers = gather_headers(self._header(said, mine, checksums), ring.pg, ring.limit)
         except RuntimeError as error:
             raise self.lost(error) from error
+        log.debug("rank %d: all %d ranks came to call %d", ring.rank, ring.world, ring.calls)
         copied = to_host(torch.cat([headers.view(-1), *checksums]))
         return Comparison(self, said, copied, onto(headers[0, 0].clone(), device))
 
@@ -293,6 +297,10 @@ class Said:
     inputs: list[tuple[str, Tensor]]
     weights: list[tuple[str, Tensor]]
     later: bool = False
+
+    def __str__(self) -> str:
+        """How many values of each kind are compared."""
+        return f"compares {len(self.inputs)} inputs, {len(self.weights)} weights, {len(self.others)} other values"
 
     @property
     def checksums(self) -> int:

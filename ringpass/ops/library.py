@@ -11,6 +11,9 @@ from torch import Tensor
 LIBRARY = torch.library.Library("ringpass", "DEF")
 SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 """Arguments that locate the sequence in a tensor: the fields of `collectives.Shard`."""
+UNLABELLED = "ringpass"
+LABELLED = f"*, str label='{UNLABELLED}'"
+"""The last argument of what profilers show by site and step (`ringpass.profiling`): what the range is called."""
 TAGS = (torch.Tag.pt2_compliant_tag,)
 BODIES: dict[str, Callable[..., Any]] = {}
 """The body of each implemented operator, by name."""

@@ -29,13 +29,14 @@ from ringpass.masks.evaluate import evaluate, value_at
 from ringpass.masks.expr import loads, parse
 from ringpass.masks.intervals import PARTIAL
 from ringpass.masks.rewrite import renumber, tables_as_leaves
-from ringpass.ops.library import define, implement
+from ringpass.ops.library import LABELLED, UNLABELLED, define, implement
 from ringpass.ops.primitives import SPANS, indices
 from ringpass.precision import accumulator
+from ringpass.profiling import profiled
 from ringpass.schedule.site import Site
 from ringpass.schedule.tiles import Tile
 
-STEP = "Tensor[] leaves, Tensor[] lists, str mask, float scale, Tensor[] after"
+STEP = f"Tensor[] leaves, Tensor[] lists, str mask, float scale, Tensor[] after, {LABELLED}"
 define(f"block_lists(Tensor[] leaves, str mask, {SPANS}, Device device) -> Tensor[]")
 define(f"attention_step(Tensor q, Tensor k, Tensor v, {STEP}) -> Tensor[]")
 define(
@@ -114,13 +115,23 @@ def _fake_block_lists(leaves: list[Tensor], mask: str, *about: Any) -> list[Tens
 
 
 def _attention_step(
-    q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], lists: list[Tensor], mask: str, scale: float, _: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    leaves: list[Tensor],
+    lists: list[Tensor],
+    mask: str,
+    scale: float,
+    _: object,
+    *,
+    label: str = UNLABELLED,
 ) -> list[Tensor]:
-    out, lse = flex.flex_step(q, k, v, _step_mask(leaves, lists, mask), scale)
-    return [rows_first(out.to(q.dtype)), lse.contiguous()]
+    with profiled(label):
+        out, lse = flex.flex_step(q, k, v, _step_mask(leaves, lists, mask), scale)
+        return [rows_first(out.to(q.dtype)), lse.contiguous()]
 
 
-def _fake_attention_step(q: Tensor, k: Tensor, v: Tensor, *args: object) -> list[Tensor]:
+def _fake_attention_step(q: Tensor, k: Tensor, v: Tensor, *args: object, **_: object) -> list[Tensor]:
     return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
 
 
@@ -136,12 +147,17 @@ def _attention_step_backward(
     mask: str,
     scale: float,
     _: object,
+    *,
+    label: str = UNLABELLED,
 ) -> list[Tensor]:
-    grads = flex.flex_step_backward(grad, q, k, v, out, lse, _step_mask(leaves, lists, mask), scale)
-    return [rows_first(g) for g in grads]
+    with profiled(label):
+        grads = flex.flex_step_backward(grad, q, k, v, out, lse, _step_mask(leaves, lists, mask), scale)
+        return [rows_first(g) for g in grads]
 
 
-def _fake_attention_step_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: object) -> list[Tensor]:
+def _fake_attention_step_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: object, **_: object
+) -> list[Tensor]:
     return [empty_rows_first(x, x.shape[3]) for x in (q, k, v)]
 
 

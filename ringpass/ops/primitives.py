@@ -13,7 +13,7 @@
 `merge` is arithmetic: the compiler gets its body, to fuse.  `pack` is a call, so that all messages are ranges of one
 buffer.  `after` lists tensors that an op does not read and that must exist before it runs, in whatever order code
 generation prefers: buffers in flight while a tile is computed, so that their exchanges start before it, and the latest
-merges, which bounds what waits to be merged.
+merges, which bounds what waits to be merged.  `label` names what the op does in the trace of a profiler.
 
 Spans are flat lists of token ranges, [start, stop, start, stop, ..], in curve positions if the layout names a
 curve.  The keep mask of dropout depends on the original index of a token, not on its position.
@@ -35,24 +35,25 @@ from ringpass.kernels.tile import TileArgs, merge_by_lse
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import parse
 from ringpass.ops import counter_random
-from ringpass.ops.library import define, implement, storage_key
+from ringpass.ops.library import LABELLED, UNLABELLED, define, implement, storage_key
 from ringpass.precision import accumulator
+from ringpass.profiling import profiled
 
 TILE = "Tensor? mask, Tensor? bias, Tensor? keep, float scale, bool causal, bool mirrored, float dropout, bool learned"
 SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys"
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("pack(Tensor[] tensors, int[] rows) -> Tensor")
 define(
-    "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str group) "
-    "-> Tensor[]"
+    "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str group, "
+    f"{LABELLED}) -> Tensor[]"
 )
-define("start_gather(Tensor[] sent, int world, Tensor[] after, str group) -> Tensor[]")
+define(f"start_gather(Tensor[] sent, int world, Tensor[] after, str group, {LABELLED}) -> Tensor[]")
 define("wait(Tensor(a) received) -> Tensor(a)")
 for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
-    define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after) -> Tensor[]")
+    define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after, {LABELLED}) -> Tensor[]")
     define(
         f"{_kind}_tile_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_about}, "
-        "Tensor[] after) -> Tensor[]"
+        f"Tensor[] after, {LABELLED}) -> Tensor[]"
     )
 define("merge(Tensor out, Tensor lse, Tensor more, Tensor more_lse) -> Tensor[]")
 define(f"mask_tile(Tensor[] leaves, Tensor like, str expr, {SPANS}) -> Tensor")
@@ -113,7 +114,7 @@ def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
 
 implement("pack", _pack, _fake_pack)
 
-_in_flight: dict[int, p2p.PendingExchange] = {}
+_in_flight: dict[int, tuple[p2p.PendingExchange, str]] = {}
 
 
 def _exchange(
@@ -125,32 +126,41 @@ def _exchange(
     tag: int,
     after: list[Tensor],
     group: str,
+    *,
+    label: str = UNLABELLED,
 ) -> list[Tensor]:
     (message,) = sent
-    received = message.new_empty(numel, dtype=dtype)
-    peers = (None if rank == NOBODY else rank for rank in (dst, src))
-    to, of = peers
-    return [started(p2p.start(message, to, received, of, tag, group))]
+    with profiled(label):
+        received = message.new_empty(numel, dtype=dtype)
+        peers = (None if rank == NOBODY else rank for rank in (dst, src))
+        to, of = peers
+        return [started(p2p.start(message, to, received, of, tag, group), label)]
 
 
-def started(pending: p2p.PendingExchange) -> Tensor:
-    """What `wait` will end, by its buffer, which is returned."""
-    _in_flight[storage_key(pending.received)] = pending
+def started(pending: p2p.PendingExchange, label: str) -> Tensor:
+    """What `wait` will end, by its buffer, which is returned; `label` names it in the trace of a profiler."""
+    _in_flight[storage_key(pending.received)] = pending, label
     return pending.received
 
 
-def _start_gather(sent: list[Tensor], world: int, after: list[Tensor], group: str) -> list[Tensor]:
+def _start_gather(
+    sent: list[Tensor], world: int, after: list[Tensor], group: str, *, label: str = UNLABELLED
+) -> list[Tensor]:
     (message,) = sent
-    return [started(collectives.start_gather(message, message.new_empty(world * message.numel()), group))]
+    with profiled(label):
+        pending = collectives.start_gather(message, message.new_empty(world * message.numel()), group)
+        return [started(pending, label)]
 
 
 def _wait(received: Tensor) -> Tensor:
-    _in_flight.pop(storage_key(received)).wait()
+    pending, label = _in_flight.pop(storage_key(received))
+    with profiled(f"wait for {label}"):
+        pending.wait()
     return received
 
 
-implement("exchange", _exchange, lambda sent, numel, dtype, *args: [sent[0].new_empty(numel, dtype=dtype)])
-implement("start_gather", _start_gather, lambda sent, world, *args: [sent[0].new_empty(world * sent[0].numel())])
+implement("exchange", _exchange, lambda sent, numel, dtype, *args, **_: [sent[0].new_empty(numel, dtype=dtype)])
+implement("start_gather", _start_gather, lambda sent, world, *args, **_: [sent[0].new_empty(world * sent[0].numel())])
 implement("wait", _wait, lambda received: received)
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -177,25 +187,27 @@ def _swapped(leaves: Sequence[Tensor], numbers: Sequence[int], changed: Sequence
     return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
-def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> list[Tensor]:
-    out, lse = kernels.forward(q, k, v, _args(q, args))
-    return [rows_first(out.to(q.dtype)), lse.contiguous()]
+def _attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: Any, label: str = UNLABELLED) -> list[Tensor]:
+    with profiled(label):
+        out, lse = kernels.forward(q, k, v, _args(q, args))
+        return [rows_first(out.to(q.dtype)), lse.contiguous()]
 
 
-def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: object) -> list[Tensor]:
+def _fake_attention_tile(q: Tensor, k: Tensor, v: Tensor, *args: object, **_: object) -> list[Tensor]:
     return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
 
 
 def _attention_tile_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any, label: str = UNLABELLED
 ) -> list[Tensor]:
-    dq, dk, dv, *others = kernels.backward(grad, q, k, v, out, lse, _args(q, args))
-    dtype = kernels.gradient_dtype(q, k, v, _args(q, args))
-    return [*(rows_first(g.to(dtype)) for g in (dq, dk, dv)), *(g.contiguous() for g in others if g is not None)]
+    with profiled(label):
+        dq, dk, dv, *others = kernels.backward(grad, q, k, v, out, lse, _args(q, args))
+        dtype = kernels.gradient_dtype(q, k, v, _args(q, args))
+        return [*(rows_first(g.to(dtype)) for g in (dq, dk, dv)), *(g.contiguous() for g in others if g is not None)]
 
 
 def _fake_attention_tile_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any, **_: object
 ) -> list[Tensor]:
     tile = _args(q, args)
     dtype = kernels.gradient_dtype(q, k, v, tile)

@@ -41,6 +41,7 @@ from ringpass.ops.row_ops import BlockIndex, added, merged, taken
 from ringpass.ops.transports.base import Block, Served, Transport, zero_block
 from ringpass.ops.transports.table import make_transport
 from ringpass.precision import accumulator
+from ringpass.profiling import site_label
 from ringpass.schedule.launches import Launch, whole_step
 from ringpass.schedule.messages import rows_of
 from ringpass.schedule.program import Step, divided
@@ -51,10 +52,13 @@ MOST_NAMED = 4  # ranges of keys in the name of a node
 
 
 def forward(
-    site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None
+    site: Site, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], seed: Tensor | None, index: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's."""
-    transport, dtype = make_transport(site, k, v), accumulator(q.dtype)
+    """(out, lse) of the local queries over all keys: (B, H, Lq, Dv) in q's dtype, (B, H, Lq) in the accumulator's.
+
+    `index`: the number of the attention in the graph, for a profiler.
+    """
+    transport, dtype = make_transport(site, k, v, site_label(index)), accumulator(q.dtype)
     queries = [_queries(group_site, q) for group_site in transport.sites]
     states = [row_accumulator(x.shape[2], dtype, partial(_query_spans, transport, i, x)) for i, x in enumerate(queries)]
     for served, in_flight in transport.blocks(backward=False):
@@ -85,9 +89,10 @@ def _attend(
         for launch in _launches(site, step, q):
             name = _name(site, step, launch)
             args = _tile_args(site, step, launch, q, leaves, seed, [*in_flight, *transport.merged])
-            op = masked_steps.attention_step if launch.whole else tile_op
-            with label(f"attention_{name}"):
-                found = op(_rows(q, launch), *(_keys(x, launch) for x in block), *args)
+            op, text = masked_steps.attention_step if launch.whole else tile_op, f"attention_{name}"
+            with label(text):
+                keys = (_keys(x, launch) for x in block)
+                found = op(_rows(q, launch), *keys, *args, label=f"{transport.name} {text}")
                 found = tuple(unstacked(x, launch.count) for x in found)
             transport.note(states[i].fold(launch.q, found, merge, f"merge_{name}"))
 
@@ -102,9 +107,10 @@ def backward(
     lse: Tensor,
     leaves: Sequence[Tensor],
     seed: Tensor | None,
+    index: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dq, dk, dv, gradients of the learned leaves), each in its input's dtype, for the local tokens."""
-    transport = make_transport(site, k, v)
+    transport = make_transport(site, k, v, site_label(index))
     sums = _Gradients(site, transport, [grad, q, out, lse.masked_fill(lse == -torch.inf, torch.inf)], leaves, seed)
     blocks = transport.blocks(backward=True)
     served, in_flight = next(blocks)
@@ -185,10 +191,11 @@ class _Gradients:
             name = _name(group_site, step, launch)
             after = [*in_flight, *self.transport.returning, *self.transport.merged]
             args = _tile_args(group_site, step, launch, query_side[1], self.leaves, self.seed, after)
-            with label(f"attention_backward_{name}"):
+            text = f"attention_backward_{name}"
+            with label(text):
                 rows, keys = [_rows(x, launch) for x in query_side], [_keys(x, launch) for x in blocks]
                 op = masked_steps.attention_step_backward if launch.whole else self.op
-                dq, dk, dv, *others = op(*rows[:2], *keys, *rows[2:], *args)
+                dq, dk, dv, *others = op(*rows[:2], *keys, *rows[2:], *args, label=f"{self.transport.name} {text}")
                 dq = unstacked(dq, launch.count)
             combined = self.dqs[i].fold(launch.q, (dq,), add, f"add_gradients_{name}")
             combined += _fold_keys(dkv, launch, (dk, dv), f"add_gradients_{name}")

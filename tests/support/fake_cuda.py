@@ -120,10 +120,10 @@ class _Bodies(TorchFunctionMode):
         namespace, _, name = schema.name.partition("::") if schema else ("", "", "")
         if namespace != LIBRARY.ns or name not in BODIES:
             return func(*args, **(kwargs or {}))
-        assert not kwargs, "the package calls its operators with positional arguments"
+        named = kwargs or {}
         with self:
-            got = BODIES[name](*args)
-        check_like(name, tree_leaves(got), tree_leaves(op(*args)))
+            got = BODIES[name](*args, **named)
+        check_like(name, tree_leaves(got), tree_leaves(op(*args, **named)))
         self.checked[name] += 1
         return got
 

@@ -7,20 +7,21 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "nodes", "precision", "torch_features"),
+    ("devices", "errors", "nodes", "precision", "profiling", "torch_features"),
     ("files",),
     ("masks", "kernels", "passes.failures"),
-    ("layouts", "patterns"),
+    ("layouts", "patterns", "local_ranks", "progress"),
     ("schedule", "comm"),
     ("ops", "reference"),
     ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
     ("passes.op_rules", "shards"),
     ("config",),
     ("passes.plan",),
-    ("passes.partition", "passes.dump"),
+    ("passes.partition", "passes.dump", "passes.artifacts"),
     ("passes.lower", "passes.verify", "passes.divide"),
     ("passes.pipeline", "compiled"),
-    ("backend", "measure"),
+    ("backend", "measure", "doctor"),
+    ("demo",),
     ("__main__",),
 )
 

@@ -71,7 +71,9 @@ class AllGather(Transport):
             if padding:
                 message = torch.cat([message, message.new_zeros(padding)])
         with label("gather_keys"):
-            received: Tensor = primitives.start_gather([message], self.site.world, self.merged, self.site.group)[0]
+            received: Tensor = primitives.start_gather(
+                [message], self.site.world, self.merged, self.site.group, label=f"{self.name} gather_keys"
+            )[0]
         return received
 
     def _taken(self, message: Tensor, wanted: Ranges) -> tuple[Tensor, ...]:

@@ -36,6 +36,8 @@ class Transport(ABC):
     `local_sums` accumulates dK and dV of the local keys, one accumulator per site of `sites`.
     """
 
+    name = ""  # of the site, as profilers show it
+
     def __init__(self, site: Site, k: Tensor, v: Tensor) -> None:
         self.site, self.k, self.v = site, k, v
         self.returning: list[Tensor] = []  # buffers of gradients in flight
@@ -109,9 +111,11 @@ class Transport(ABC):
         """
         dst, src = peers
         ranks = [primitives.NOBODY if rank is None else rank for rank in (dst, src)]
-        with label(f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"):
+        text = f"receive{'_gradients' if tag % 2 else ''}_step{tag // 2}_{peer_label('from', src)}"
+        elements, earlier = numel if src is not None else 0, [*self.merged, *after]
+        with label(text):
             received: Tensor = primitives.exchange(
-                [sent], numel if src is not None else 0, dtype, *ranks, tag, [*self.merged, *after], self.site.group
+                [sent], elements, dtype, *ranks, tag, earlier, self.site.group, label=f"{self.name} {text}"
             )[0]
         if tag % 2:
             self.returning, self.returning_shift = [received], tag // 2

@@ -33,10 +33,11 @@ TRANSPORTS: Mapping[str, TransportKind] = {
 """The values of the option `comm`."""
 
 
-def make_transport(site: Site, k: Tensor, v: Tensor) -> Transport:
-    """The transport of a site, from the local k (B, G, Lk, D) and v (B, G, Lk, Dv)."""
+def make_transport(site: Site, k: Tensor, v: Tensor, name: str = "") -> Transport:
+    """The transport of a site, from the local k (B, G, Lk, D) and v (B, G, Lk, Dv); `name`: as profilers show it."""
     kind = TRANSPORTS[site.comm]
-    if not site.dilation:
-        return kind.plain(site, k, v)
-    assert kind.dilated is not None, "the options refuse dilation with this transport"
-    return kind.dilated(site, k, v)
+    make = kind.dilated if site.dilation else kind.plain
+    assert make is not None, "the options refuse dilation with this transport"
+    made = make(site, k, v)
+    made.name = name
+    return made
