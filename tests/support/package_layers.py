@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "nodes", "precision", "torch_features"),
+    ("devices", "errors", "logging_calls", "nodes", "precision", "torch_features"),
     ("masks", "kernels", "passes.failures"),
     ("layouts", "patterns"),
     ("schedule", "comm"),
@@ -19,6 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.partition", "passes.dump"),
     ("passes.lower", "passes.verify", "passes.divide"),
     ("passes.pipeline", "compiled"),
+    ("rank_program",),
+    ("explain",),
     ("backend", "measure"),
     ("__main__",),
 )
