@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
-from ringpass.explain.memory import Memory, memory_of
-from ringpass.explain.remedies import remedy_for
-from ringpass.explain.report import (
+from ringpass.explain.data import (
     AxisReport,
     BoundaryReport,
     GatherReport,
@@ -18,6 +16,8 @@ from ringpass.explain.report import (
     MemoryReport,
     ProofReport,
 )
+from ringpass.explain.memory import Memory, memory_of
+from ringpass.explain.remedies import remedy_for
 from ringpass.explain.schedules import schedule_reports
 from ringpass.explain.sites import folded, received_by_phase, site_report
 from ringpass.explain.sources import parsed, source_of

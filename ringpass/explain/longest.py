@@ -14,24 +14,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ringpass.explain.report import Report
-
-if TYPE_CHECKING:
-    from ringpass.explain.making import Request
+from ringpass.explain.data import ReportData
+from ringpass.explain.request import Request
 
 BUDGET = 120.0
 MOST = 4
 FACTORS = (1, 2, 4)
 
 
-def longest(request: Request, report: Report, peak_of: Callable[[Request], int]) -> dict[str, Any] | None:
+def longest(request: Request, report: ReportData, peak_of: Callable[[Request], int]) -> dict[str, Any] | None:
     """The largest length that fits `report`'s device; `tokens` is None where it cannot be told, and `why` says why.
 
     `peak_of`: explains a call, and returns the peak of a rank in bytes.

@@ -6,8 +6,8 @@ import hashlib
 import platform
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch import nn
 
 import ringpass
 from ringpass.config import RingConfig
+from ringpass.explain.data import Event, GraphReport
 from ringpass.explain.facts import graph_report
 from ringpass.explain.fake import run_fake, tensor_bytes
 from ringpass.explain.longest import longest
 from ringpass.explain.memory import FIXED, TRAINED
-from ringpass.explain.report import Event, GraphReport, Report
+from ringpass.explain.report import Report
+from ringpass.explain.request import Request
 from ringpass.explain.sources import shown
 from ringpass.explain.stages import ExplainingBackend, GraphRun
 from ringpass.explain.verdict import Device, device_of_name, verdict_of
@@ -28,21 +30,6 @@ from ringpass.schedule.machine import PRESETS
 
 GROUP = "explained"
 """The name of a process group that does not exist."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `ringpass.explain`."""
-
-    model: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    world: int
-    rank: int
-    options: Mapping[str, Any]
-    machine: Any
-    device: str | int | None
-    train: bool | None
 
 
 def make(request: Request) -> Report:

@@ -9,14 +9,16 @@ What makes a buffer, a model of what Inductor does:
     a pointwise op, a merge     nothing where every reader is fused with it: a pointwise op or reduction for which no
                                 product, attention tile or transfer has to run in between.  Else a buffer, which takes
                                 the place of an operand of its size that nobody reads later
+    an attention tile           a buffer for each result; while it runs, as much again for what its kernel writes, and
+                                K, V and their gradients of each query head where query heads share them
     any other op                a buffer for each result
     an input of the graph       counted apart: parameters, their gradients, the inputs of the call
 
 A buffer lives from the node that makes it to the last one that reads it, through views and fused ops.  What the forward
 saves, and the results that the caller holds, live until the backward has read them, or until its end.
 
-Contract: an estimate.  `benchmarks/memory.py` measures; docs/explain.md has both.  Scratch memory of kernels is not
-counted.
+Contract: an estimate.  `benchmarks/memory.py` measures; docs/explain.md has both.  Scratch memory of other kernels is
+not counted.
 """
 
 from __future__ import annotations
@@ -68,6 +70,11 @@ COMMUNICATION = frozenset({
     *ops.COMMUNICATING, *pooling.BUFFERED, primitives.pack, pooling.pack_heads, gradient_sums.start_sum,
 }) - {ops.shard, ops.ring_attention, ops.ring_attention_backward}  # fmt: skip
 TRAINED, FIXED = "trained", "fixed"
+TILES = {
+    primitives.attention_tile: 0, primitives.scored_tile: 0,
+    primitives.attention_tile_backward: 1, primitives.scored_tile_backward: 1,
+}  # fmt: skip
+"""Attention tiles, and at which argument their queries are."""
 SIZED = 1024  # bytes; smaller buffers are not listed in the program
 
 
@@ -221,13 +228,14 @@ class _Account:
         """A buffer is freed."""
         self.live -= self.size.pop(key, 0)
 
-    def note(self, phase: str, node: str) -> None:
-        """The moment after a node has run, while its operands are still there."""
-        if not self.program or abs(self.live - self.program[-1].live) >= SIZED:
-            self.program.append(Moment(phase, node, self.live))
-        if self.live > self.peak:
-            self.peak = self.live
-            self.at_peak = dict.fromkeys(KINDS, 0)
+    def note(self, phase: str, node: str, scratch: int) -> None:
+        """The moment at which a node runs: its operands, its results, and what its kernel needs are there."""
+        live = self.live + scratch
+        if not self.program or abs(live - self.program[-1].live) >= SIZED:
+            self.program.append(Moment(phase, node, live))
+        if live > self.peak:
+            self.peak = live
+            self.at_peak = {**dict.fromkeys(KINDS, 0), "temporary": scratch}
             for key, size in self.size.items():
                 self.at_peak[self.kind[key]] += size
 
@@ -279,12 +287,24 @@ def _run(phase: _Phase, account: _Account, keep: set[Storage], saved: set[Storag
             kind = "saved" if storage in saved else "communication" if node.target in COMMUNICATION else "temporary"
             account.take(storage, phase.size(storage), kind)
         if made:
-            account.note(phase.name, node.name)
+            account.note(phase.name, node.name, _scratch(node))
         for storage in made:
             if storage not in last and storage not in keep:
                 account.give(storage)
         for storage in ends:
             account.give(storage)
+
+
+def _scratch(node: Node) -> int:
+    """Bytes that the kernel of an attention tile takes beside its results."""
+    if node.target not in TILES:
+        return 0
+    first = TILES[node.target]
+    q, k, v = (tensors_of(x)[0] for x in node.args[first : first + 3] if isinstance(x, Node))
+    results = sum(hint_of(x.numel()) * x.element_size() for x in tensors_of(node))
+    shared = hint_of(q.shape[1]) != hint_of(k.shape[1])
+    repeated = sum(hint_of(x.numel()) * x.element_size() for x in (k, v)) * hint_of(q.shape[1]) // hint_of(k.shape[1])
+    return results + shared * repeated * (2 if first else 1)
 
 
 def _run_backward(

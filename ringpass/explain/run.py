@@ -50,6 +50,7 @@ def explain(
         raise OptionError(f"world_size must be a number of ranks from 1 to {MOST_RANKS}, got {world_size!r}")
     if not 0 <= rank < world_size:
         raise OptionError(f"rank must be from 0 to {world_size - 1}, one of {world_size} ranks, got {rank!r}")
-    from ringpass.explain.making import Request, make
+    from ringpass.explain.making import make
+    from ringpass.explain.request import Request
 
     return make(Request(model, args, kwargs, world_size, rank, dict(options or {}), machine, device, train))

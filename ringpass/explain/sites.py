@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph
 
 from ringpass import ops
-from ringpass.explain.report import SiteReport, WayReport, by_rank
+from ringpass.explain.data import SiteReport, WayReport, by_rank
 from ringpass.explain.sources import source_of
 from ringpass.explain.traffic import SITE_AT, Move
 from ringpass.masks.constants import Array

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch.fx import Node
 
-from ringpass.explain.report import Source
+from ringpass.explain.data import Source
 from ringpass.nodes import source_line
 
 LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<number>\d+), in \S+\s*(?P<text>.*)')

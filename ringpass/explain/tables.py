@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringpass.errors import RingpassError
-from ringpass.explain.report import GraphReport, Report, SiteReport
+from ringpass.explain.data import GraphReport, ReportData, SiteReport
 from ringpass.explain.verdict import size
 
 WIDTH = 118
@@ -34,7 +34,7 @@ class Section:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def sections(report: Report) -> Iterator[Section]:
+def sections(report: ReportData) -> Iterator[Section]:
     """What is shown of a report."""
     yield _verdict(report)
     for graph in report.graphs:
@@ -55,7 +55,7 @@ def sections(report: Report) -> Iterator[Section]:
     yield Section("made by", (made, f"fingerprint {report.fingerprint[:16]}", report.command))
 
 
-def _verdict(report: Report) -> Section:
+def _verdict(report: ReportData) -> Section:
     verdict = report.verdict
     lines = list(verdict.lines)
     lines += [f"change: {verdict.change}"] if verdict.change else []
@@ -146,7 +146,7 @@ def _memory(graph: GraphReport, name: str) -> Section:
     return Section(f"{name}memory of a rank", tuple(lines), ("kind", "bytes", "of the peak"), tuple(rows))
 
 
-def _events(report: Report) -> Iterator[Section]:
+def _events(report: ReportData) -> Iterator[Section]:
     for title, events in (("graph breaks", report.breaks), ("compiled again", report.recompiles)):
         if events:
             rows = [(event.reason, event.source or "", str(event.count)) for event in events]
@@ -160,7 +160,7 @@ def _more(rows: Sequence[Any]) -> list[str]:
 # --- renderers --------------------------------------------------------------------------------------------------------
 
 
-def text(report: Report) -> str:
+def text(report: ReportData) -> str:
     """A report as text; in tables where rich is installed, else line by line."""
     try:
         from rich.console import Console
@@ -171,7 +171,7 @@ def text(report: Report) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def plain(report: Report) -> str:
+def plain(report: ReportData) -> str:
     """A report line by line, without rich."""
     lines: list[str] = []
     for section in sections(report):
@@ -182,7 +182,7 @@ def plain(report: Report) -> str:
     return "\n".join(lines)
 
 
-def renderable(report: Report) -> Any:
+def renderable(report: ReportData) -> Any:
     """A report as what rich prints.  Raises MissingRichError without rich."""
     try:
         from rich.box import SIMPLE_HEAD
@@ -207,7 +207,7 @@ def renderable(report: Report) -> Any:
     return Group(*parts)
 
 
-def html(report: Report) -> str:
+def html(report: ReportData) -> str:
     """A report for a notebook.  Without rich, as preformatted text."""
     try:
         from rich.console import Console

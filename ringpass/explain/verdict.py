@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringpass.errors import OptionError
-from ringpass.explain.report import Event, GraphReport, Verdict
+from ringpass.explain.data import Event, GraphReport, Verdict
 
 GB = 10**9
 DEVICES: Mapping[str, int] = {
