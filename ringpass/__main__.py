@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ringpass import measure
 from ringpass.errors import RingpassError
+from ringpass.explain import command as explain
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ COMMANDS: Mapping[str, Command] = {
     "measure": Command(
         "measure this machine, for the option 'machine'", measure.add_arguments, measure.run, measure.__doc__
     ),
+    "explain": Command("what would be made of a model", explain.add_arguments, explain.run, explain.__doc__),
 }
 
 

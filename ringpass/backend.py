@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
+from ringpass.explain.real import real_run
+from ringpass.explain.report import media_of
+from ringpass.explain.stages import GraphRun
 from ringpass.logging_calls import skip_logging_calls
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
+from ringpass.passes.lower.codegen import Show, compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
-from ringpass.rank_program import NO_ATTENTION, RankProgram, left_whole, make_program, read_graph
+from ringpass.rank_program import NO_ATTENTION, RankProgram, break_of, left_whole, make_program, read_graph
 from ringpass.torch_features import flash_implementation
 
 log = logging.getLogger("ringpass")
@@ -53,16 +56,30 @@ def ring_dilated(
     ring = ring_of(config.ring, config.timeout)
     _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
-    tell = partial(_warn_rank0, ring)
+    if config.explain is not None:
+        media_of(config.explain)
     rank, stages = Rank(ring.rank, ring.world, ring.name), Pipeline(config.dump, ring.rank)
+    reported = real_run(config, rank, options or {})
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        _warn_rank0(ring, text)
+
     read = read_graph(gm, example_inputs, config, stages)
     if why := left_whole(read, rank, config, tell):
+        if reported is not None:
+            reported.add(GraphRun(read, why, None, rank, config, told=told, broken=break_of(gm)), stages.lowered)
         run = compile_unpartitioned(gm, example_inputs, inductor, config.compiler)
         return replicated_call(run) if why == NO_ATTENTION else run
     _refuse_cuda_graphs(inductor, mode)
     made = make_program(read, gm, example_inputs, config, rank, stages, tell)
     log.info("%s", made.plan)
-    run = compile_partitioned(made.program, config, inductor, rank, made.left, stages.lowered, stages.dumps)
+    show: Show = stages.lowered
+    if reported is not None:
+        show = reported.add(GraphRun(read, "", made, rank, config, told=told, broken=break_of(gm)), show)
+    shown = stages.dumps or reported is not None
+    run = compile_partitioned(made.program, config, inductor, rank, made.left, show, shown)
     return compiled_call(run, made.program, Agreement(ring, _facts(made, config), _names(read.captured)), ring, config)
 
 

@@ -90,6 +90,8 @@ class RingConfig:
         symbolic lengths, each attention is one node that runs the same code.  0: always one node.
     timeout: seconds, more than 0, that ranks wait for each other at the checks before a call and when outputs are
         gathered.  Differences in compile time count.
+    explain: path of a file that ends in .json or .txt, to which rank 0 writes a report of the compiled graphs
+        (`ringpass.explain`); each graph writes it anew, with those before.
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"], or a mesh of two dimensions
         with all their ranks as one ring, of which the inner one bounds the degree that `ulysses_degree="auto"` takes;
@@ -119,6 +121,7 @@ class RingConfig:
     tile: int | None = None
     unroll_limit: int = 256
     timeout: float = 300.0
+    explain: str | None = None
     dump: str | None = None
     group: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +145,7 @@ class RingConfig:
         _require("unroll_limit", self.unroll_limit, natural, "an int of at least 0")
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
+        _require("explain", self.explain, self.explain is None or isinstance(self.explain, str), "a file's path")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
         group_of(self.group)
         self._check_machine()
@@ -280,11 +284,11 @@ class RingConfig:
 
     @property
     def asked(self) -> bool:
-        """Whether any option but `group`, `inductor` and `timeout` differs from its default."""
+        """Whether any option but `group`, `explain`, `inductor` and `timeout` differs from its default."""
         return any(
             getattr(self, f.name) != (f.default if f.default_factory is MISSING else f.default_factory())
             for f in fields(self)
-            if f.name not in ("group", "inductor", "timeout")
+            if f.name not in ("group", "explain", "inductor", "timeout")
         )
 
     @property
@@ -307,7 +311,7 @@ class RingConfig:
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
             if f.name
-            not in ("group", "dump", "timeout", "dilate", "ulysses_degree")  # what selectors mean is in the plan
+            not in ("group", "dump", "explain", "timeout", "dilate", "ulysses_degree")  # selectors: see the plan
         )
 
 

@@ -146,20 +146,19 @@ def make_program(
     return RankProgram(read, planned, proofs, program, sharded, left)
 
 
-def break_reason(gm: GraphModule) -> str:
-    """Why Dynamo ended `gm` before the end of the model's function; empty: it did not."""
+def break_of(gm: GraphModule) -> Any:
+    """Why, and where, Dynamo ended `gm` before the end of the model's function: its `reason`; None: it did not."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
-        return ""
-    return str(reason.reason).splitlines()[0]
+    return reason if reason is not None and reason.graph_break else None
 
 
 def _gathers_outputs(gm: GraphModule, config: RingConfig, tell: Tell) -> bool:
     """Whether outputs are gathered in the graph: by the option `outputs`, or since a graph break passes them on."""
-    why = break_reason(gm)
-    if why:
+    broken = break_of(gm)
+    if broken is not None:
+        why = str(broken.reason).splitlines()[0]
         tell(f"graph break ({why}): the outputs of this graph are gathered for the next one")
-    return bool(why) or config.gathered
+    return broken is not None or config.gathered
 
 
 def _refuse_ignored_options(planned: RingPlan, config: RingConfig) -> None:

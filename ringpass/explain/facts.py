@@ -16,7 +16,7 @@ from ringpass.explain.data import (
     MemoryReport,
     ProofReport,
 )
-from ringpass.explain.memory import Memory, memory_of
+from ringpass.explain.memory import KINDS, Memory, memory_of
 from ringpass.explain.remedies import remedy_for
 from ringpass.explain.schedules import schedule_reports
 from ringpass.explain.sites import folded, received_by_phase, site_report
@@ -34,13 +34,15 @@ from ringpass.schedule.tiles import tiling
 
 RANKS = 64  # which tokens each rank holds is left out above
 CURVE = 1 << 16  # so are curves of more tokens
+UNKNOWN = MemoryReport(dict.fromkeys(KINDS, 0), 0, 0, 0, [])
+"""Of a graph that is not lowered yet, or that torch compiles as it would without ringpass."""
 ORDERS = ["gloo", "NCCL"]
 
 
 def graph_report(index: int, run: GraphRun, inputs: Sequence[str]) -> GraphReport:
     """The report of graph number `index`; `inputs`: what each of its inputs is (`memory_of`)."""
     received = {phase: list(moves(gm.graph, run.rank.rank)) for phase, gm in run.lowered.items()}
-    memory = memory_report(memory_of_run(run, inputs))
+    memory = memory_report(memory_of_run(run, inputs)) if "forward" in run.lowered else UNKNOWN
     made = run.made
     if made is None:
         return GraphReport(index, run.whole, [], [], [], [], [], memory, None, None, run.told, [], None)

@@ -9,8 +9,7 @@ What makes a buffer, a model of what Inductor does:
     a pointwise op, a merge     nothing where every reader is fused with it: a pointwise op or reduction for which no
                                 product, attention tile or transfer has to run in between.  Else a buffer, which takes
                                 the place of an operand of its size that nobody reads later
-    an attention tile           a buffer for each result; while it runs, as much again for what its kernel writes, and
-                                K, V and their gradients of each query head where query heads share them
+    a tile of attention, a mask a buffer for each result, and while it runs what its body takes beside (`scratch`)
     any other op                a buffer for each result
     an input of the graph       counted apart: parameters, their gradients, the inputs of the call
 
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ringpass import ops
+from ringpass.explain.scratch import scratch_of
 from ringpass.nodes import hint_of, mutates, tags_of, tensors_of
 from ringpass.ops import gradient_sums, pooling, primitives
 
@@ -70,11 +70,6 @@ COMMUNICATION = frozenset({
     *ops.COMMUNICATING, *pooling.BUFFERED, primitives.pack, pooling.pack_heads, gradient_sums.start_sum,
 }) - {ops.shard, ops.ring_attention, ops.ring_attention_backward}  # fmt: skip
 TRAINED, FIXED = "trained", "fixed"
-TILES = {
-    primitives.attention_tile: 0, primitives.scored_tile: 0,
-    primitives.attention_tile_backward: 1, primitives.scored_tile_backward: 1,
-}  # fmt: skip
-"""Attention tiles, and at which argument their queries are."""
 SIZED = 1024  # bytes; smaller buffers are not listed in the program
 
 
@@ -217,6 +212,7 @@ class _Account:
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     program: list[Moment] = field(default_factory=list)
+    scratch: dict[Any, int] = field(default_factory=dict)  # of calls that are alike
 
     def take(self, key: Any, size: int, kind: str) -> None:
         """A buffer is allocated."""
@@ -287,24 +283,12 @@ def _run(phase: _Phase, account: _Account, keep: set[Storage], saved: set[Storag
             kind = "saved" if storage in saved else "communication" if node.target in COMMUNICATION else "temporary"
             account.take(storage, phase.size(storage), kind)
         if made:
-            account.note(phase.name, node.name, _scratch(node))
+            account.note(phase.name, node.name, scratch_of(node, account.scratch))
         for storage in made:
             if storage not in last and storage not in keep:
                 account.give(storage)
         for storage in ends:
             account.give(storage)
-
-
-def _scratch(node: Node) -> int:
-    """Bytes that the kernel of an attention tile takes beside its results."""
-    if node.target not in TILES:
-        return 0
-    first = TILES[node.target]
-    q, k, v = (tensors_of(x)[0] for x in node.args[first : first + 3] if isinstance(x, Node))
-    results = sum(hint_of(x.numel()) * x.element_size() for x in tensors_of(node))
-    shared = hint_of(q.shape[1]) != hint_of(k.shape[1])
-    repeated = sum(hint_of(x.numel()) * x.element_size() for x in (k, v)) * hint_of(q.shape[1]) // hint_of(k.shape[1])
-    return results + shared * repeated * (2 if first else 1)
 
 
 def _run_backward(

@@ -20,7 +20,7 @@ from ringpass.config import RingConfig
 from ringpass.passes.lower.codegen import show_lowered
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
-from ringpass.rank_program import RankProgram, ReadGraph, left_whole, make_program, read_graph
+from ringpass.rank_program import RankProgram, ReadGraph, break_of, left_whole, make_program, read_graph
 
 WHOLE = 2**31  # attentions that may stay as the model wrote them, where nothing is partitioned
 
@@ -62,14 +62,9 @@ class ExplainingBackend:
         if not whole:
             made = make_program(read, gm, inputs, self.config, self.rank, stages, told.append)
             program, given, left = made.program.gm, made.program.inputs, made.left
-        run = GraphRun(read, whole, made, self.rank, self.config, told=told, broken=_broken(gm))
+        run = GraphRun(read, whole, made, self.rank, self.config, told=told, broken=break_of(gm))
         inductor: dict[str, Any] = dict(self.config.inductor)
         if not torch.cuda.is_available():
             inductor.setdefault("shape_padding", False)  # which would time products on the device
         show_lowered(program, given, self.config, inductor, left, run.lowered.__setitem__)
         self.graphs.append(run)
-
-
-def _broken(gm: GraphModule) -> Any:
-    reason: Any = getattr(gm, "compile_subgraph_reason", None)
-    return reason if reason is not None and reason.graph_break else None

@@ -13,6 +13,7 @@ from tests.support.explained import ATTENTION, step_and_report
 from tests.support.marks import slow
 from tests.support.process_ranks import Workers
 
+NAMES = ("bert", "vit", "modernbert", "qwen3", "mixtral")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"unroll_limit": 0},
@@ -31,7 +32,7 @@ OPTIONS: list[dict[str, Any]] = [
         slow("gpt2", 3, 23, {}),
         slow("llama", 3, 37, {}),
         *(slow("llama", 4, 37, options) for options in OPTIONS),
-        *(slow(name, ranks, 37, {}) for name in ("bert", "vit", "modernbert", "qwen3", "mixtral") for ranks in (2, 3, 5)),
+        *(slow(name, ranks, 37, {}) for name in NAMES for ranks in (2, 3, 5)),
         slow("qwen3_next", 3, 37, {}),
         slow("t5", 5, 37, {"unroll_limit": 0}),
     ],
