@@ -58,8 +58,8 @@ def job(ranks: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from ringpass.backend import skip_logging_calls
     from ringpass.comm.agreement import Agreement
+    from ringpass.logging_calls import skip_logging_calls
     from ringpass.ops import primitives
     from ringpass.passes.lower import codegen
     from ringpass.passes.lower import lower as passes_lower

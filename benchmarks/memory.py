@@ -102,7 +102,7 @@ def job(args: argparse.Namespace, ring: bool) -> Iterator[Any]:
     """On each rank: the peak of the second step, in bytes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from ringpass.backend import skip_logging_calls
+    from ringpass.logging_calls import skip_logging_calls
 
     ranks = dist.get_world_size()
     yield f"P = {ranks}" if ring else "one process"

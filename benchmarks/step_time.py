@@ -105,7 +105,7 @@ def _training(attend: Any, inputs: Sequence[Tensor]) -> Step:
 
 def model_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
     """A training step of a small GPT-2 without dropout: (plain Inductor, the ring)."""
-    from ringpass.backend import skip_logging_calls
+    from ringpass.logging_calls import skip_logging_calls
 
     skip_logging_calls()  # one graph for plain Inductor too
     torch._dynamo.reset()

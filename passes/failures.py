@@ -10,7 +10,7 @@ every op; a warning names it and asks for a report, and `strict` refuses it.  Wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,10 +32,14 @@ class CannotWriteError(Exception):
 
 @dataclass
 class Failures:
-    """The ops on which an analysis failed, in one compilation.  `strict`: the first one raises UnsupportedError."""
+    """The ops on which an analysis failed, in one compilation.
+
+    `strict`: the first one raises UnsupportedError.  `tell`: is given the text of each; None: it is logged.
+    """
 
     strict: bool = False
     nodes: list[Node] = field(default_factory=list)
+    tell: Callable[[str], None] | None = None
 
     @contextmanager
     def of(self, stage: str, node: Node) -> Iterator[None]:
@@ -61,4 +65,8 @@ class Failures:
         if self.strict:
             raise UnsupportedError(f"{text}. strict=True refuses to run the op on all tokens of every rank") from error
         self.nodes.append(node)
-        log.warning("%s. The op runs on all tokens on every rank: same numbers, more memory", text, exc_info=error)
+        text = f"{text}. The op runs on all tokens on every rank: same numbers, more memory"
+        if self.tell is not None:
+            self.tell(text)
+        else:
+            log.warning("%s", text, exc_info=error)

@@ -9,11 +9,13 @@ needs no import of this package.  Besides the backend it has
     Machine, Dimension                 what computing and transfers cost, for the option `machine`
     reference                          dense attention on one device that defines what the options mean
     sharded, local, tokens_of          tensors of which each rank holds its tokens
+    explain                            what the backend would make of a model on P ranks, as a report
     errors                             the errors that the package raises
 """
 
 from ringpass.config import RingConfig
 from ringpass.errors import InputError, MismatchError, OptionError, PeerError, RingpassError, UnsupportedError
+from ringpass.explain.run import explain
 from ringpass.schedule.block_selection import top_blocks
 from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.machine import Dimension, Machine
@@ -21,6 +23,6 @@ from ringpass.shards import local, sharded, tokens_of
 
 __all__ = [
     "Dilation", "Dimension", "InputError", "Machine", "MismatchError", "OptionError", "PeerError", "RingConfig",
-    "RingpassError", "UnsupportedError", "local", "sharded", "tokens_of", "top_blocks",
+    "RingpassError", "UnsupportedError", "explain", "local", "sharded", "tokens_of", "top_blocks",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ import torch
 import ringpass
 from ringpass import demo, doctor, measure
 from ringpass.errors import RingpassError
+from ringpass.explain import command as explain
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ COMMANDS: Mapping[str, Command] = {
     "doctor": Command(
         "find what keeps ringpass from running here, and the remedy", "ringpass doctor",
         doctor.add_arguments, doctor.run, doctor.__doc__,
+    ),
+    "explain": Command(
+        "show what would be made of a model on P ranks", "ringpass explain model.py:make --world-size 8",
+        explain.add_arguments, explain.run, explain.__doc__,
     ),
     "demo": Command(
         "train a small model on 2 ranks and on 1, and compare", "ringpass demo --ranks 2",

@@ -30,8 +30,8 @@ from ringpass.schedule.run_time_proof import ALL, SAMPLE
 from ringpass.shards import OUTPUTS
 
 DUMP_VARIABLE = "RINGPASS_DUMP"
-NOT_ASKED = ("group", "inductor", "timeout", "compare_weights")
-"""The options that mean nothing for one rank, or are Inductor's."""
+NOT_ASKED = ("group", "explain", "inductor", "timeout", "compare_weights")
+"""The options that change nothing of what is computed, or are Inductor's."""
 MACHINES = "a Machine, the path of a JSON file or the name of a preset, or None"
 
 
@@ -98,6 +98,8 @@ class RingConfig:
         gathered.  Differences in compile time count.
     compare_weights: ranks compare all weights in a graph's first call, and from then on each weight in one of this many
         calls, by turns, so that weights that drift apart are found within so many; 0: in the first call alone.
+    explain: path of a file that ends in .json or .txt, to which rank 0 writes a report of the compiled graphs
+        (`ringpass.explain`); each graph writes it anew, with those before.
     dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
     group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"], or a mesh of two dimensions
         with all their ranks as one ring, of which the inner one bounds the degree that `ulysses_degree="auto"` takes;
@@ -129,6 +131,7 @@ class RingConfig:
     unroll_limit: int = 256
     timeout: float = 300.0
     compare_weights: int = 100
+    explain: str | None = None
     dump: str | None = None
     group: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -154,6 +157,7 @@ class RingConfig:
             _require(name, getattr(self, name), natural, "an int of at least 0")
         number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
+        _require("explain", self.explain, self.explain is None or isinstance(self.explain, str), "a file's path")
         _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
         group_of(self.group)
         self._check_machine()
@@ -319,7 +323,7 @@ class RingConfig:
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
             if f.name
-            not in ("group", "dump", "timeout", "dilate", "ulysses_degree")  # what selectors mean is in the plan
+            not in ("group", "dump", "explain", "timeout", "dilate", "ulysses_degree")  # selectors: see the plan
         )
 
 

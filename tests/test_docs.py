@@ -101,8 +101,19 @@ def test_pictures(picture: Path) -> None:
     assert any(f"{picture.name})" in path.read_text() for path in PAGES.values())
 
 
+def test_readme_explains() -> None:
+    """The snippet on explain, on a smaller model that two ranks share."""
+    _, snippet = snippets("README.md")
+    small = snippet.replace(
+        "GPT2Config(n_positions=65536)", "GPT2Config(n_positions=256, n_layer=1, n_embd=64, n_head=2)"
+    )
+    names: dict[str, Any] = {}
+    exec(small.replace("65536", "256").replace("world_size=8", "world_size=2").replace("print(", "report = ("), names)
+    assert names["report"].verdict.fits
+
+
 def test_readme_script(tmp_path: Path) -> None:
-    (script,) = snippets("README.md")
+    script, *_ = snippets("README.md")
     assert len([line for line in script.splitlines() if line and not line.startswith("#")]) <= 10
     small = script.replace("GPT2Config()", "GPT2Config(n_layer=1, n_embd=64, n_head=2, bos_token_id=0, eos_token_id=0)")
     path = tmp_path / "train.py"

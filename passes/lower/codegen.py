@@ -71,6 +71,34 @@ def compile_partitioned(
         return _inductor(gm, inputs, patches)
 
 
+def show_lowered(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    config: RingConfig,
+    inductor: dict[str, Any],
+    left: int,
+    show: Show,
+) -> None:
+    """Shows the lowered forward and backward of a program, made as for a run, without generating code or running it.
+
+    `left`: how many attentions stay as the model wrote them.  The partitioner of the compiler decides what is saved.
+    """
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
+        if config.compiler == "aot_eager":
+            aot_eager(gm, inputs, config.unroll_limit, left, show)
+            return
+
+        def inner(graph: GraphModule, _: Any, **about: Any) -> Compiled:
+            lower_module(graph, config.unroll_limit, left)
+            show("backward" if about.get("is_backward") else "forward", graph)
+            unused: Compiled = make_boxed_func(graph.forward)
+            return unused
+
+        from torch._inductor.compile_fx import compile_fx
+
+        compile_fx(gm, list(inputs), inner_compile=inner, config_patches=inductor or None)  # type: ignore[arg-type]
+
+
 def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 

@@ -46,6 +46,8 @@ ROLLED: dict[Any, Callable[..., Any]] = {
 }
 ARITHMETIC = {primitives.merge: primitives.merge_body}
 """`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
+OF_SITE = "ringpass_site"
+"""In `meta` of what an attention was unrolled to: the key of its site."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
@@ -167,6 +169,8 @@ def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> N
     assert inner.op == "call_function", f"{inner.format_node()} is no call: the ring's body must not capture tensors"
     new = graph.node_copy(inner, copies.__getitem__)
     new.meta = {**inner.meta, **{k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}}
+    if origin.target in ROLLED:
+        new.meta[OF_SITE] = _key(origin)[0]
     text = inner.meta.get(LABEL)
     if text:
         new._rename(_readable(text, inner))

@@ -37,12 +37,13 @@ class ShardedInput:
 
 @dataclass(frozen=True)
 class Gather:
-    """A value that had to be gathered: which, why, its bytes at full length, and the model's line that reads it."""
+    """A value that had to be gathered: which, why, its bytes at full length; the line, and the op, that read it."""
 
     value: str
     reason: str
     bytes: int
     where: str
+    op: str = ""
 
     def __str__(self) -> str:
         return f"gather {self.value} ({self.bytes} bytes): {self.reason}{f', {self.where}' if self.where else ''}"

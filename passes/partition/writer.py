@@ -309,7 +309,8 @@ class Writer(Emitter):
 
     def report(self, node: Node, reason: str) -> None:
         """Notes that `node` is gathered on every rank.  Raises UnsupportedError under `strict`, except for outputs."""
-        gather = Gather(node.name, reason, bytes_of(node), source_line(self.origin))
+        op = op_name(self.origin) if self.origin is not None and self.origin.op == "call_function" else ""
+        gather = Gather(node.name, reason, bytes_of(node), source_line(self.origin), op)
         if self.strict and reason != "output":
             raise UnsupportedError(
                 f"strict=True refuses to {gather}. The op reads tokens of all ranks: rewrite that line token by "

@@ -29,13 +29,13 @@ from ringpass.passes.plan.axes import aligned_axes, held_axes, tokens_of
 from ringpass.passes.plan.curve_order import find_order, in_curve_order, of_length
 from ringpass.passes.plan.dilated_sites import dilations
 from ringpass.passes.plan.units import slices_of_units, unit_factors
-from ringpass.passes.plan.ways import Chosen, Sharded, choose_ways, load_of
+from ringpass.passes.plan.ways import Chosen, Sharded, Weighed, choose_ways, load_of
 from ringpass.passes.propagate.axis import Axis
 from ringpass.passes.propagate.factors import Factor, Sweep
 from ringpass.precision import accumulator
 from ringpass.schedule.attention_time import ALLGATHER, RING, Way, all_to_all_bytes
 from ringpass.schedule.block_selection import TopBlocks
-from ringpass.schedule.cost import PRICES, refine
+from ringpass.schedule.cost import PRICES, SiteChoice, refine
 from ringpass.schedule.dilation import Dilation, GroupProblem, group_problems
 from ringpass.schedule.head_shares import HeadShare, head_shares
 from ringpass.schedule.messages import received
@@ -69,7 +69,14 @@ class SitePlan:
     degree: int = 1  # the Ulysses degree
     comm: str = RING  # how K and V of other ranks come: "ring" or "allgather"
     moves_queries: bool = False  # whether all ranks get the queries of the axis, which move less than keys would
-    weighed: tuple[str, ...] = ()  # how it might have run, with the estimated times, the chosen way first
+    choice: SiteChoice | None = None  # how it might have run, with the estimated times; None: nothing was weighed
+    refused: tuple[str, ...] = ()  # ways that were not weighed, and why
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """How it might have run, for the plan's text: the chosen way first."""
+        world = self.problem.world if self.problem else 1
+        return (*(self.choice.describe(world) if self.choice else ()), *self.refused)
 
     @property
     def sharded(self) -> bool:
@@ -168,7 +175,7 @@ class RingPlan:
     sites: tuple[SitePlan, ...]
     approximate: TopBlocks | None = None
     along_curve: bool = False  # whether the blocks of `approximate` are intervals of curve positions
-    weighed: tuple[str, ...] = ()  # the machine, and the layouts weighed against each other, the chosen one first
+    weighed: Weighed = Weighed()  # the machine, and the layouts weighed against each other, the chosen one first
     remarks: tuple[str, ...] = ()
     prove: str = "sample"  # which schedules that are made in calls are proved
 
@@ -191,7 +198,7 @@ class RingPlan:
             moved = "with all queries " if site.moves_queries else ""
             alone = f"; split: each rank attends {moved}to its own keys, results are merged" if site.split else alone
             lines += [f"{site.site}", f"  {where}{alone}{pruned}", *site.about_ranks(), *site.about_dilation()]
-        return "\n".join([*lines, *self.weighed, *(f"remark: {r}" for r in self.remarks)])
+        return "\n".join([*lines, *self.weighed.lines, *(f"remark: {r}" for r in self.remarks)])
 
 
 def _problems(
@@ -256,7 +263,8 @@ def plan(
         problem = _site_problem(ordered, *about)
         planned_site = SitePlan(
             site, query, key, problem, ordered, pruning, dilation, learned, unread[site.index],
-            moves_queries=moves, weighed=chosen.notes.get(site.index, ()), **vars(chosen.ways.get(site.index, Way())),
+            moves_queries=moves, choice=chosen.choices.get(site.index), refused=chosen.refused.get(site.index, ()),
+            **vars(chosen.choices[site.index].way if site.index in chosen.choices else Way()),
         )  # fmt: skip
         if site.keyless and ordered.keyless and problem:
             uniform = _is_uniform(ordered.keyless, dilation, config)

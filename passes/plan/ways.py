@@ -26,7 +26,7 @@ from ringpass.passes.detect.site import AttentionSite
 from ringpass.passes.plan.degrees import degrees
 from ringpass.passes.propagate.axis import Axis
 from ringpass.schedule.attention_time import ALLGATHER, Group, Load, Way
-from ringpass.schedule.cost import SiteChoice, choose
+from ringpass.schedule.cost import Estimate, SiteChoice, choose
 from ringpass.schedule.dilation import AUTO, Dilation, group_problems
 from ringpass.schedule.machine import UNDESCRIBED, Machine, preset_of_device
 from ringpass.schedule.tiles import Problem
@@ -54,13 +54,31 @@ class Sharded:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What layouts and machine were weighed: the chosen layout first.
+
+    `machine`: UNDESCRIBED if nobody described one; `note`: what "auto" then means.
+    """
+
+    layouts: tuple[Estimate, ...] = ()
+    machine: Machine = UNDESCRIBED
+    note: str = ""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """For the plan's text."""
+        about = [f"machine {self.machine}"] if self.machine is not UNDESCRIBED else [self.note] * bool(self.note)
+        return (*about, *(f"layout {estimate}" for estimate in self.layouts))
+
+
+@dataclass(frozen=True)
 class Chosen:
-    """The layout's name, how each attention runs by its index, and what was weighed, for the plan's text."""
+    """The layout's name, how each attention runs by its index, why it could not be gathered, and what was weighed."""
 
     layout: str
-    ways: dict[int, Way] = field(default_factory=dict)
-    notes: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    weighed: tuple[str, ...] = ()
+    choices: dict[int, SiteChoice] = field(default_factory=dict)
+    refused: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    weighed: Weighed = Weighed()
 
 
 def choose_ways(
@@ -84,15 +102,14 @@ def choose_ways(
         gathers = machine is not UNDESCRIBED and not refused
         ways.append((Way(),) if split else _ways(allowed[x.site.index], world, config, gathers))
         why.append([f"not weighed: all-gather, as {text}" for text in refused] if config.comm == AUTO else [])
-    about = _about_machine(machine, config)
+    note = _about_auto(config) if machine is UNDESCRIBED else ""
     if config.layout != AUTO and machine is UNDESCRIBED:
         first = [SiteChoice(of[0]) for of in ways]
-        return _chosen(fallback, sharded, first, why, about, world)
+        return _chosen(fallback, sharded, first, why, Weighed((), machine, note))
     fixed, layouts = all(x.fixed for x in sharded), () if config.layout == AUTO else (config.layout,)
     tried = choose(loads, world, fixed, machine, ways, layouts)
     tried = [t for t in tried if all(axis.reaches_all(t.layout) for axis in axes)] or tried
-    lines = [f"layout {t}" for t in tried]
-    return _chosen(tried[0].layout, sharded, tried[0].choices, why, [*about, *lines], world)
+    return _chosen(tried[0].layout, sharded, tried[0].choices, why, Weighed(tuple(tried), machine, note))
 
 
 def _chosen(
@@ -100,13 +117,11 @@ def _chosen(
     sharded: Sequence[Sharded],
     choices: Sequence[SiteChoice],
     why: Sequence[Sequence[str]],
-    weighed: Sequence[str],
-    world: int,
+    weighed: Weighed,
 ) -> Chosen:
     indices = [x.site.index for x in sharded]
-    notes = [(*choice.describe(world), *refused) for choice, refused in zip(choices, why, strict=True)]
-    ways = dict(zip(indices, (choice.way for choice in choices), strict=True))
-    return Chosen(layout, ways, dict(zip(indices, notes, strict=True)), tuple(weighed))
+    refused = {index: tuple(lines) for index, lines in zip(indices, why, strict=True)}
+    return Chosen(layout, dict(zip(indices, choices, strict=True)), refused, weighed)
 
 
 def described(sites: Sequence[AttentionSite], config: RingConfig) -> Machine:
@@ -120,16 +135,15 @@ def described(sites: Sequence[AttentionSite], config: RingConfig) -> Machine:
     return UNDESCRIBED if found is None else config.on_nodes(found)
 
 
-def _about_machine(machine: Machine, config: RingConfig) -> list[str]:
-    if machine is not UNDESCRIBED:
-        return [f"machine {machine}"]
+def _about_auto(config: RingConfig) -> str:
+    """What "auto" means without a machine; nothing if no option is "auto"."""
     open_ = [
         name for name, value in (("ulysses_degree", config.ulysses_degree), ("comm", config.comm)) if value == AUTO
     ]
     if not open_:
-        return []
+        return ""
     means = {"ulysses_degree": "ulysses degree 1", "comm": "a ring"}
-    return [f"no machine is described (option 'machine'), so 'auto' is {' and '.join(means[x] for x in open_)}"]
+    return f"no machine is described (option 'machine'), so 'auto' is {' and '.join(means[x] for x in open_)}"
 
 
 def _ways(degrees: Sequence[int], world: int, config: RingConfig, gathers: bool) -> tuple[Way, ...]:

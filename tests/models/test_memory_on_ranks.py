@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.memory import peak_bytes
-from ringpass.backend import skip_logging_calls
+from ringpass.logging_calls import skip_logging_calls
 from tests.support.process_ranks import Workers
 
 LENGTH = 2048

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from ringpass import RingConfig, backend, ops
+from ringpass import RingConfig, ops, rank_program
 from ringpass.layouts.layout import Layout
 from ringpass.masks.expr import parse
 from ringpass.ops import primitives
@@ -121,7 +121,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
 
 def test_every_stage_of_the_backend_has_a_contract() -> None:
     """The schedules' proof, which returns nothing that a later stage reads, is the exception."""
-    source = inspect.getsource(backend.ring_dilated) + inspect.getsource(divide.divide)
+    source = inspect.getsource(rank_program) + inspect.getsource(divide.divide)
     assert {*re.findall(r"\brun\((\w+),", source)} == {*CHECKS} - {"lower"} | {"prove_all"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "nodes", "precision", "profiling", "torch_features"),
+    ("devices", "errors", "logging_calls", "nodes", "precision", "profiling", "torch_features"),
     ("files",),
     ("masks", "kernels", "passes.failures"),
     ("layouts", "patterns", "local_ranks", "progress"),
@@ -20,6 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes.partition", "passes.dump", "passes.artifacts"),
     ("passes.lower", "passes.verify", "passes.divide"),
     ("passes.pipeline", "compiled"),
+    ("rank_program",),
+    ("explain",),
     ("backend", "measure", "doctor"),
     ("demo",),
     ("__main__",),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ringpass import backend
+from ringpass import rank_program
 from ringpass.nodes import bound_of
 from ringpass.passes.partition.partitioned import Gather, Partitioned
 from tests.support.model_parity import after_backward, compiled, relative
@@ -77,8 +77,8 @@ def zoo_parity(
         report.add(captured, plan, local)
         return local
 
-    original = backend.partition  # type: ignore[attr-defined]
-    with wide() if entry.dtype == torch.float64 else nullcontext(), patch.object(backend, "partition", partition):
+    original = rank_program.partition  # type: ignore[attr-defined]
+    with wide() if entry.dtype == torch.float64 else nullcontext(), patch.object(rank_program, "partition", partition):
         run = compiled(model, group, **options)
         want, got = (step(model, how, batch) for how in (model, run))
         if memory:

@@ -92,6 +92,11 @@ class AllGather(Transport):
         each_range = [parts[start] for start in sorted(parts)]
         return tuple(torch.cat(found, 2) if len(found) > 1 else found[0] for found in zip(*each_range, strict=True))
 
+    def received_bytes(self, backward: bool) -> int:
+        """K and V of all other ranks, each as long as the longest; in a backward again."""
+        each = max(self._lengths()) * primitives.token_size((self.k, self.v)) * self.k.itemsize
+        return (self.site.world - 1) * each if self.gathers else 0
+
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Keeps the gradients for `finish`."""
         self.given.append((served.pop()[1].tokens, grads[0]))

@@ -83,6 +83,10 @@ class Transport(ABC):
     def finish(self, local_sums: list[RowAccumulator]) -> None:
         """Waits for the gradients that are still under way, and adds them to `local_sums`."""
 
+    @abstractmethod
+    def received_bytes(self, backward: bool) -> int:
+        """The bytes that this rank receives in a forward, or in a backward, without those of a sum over ranks."""
+
     def gradient_dtype(self, transfer: Transfer | None) -> torch.dtype:
         """The dtype in which the gradients of what a transfer brought return: by default, that of the accumulator."""
         return accumulator(self.k.dtype)

@@ -106,6 +106,12 @@ class DilatedTransport(Transport):
         """Number of elements of K and V, or of their gradients, in a message."""
         return message.rows * sum(x.shape[0] * x.shape[3] for x in (self.k, self.v)) if message else 0
 
+    def received_bytes(self, backward: bool) -> int:
+        """K and V of other ranks; in a backward again, and the gradients of what it sent."""
+        wide = accumulator(self.k.dtype).itemsize if backward else 0
+        each = [self._numel(x.receive) * self.k.itemsize + self._numel(x.send) * wide for x in self.exchanges[1:]]
+        return sum(each)
+
     def give_back(self, served: Served, grads: list[tuple[Tensor, ...]], local_sums: list[RowAccumulator]) -> None:
         """Sends dK and dV of all head groups back in one message; those of the exchange before are waited for."""
         steps = [(i, step) for i, step, _ in served]

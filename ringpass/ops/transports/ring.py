@@ -65,6 +65,15 @@ class RingTransport(Transport):
         """Waits for the return that is pending."""
         self._add(self.returned(), self.pending, local_sums)
 
+    def received_bytes(self, backward: bool) -> int:
+        """K and V of other ranks; in a backward again, and the gradients of what it sent."""
+        tokens = 0
+        for step in self.steps(0)[1:]:
+            tokens += step.receive.size * self.k.itemsize if step.receive else 0
+            if backward and step.send:
+                tokens += step.send.size * self.gradient_dtype(step.send).itemsize
+        return tokens * primitives.token_size((self.k, self.v))
+
     def gradient_dtype(self, transfer: Transfer | None) -> torch.dtype:
         """The dtype in which the gradients of what a transfer brought return.
 

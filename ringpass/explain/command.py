@@ -1,0 +1,161 @@
+"""What the backend would make of a model on P ranks: no process, no GPU, no memory for the model.
+
+    ringpass explain model.py:make --world-size 8
+    ringpass explain model.py:make --world-size 8 --device H100 --json report.json
+    ringpass explain model.py:make --world-size 16 --diff report.json
+
+FILE:FACTORY names a function of a file, or of a module, that returns (model, args) or (model, args, kwargs): the model
+and the arguments of one call, which may be made under torch.device("meta").
+
+Exit code: 0; 1 if the memory does not fit the device, or, with --strict, if the verdict names a problem; 2 for bad
+input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ringpass.errors import InputError, OptionError
+from ringpass.explain.difference import difference
+from ringpass.explain.report import Report, media_of
+from ringpass.explain.run import explain
+
+PATIENCE = 2.0  # seconds after which progress is shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("factory", metavar="FILE:FACTORY", help="a function that returns (model, args[, kwargs])")
+    parser.add_argument("--world-size", type=int, required=True, metavar="P", help="number of ranks")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the rank that is shown; default: 0")
+    parser.add_argument("--options", default="{}", metavar="JSON", help="""options, as '{"layout": "zigzag"}'""")
+    parser.add_argument("--machine", default=None, metavar="M", help="a preset, or a file that `measure` wrote")
+    parser.add_argument("--device", default=None, metavar="D", help="what a rank has: H100, 24GiB, a number of bytes")
+    parser.add_argument("--json", default=None, metavar="F", help="write the report to a file; - for the output")
+    parser.add_argument("--diff", default=None, metavar="F", help="show what changed since a report that --json wrote")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if the verdict names a problem")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explains, and prints or writes the report; returns the exit code.
+
+    Raises OptionError and InputError for bad input.
+    """
+    options, earlier = _options(args.options), _earlier(args.diff) if args.diff else None
+    if args.json not in (None, "-"):
+        media_of(args.json)
+    with _progress(f"explaining {args.factory} on {args.world_size} ranks"):
+        model, arguments, keywords = _made(args.factory)
+        report = explain(
+            model, *arguments, world_size=args.world_size, rank=args.rank, options=options, machine=args.machine,
+            device=_device(args.device), **keywords,
+        )  # fmt: skip
+    _show(report, args.json, earlier)
+    wrong = report.verdict.fits is False or (args.strict and bool(report.verdict.problems))
+    return int(wrong)
+
+
+def _show(report: Report, path: str | None, earlier: dict[str, Any] | None) -> None:
+    if path == "-":
+        print(report.to_json())
+    elif path is not None:
+        report.save(path)
+    if earlier is not None:
+        print(difference(earlier, report.to_dict()), file=sys.stderr if path == "-" else sys.stdout)
+    elif path != "-":
+        print(report)
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        expected = """--options must be JSON, such as '{"layout": "zigzag"}'"""
+        raise OptionError(f"{expected}, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"--options must be a JSON object, got {text!r}")
+    return found
+
+
+def _earlier(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"--diff must name a report that --json wrote, got {path!r}: {error}") from error
+    if not isinstance(found, dict) or "verdict" not in found:
+        raise InputError(f"--diff must name a report that --json wrote, and {path!r} holds none")
+    return found
+
+
+def _device(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The model, and the arguments of a call."""
+    where, _, name = factory.rpartition(":")
+    if not where:
+        raise InputError(f"expected FILE:FACTORY, such as model.py:make, got {factory!r}")
+    function = getattr(_module(where), name, None)
+    if not callable(function):
+        raise InputError(f"{where} has no function {name!r}")
+    made = function()
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], tuple | list):
+        raise InputError(f"{factory} must return (model, args) or (model, args, kwargs), got {type(made).__name__}")
+    return made[0], tuple(made[1]), dict(made[2]) if len(made) == 3 else {}
+
+
+def _module(where: str) -> Any:
+    """The module of a path or of a dotted name."""
+    if not where.endswith(".py"):
+        try:
+            return importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise InputError(f"there is no module {where!r}: {error}") from error
+    path = Path(where)
+    if not path.is_file():
+        raise InputError(f"there is no file {where!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that its classes can be found by name
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """A line on stderr once the block has run for PATIENCE seconds; with rich, on a terminal, a spinner."""
+    done = threading.Event()
+
+    def show() -> None:
+        if done.wait(PATIENCE):
+            return
+        if not sys.stderr.isatty():
+            print(f"{what} ..", file=sys.stderr, flush=True)
+            return
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(f"{what} ..", file=sys.stderr, flush=True)
+            return
+        with Console(stderr=True).status(what):
+            done.wait()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,164 @@
+"""making: the report of a call, or of the graphs of a real run."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import ringpass
+from ringpass.config import RingConfig
+from ringpass.explain.data import Event, GraphReport
+from ringpass.explain.facts import graph_report
+from ringpass.explain.fake import run_fake, tensor_bytes
+from ringpass.explain.longest import longest
+from ringpass.explain.memory import FIXED, TRAINED
+from ringpass.explain.report import Report
+from ringpass.explain.request import Request
+from ringpass.explain.sources import shown
+from ringpass.explain.stages import ExplainingBackend, GraphRun
+from ringpass.explain.verdict import Device, device_of_name, verdict_of
+from ringpass.passes.op_rules.spec import Rank
+from ringpass.schedule.machine import PRESETS
+
+GROUP = "explained"
+"""The name of a process group that does not exist."""
+
+
+def make(request: Request) -> Report:
+    """The report of a call."""
+    device = device_of_name(request.device)
+    report = _report(request, device)
+    found = longest(request, report, lambda other: _report(other, device).verdict.peak_bytes)
+    return replace(report, longest=found)
+
+
+def _report(request: Request, device: Device | None) -> Report:
+    """The report without the largest length."""
+    graphs, recompiles = graphs_of(request, device)
+    return report_of(graphs, request, device, recompiles, tensor_bytes(request.model))
+
+
+def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], list[Event]]:
+    """What was made of each graph of the call, and what was compiled again."""
+    options = dict(request.options)
+    if request.machine is not None:
+        options["machine"] = request.machine
+    elif device is not None and device.name in PRESETS:
+        options.setdefault("machine", device.name)
+    backend = ExplainingBackend(RingConfig.from_options(options), Rank(request.rank, request.world, GROUP))
+    seen = (device.type if device else None) or torch.get_default_device().type
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        recompiles = _recompiles(
+            lambda: run_fake(request.model, request.args, request.kwargs, backend, seen, request.train)
+        )
+    if backend.graphs:
+        told = {str(w.message) for w in heard if "ringpass" in w.filename or "passes" in w.filename}
+        backend.graphs[0].told += sorted(told)
+    return backend.graphs, recompiles
+
+
+def report_of(
+    runs: Sequence[GraphRun],
+    request: Request,
+    device: Device | None,
+    recompiles: Sequence[Event] = (),
+    held: int | None = None,
+) -> Report:
+    """The report of graphs; `held`: bytes of the model's parameters and buffers, None: those that the graphs read."""
+    graphs = [graph_report(i, run, _inputs(run)) for i, run in enumerate(runs)]
+    breaks = _breaks(runs)
+    peak = peak_bytes(graphs, held)
+    return Report(
+        made_by={"ringpass": ringpass.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        model=_name(request.model),
+        world=request.world,
+        rank=request.rank,
+        options={name: str(value) for name, value in request.options.items()},
+        command=_command(request),
+        fingerprint=fingerprint(runs),
+        verdict=verdict_of(graphs, breaks, request.world, peak, device),
+        longest=None,
+        breaks=breaks,
+        recompiles=list(recompiles),
+        graphs=graphs,
+    )
+
+
+def peak_bytes(graphs: Sequence[GraphReport], held: int | None) -> int:
+    """The peak of a rank over all graphs: while one runs, what earlier ones saved is still there.
+
+    `held`: bytes of all parameters and buffers; gradients of those that the graphs train are added.
+    """
+    gradients = sum(graph.memory.kinds["gradients"] for graph in graphs)
+    parameters = held if held is not None else sum(graph.memory.kinds["parameters"] for graph in graphs)
+    inputs = max((graph.memory.kinds["inputs"] for graph in graphs), default=0)
+    before, most = 0, 0
+    for graph in graphs:
+        most = max(most, before + graph.memory.activations)
+        before += graph.memory.held
+    return parameters + gradients + inputs + most
+
+
+def fingerprint(runs: Sequence[GraphRun]) -> str:
+    """A digest of graphs, options and plans."""
+    found = hashlib.sha256()
+    for run in runs:
+        nodes = run.read.captured.gm.graph.nodes
+        text = "\n".join(f"{n.name} = {getattr(n.target, '__name__', n.target)}({n.args}, {n.kwargs})" for n in nodes)
+        found.update(f"{text}\n{run.config.fingerprint()}\n{run.made.plan if run.made else run.whole}\n".encode())
+    return found.hexdigest()
+
+
+def _inputs(run: GraphRun) -> list[str]:
+    """What each input of a graph is: Dynamo names parameters and buffers after the modules that hold them."""
+    captured = run.read.captured
+    out = []
+    for node, value in zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True):
+        held = "_parameters_" in node.name or "_buffers_" in node.name or node.name.startswith("l_self_")
+        trained = isinstance(value, torch.Tensor) and value.requires_grad
+        out.append("" if not held else TRAINED if trained else FIXED)
+    return out
+
+
+def _name(model: Any) -> str:
+    model = getattr(model, "_orig_mod", model)
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", str(model))
+
+
+def _command(request: Request) -> str:
+    device = "" if request.device is None else f" --device {str(request.device)!r}"
+    return f"ringpass explain FILE:FACTORY --world-size {request.world} --rank {request.rank}{device}"
+
+
+# --- breaks, recompilations -------------------------------------------------------------------------------------------
+
+
+def _breaks(runs: Sequence[GraphRun]) -> list[Event]:
+    found: Counter[tuple[str, str | None]] = Counter()
+    for run in runs:
+        if run.broken is not None:
+            stack = list(run.broken.user_stack or ())
+            source = f"{shown(stack[-1].filename)}:{stack[-1].lineno}" if stack else None
+            found[str(run.broken.reason).splitlines()[0], source] += 1
+    return [Event(reason, source, count) for (reason, source), count in found.items()]
+
+
+def _recompiles(call: Callable[[], Any]) -> list[Event]:
+    """What Dynamo compiled more than once in a call, and why."""
+    before = len(torch._dynamo.utils.get_compilation_metrics())
+    call()
+    found: Counter[tuple[str, str | None]] = Counter()
+    for metrics in list(torch._dynamo.utils.get_compilation_metrics())[before:]:
+        if metrics.recompile_reason:
+            file, line = metrics.co_filename, metrics.co_firstlineno
+            found[str(metrics.recompile_reason).splitlines()[0], f"{shown(file)}:{line}" if file else None] += 1
+    return [Event(reason, source, count) for (reason, source), count in found.items()]
