@@ -63,11 +63,7 @@ def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], 
     call = request.model, request.args, request.kwargs, backend, seen if there else "cpu", request.train
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        recompiles = _recompiles(
-            lambda: run_fake(
-                request.model, request.args, request.kwargs, backend, seen if there else "cpu", request.train
-            )
-        )
+        recompiles = _recompiles(lambda: run_fake(*call))
     if backend.graphs:
         told = {str(w.message) for w in heard if "ringpass" in w.filename or "passes" in w.filename}
         backend.graphs[0].told += sorted(told)
