@@ -28,6 +28,10 @@ from ringpass.explain.verdict import Device, device_of_name, verdict_of
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.schedule.machine import PRESETS
 
+NO_CUDA = (
+    "there is no CUDA device here: tensors on 'meta' are seen on the CPU, with its tiles and kernels; layouts and ways "
+    "are weighed for the machine that is described"
+)
 GROUP = "explained"
 """The name of a process group that does not exist."""
 
@@ -55,14 +59,16 @@ def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], 
         options.setdefault("machine", device.name)
     backend = ExplainingBackend(RingConfig.from_options(options), Rank(request.rank, request.world, GROUP))
     seen = (device.type if device else None) or torch.get_default_device().type
+    there = seen != "cuda" or torch.cuda.is_available()  # without one, torch traces no autograd of CUDA tensors
+    call = request.model, request.args, request.kwargs, backend, seen if there else "cpu", request.train
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        recompiles = _recompiles(
-            lambda: run_fake(request.model, request.args, request.kwargs, backend, seen, request.train)
-        )
+        recompiles = _recompiles(lambda: run_fake(*call))
     if backend.graphs:
         told = {str(w.message) for w in heard if "ringpass" in w.filename or "passes" in w.filename}
         backend.graphs[0].told += sorted(told)
+        if not there:
+            backend.graphs[0].told.append(NO_CUDA)
     return backend.graphs, recompiles
 
 

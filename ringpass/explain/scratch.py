@@ -4,7 +4,8 @@ Tiles of attention and of masks are calls of kernels and of eager code, which th
 evaluated index by index, and a bias that learns holds all scores.  Their bodies run here as they run in a step, without
 data, and each storage is counted from its first tensor to its last.
 
-Contract: scratch memory inside of torch's own kernels is not seen.
+Contract: what torch's own kernels allocate inside is not seen.  For a tile of attention at least as much as its results
+is taken, by measurement on a CPU: its kernel's workspace, and buffers of messages that are freed late.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MEASURED = (
     primitives.scored_tile_backward, primitives.mask_tile, primitives.mask_tile_backward, primitives.keep_tile,
 )  # fmt: skip
 """Operators whose bodies are run."""
+TILES = MEASURED[:4]
 
 
 class _Storages(TorchDispatchMode):
@@ -89,4 +91,6 @@ def _measured(node: Node) -> int:
     with mode, torch.no_grad(), _Storages(given) as storages:
         results = body(*args)
     made = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in pytree.tree_leaves(results)}
-    return int(max(0, storages.peak - sum(made.values())))
+    results_bytes = sum(made.values())
+    least = results_bytes if node.target in TILES else 0
+    return int(max(least, storages.peak - results_bytes))

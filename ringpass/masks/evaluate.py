@@ -25,32 +25,46 @@ def evaluate(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
 
 def value_at(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> Tensor:
     """As `evaluate`, of the shape to which positions of any shapes broadcast: a scalar where these are scalars."""
-    known: dict[Expr, Any] = {}
+    return _tensor(_Evaluation(positions, leaves).value(expr), positions)
 
-    def value(e: Expr) -> Any:
-        if e not in known:
-            known[e] = compute(e)
-        return known[e]
 
-    def element(x: Tensor, at: Sequence[Expr]) -> Any:
-        return torch.ops.aten.index(x, [_tensor(value(i), positions) for i in at])  # also for scalars under vmap
+class _Evaluation:
+    """The values of an expression's parts, each computed once.
 
-    def compute(e: Expr) -> Any:
+    They are free as soon as the evaluation is: no function refers to itself, which only the garbage collector undoes.
+    """
+
+    def __init__(self, positions: dict[str, Tensor], leaves: Sequence[Tensor]) -> None:
+        self.positions, self.leaves = positions, leaves
+        self.known: dict[Expr, Any] = {}
+
+    def value(self, e: Expr) -> Any:
+        """The value of a part: a tensor, or a number where it depends on no tensor."""
+        if e not in self.known:
+            self.known[e] = self._computed(e)
+        return self.known[e]
+
+    def _element(self, x: Tensor, at: Sequence[Expr]) -> Any:
+        indices = [_tensor(self.value(i), self.positions) for i in at]
+        return torch.ops.aten.index(x, indices)  # also for scalars under vmap
+
+    def _computed(self, e: Expr) -> Any:
+        positions = self.positions
         if isinstance(e, Index):
             return positions[e.name]
         if isinstance(e, Const):
             return e.value
         if isinstance(e, Load):
-            return element(leaves[e.leaf], e.indices) if e.indices else leaves[e.leaf]
+            return self._element(self.leaves[e.leaf], e.indices) if e.indices else self.leaves[e.leaf]
         if isinstance(e, Table):
-            return element(e.array.tensor(positions["q"]), e.indices)
+            return self._element(e.array.tensor(positions["q"]), e.indices)
         assert isinstance(e, Call)
         if e.op == "cast":
-            x = value(e.args[0])
+            x = self.value(e.args[0])
             dtype = DTYPES[cast_dtype(e)]
             device = positions["q"].device
             return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
-        args = [value(a) for a in e.args]
+        args = [self.value(a) for a in e.args]
         truths = e.op in ("add", "mul") and all(isinstance(a, bool) for a in args)
         if truths or OPERATORS[e.op].tensors:  # True + True is True in a tensor
             exact = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
@@ -62,8 +76,6 @@ def value_at(expr: Expr, positions: dict[str, Tensor], leaves: Sequence[Tensor])
             if float in (type(args[1]), type(args[2])) and not any(isinstance(a, Tensor) for a in args[1:]):
                 args[1:] = [torch.full((), a, dtype=torch.float64, device=args[0].device) for a in args[1:]]  # exact
         return OPERATORS[e.op].compute(*args)
-
-    return _tensor(value(expr), positions)
 
 
 def _tensor(x: Any, positions: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
