@@ -167,7 +167,7 @@ PARSING = threading.Lock()
 """One `ast.parse` at a time: before CPython 3.11.8, two threads in it raise a SystemError now and then (gh-106905)."""
 
 MOST_CHARACTERS, MOST_BRACKETS = 1 << 17, 128  # of a text: in all, and open at once (Python's grammar has 200)
-MOST_NODES, MOST_DEPTH = 20_000, 256  # of its expression
+MOST_NODES, MOST_DEPTH = 8192, 256  # of its expression
 MOST_LEAVES = 1 << 16
 ALLOWED = re.compile(r"[A-Za-z0-9_ \t\n()\[\],.+\-*/%<>=!&|']*")
 PREFIXES = re.compile(r"(?:(?:\bnot\b|-)\s*){64}")  # more signs in a row than an expression has
@@ -202,6 +202,8 @@ def _check_size(text: str) -> None:
         raise ParseError(f"a mask expression has at most {MOST_CHARACTERS} characters, got {_excerpt(text)}")
     if not ALLOWED.fullmatch(text):
         raise ParseError(f"not a mask expression, for its characters: {_excerpt(text)}")
+    if len(re.findall(r"\w+|[^\w\s]", text)) > 4 * MOST_NODES:  # with signs, brackets and commas
+        raise ParseError(f"a mask expression has at most {MOST_NODES} nodes, got {_excerpt(text)}")
     depth = deepest = 0
     for sign in re.findall(r"[()\[\]]", text):
         depth += 1 if sign in "([" else -1

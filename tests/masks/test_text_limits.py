@@ -17,7 +17,7 @@ from tests.support.marks import slow
 from tests.support.mask_expressions import bools
 from tests.support.random_plans import random_plan
 
-SECONDS = 5.0  # for any text, however contended the machine
+SECONDS = 2.0  # of processor time, for any text
 KNOWN = str(table([[1, 2], [3, 4]], *(parse(x) for x in "bk")))
 WORDS = (
     "q", "k", "b", "h", "score", "x0[b, k]", "x1[()]", KNOWN, "where", "min", "bucket", "not", "and", "or", "float",
@@ -42,12 +42,12 @@ texts = st.one_of(
 
 def parsed(text: str) -> str:
     """What `parse` makes of a text; "": it refuses it.  Anything but ParseError is a failure."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         found = str(parse(text))
     except ParseError:
         found = ""
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     return found
 
 
@@ -91,10 +91,10 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_what_is_too_large_is_refused_soon(name: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ParseError) as error:
         parse(LONG[name])
-    assert time.monotonic() - started < SECONDS and len(str(error.value)) < 500
+    assert time.process_time() - started < SECONDS and len(str(error.value)) < 500
 
 
 def test_the_limits_leave_room() -> None:
@@ -145,8 +145,8 @@ def test_names_that_plans_write_pass() -> None:
 
 
 def test_a_name_that_is_too_long_is_refused_soon() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for name in ("chunks " + "0," * LONGEST_NAME, "chunks " + "0," * (LONGEST_NAME // 4), "zigzag cut " + "-" * 10_000):
         with pytest.raises(ParseError, match="not the name of a layout"):
             check_name(name)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
