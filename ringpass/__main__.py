@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ringpass import measure
 from ringpass.errors import RingpassError
+from ringpass.page import command as dump
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ COMMANDS: Mapping[str, Command] = {
     "measure": Command(
         "measure this machine, for the option 'machine'", measure.add_arguments, measure.run, measure.__doc__
     ),
+    "dump": Command("show a dump directory: dump open DIR", dump.add_arguments, dump.run, dump.__doc__),
 }
 
 

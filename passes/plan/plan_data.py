@@ -11,6 +11,7 @@ Contract: depends on the plan alone, so it is the same on all ranks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,13 +72,13 @@ def site_data(group: Sequence[SitePlan], world: int) -> dict[str, Any]:
     first = group[0]
     site, problem = first.site, first.problem
     q, k, v = (x.meta["val"] for x in (site.q, site.k, site.v))
-    source, _, line = source_line(site.node).partition(", in ")
+    source, line = where(source_line(site.node))
     data = {
         "indices": [x.site.index for x in group],
         "name": site.node.name,
         "path": site.path,
-        "source": source.removeprefix('File "').replace('", line ', ":") or None,
-        "line": line.partition(" ")[2] or None,
+        "source": source,
+        "line": line,
         "heads": [*site.heads],
         "head_width": [hint_of(k.shape[-1]), hint_of(v.shape[-1])],
         "queries": hint_of(q.shape[-2]),
@@ -90,6 +91,17 @@ def site_data(group: Sequence[SitePlan], world: int) -> dict[str, Any]:
         "why": first.unread or "; ".join(first.weighed[:1]),
     }
     return data | (_work(first, world) if problem is not None else {})
+
+
+def where(text: str) -> tuple[str | None, str | None]:
+    """(file:line, the line's text) of what `source_line` says; files of the working directory are relative to it.
+
+    >>> where('File "/lib/model.py", line 3, in forward y = x + 1')
+    ('/lib/model.py:3', 'y = x + 1')
+    """
+    source, _, line = text.partition(", in ")
+    source = source.removeprefix('File "').replace('", line ', ":").removeprefix(os.getcwd() + os.sep)
+    return source or None, line.partition(" ")[2] or None
 
 
 def _work(site: SitePlan, world: int) -> dict[str, Any]:

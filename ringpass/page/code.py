@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from html import escape
 from itertools import combinations
 from typing import Any
@@ -26,7 +27,6 @@ FILE = re.compile(r"\s*# File: (.+?):(\d+) in (\S+), code: (.*)")
 UNKNOWN = re.compile(r"\s*# (File:|No stacktrace)")
 GIVES = re.compile(r"""\s*(\w+)(?:: "[^"]*")? = (\S+?)(?:\(|\[|$)""")
 CLASSES = {Comment: "c", Keyword: "k", String: "s", Number: "m", Name: "", Operator: "", Punctuation: "", Text: ""}
-OP = re.compile(r"^(?:torch|ops|aten|ringpass)$")
 MODEL = "model"
 """The name of the stage that is made of the model's own lines."""
 
@@ -41,6 +41,7 @@ class Stage:
     sources: tuple[str, ...]
 
 
+@lru_cache(maxsize=32)
 def stage(name: str, text: str) -> Stage:
     """`text` line by line; a file that is no Python has no colours."""
     plain = tuple(text.rstrip("\n").split("\n"))
@@ -72,8 +73,31 @@ def differences(before: Sequence[str], after: Sequence[str]) -> list[list[int]]:
     >>> differences(["a", "x = f(1)", "c"], ["a", "x = f(2)", "d", "c"])
     [[2, 2, 2, 3]]
     """
+    return [[*part] for part in _differences(tuple(before), tuple(after))]
+
+
+@lru_cache(maxsize=32)
+def _differences(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[tuple[int, int, int, int], ...]:
     matcher = SequenceMatcher(None, list(map(_key, before)), list(map(_key, after)), autojunk=False)
-    return [[*spans] for tag, *spans in matcher.get_opcodes() if tag != "equal"]
+    return tuple((a, b, c, d) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal")
+
+
+def difference(before: str, text_before: str, after: str, text_after: str) -> str:
+    """The differences of two texts as `diff -u` writes them, without context.
+
+    >>> print(difference("a.py", "x = f(1)\\ny = g(x)", "b.py", "x = f(2)\\nz = g(x)"))
+    --- a.py
+    +++ b.py
+    @@ -2,1 +2,1 @@
+    -y = g(x)
+    +z = g(x)
+    """
+    old, new = text_before.split("\n"), text_after.split("\n")
+    lines = [f"--- {before}", f"+++ {after}"]
+    for a, b, c, d in differences(old, new):
+        lines.append(f"@@ -{a + 1},{b - a} +{c + 1},{d - c} @@")
+        lines += [f"-{line}" for line in old[a:b]] + [f"+{line}" for line in new[c:d]]
+    return "\n".join(lines)
 
 
 def _key(line: str) -> str:

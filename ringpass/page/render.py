@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from ringpass.page import code
 from ringpass.page.glossary import TERMS
 from ringpass.page.panels import PANELS
-from ringpass.page.timeline import Costs, Event, planned, slowest
+from ringpass.page.timeline import Event, planned_of, slowest
 from ringpass.page.trace import measured
 
 SCRIPTS = (
@@ -29,7 +29,7 @@ def render(report: Mapping[str, Any], texts: Mapping[str, str], trace: Mapping[s
     """One self-contained HTML file, which shows the report, without a network and from disk.
 
     >>> report = {"version": 1, "model": "GPT", "world": 2, "graphs": [{"axes": [], "sites": []}]}
-    >>> "captured.py" in render(report, {"captured.py": "a = 1"})
+    >>> "GPT on 2 ranks" in render(report, {"captured.py": "a = 1"})
     True
 
     `report`: the dict of `ringpass.explain(..).to_dict()`; of what is missing its panel says so.  `texts`: a stage's
@@ -37,7 +37,7 @@ def render(report: Mapping[str, Any], texts: Mapping[str, str], trace: Mapping[s
     a run in Chrome's trace format, for the measured timeline.
     """
     graphs = report.get("graphs", [])
-    plans = [_timelines(graph) for graph in graphs]
+    plans = [[planned_of(schedule, graph) for schedule in graph.get("schedules") or ()] for graph in graphs]
     more = {
         "code": [code.as_data(code.stages(_of_graph(texts, i))) for i in range(max(1, len(graphs)))],
         "timelines": [[_columns(events, unit) for events, unit in of] for of in plans],
@@ -62,15 +62,6 @@ def _of_graph(texts: Mapping[str, str], graph: int) -> dict[str, str]:
     """The texts of one graph, by file name."""
     named = {name: name.rpartition("/") for name in texts}
     return {file: texts[name] for name, (folder, _, file) in named.items() if folder in ("", f"graph{graph}")}
-
-
-def _timelines(graph: Mapping[str, Any]) -> list[tuple[list[Event], str]]:
-    """The planned events of each schedule of a graph, and their unit."""
-    out = []
-    for schedule in graph.get("schedules") or ():
-        costs = Costs.of(graph["sites"][schedule["site"]], graph.get("costs"))
-        out.append((planned(schedule["ranks"], costs), costs.unit))
-    return out
 
 
 def _columns(events: Sequence[Event], unit: str) -> dict[str, Any]:

@@ -82,6 +82,12 @@ def planned(ranks: Sequence[Mapping[str, Any]], costs: Costs) -> list[Event]:
     return events
 
 
+def planned_of(schedule: Mapping[str, Any], graph: Mapping[str, Any]) -> tuple[list[Event], str]:
+    """The planned events of a schedule of a report's graph, and their unit."""
+    costs = Costs.of(graph["sites"][schedule["site"]], graph.get("costs"))
+    return planned(schedule["ranks"], costs), costs.unit
+
+
 def ends(events: Sequence[Event]) -> dict[int, dict[str, float]]:
     """For each rank, the time in each lane, and when it ends."""
     found: dict[int, dict[str, float]] = {}
