@@ -19,10 +19,10 @@ from torch.fx import GraphModule, Node
 from ringpass.nodes import bytes_of, op_name, source_line
 from ringpass.passes.dump import readable
 from ringpass.passes.dump import texts as texts_of_stage
-from ringpass.passes.partition.partitioned import Partitioned
+from ringpass.passes.partition.partitioned import Partitioned, gathers_data
 from ringpass.passes.pipeline import Pipeline
 from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.plan.plan_data import plan_data
+from ringpass.passes.plan.plan_data import plan_data, where
 from tests.support.pipeline_stages import fake_ring
 
 BOUNDARIES = {
@@ -109,11 +109,7 @@ def _graph(
             {"name": name, "chosen": i == 0, "seconds": seconds, "why": line}
             for i, (line, name, seconds) in enumerate(_layouts(planned))
         ],
-        "gathers": [
-            {"op": g.reason, "bytes": g.bytes, "flops": 0, "source": g.where[:40], "line": g.where, "why": g.reason,
-             "remedy": ""}
-            for g in program.gathers
-        ],
+        "gathers": [{**gather, "remedy": "Keep the op off the tokens."} for gather in gathers_data(program)],
         "boundaries": [x for phase, gm in graphs.items() for x in _boundaries(phase, gm)],
         "memory": memory,
         "proof": {"text": "The schedules of all ranks are proved correct.", "tiles": 0, "problems": len(proofs),
@@ -131,9 +127,9 @@ def _boundaries(phase: str, gm: GraphModule) -> list[dict[str, Any]]:
     for node in gm.graph.nodes:
         kind = BOUNDARIES.get(op_name(node).removeprefix("ringpass.").partition(".")[0]) if _calls(node) else None
         if kind:
-            where = source_line(node)
-            found.append({"kind": kind, "name": node.name, "bytes": bytes_of(node), "source": where[:60] or None,
-                          "direction": phase})  # fmt: skip
+            source, line = where(source_line(node))
+            about = {"source": source, "line": line, "direction": phase}
+            found.append({"kind": kind, "name": node.name, "bytes": bytes_of(node), **about})
     return found
 
 

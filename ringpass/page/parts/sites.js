@@ -8,7 +8,7 @@ panels.sites = (graph, panel) => {
     { name: "site", of: (s) => s.indices[0], text: (_, s) => element("span", {}, `${s.path || s.name}${s.indices.length > 1 ? ` × ${s.indices.length}` : ""}`) },
     { name: "source", of: (s) => s.source, kind: "code", text: (x, s) => element("span", {}, x || "", s.line ? element("br") : null, s.line || "") },
     { name: "heads", of: (s) => s.heads?.[0], kind: "number", text: (_, s) => (s.heads ? s.heads.join(" / ") : "") },
-    { name: "mask", of: (s) => s.mask, kind: "code" },
+    { name: "mask", of: (s) => s.mask, text: (mask) => element("code", {}, mask || "") },
     { name: "density", of: (s) => s.density, kind: "number", text: (x) => (x === null || x === undefined ? "" : `${figures(100 * x)} %`) },
     { name: "tiles", of: (s) => kinds(s.tiles), kind: "long" },
     { name: "how", of: (s) => (s.partitioned === false ? "as the model wrote it" : s.split ? "split" : `${s.comm}${s.degree > 1 ? `, degree ${s.degree}` : ""}`) },

@@ -5,11 +5,12 @@ const waiting = new Set(holders);
 
 function draw(holder) {
   waiting.delete(holder);
-  holder.replaceChildren();
-  redrawn.delete(holder);
+  redrawn.delete(holder.firstElementChild);
+  const place = element("div"); // a new one each time: a drawing that is still under way keeps its own
+  holder.replaceChildren(place);
   const graph = (report.graphs || [])[chosen.graph];
   const done = () => { holder.dataset.drawn = "yes"; };
-  Promise.resolve(panels[holder.dataset.panel](graph, holder)).then(done, (error) => { holder.append(missing(`This panel cannot be drawn: ${error.message}`)); console.error(error); });
+  Promise.resolve(panels[holder.dataset.panel](graph, place)).then(done, (error) => { place.append(missing(`This panel cannot be drawn: ${error.message}`)); console.error(error); });
 }
 
 const near = new IntersectionObserver((seen) => {

@@ -120,7 +120,7 @@ panels.tiles = (graph, panel) => {
         x += part;
       }
       if (edge > 26) {
-        context.fillStyle = "#fff";
+        context.fillStyle = cell.kinds.full ? "#fff" : "#1d2226";
         context.fillText(`${cell.step}`, left + cell.source * edge + 5, top + cell.rank * edge + 15);
       }
     }

@@ -9,7 +9,7 @@ panels.timeline = async (graph, panel) => {
   const events = () => (which === "measured" ? data.measured : plans[chosen.schedule]);
   const ranks = () => [...new Set(events().rank)].sort((a, b) => a - b);
   const row = () => Math.max(9, Math.min(26, 640 / ranks().length));
-  const scroller = element("div", { class: "scroll" });
+  const scroller = element("div", { class: "scroll", style: "max-height: none" });
   const wide = element("div");
   const picture = canvas(panel, "Timeline of each rank", () => ranks().length * row() + 22, draw, {
     mousemove: (e) => { const i = under(e); showTip(i === null ? null : describe(i), e.clientX, e.clientY); },

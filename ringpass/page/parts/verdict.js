@@ -12,8 +12,8 @@ panels.verdict = (graph, panel) => {
   }
   if (v.efficiency !== null && v.efficiency !== undefined) card("Efficiency, estimated", `${figures(100 * v.efficiency)} %`, "attention's computing over its whole time");
   if (report.longest) card("Longest sequence that fits", `${count(report.longest.tokens)} tokens`, report.longest.device);
-  if (v.change) cards.append(element("div", { class: "card wide" }, "The one thing to change", element("p", {}, v.change)));
-  panel.append(cards);
+  if (cards.childElementCount) panel.append(cards);
+  if (v.change) panel.append(element("div", { class: "card" }, "The one thing to change", element("b", {}, v.change)));
   for (const [name, rows] of [["Graph breaks", report.breaks], ["Recompiles", report.recompiles]]) {
     if (!rows?.length) continue;
     panel.append(element("h3", {}, name), table([
