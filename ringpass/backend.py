@@ -99,8 +99,7 @@ def ring_dilated(
     stages.run(prove_moves, placement, program)
     _report(planned, program, ring)
     left = len(attentions(captured.gm.graph)) - planned.partitioned  # attentions that stay as the model wrote them
-    show_code = stages.coded if stages.dumps else None
-    run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, show_code)
+    run = compile_partitioned(program, config, inductor, rank, left, stages.lowered, stages.dumps, stages.coded)
     facts = _facts(captured, planned, config, sharded, failures)
     return compiled_call(run, program, Agreement(ring, facts, _names(captured), config.compare_weights), ring, config)
 

@@ -53,12 +53,13 @@ def compile_partitioned(
     rank: Rank,
     left: int,
     show: Show,
-    show_code: ShowCode | None,
+    shown: bool,
+    show_code: ShowCode | None = None,
 ) -> Compiled:
     """Compiles one rank's program.  `show` sees the lowered forward and backward, `show_code` Inductor's code of them.
 
-    `left`: how many attentions stay as the model wrote them.  If `show_code` is not None, someone looks at the stages,
-    so the caches, which would skip them, are left out.
+    `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
+    which would skip them, are left out.
     """
     gm, inputs = program.gm, list(program.inputs)
     if config.compiler == "aot_eager":
@@ -66,7 +67,7 @@ def compile_partitioned(
     _register_collectives()
     key = rank.rank, rank.world, rank.group, config.unroll_limit, left
     patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
-    if show_code is None:
+    if not shown:
         return _inductor(gm, inputs, patches)
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):

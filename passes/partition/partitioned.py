@@ -83,11 +83,12 @@ def gathers_data(program: Partitioned) -> list[dict[str, Any]]:
     out = []
     for gather in program.gathers:
         source, line = where(gather.where)
+        ops = [work for work in program.whole_work if work.op in gather.reason]
         out.append(
             {
-                "op": gather.value,
+                "op": ops[0].op if ops else gather.value,
                 "bytes": gather.bytes,
-                "flops": sum(work.flops for work in program.whole_work if work.op in gather.reason),
+                "flops": sum(work.flops for work in ops),
                 "source": source,
                 "line": line,
                 "why": gather.reason,

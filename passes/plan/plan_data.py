@@ -139,33 +139,28 @@ def _own_problems(site: SitePlan, share: Any) -> Sequence[Problem]:
 
 
 def _schedules(index: int, site: SitePlan, world: int) -> list[dict[str, Any]]:
-    """The schedules of a site: one, or of a dilated one that of each head group, whose messages may hold equal keys.
+    """The schedules of a site: one for each share of the heads, and of a dilated one for each of its head groups.
 
-    With a Ulysses degree, each rank's is that of its share of the heads.
+    The messages of head groups may hold equal keys, which are sent once.
     """
     if site.problem is None or not site.sharded:
         return []
     each = load_of(site.site, site.problem, site.dilation).head_bytes
     out = []
-    shares = [site.share(rank) for rank in range(world)]
-    for i in range(len(_own_problems(site, shares[0]))):
-        ranks = []
-        for rank, share in enumerate(shares):
-            problems, groups = _own_problems(site, share), site.group_problems(share)
-            if i < len(problems):
-                heads = len({*groups[i].head_group.key_heads(*site.site.heads)}) if groups else len(share.key_heads)
-                ranks.append(_rank(program(problems[i], rank), heads * each))
-        problem, groups = _own_problems(site, shares[0])[i], site.group_problems(shares[0])
-        out.append(
-            {
-                "site": index,
-                "share": f"heads over {site.degree} ranks" if site.degree > 1 else None,
-                "group": str(groups[i].head_group) if groups else None,
-                "queries": problem.queries,
-                "keys": problem.keys,
-                "ranks": ranks,
-            }
-        )
+    for share in site.shares:
+        groups, members = site.group_problems(share), range(share.member, world, site.degree)
+        for i, problem in enumerate(_own_problems(site, share)):
+            heads = len({*groups[i].head_group.key_heads(*site.site.heads)}) if groups else len(share.key_heads)
+            out.append(
+                {
+                    "site": index,
+                    "share": str(share) if site.degree > 1 else None,
+                    "group": str(groups[i].head_group) if groups else None,
+                    "queries": problem.queries,
+                    "keys": problem.keys,
+                    "ranks": [_rank(program(problem, rank), heads * each) for rank in members],
+                }
+            )
     return out
 
 

@@ -110,6 +110,21 @@ def test_graphs_of_a_directory_are_numbered_apart(tmp_path: Path) -> None:
         assert [x.name for x in (tmp_path / name).iterdir()] == ["graph0"]
 
 
+def test_each_share_of_the_heads_has_its_schedule(tmp_path: Path) -> None:
+    """With a Ulysses degree of 2, two rings of two ranks; and the page shows both."""
+    with fake_ring(0, 4):
+        options: Any = {"compiler": "aot_eager", "ulysses_degree": 2, "dump": str(tmp_path)}
+        run: Any = torch.compile(Layers(1), backend="ring_dilated", options=options)
+        step(run, 64)
+    data = json.loads((tmp_path / "graph0" / "schedule.json").read_text())
+    assert [[of["rank"] for of in x["ranks"]] for x in data["schedules"]] == [[0, 2], [1, 3]]
+    for schedule in data["schedules"]:
+        for of in schedule["ranks"]:
+            received = sum(s["receive"]["bytes"] for s in of["steps"] if s["receive"])
+            assert received == data["sites"][0]["received_bytes"][of["rank"]]
+    assert min(data["sites"][0]["pooled_bytes"]) > 0 and (tmp_path / "index.html").is_file()
+
+
 # --- ringpass dump open -----------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ BOUNDARIES = {
     "redistribute": "redistribute",
     "all_to_all": "all-to-all",
 }
+REMEDY = "leave the op out, or apply it to single tokens"
 
 
 @dataclass
@@ -109,7 +110,7 @@ def _graph(
             {"name": name, "chosen": i == 0, "seconds": seconds, "why": line}
             for i, (line, name, seconds) in enumerate(_layouts(planned))
         ],
-        "gathers": [{**gather, "remedy": "Keep the op off the tokens."} for gather in gathers_data(program)],
+        "gathers": [{**gather, "remedy": REMEDY} for gather in gathers_data(program)],
         "boundaries": [x for phase, gm in graphs.items() for x in _boundaries(phase, gm)],
         "memory": memory,
         "proof": {"text": "The schedules of all ranks are proved correct.", "tiles": 0, "problems": len(proofs),

@@ -2,7 +2,7 @@
 
 panels.exchanges = (graph, panel) => {
   if (!graph?.schedules?.length) { panel.append(missing("No schedule is in this report.")); return; }
-  let step = 0, moves = [], world = 1, last = 0, most = 1;
+  let step = 0, moves = [], names = [], row = new Map(), world = 1, last = 0, most = 1;
   const words = element("p", { role: "status" }), below = element("div");
   const slider = element("input", { type: "range", min: 0, value: 0, "aria-label": "step", input: (e) => { step = Number(e.target.value); show(); } });
   const name = element("span", {});
@@ -16,7 +16,9 @@ panels.exchanges = (graph, panel) => {
   });
   function prepare() {
     const schedule = graph.schedules[chosen.schedule];
-    world = schedule.ranks.length;
+    names = ranksOf(schedule);
+    row = new Map(names.map((rank, i) => [rank, i]));
+    world = names.length;
     moves = schedule.ranks.flatMap(({ rank, steps }) => steps.filter((s) => s.receive).map((s) => ({ step: s.step, from: s.receive.from, to: rank, rows: s.receive.rows, bytes: s.receive.bytes })));
     last = Math.max(0, ...moves.map((m) => m.step));
     most = Math.max(1, ...moves.map((m) => m.bytes));
@@ -44,7 +46,7 @@ panels.exchanges = (graph, panel) => {
     context.fillStyle = colour("full");
     for (const m of shown()) {
       context.globalAlpha = 0.25 + 0.75 * (m.bytes / most);
-      context.fillRect(left + m.to * edge, top + m.from * edge, edge, edge);
+      context.fillRect(left + row.get(m.to) * edge, top + row.get(m.from) * edge, edge, edge);
     }
     context.globalAlpha = 1;
     context.strokeStyle = colour("card");
@@ -57,7 +59,7 @@ panels.exchanges = (graph, panel) => {
     context.stroke();
     context.fillStyle = colour("quiet");
     context.fillText("to rank →", left, 12);
-    for (let i = 0; i < world; i += Math.ceil(16 / edge)) context.fillText(String(i), left - 17, top + i * edge + edge / 2 + 4);
+    for (let i = 0; i < world; i += Math.ceil(16 / edge)) context.fillText(String(names[i]), left - 17, top + i * edge + edge / 2 + 4);
     context.save();
     context.translate(12, top + size / 2);
     context.rotate(-Math.PI / 2);
@@ -67,14 +69,16 @@ panels.exchanges = (graph, panel) => {
   }
   function under(event) {
     const [x, y] = at(event), { left, top, size } = box(picture.clientWidth, picture.clientHeight);
-    const to = Math.floor(((x - left) / size) * world), from = Math.floor(((y - top) / size) * world);
-    if (to < 0 || from < 0 || to >= world || from >= world) return null;
+    const to = names[Math.floor(((x - left) / size) * world)], from = names[Math.floor(((y - top) / size) * world)];
+    if (to === undefined || from === undefined) return null;
     const sum = shown().filter((m) => m.from === from && m.to === to).reduce((total, m) => total + m.bytes, 0);
     return `from rank ${from} to rank ${to}: ${sum ? bytes(sum) : "nothing"}`;
   }
   onSchedule.set("exchanges", () => { prepare(); show(); });
   prepare();
+  const gathered = graph.sites.some((s) => s.comm === "allgather");
   panel.append(element("div", { class: "controls" }, scheduleSelect(graph), labelled("step", slider), name), words,
+    gathered ? missing("Where an attention says allgather, its keys come by one all-gather, and the steps say which of them are used.") : "",
     element("div", { class: "side" }, element("div", {}, picture), below));
   show();
 };

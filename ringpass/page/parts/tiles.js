@@ -21,6 +21,9 @@ function owners(schedule) {
   return [...cells.values()];
 }
 
+/** The ranks of a schedule, and those that they receive from: of a Ulysses degree, each share has its own. */
+const ranksOf = (schedule) => [...new Set(schedule.ranks.flatMap((r) => [r.rank, ...r.steps.filter((s) => s.receive).map((s) => s.receive.from)]))].sort((a, b) => a - b);
+
 /** Rows start:stop of the tokens `runs`, as [first token, last token + 1, first row]. */
 function spans(runs, start, stop) {
   if (!runs) return [[start, stop, start]];
@@ -56,17 +59,17 @@ function rectangles(schedule) {
 
 panels.tiles = (graph, panel) => {
   if (!graph?.schedules?.length) { panel.append(missing("No schedule is in this report: none of its attentions is divided, or there are more than 64 ranks.")); return; }
-  let view = "ranks", cells, parts, world, sizes, readout;
+  let view = "ranks", cells, parts, world, names, row, sizes, located;
   const details = element("div", { "aria-live": "polite" });
   const site = () => graph.sites[graph.schedules[chosen.schedule].site];
 
-  const picture = canvas(panel, "Tile map: rows are queries, columns are keys", (width) => Math.min(width, 560), draw, {
+  const picture = canvas(panel, "Tile map: rows are queries, columns are keys", (width) => Math.min(width, 560) - 14, draw, {
     click: (e) => { const hit = under(e); if (hit) choose(hit.rank); },
     mousemove: (e) => { const hit = under(e); showTip(hit && describe(hit), e.clientX, e.clientY); },
     mouseleave: () => showTip(null),
     keydown: (e) => {
       const way = { ArrowDown: 1, ArrowUp: -1, Home: -world, End: world }[e.key];
-      if (way) { e.preventDefault(); choose(Math.max(0, Math.min(world - 1, (chosen.rank ?? -1) + way))); }
+      if (way) { e.preventDefault(); choose(names[Math.max(0, Math.min(world - 1, (row.get(chosen.rank) ?? -1) + way))]); }
       if (e.key === "Escape") choose(null);
     },
   });
@@ -79,8 +82,14 @@ panels.tiles = (graph, panel) => {
     const schedule = graph.schedules[chosen.schedule];
     cells = owners(schedule);
     parts = null;
-    world = schedule.ranks.length;
-    sizes = [site().queries || 1, site().keys || 1];
+    names = ranksOf(schedule);
+    row = new Map(names.map((rank, i) => [rank, i]));
+    world = names.length;
+    sizes = [schedule.queries || site().queries || 1, schedule.keys || site().keys || 1];
+    located = schedule.ranks.every((r) => r.queries && r.steps.every((s) => s.keys));
+    if (!located) view = "ranks";
+    buttons[1].disabled = !located;
+    buttons[1].title = located ? "" : "this report does not say which tokens the rows of its tiles are";
     options(pick, [["", "all"], ...schedule.ranks.map(({ rank }) => [rank, `rank ${rank}`])], chosen.rank ?? "");
   }
   function box(width, height) {
@@ -109,19 +118,19 @@ panels.tiles = (graph, panel) => {
   function drawRanks(context, left, top, edge, inks) {
     for (const cell of cells) {
       const total = Object.values(cell.kinds).reduce((a, b) => a + b, 0);
-      let x = left + cell.source * edge;
-      context.globalAlpha = chosen.rank === null || chosen.rank === cell.rank ? 1 : 0.3;
+      let x = left + row.get(cell.source) * edge;
       context.fillStyle = colour("card");
-      context.fillRect(x, top + cell.rank * edge, edge, edge);
+      context.fillRect(x, top + row.get(cell.rank) * edge, edge, edge);
+      context.globalAlpha = chosen.rank === null || chosen.rank === cell.rank ? 1 : 0.3;
       for (const kind of KINDS) {
         const part = ((cell.kinds[kind] || 0) / total) * edge;
         context.fillStyle = inks[kind];
-        context.fillRect(x, top + cell.rank * edge, part, edge);
+        context.fillRect(x, top + row.get(cell.rank) * edge, part, edge);
         x += part;
       }
       if (edge > 26) {
         context.fillStyle = cell.kinds.full ? "#fff" : "#1d2226";
-        context.fillText(`${cell.step}`, left + cell.source * edge + 5, top + cell.rank * edge + 15);
+        context.fillText(`${cell.step}`, left + row.get(cell.source) * edge + 5, top + row.get(cell.rank) * edge + 15);
       }
     }
     context.globalAlpha = 1;
@@ -135,7 +144,7 @@ panels.tiles = (graph, panel) => {
     context.stroke();
     context.fillStyle = colour("quiet");
     const each = Math.ceil(16 / edge);
-    for (let i = 0; i < world; i += each) context.fillText(String(i), left - 17, top + i * edge + edge / 2 + 4);
+    for (let i = 0; i < world; i += each) context.fillText(String(names[i]), left - 17, top + i * edge + edge / 2 + 4);
   }
   function drawTokens(context, left, top, size, inks) {
     parts = parts || rectangles(graph.schedules[chosen.schedule]);
@@ -161,7 +170,7 @@ panels.tiles = (graph, panel) => {
     const u = (x - left) / size, v = (y - top) / size;
     if (u < 0 || v < 0 || u >= 1 || v >= 1) return null;
     if (view === "ranks") {
-      const rank = Math.floor(v * world), source = Math.floor(u * world);
+      const rank = names[Math.floor(v * world)], source = names[Math.floor(u * world)];
       return cells.find((c) => c.rank === rank && c.source === source) || { rank, source, kinds: {} };
     }
     const q = v * sizes[0], k = u * sizes[1];
@@ -184,7 +193,6 @@ panels.tiles = (graph, panel) => {
       return;
     }
     const mine = schedule.ranks.find((r) => r.rank === chosen.rank);
-    const moved = (x, word, end) => (x ? `${word} ${count(x.rows)} rows ${end === "from" ? "from" : "to"} rank ${x[end]} (${bytes(x.bytes)})` : "");
     const lines = mine.steps.map((s) => ({ ...s, pairs: s.tiles.reduce((sum, t) => sum + pairsOf(t), 0) }));
     const list = (tiles) => {
       const shown = tiles.slice(0, 6).map(([q0, q1, k0, k1, kind]) => `${kind} q${q0}:${q1} k${k0}:${k1}`);
@@ -194,8 +202,9 @@ panels.tiles = (graph, panel) => {
       element("p", { class: "quiet" }, `Tiles in rows of its own queries and of the keys that arrive. Not computed: ${count((mine.empty || []).length)} rectangles.`),
       table([
         { name: "step", of: (s) => s.step, kind: "number" },
-        { name: "receives", of: (s) => s.receive?.bytes ?? 0, text: (_, s) => moved(s.receive, "", "from") || (s.step ? "nothing" : "its own keys") },
-        { name: "sends", of: (s) => s.send?.bytes ?? 0, text: (_, s) => moved(s.send, "", "to") },
+        { name: "from", of: (s) => s.receive?.from ?? -1, text: (_, s) => (s.receive ? `rank ${s.receive.from}` : s.step ? "" : "its own") },
+        { name: "received", of: (s) => s.receive?.bytes ?? 0, kind: "number", text: (n) => (n ? bytes(n) : "") },
+        { name: "sends to", of: (s) => s.send?.to ?? -1, text: (_, s) => (s.send ? `rank ${s.send.to}` : "") },
         { name: "pairs", of: (s) => s.pairs, kind: "number", text: count },
         { name: "tiles", of: (s) => s.tiles.length, kind: "long", text: (_, s) => list(s.tiles) },
       ], lines, { filter: false, caption: `steps of rank ${chosen.rank}` }));

@@ -40,6 +40,6 @@ function curveOn(axis) {
   };
   show(0);
   const slider = frames > 1 ? labelled("frame", element("input", { type: "range", min: 0, max: frames - 1, value: 0, "aria-label": "frame", input: (e) => show(Number(e.target.value)) })) : null;
-  const words = `The curve on its grid of ${grid.join(" × ")}${prefix ? `, after ${prefix} other tokens` : ""}: neighbours on the curve are neighbours on the grid, so the cells of a rank lie together.`;
+  const words = `The curve on its grid of ${grid.join(" × ")}${prefix ? `, after ${prefix} other ${prefix === 1 ? "token" : "tokens"}` : ""}: neighbours on the curve are neighbours on the grid, so the cells of a rank lie together.`;
   return element("div", {}, element("p", { class: "quiet" }, words), slider, picture);
 }

@@ -14,6 +14,9 @@ panels.verdict = (graph, panel) => {
   if (report.longest) card("Longest sequence that fits", `${count(report.longest.tokens)} tokens`, report.longest.device);
   if (cards.childElementCount) panel.append(cards);
   if (v.change) panel.append(element("div", { class: "card" }, "The one thing to change", element("b", {}, v.change)));
+  if (graph?.whole) panel.append(element("p", {}, `Nothing of graph ${graph.index ?? 0} is divided over ranks: ${graph.whole}.`));
+  const told = [...(graph?.warnings || []), ...(graph?.remarks || [])];
+  if (told.length) panel.append(element("h3", {}, "Warnings"), element("ul", {}, ...told.map((text) => element("li", {}, text))));
   for (const [name, rows] of [["Graph breaks", report.breaks], ["Recompiles", report.recompiles]]) {
     if (!rows?.length) continue;
     panel.append(element("h3", {}, name), table([
