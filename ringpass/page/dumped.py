@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringpass.errors import OptionError
-from ringpass.files import write_text
+from ringpass.files import read_text, write_text
 from ringpass.page.exchange_graph import as_dot, exchange_graph
 from ringpass.page.render import render
 from ringpass.page.timeline import Event, planned_of
@@ -45,7 +45,7 @@ def write_page(directory: Path, trace: Mapping[str, Any] | None = None) -> Path:
         report = {**report, **of_graph, "graphs": [*report["graphs"], {"index": i, **graph}]}
         ranks = sorted(folder.glob("rank*"), key=lambda path: _number(path, "rank"))
         for place in (folder, *ranks[:1]):
-            texts |= {f"graph{i}/{name}": (place / name).read_text() for name in STAGES if (place / name).is_file()}
+            texts |= {f"graph{i}/{name}": read_text(place / name) for name in STAGES if (place / name).is_file()}
         report.setdefault("rank", _number(ranks[0], "rank") if ranks else 0)
     write_text(directory, PAGE, render(report, texts, trace))
     return directory / PAGE
@@ -75,10 +75,10 @@ def schedule_files(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is known of a graph: of the whole run, and of the graph itself."""
     if (path := folder / REPORT).is_file():
-        report = json.loads(path.read_text())
+        report = json.loads(read_text(path))
         return {name: value for name, value in report.items() if name != "graphs"}, report["graphs"][0]
     if (path := folder / SCHEDULE).is_file():
-        graph = json.loads(path.read_text())
+        graph = json.loads(read_text(path))
         return {name: graph[name] for name in ("world", "made_by") if name in graph}, graph
     return {}, {}
 
