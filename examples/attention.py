@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     loss.backward()
     dist.barrier()
     if dist.get_rank() == 0:
-        print(f"loss {loss.item():.6f} on {dist.get_world_size()} ranks; see {args.dump}/rank1/graph0/forward.py")
+        print(f"loss {loss.item():.6f} on {dist.get_world_size()} ranks; see {args.dump}/graph0/rank1/forward.py")
     dist.destroy_process_group()
 
 

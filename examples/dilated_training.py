@@ -79,7 +79,7 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begun)
-    plan = next(Path(dump).glob("*/*/plan.txt")).read_text()
+    plan = next(Path(dump).glob("graph*/plan.txt")).read_text()
     shares = [float(share) for share in SHARE.findall(plan)]
     return Stage(tokens, max(shares), sum(map(int, RECEIVED.findall(plan))), losses, seconds)
 

@@ -26,7 +26,7 @@ from ringpass.patterns import grid_window
 
 WIDTH, HEADS, PATCH = 32, 2, 4
 BOUND = 1e-4
-COUNTED = re.compile(r"^site \d+ on rank \d+ of \d+: (\d+) pairs, (\d+) key tokens received$", re.MULTILINE)
+COUNTED = re.compile(r"^sites? .*?(?:x (\d+), )?on rank .*: (\d+) pairs, (\d+) key tokens received$", re.MULTILINE)
 
 
 class Layer(nn.Module):
@@ -104,7 +104,8 @@ def _run(
         loss.backward()
         seconds.append(time.perf_counter() - begun)
     dist.barrier()
-    counts = [tuple(map(int, n)) for path in dump.glob("*/*/schedule.txt") for n in COUNTED.findall(path.read_text())]
+    found = [x for path in dump.glob("graph*/rank*/schedule.txt") for x in COUNTED.findall(path.read_text())]
+    counts = [(int(times or 1) * int(pairs), int(times or 1) * int(tokens)) for times, pairs, tokens in found]
     results = [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     return results, statistics.median(seconds[1:]), sum(n for n, _ in counts), sum(n for _, n in counts)
 

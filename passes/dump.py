@@ -1,26 +1,41 @@
-"""dump: what the stages handed on, as text, in one directory per rank and graph.
+"""dump: what the stages handed on, as text, in one directory for all ranks.
 
-<dir>/rank0/graph0/captured.py, sites.txt, plan.txt, schedule.txt, recurrences.txt (of a graph that has any),
-partitioned.py, gathers.txt, forward.py, backward.py, stages.txt
+    <dir>/index.html     the page of all graphs, made by rank 0
+    <dir>/graph0         what is the same on all ranks: captured.py, sites.txt, plan.txt, gathers.txt, and of a graph
+                         with recurrences recurrences.txt; made by rank 0: schedule.json, trace.json, exchange.dot
+    <dir>/graph0/rank3   what is this rank's: schedule.txt, partitioned.py, forward.py, backward.py, stages.txt,
+                         the differences to the stage before (partitioned.diff, forward.diff), and Inductor's code
+                         (output_code_forward.py, output_code_backward.py)
+
+Contract: a rank needs no other one.  Each file is written whole or not at all, so ranks may share a file system or not.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from itertools import count
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
 from ringpass.config import DUMP_VARIABLE
-from ringpass.passes.plan.plan import RingPlan
+from ringpass.files import write_text
+from ringpass.page.code import difference
+from ringpass.passes.detect.site import AttentionSite
+from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.schedule.program import Rectangle
 
 LISTED_RECTANGLES = 64  # empty rectangles of a schedule that are listed one by one
-_numbers = count()
+SHARED = {"captured.py", "sites.txt", "plan.txt", "gathers.txt", "recurrences.txt", "schedule.json", "trace.json",
+          "exchange.dot"}  # fmt: skip
+"""Files that are the same on all ranks."""
+BEFORE = {"partitioned.py": "captured.py", "forward.py": "partitioned.py"}
+"""The stage with which a stage is compared."""
+_numbers: defaultdict[str, Iterator[int]] = defaultdict(count)  # of the graphs of a directory
 
 
 class Dump:
@@ -33,24 +48,29 @@ class Dump:
         self.kept: dict[str, str] = {}
 
     def open(self) -> None:
-        """Makes the folder of this graph, which gets the next number, and writes what is kept."""
+        """Makes the folder of this graph, which gets the next number of its directory, and writes what is kept."""
         if self.folder is None:
             return
-        self.path = Path(self.folder) / f"rank{self.rank}" / f"graph{next(_numbers)}"
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = Path(self.folder) / f"graph{next(_numbers[os.path.abspath(self.folder)])}"
         for name, text in self.kept.items():
-            self.write(name, text)
+            self._put(name, text)
 
     def write(self, name: str, text: str) -> None:
-        """Writes the file `name` of this rank and graph, or keeps its text until `open`."""
-        if self.path is None:
-            self.kept[name] = text
-        else:
-            (self.path / name).write_text(text + "\n")
+        """Writes the file `name`, or keeps its text until `open`; and how a stage differs from the one before."""
+        self.kept[name] = text
+        if self.path is not None:
+            self._put(name, text)
+        if (before := BEFORE.get(name)) in self.kept:
+            self.write(name.replace(".py", ".diff"), difference(str(before), self.kept[str(before)], name, text))
 
     def graph(self, name: str, gm: GraphModule) -> None:
         """Writes a graph as the file `name`.py."""
         self.write(f"{name}.py", readable(gm))
+
+    def _put(self, name: str, text: str) -> None:
+        assert self.path is not None
+        folder = self.path.name if name in SHARED else f"{self.path.name}/rank{self.rank}"
+        write_text(self.path.parent, f"{folder}/{name}", text + "\n")
 
 
 def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
@@ -58,7 +78,7 @@ def texts(stage: str, result: Any, rank: int) -> Iterator[tuple[str, str]]:
     if stage == "decompose":
         yield "captured.py", readable(result.gm)
     elif stage == "detect":
-        yield "sites.txt", "\n".join(map(str, result))
+        yield "sites.txt", sites(result)
     elif stage == "plan":
         yield "plan.txt", str(result)
         yield "schedule.txt", schedule(result, rank)
@@ -76,20 +96,45 @@ def readable(gm: GraphModule) -> str:
     return text.replace(f"File: {os.getcwd()}{os.sep}", "File: ")
 
 
-def schedule(plan: RingPlan, rank: int) -> str:
-    """The schedule of `rank`, step by step, for each site of a plan."""
+def sites(found: Sequence[AttentionSite]) -> str:
+    """A line for each site; for a run of equal ones, such as the layers of a model, one line."""
     lines = []
-    for i, site in enumerate(plan.sites):
-        programs, share = site.programs(rank), site.share(rank)
-        for group, program in zip(site.group_problems(share) or [None], programs, strict=False):
-            total = f": {program.area} pairs, {program.received} key tokens received"
-            heads = f", {share}" if site.degree > 1 else ""
-            name = f"site {i} on rank {rank} of {plan.world}{heads}{f', {group.head_group}' if group else ''}"
-            lines += [f"{name}{total}", *(f"  {step}" for step in program.steps)]
-            lines += [f"  empty: {_rectangles(program.empty)}"] if program.empty else []
-        lines += [] if programs else [f"site {i} on rank {rank} of {plan.world}", "  runs replicated"]
-        lines += [f"  in all {site.received(rank)} (token, head) pairs received"] if site.dilation else []
+    for _, run in groupby(found, lambda site: str(site).partition("): ")[2]):
+        first, *others = run
+        if others:
+            last, text = others[-1], str(first).partition("): ")[2]
+            names = f"sites {first.index} to {last.index} ({first.node.name} to {last.node.name})"
+            lines.append(f"{names}, x {1 + len(others)}: {text}")
+        else:
+            lines.append(str(first))
     return "\n".join(lines)
+
+
+def schedule(plan: RingPlan, rank: int) -> str:
+    """The schedule of `rank`, step by step, for each site of a plan; of a run of equal sites, once."""
+    lines = []
+    bodies = [(i, list(_site_schedule(site, plan.world, rank))) for i, site in enumerate(plan.sites)]
+    for _, run in groupby(bodies, lambda x: x[1]):
+        (first, body), *others = run
+        name = f"sites {first} to {others[-1][0]}, x {1 + len(others)}," if others else f"site {first}"
+        lines += [line.replace("SITE", name, 1) if line.startswith("SITE") else line for line in body]
+    return "\n".join(lines)
+
+
+def _site_schedule(site: SitePlan, world: int, rank: int) -> Iterator[str]:
+    """The lines of one site; SITE stands for what it is called."""
+    programs, share = site.programs(rank), site.share(rank)
+    for group, program in zip(site.group_problems(share) or [None], programs, strict=False):
+        heads = f", {share}" if site.degree > 1 else ""
+        name = f"SITE on rank {rank} of {world}{heads}{f', {group.head_group}' if group else ''}"
+        yield f"{name}: {program.area} pairs, {program.received} key tokens received"
+        yield from (f"  {step}" for step in program.steps)
+        if program.empty:
+            yield f"  empty: {_rectangles(program.empty)}"
+    if not programs:
+        yield from (f"SITE on rank {rank} of {world}", "  runs replicated")
+    if site.dilation:
+        yield f"  in all {site.received(rank)} (token, head) pairs received"
 
 
 def _rectangles(found: list[Rectangle]) -> str:

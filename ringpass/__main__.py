@@ -18,6 +18,7 @@ import ringpass
 from ringpass import demo, doctor, measure
 from ringpass.errors import RingpassError
 from ringpass.explain import command as explain
+from ringpass.page import command as dump
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ COMMANDS: Mapping[str, Command] = {
     "explain": Command(
         "show what would be made of a model on P ranks", "ringpass explain model.py:make --world-size 8",
         explain.add_arguments, explain.run, explain.__doc__,
+    ),
+    "dump": Command(
+        "show a dump directory as a page", "ringpass dump open DIR",
+        dump.add_arguments, dump.run, dump.__doc__,
     ),
     "demo": Command(
         "train a small model on 2 ranks and on 1, and compare", "ringpass demo --ranks 2",

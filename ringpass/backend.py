@@ -79,7 +79,7 @@ def ring_dilated(
     if reported is not None:
         show = reported.add(GraphRun(read, "", made, rank, config, told=told, broken=break_of(gm)), show)
     shown = stages.dumps or reported is not None
-    run = compile_partitioned(made.program, config, inductor, rank, made.left, show, shown)
+    run = compile_partitioned(made.program, config, inductor, rank, made.left, show, shown, stages.coded)
     agreement = Agreement(ring, _facts(made, config), _names(read.captured), config.compare_weights)
     return compiled_call(run, made.program, agreement, ring, config)
 

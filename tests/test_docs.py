@@ -218,9 +218,9 @@ def test_the_dump_that_the_documentation_reads(tmp_path: Path) -> None:
     command = re.search(r"^    torchrun (.*) --dump dump$", page, flags=re.MULTILINE)
     assert command and blocks[0] in (ROOT / "examples" / "attention.py").read_text()
     torchrun(*command.group(1).split(), f"--dump={tmp_path}")
-    graph = tmp_path / "rank1" / "graph0"
+    graph = tmp_path / "graph0" / "rank1"
     for name, block in zip(("schedule.txt", "forward.py", "backward.py"), blocks[1:], strict=True):
         assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/lowered_graph.md"
     shown = re.findall(r"^```text\n(.*?)^```", (DOCS / "guides" / "dumps.md").read_text(), re.DOTALL | re.MULTILINE)
-    for name, block in zip(("plan.txt", "schedule.txt"), shown, strict=True):
+    for name, block in zip(("../plan.txt", "schedule.txt"), shown, strict=True):
         assert block.strip() == (graph / name).read_text().strip(), f"{name} differs from docs/guides/dumps.md"

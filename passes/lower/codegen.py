@@ -33,6 +33,8 @@ from ringpass.passes.partition.partitioned import Partitioned
 
 Show = Callable[[str, GraphModule], None]
 """Is given the stage, "forward" or "backward", and its lowered graph."""
+ShowCode = Callable[[str, str], None]
+"""Is given the stage and the code that Inductor generated for it."""
 Compiled = Callable[..., Any]
 """What a backend returns to Dynamo: the graph's inputs -> its outputs."""
 
@@ -52,8 +54,9 @@ def compile_partitioned(
     left: int,
     show: Show,
     shown: bool,
+    show_code: ShowCode | None = None,
 ) -> Compiled:
-    """Compiles one rank's program.  `show` sees the lowered forward and backward.
+    """Compiles one rank's program.  `show` sees the lowered forward and backward, `show_code` Inductor's code of them.
 
     `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
     which would skip them, are left out.
@@ -68,7 +71,7 @@ def compile_partitioned(
         return _inductor(gm, inputs, patches)
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return _inductor(gm, inputs, patches)
+        return _inductor(gm, inputs, patches, show_code)
 
 
 def show_lowered(
@@ -99,10 +102,19 @@ def show_lowered(
         compile_fx(gm, list(inputs), inner_compile=inner, config_patches=inductor or None)  # type: ignore[arg-type]
 
 
-def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
+def _inductor(
+    gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None, show_code: ShowCode | None = None
+) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        made = compile_fx_inner(*args, **kwargs)
+        if show_code and (code := getattr(made, "source_code", "")):
+            show_code("backward" if kwargs.get("is_backward") else "forward", code)
+        return made
+
+    chosen = inner if show_code else compile_fx_inner
+    return compile_fx(gm, list(inputs), inner_compile=chosen, config_patches=patches)  # type: ignore[return-value]
 
 
 def _unseen(stage: str, graph: GraphModule) -> None:

@@ -124,21 +124,13 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             MODELS["gpt2"].make(), backend="ring_dilated", options={"compiler": "aot_eager", "layout": "zigzag"}
         )
         loss_of(run(**batch_for("gpt2", 23, True, True))).backward()
-    (folder,) = (tmp_path / "rank1").iterdir()
-    names = (
-        "captured.py",
-        "sites.txt",
-        "plan.txt",
-        "schedule.txt",
-        "partitioned.py",
-        "gathers.txt",
-        "forward.py",
-        "backward.py",
-        "stages.txt",
-    )
-    assert {p.name for p in folder.iterdir()} == set(names)
-    assert "mask k <= q & bool(x0[b, k])" in (folder / "sites.txt").read_text()
-    assert "axis 0: 23 tokens, zigzag" in (folder / "plan.txt").read_text()
+    graph, folder = tmp_path / "graph0", tmp_path / "graph0" / "rank1"
+    shared = {"captured.py", "sites.txt", "plan.txt", "gathers.txt"}
+    stages = {"partitioned.py", "forward.py", "backward.py", "partitioned.diff", "forward.diff"}
+    assert {p.name for p in graph.iterdir()} == {*shared, "rank1"}  # rank 0 writes the page and what it reads
+    assert {p.name for p in folder.iterdir()} == {*stages, "schedule.txt", "stages.txt"}
+    assert "mask k <= q & bool(x0[b, k])" in (graph / "sites.txt").read_text()
+    assert "axis 0: 23 tokens, zigzag" in (graph / "plan.txt").read_text()
     assert "receive" in (folder / "schedule.txt").read_text()
     assert "ringpass.ring_attention.default" in (folder / "partitioned.py").read_text()
     assert "receive_step1_from_rank0 = torch.ops.ringpass.exchange" in (folder / "forward.py").read_text()

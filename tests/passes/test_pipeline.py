@@ -171,7 +171,7 @@ def test_the_runner_times_and_compares(tmp_path: Path) -> None:
     stages.run(grow, gm)
     assert not list(tmp_path.iterdir())  # nothing is written before the graph is known to be partitioned
     stages.open()
-    (text,) = (path.read_text() for path in tmp_path.glob("rank3/*/stages.txt"))
+    (text,) = (path.read_text() for path in tmp_path.glob("graph0/rank3/stages.txt"))
     first, second = text.splitlines()
     assert first.startswith("<lambda>: 0.") and first.endswith("s, 5 nodes")
     assert second.startswith("grow: 0.") and second.endswith("6 nodes; +1 neg.default")

@@ -41,6 +41,6 @@ def test_what_a_call_leaves_in_an_input_is_an_output(tmp_path: Path) -> None:
     options: Any = {"compiler": "aot_eager", "strict": True, "dump": str(tmp_path)}
     with fake_ring(1, 3), torch.no_grad():
         torch.compile(write_cache, backend="ring_dilated", options=options)(x, weight, cache)
-    (gathers,) = tmp_path.glob("rank1/graph*/gathers.txt")
+    (gathers,) = tmp_path.glob("graph*/gathers.txt")
     (line,) = gathers.read_text().splitlines()
     assert "output" in line and "index_copy" in line

@@ -39,6 +39,12 @@ What is read:
 - `live_buffers`: the same code's buffers, and what is alive when
 - `described_gpu`: a GPU that is described, so that Inductor writes its code without one
 
+What is shown:
+
+- `page_models`, `page_report`: small models, and a report of a model for the page
+- `browser`: a real browser
+- `page_pictures`: takes the pictures of docs/page.md
+
 Where operators run without a device:
 
 - `fake_cuda`: their bodies on fake CUDA tensors

@@ -12,7 +12,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("masks", "kernels", "passes.failures"),
     ("layouts", "patterns", "local_ranks", "progress"),
     ("schedule", "comm"),
-    ("ops", "reference"),
+    ("ops", "reference", "page"),
     ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
     ("passes.op_rules", "shards"),
     ("config",),

@@ -1,0 +1,138 @@
+"""Timelines and exchange graphs: what a schedule says, in the formats that other tools read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+
+from ringpass.layouts.layout import Layout
+from ringpass.page.exchange_graph import as_dot, exchange_graph
+from ringpass.page.timeline import Costs, Event, ends, planned, slowest
+from ringpass.page.trace import as_trace, measured
+from ringpass.schedule.program import program
+from ringpass.schedule.tiles import Problem
+
+
+@cache
+def ranks(world: int, layout: str, tokens: int = 256) -> list[dict[str, Any]]:
+    """The schedule of a causal attention, 8 bytes a row."""
+    of = Layout(layout, world)
+    problem = Problem("k <= q", tokens, tokens, of, of)
+    out = []
+    for rank in range(world):
+        steps = []
+        for step in program(problem, rank).steps:
+            got = (
+                {"from": step.receive.src, "rows": step.receive.size, "bytes": 8 * step.receive.size}
+                if step.receive
+                else None
+            )
+            tiles = [[*tile.q, *tile.k, tile.kind] for tile in step.tiles]
+            steps.append({"step": step.shift, "receive": got, "send": None, "tiles": tiles})
+        out.append({"rank": rank, "steps": steps})
+    return out
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("byte", [0.0, 3.0, 1e4])
+def test_what_is_planned(layout: str, byte: float) -> None:
+    """Each rank computes all its pairs, one tile after the other; it waits as long as keys take and no longer."""
+    of = Layout(layout, 4)
+    events = planned(ranks(4, layout), Costs(1.0, byte))
+    for rank, times in ends(events).items():
+        mine = sorted((x for x in events if x.rank == rank and x.lane != "transfer"), key=lambda x: x.start)
+        assert times["tile"] == program(Problem("k <= q", 256, 256, of, of), rank).area
+        assert all(a.stop <= b.start for a, b in zip(mine, mine[1:], strict=False))
+        assert times["end"] == pytest.approx(times["tile"] + times["wait"])
+        assert byte or not times["wait"]
+
+
+def test_the_slowest_rank_is_named() -> None:
+    assert "within 2 %" in slowest(planned(ranks(4, "zigzag"), Costs(1.0, 0.0)))
+    said = slowest(planned(ranks(4, "contiguous"), Costs(1.0, 0.0)))
+    assert said.startswith("Rank 3 ends last") and "computes 1.7" in said
+
+
+def test_an_exchange_starts_when_both_ends_have() -> None:
+    """Rank 0 receives late what rank 1, which computes long, starts to send late."""
+    of = [
+        {"rank": 0, "steps": [step(0, 1, None), step(1, 1, None), step(2, 1, 1)]},
+        {"rank": 1, "steps": [step(0, 1, None), step(1, 9, None), step(2, 1, None)]},
+    ]
+    events = planned(of, Costs(1.0, 1.0))
+    assert Event(0, "transfer", 2, 1.0, 9.0, "8 bytes from 1") in events
+    assert Event(0, "wait", 2, 2.0, 9.0, "for rank 1") in events
+
+
+def step(shift: int, pairs: int, source: int | None) -> dict[str, Any]:
+    got = None if source is None else {"from": source, "rows": 1, "bytes": 8}
+    return {"step": shift, "receive": got, "send": None, "tiles": [[0, pairs, 0, 1, "full"]]}
+
+
+def test_traces_have_the_format_of_chrome() -> None:
+    """The keys and types that the format asks for; tiles and transfers that overlap are in different threads."""
+    events = planned(ranks(4, "contiguous"), Costs(1e-9, 1e-9, "s"))
+    trace = as_trace({"layer 0": (events, "s"), "layer 1": (events, "s")}, 4)
+    assert set(trace) == {"traceEvents", "displayTimeUnit"}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in "MX" and isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        assert isinstance(event["name"], str) and isinstance(event["args"], dict)
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] >= 0 and isinstance(event["cat"], str)
+    for pid in range(4):
+        for tid in (0, 1):
+            mine = sorted(
+                (x["ts"], x["dur"])
+                for x in trace["traceEvents"]
+                if x["ph"] == "X" and (x["pid"], x["tid"]) == (pid, tid)
+            )
+            assert all(a + d <= b + 1e-9 for (a, d), (b, _) in zip(mine, mine[1:], strict=False))
+    assert len([x for x in trace["traceEvents"] if x["ph"] == "X"]) == 2 * len(events)
+    back = measured(as_trace({"layer 0": (events, "s")}, 4))
+    assert [(x.rank, x.lane, x.step) for x in back] == [(x.rank, x.lane, x.step) for x in events]
+    assert [x.start for x in back] == pytest.approx([x.start for x in events])
+
+
+def test_perfetto_reads_the_trace(tmp_path: Path) -> None:
+    """Where Perfetto's trace processor is installed: the package perfetto would download it."""
+    binary, perfetto = shutil.which("trace_processor_shell"), pytest.importorskip("perfetto.trace_processor")
+    if binary is None:
+        pytest.skip("needs trace_processor_shell on PATH, Perfetto's own reader of traces")
+    events = planned(ranks(4, "contiguous"), Costs(1e-9, 1e-9, "s"))
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(as_trace({"layer 0": (events, "s")}, 4)))
+    config = perfetto.TraceProcessorConfig(bin_path=binary)
+    with perfetto.TraceProcessor(trace=str(path), config=config) as processor:
+        (row,) = processor.query("select count(*) as n from slice")
+        names = {x.name for x in processor.query("select name from process where name is not null")}
+    assert row.n == len(events) and {f"rank {rank}" for rank in range(4)} <= names
+
+
+def test_profiles_of_torch_are_read() -> None:
+    """Ranges of a profiler, of processes with any id; what is no tile, transfer or wait is left out."""
+    events = [
+        {"ph": "M", "pid": 77, "tid": 0, "name": "process_name", "args": {"name": "python"}},
+        {"ph": "X", "pid": 77, "tid": 5, "name": "ringpass::attention_tile site 0 step 1", "ts": 10.0, "dur": 5.0},
+        {"ph": "X", "pid": 99, "tid": 5, "name": "wait step 2", "ts": 20.0, "dur": 1.0},
+        {"ph": "X", "pid": 99, "tid": 5, "name": "aten::mm", "ts": 20.0, "dur": 1.0},
+    ]
+    found = measured({"traceEvents": events})
+    assert [(x.rank, x.lane, x.step) for x in found] == [(0, "tile", 1), (1, "wait", 2)]
+    assert found[0].start == pytest.approx(1e-5)
+
+
+def test_the_exchange_graph() -> None:
+    """In a ring, every rank sends once in each step, and each step is a matching."""
+    graph = exchange_graph(ranks(5, "zigzag"))
+    assert isinstance(graph, nx.MultiDiGraph) and set(graph) == set(range(5))
+    for shift in range(1, 5):
+        ends_of = [(a, b) for a, b, about in graph.edges(data=True) if about["step"] == shift]
+        assert len({a for a, _ in ends_of}) == len({b for _, b in ends_of}) == len(ends_of) == 5
+    lines = as_dot(graph).splitlines()
+    assert lines[0] == "digraph exchanges {" and lines[-1] == "}" and len(lines) == 2 + 5 + graph.number_of_edges()
