@@ -21,6 +21,7 @@ from ringpass import MismatchError, RingConfig
 from ringpass.comm import p2p
 from ringpass.comm.agreement import Agreement
 from tests.support.errors import error_message
+from tests.support.marks import slow
 from tests.support.model_parity import compiled
 from tests.support.process_ranks import Workers
 from tests.support.repository import ROOT
@@ -62,8 +63,8 @@ def printed_on_ring(group: dist.ProcessGroup, source: str, folder: str) -> str:
     def compile_on_group(model: Any, backend: str, options: dict[str, Any] | None = None) -> Any:
         return torch_compile(model, backend=backend, options=on_group(options))
 
-    def compile_in_place(model: nn.Module, backend: str) -> None:
-        module_compile(model, backend=backend, options=on_group(None))
+    def compile_in_place(model: nn.Module, backend: str, options: dict[str, Any]) -> None:
+        module_compile(model, backend=backend, options=on_group(options))
 
     torch_compile, module_compile, page = torch.compile, nn.Module.compile, io.StringIO()
     with (
@@ -77,7 +78,7 @@ def printed_on_ring(group: dist.ProcessGroup, source: str, folder: str) -> str:
     return page.getvalue()
 
 
-@pytest.mark.parametrize("guide", ["long_sequences", "trainer", "images"])
+@pytest.mark.parametrize("guide", ["long_sequences", "trainer", slow("images")])
 def test_losses_are_those_of_one_rank(workers: Workers, tmp_path: Path, guide: str) -> None:
     if guide == "trainer":
         pytest.importorskip("accelerate")
