@@ -119,6 +119,7 @@ panels.tiles = (graph, panel) => {
     for (const cell of cells) {
       const total = Object.values(cell.kinds).reduce((a, b) => a + b, 0);
       let x = left + row.get(cell.source) * edge;
+      context.globalAlpha = 1;
       context.fillStyle = colour("card");
       context.fillRect(x, top + row.get(cell.rank) * edge, edge, edge);
       context.globalAlpha = chosen.rank === null || chosen.rank === cell.rank ? 1 : 0.3;
