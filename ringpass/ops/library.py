@@ -33,8 +33,18 @@ def define(schema: str) -> None:
 def implement(name: str, body: Callable[..., object], fake: Callable[..., object]) -> None:
     """Registers an operator's body, for all devices, and its fake, which computes shapes and dtypes only."""
     BODIES[name] = body
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, lambda *args, **named: _whole(body(*args, **named)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ringpass::{name}", fake, lib=LIBRARY)
+
+
+def _whole(found: Any) -> Any:
+    """Results that are views, as tensors of their own on the same memory.
+
+    The compiler may write its next result into one and return that, and autograd lets no caller write to a view.
+    """
+    if isinstance(found, Tensor):
+        return found.data if found._is_view() else found
+    return [_whole(x) for x in found] if isinstance(found, list | tuple) else found
 
 
 def storage_key(x: Tensor) -> int:

@@ -57,6 +57,22 @@ def test_gradients_accumulate(workers: Workers) -> None:
     assert all(error < 1e-9 for error in workers.run(accumulated, 2))
 
 
+def scaled_in_place(group: dist.ProcessGroup) -> list[bool]:
+    """Whether each loss of three calls may be written to, as transformers' Trainer does, under Inductor."""
+    model = MODELS["gpt2"].make(torch.float32)
+    run, views = compiled(model, group, compiler="inductor"), []
+    for seed in range(3):
+        loss = loss_of(run(**batch_for("gpt2", 23, True, seed=seed)))
+        views.append(loss._is_view())
+        loss *= 2
+        loss.backward()
+    return views
+
+
+def test_a_loss_may_be_scaled_in_place(workers: Workers) -> None:
+    assert workers.run(scaled_in_place, 2) == [[False] * 3] * 2
+
+
 def halved(group: dist.ProcessGroup) -> tuple[float, float, bool]:
     """Of a step under autocast: the loss' error against float64, that of one device under autocast, and the dtype."""
     model = MODELS["nanogpt"].factory().float()
