@@ -26,7 +26,7 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def read(index: int, node: Node) -> AttentionSite | None:
-    """Site number `index`, if `node` is such a call; else None.
+    """Site number `index`, if `node` is such a call; else None, also if it has no heads or channels or is complex.
 
     Raises UnsupportedError if scale or dropout is computed in the graph, or the mask has too few or too many dims.
     """
@@ -36,6 +36,8 @@ def read(index: int, node: Node) -> AttentionSite | None:
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = given["query"], given["key"], given["value"]
     width = q.meta["val"].shape[-1]
+    if q.meta["val"].is_complex() or any(type(n) is int and n == 0 for n in (width, *q.meta["val"].shape[-3:-2])):
+        return None  # nothing to compute, or an error of torch's kernels
     scale, dropout = given.get("scale"), given.get("dropout_p", 0.0)
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
