@@ -28,7 +28,8 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 def read(index: int, node: Node) -> AttentionSite | None:
     """Site number `index`, if `node` is such a call; else None, also if it has no heads or channels or is complex.
 
-    Raises UnsupportedError if scale or dropout is computed in the graph, or the mask has too few or too many dims.
+    Raises UnsupportedError if scale or dropout is computed in the graph, dropout is no probability, or the mask has too
+    few or too many dims.
     """
     if node.target is not SDPA:
         return None
@@ -42,6 +43,8 @@ def read(index: int, node: Node) -> AttentionSite | None:
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
             raise UnsupportedError(f"{node.name}: {name} is computed in the graph ({value.name}); pass a Python number")
+    if not 0 <= dropout <= 1:
+        raise UnsupportedError(f"{node.name}: dropout_p must be between 0 and 1, got {dropout}")
     within = CAUSAL if given.get("is_causal", False) else TRUE
     found, leaves = Scores(within), tuple[Node, ...]()
     if given.get("attn_mask") is not None:

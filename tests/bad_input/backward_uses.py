@@ -323,15 +323,6 @@ def module_backward_hook(on_ring: OnRing) -> Values:
     return gradients(net)
 
 
-@use("a full backward hook on the compiled model")
-def outer_backward_hook(on_ring: OnRing) -> Values:
-    net, x = model(), tokens(True)
-    run, seen = on_ring(net), []
-    run.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0] + 0))
-    loss_of(run(x)).backward()
-    return [*seen, *gradients(net)]
-
-
 @use("a tensor hook on an output")
 def output_hook(on_ring: OnRing) -> Values:
     net, seen = model(), []

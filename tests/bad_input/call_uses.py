@@ -198,15 +198,6 @@ def flop_counter(on_ring: OnRing) -> Values:
     return [y]
 
 
-@use("compiled autograd around `backward`")
-def compiled_autograd(on_ring: OnRing) -> Values:
-    net = model()
-    loss = loss_of(on_ring(net)(tokens()))
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-        loss.backward()
-    return gradients(net)
-
-
 @use("an output changed in place")
 def output_in_place(on_ring: OnRing) -> Values:
     net = model()

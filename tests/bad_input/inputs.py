@@ -232,14 +232,14 @@ def sparse(on_ring: OnRing) -> Values:
     return [on_ring(lambda x: net(x.to_dense()))(x) + 0]
 
 
-@use("a nested tensor as an input")
+@use("a nested tensor as an input", "TorchRuntimeError", "when making fake tensor call")
 def nested(on_ring: OnRing) -> Values:
     x = torch.nested.nested_tensor([tokens(rows=1)[0], tokens(length=7, rows=1)[0]], layout=torch.jagged)
     y = on_ring(model())(x)
     return [y.to_padded_tensor(0.0)]
 
 
-@use("a subclass of tensors as an input")
+@use("a subclass of tensors as an input", "TypeError", "Multiple dispatch failed", ranks=(2, 3))
 def subclass(on_ring: OnRing) -> Values:
     class Named(Tensor):
         pass

@@ -56,7 +56,11 @@ def functional_inside(on_ring: OnRing) -> Values:
     return [w.grad for w in weights.values() if w.grad is not None]
 
 
-@use("`torch.func.grad` inside the compiled function")
+@use(
+    "`torch.func.grad` of attention inside the function",
+    "RuntimeError",
+    "is not implemented",
+)
 def grad_inside(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
     run = on_ring(lambda z: torch.func.grad(lambda y: loss_of(net(y)))(z))
@@ -108,7 +112,11 @@ def on_fakes(on_ring: OnRing) -> Values:
 # --- copies
 
 
-@use("`copy.deepcopy` of the compiled model", "TypeError", "cannot pickle")
+@use(
+    "`copy.deepcopy` of a model with the option `group` (without: as one device)",
+    "TypeError",
+    "cannot pickle",
+)
 def deep_copied(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
     run = on_ring(net)
@@ -119,7 +127,7 @@ def deep_copied(on_ring: OnRing) -> Values:
     return [y, *gradients(other)]
 
 
-@use("`pickle` of the compiled model")
+@use("`pickle` of a model with the option `group` (without: as one device)", "TypeError", "cannot pickle")
 def pickled(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
     run = on_ring(net)
@@ -127,7 +135,7 @@ def pickled(on_ring: OnRing) -> Values:
     return [pickle.loads(pickle.dumps(run))(x) + 0]
 
 
-@use("`torch.save` and `torch.load` of the compiled model")
+@use("`torch.save` of a model with the option `group` (without: as one device)", "TypeError", "cannot pickle")
 def saved(on_ring: OnRing) -> Values:
     run, x, file = on_ring(model()), tokens(), io.BytesIO()
     run(x)
