@@ -261,7 +261,7 @@ class Agreement:
         if ring.pg is None or ring.world == 1:
             mine_alone = torch.tensor([mine], dtype=torch.int64)
             return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0], device))
-        if device.type == "meta":
+        if any(isinstance(x, Tensor) and x.is_meta for x in args):
             raise InputError(
                 "the inputs are on the device 'meta' and hold no values that ranks could send: for shapes alone call "
                 "the model without torch.compile"
