@@ -195,7 +195,7 @@ def test_cost_is_linear_in_the_length(mask: str, bound: int) -> None:
         ({"dilation": "auto", "segment_lengths": [8], "dilation_rates": [1]}, "drop one"),
         ({"dilate": [0]}, "no option says how"),
         ({"dilate": {0: "longest"}}, "unknown dilation 'longest'"),
-        ({"dilate": "layers.0", "dilation": "auto"}, "'dilate' must be a list of sites"),
+        ({"dilate": "layers.0", "dilation": "auto"}, "'dilate' must be a list of attentions"),
         ({"dilation": "auto", "comm": "allgather"}, "does not go with the option 'comm'"),
         ({"dilation": "auto", "hilbert": (4, 4)}, "along_curve=True"),
     ],
