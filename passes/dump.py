@@ -23,6 +23,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ringpass.config import DUMP_VARIABLE
+from ringpass.errors import OptionError
 from ringpass.files import write_text
 from ringpass.page.code import difference
 from ringpass.passes.detect.site import AttentionSite
@@ -48,10 +49,20 @@ class Dump:
         self.kept: dict[str, str] = {}
 
     def open(self) -> None:
-        """Makes the folder of this graph, which gets the next number of its directory, and writes what is kept."""
+        """Makes the folder of this graph, which gets the next number of its directory, and writes what is kept.
+
+        Raises OptionError if it cannot be made.
+        """
         if self.folder is None:
             return
         self.path = Path(self.folder) / f"graph{next(_numbers[os.path.abspath(self.folder)])}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # the path is that of a file, too long, or not to be written
+            raise OptionError(
+                f"option 'dump' or {DUMP_VARIABLE}: expected a directory that can be made and written, got "
+                f"{self.folder!r}: {error}. Name another one, or leave it out"
+            ) from error
         for name, text in self.kept.items():
             self._put(name, text)
 

@@ -25,6 +25,7 @@ from ringpass.explain.real import real_run
 from ringpass.explain.report import media_of
 from ringpass.explain.stages import GraphRun
 from ringpass.logging_calls import skip_logging_calls
+from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.lower.codegen import Show, compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.spec import Rank
@@ -92,7 +93,10 @@ def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:
         raise OptionError(
             f"mode={mode!r} is Inductor's, and compiler={config.compiler!r} does not use Inductor: drop one"
         )
-    return {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    modes = torch._inductor.list_mode_options()
+    if mode:
+        one_of("mode", mode, tuple(modes))
+    return {**(modes[mode] if mode else {}), **config.inductor}
 
 
 def _refuse_cuda_graphs(inductor: Mapping[str, Any], mode: str | None) -> None:
@@ -146,9 +150,15 @@ def _facts(made: RankProgram, config: RingConfig) -> tuple[tuple[str, str], ...]
     """(name, text) pairs that must be equal on all ranks; the first one that differs is reported."""
     import ringpass
 
-    nodes = made.read.captured.gm.graph.nodes
+    nodes, given = made.read.captured.gm.graph.nodes, made.read.captured.inputs
     inputs = [
-        (n.name, str(n.meta["val"].dtype), str(list(n.meta["val"].shape)), *(["sharded"] if i in made.sharded else []))
+        (
+            n.name,
+            str(n.meta["val"].dtype),
+            str(list(n.meta["val"].shape)),
+            *(["sharded"] if i in made.sharded else []),
+            *(["needs a gradient"] if given[i].requires_grad and torch.is_grad_enabled() else []),
+        )
         for i, n in enumerate(n for n in nodes if n.op == "placeholder")
         if isinstance(n.meta.get("val"), torch.Tensor)
     ]

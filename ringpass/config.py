@@ -4,12 +4,11 @@
 'zigzag'
 >>> RingConfig.from_options({"layot": "zigzag"})
 Traceback (most recent call last):
-ringpass.errors.OptionError: unknown option 'layot': did you mean 'layout'? ...
+ringpass.errors.OptionError: unknown option 'layot' (did you mean 'layout'?). Known options: ...
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,10 +18,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.comm.agreement import group_of
-from ringpass.errors import OptionError
+from ringpass.errors import OptionError, did_you_mean
 from ringpass.layouts import layout as layouts
 from ringpass.ops.transports.table import TRANSPORTS
-from ringpass.patterns import Pattern, everything
+from ringpass.option_checks import (
+    LONGEST_WAIT,
+    one_of,
+    path_of,
+    require,
+    require_inductor,
+    require_number,
+    require_selectors,
+)
+from ringpass.patterns import MOST, Pattern, everything
 from ringpass.schedule.block_selection import TopBlocks
 from ringpass.schedule.dilation import AUTO, BUDGET, OFFSETS, PRESETS, Dilation, preset
 from ringpass.schedule.machine import Machine, machine_of, on_nodes_of, ranks_on_node
@@ -94,13 +102,14 @@ class RingConfig:
     unroll_limit: each send, receive, wait, tile and merge is a node of the compiled graph if all attentions together
         have at most this many steps (an attention counts the larger of P and its number of tiles); otherwise, and for
         symbolic lengths, each attention is one node that runs the same code.  0: always one node.
-    timeout: seconds, more than 0, that ranks wait for each other at the checks before a call and when outputs are
-        gathered.  Differences in compile time count.
+    timeout: seconds, from 0.001 to a year, that ranks wait for each other at the checks before a call and when outputs
+        are gathered.  Differences in compile time count.
     compare_weights: ranks compare all weights in a graph's first call, and from then on each weight in one of this many
         calls, by turns, so that weights that drift apart are found within so many; 0: in the first call alone.
     explain: path of a file that ends in .json or .txt, to which rank 0 writes a report of the compiled graphs
         (`ringpass.explain`); each graph writes it anew, with those before.
-    dump: directory for the graphs, sites, plan and schedule of each rank; else the environment variable RINGPASS_DUMP.
+    dump: directory, a text or `os.PathLike`, for the graphs, sites, plan and schedule of each rank; else the
+        environment variable RINGPASS_DUMP.
     group: the ring's process group, or a dimension of a DeviceMesh such as mesh["ring"], or a mesh of two dimensions
         with all their ranks as one ring, of which the inner one bounds the degree that `ulysses_degree="auto"` takes;
         the default group if None.
@@ -123,7 +132,7 @@ class RingConfig:
     prove: str = SAMPLE
     ulysses_degree: Any = AUTO
     comm: str = AUTO
-    machine: Machine | str | None = None
+    machine: Machine | str | os.PathLike[str] | None = None
     compiler: str = "inductor"
     strict: bool = False
     outputs: str = "lazy"
@@ -131,52 +140,54 @@ class RingConfig:
     unroll_limit: int = 256
     timeout: float = 300.0
     compare_weights: int = 100
-    explain: str | None = None
-    dump: str | None = None
+    explain: Any = None
+    dump: Any = None
     group: Any = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("layout", self.layout, ("auto", *layouts.OPTIONS))
-        _require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns")
+        one_of("layout", self.layout, ("auto", *layouts.OPTIONS))
+        require("mask", self.mask, isinstance(self.mask, Pattern), "a Pattern of ringpass.patterns, such as causal()")
         chosen = self.approximate is None or isinstance(self.approximate, TopBlocks)
-        _require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
-        _one_of("comm", self.comm, (AUTO, *TRANSPORTS))
+        require("approximate", self.approximate, chosen, "ringpass.top_blocks(..) or None")
+        one_of("comm", self.comm, (AUTO, *TRANSPORTS))
         self._check_dilation()
         self._check_degree()
         self._check_curve()
-        _require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
-        _one_of("prove", self.prove, (SAMPLE, ALL))
-        _one_of("compiler", self.compiler, ("inductor", "aot_eager"))
-        _one_of("outputs", self.outputs, tuple(OUTPUTS))
-        _require("strict", self.strict, isinstance(self.strict, bool), "True or False")
-        edge = self.tile is None or (type(self.tile) is int and self.tile >= 1)
-        _require("tile", self.tile, edge, "an int of at least 1, or None")
+        require("runtime_pruning", self.runtime_pruning, isinstance(self.runtime_pruning, bool), "True or False")
+        one_of("prove", self.prove, (SAMPLE, ALL))
+        one_of("compiler", self.compiler, ("inductor", "aot_eager"))
+        one_of("outputs", self.outputs, tuple(OUTPUTS))
+        require("strict", self.strict, isinstance(self.strict, bool), "True or False")
+        edge = self.tile is None or (type(self.tile) is int and 1 <= self.tile < MOST)
+        require("tile", self.tile, edge, "an int of at least 1 and below 2**40, or None")
         for name in ("unroll_limit", "compare_weights"):
             natural = type(getattr(self, name)) is int and getattr(self, name) >= 0
-            _require(name, getattr(self, name), natural, "an int of at least 0")
-        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
-        _require("timeout", self.timeout, number and self.timeout > 0, "a number of seconds above 0")
-        _require("explain", self.explain, self.explain is None or isinstance(self.explain, str), "a file's path")
-        _require("dump", self.dump, self.dump is None or isinstance(self.dump, str), "a directory's path")
+            require(name, getattr(self, name), natural, "an int of at least 0")
+        limits = f"a number of seconds above 0, from 0.001 to {LONGEST_WAIT}, a year"
+        require_number("timeout", self.timeout, 0.001, LONGEST_WAIT, limits)
+        for name, what in (("explain", "the path of a file, or None"), ("dump", "the path of a directory, or None")):
+            object.__setattr__(self, name, path_of(name, getattr(self, name), what))
         group_of(self.group)
         self._check_machine()
-        _require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
+        require("inductor", self.inductor, isinstance(self.inductor, Mapping), "a dict of Inductor's options")
         if self.compiler == "aot_eager" and self.inductor:
             raise OptionError(
                 "the option 'inductor' says how to generate code, and compiler='aot_eager' generates none: drop one"
             )
+        require_inductor(self.inductor)
 
     def _check_degree(self) -> None:
-        wanted = self.ulysses_degree
+        wanted, what = self.ulysses_degree, f"{AUTO!r}, an int of at least 1, or a dict from attentions to these"
+        if isinstance(wanted, dict):
+            require("ulysses_degree", wanted, bool(wanted), f"{what}; an empty one acts on nothing")
+            require_selectors("ulysses_degree", wanted)
         for degree in wanted.values() if isinstance(wanted, dict) else (wanted,):
-            fits = degree == AUTO or (type(degree) is int and degree >= 1)
-            what = f"{AUTO!r}, an int of at least 1, or a dict from attentions to these"
-            _require("ulysses_degree", wanted, fits, what)
+            fits = degree == AUTO if isinstance(degree, str) else type(degree) is int and degree >= 1
+            require("ulysses_degree", wanted, fits, what)
 
     def _check_machine(self) -> None:
-        given = self.machine
-        _require("machine", given, given is None or isinstance(given, Machine | str), MACHINES)
+        given = self.machine if isinstance(self.machine, Machine) else path_of("machine", self.machine, MACHINES)
         if isinstance(given, str):
             found, is_preset = machine_of(given)
             object.__setattr__(self, "machine", self.on_nodes(found) if is_preset else found)
@@ -196,27 +207,23 @@ class RingConfig:
     def _check_dilation(self) -> None:
         lists = {name: getattr(self, name) for name in ("segment_lengths", "dilation_rates")}
         for name, value in lists.items():
-            _require(name, value, value is None or isinstance(value, tuple | list), "a list of ints of at least 1")
+            require(name, value, value is None or isinstance(value, tuple | list), "a list of ints of at least 1")
             object.__setattr__(self, name, None if value is None else tuple(value))
-        _one_of("head_offset", self.head_offset, OFFSETS)
+        one_of("head_offset", self.head_offset, OFFSETS)
+        what = "a list of attentions, or a dict from attentions to dilations"
+        require("dilate", self.dilate, self.dilate is None or isinstance(self.dilate, list | tuple | dict), what)
         given = [name for name, value in lists.items() if value is not None]
         if len(given) == 1:
             missing = next(name for name in lists if name not in given)
             raise OptionError(f"option {given[0]!r} needs {missing!r} beside it: each pattern has one of both")
         if given and self.dilation is not None:
             raise OptionError("options 'dilation' and 'segment_lengths' both say how to dilate: drop one")
-        budget = isinstance(self.dilation_budget, int | float) and not isinstance(self.dilation_budget, bool)
-        _require(
-            "dilation_budget", self.dilation_budget, budget and 0 < self.dilation_budget <= 1, "above 0, at most 1"
-        )
-        known = self.dilation is None or isinstance(self.dilation, str | Dilation)
-        _require("dilation", self.dilation, known, f"one of {', '.join(map(repr, [*PRESETS, AUTO]))}, or a Dilation")
-        selectors = self.dilate is None or isinstance(self.dilate, list | tuple | dict)
-        _require("dilate", self.dilate, selectors, "a list of sites, or a dict from sites to dilations")
-        for wanted in (self.dilation, *(self.dilate.values() if isinstance(self.dilate, dict) else ())):
+        require_number("dilation_budget", self.dilation_budget, 5e-324, 1, "a number above 0, at most 1")
+        known = f"one of {', '.join(map(repr, [*PRESETS, AUTO]))}, or a Dilation"
+        for name, wanted in (("dilation", self.dilation), *(("dilate", x) for x in self._by_site.values())):
+            require(name, wanted, wanted is None or isinstance(wanted, str | Dilation), known)
             self.dilation_of(wanted, tokens=2**20)
-        if self.dilate is not None and not isinstance(self.dilate, dict) and not self.dilated:
-            raise OptionError("option 'dilate' lists attentions, and no option says how to dilate them: add 'dilation'")
+        self._check_dilated()
         dilates = self.comm == AUTO or TRANSPORTS[self.comm].dilated is not None
         for name, fits in (("approximate", self.approximate is None), ("comm", dilates)):
             if self.dilated and not fits:
@@ -225,6 +232,32 @@ class RingConfig:
             raise OptionError(
                 "hilbert puts tokens in another order, and segments would be scattered over it: set along_curve=True "
                 "to dilate along the curve, or drop one of both"
+            )
+
+    @property
+    def _by_site(self) -> dict[Any, str | Dilation | None]:
+        """What `dilate` says of each attention, if it is a dict."""
+        return self.dilate if isinstance(self.dilate, dict) else {}
+
+    def _check_dilated(self) -> None:
+        """Refuses options about dilation that would act on nothing."""
+        require_selectors("dilate", self.dilate or ())
+        if self.dilate is not None and not self.dilate:
+            raise OptionError(f"option 'dilate' {self.dilate!r} lists no attention to dilate: list some, or drop it")
+        if self.dilate is not None and not self.dilated:
+            raise OptionError("option 'dilate' lists attentions, and no option says how to dilate them: add 'dilation'")
+        if self._by_site and (self.dilation is not None or self.segment_lengths is not None):
+            raise OptionError(
+                "option 'dilate' is a dict that says how to dilate each attention, and the others are exact, so that "
+                "'dilation' or 'segment_lengths' beside it would act on nothing: drop one, or make 'dilate' a list"
+            )
+        names = [x for x in (self.dilation, *self._by_site.values()) if isinstance(x, str)]
+        if self.dilation_budget != BUDGET and AUTO not in names:
+            raise OptionError("option 'dilation_budget' is about dilation='auto' alone, which is not given: drop one")
+        if self.head_offset != OFFSETS[0] and not names and self.segment_lengths is None:
+            raise OptionError(
+                "option 'head_offset' is about dilations by name or by 'segment_lengths', and none is given; a "
+                "ringpass.Dilation has its own: Dilation(.., head_offset='block')"
             )
 
     def dilation_of(self, wanted: str | Dilation | None, tokens: int) -> Dilation | None:
@@ -242,7 +275,7 @@ class RingConfig:
     @property
     def dilated(self) -> bool:
         """Whether some option dilates some attention."""
-        by_site = isinstance(self.dilate, dict) and any(value is not None for value in self.dilate.values())
+        by_site = any(value is not None for value in self._by_site.values())
         return self.segment_lengths is not None or self.dilation is not None or by_site
 
     def _check_curve(self) -> None:
@@ -254,12 +287,12 @@ class RingConfig:
                 "neighbours are far apart, and folded into a square it measures worse, not better: drop the option"
             )
         fits = grid is None or (len(sizes) in (2, 3) and all(type(n) is int and n >= 1 for n in sizes))
-        _require("hilbert", grid, fits, "a grid (H, W) or (T, H, W) of ints of at least 1, or None")
+        require("hilbert", grid, fits, "a grid (H, W) or (T, H, W) of ints of at least 1, or None")
         if grid is not None:
             object.__setattr__(self, "hilbert", tuple(sizes))
         natural = prefix is None or (type(prefix) is int and prefix >= 0)
-        _require("hilbert_prefix", prefix, natural, "an int of at least 0, or None")
-        _require("along_curve", self.along_curve, isinstance(self.along_curve, bool), "True or False")
+        require("hilbert_prefix", prefix, natural, "an int of at least 0, or None")
+        require("along_curve", self.along_curve, isinstance(self.along_curve, bool), "True or False")
         for name in ("hilbert_prefix", "along_curve"):
             if grid is None and getattr(self, name) not in (None, False):
                 raise OptionError(f"the option {name!r} is about the curve of the option 'hilbert', which is not given")
@@ -281,12 +314,7 @@ class RingConfig:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise OptionError(
-                    f"unknown option {name!r}: {hint}Known options: {', '.join(known)}. "
-                    "Inductor's own options go in the dict option 'inductor'."
-                )
+                raise OptionError(f"unknown option {name!r}{_hint(name, known)}. Known options: {', '.join(known)}.")
         return cls(**options)
 
     @property
@@ -327,13 +355,10 @@ class RingConfig:
         )
 
 
-def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        near = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise OptionError(f"option {name!r} must be one of {', '.join(map(repr, valid))}, got {value!r}{hint}")
+def _hint(name: object, known: list[str]) -> str:
+    """Where an unknown option belongs, or the nearest one that there is."""
+    import torch._inductor
 
-
-def _require(name: str, value: object, holds: bool, what: str) -> None:
-    if not holds:
-        raise OptionError(f"option {name!r} must be {what}, got {value!r}")
+    if name in torch._inductor.list_options():
+        return f": it is Inductor's, pass it as options={{'inductor': {{{name!r}: ..}}}}"
+    return did_you_mean(name, known, cutoff=0.4)

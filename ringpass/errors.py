@@ -3,6 +3,11 @@
 All but ScheduleError and PeerError are also ValueErrors; PeerError is also a RuntimeError.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RingpassError(Exception):
     """Base class of all errors of ringpass: catch it to catch any of them."""
@@ -13,7 +18,7 @@ class OptionError(RingpassError, ValueError):
 
 
 class InputError(RingpassError, ValueError):
-    """An argument of `ringpass.sharded`, `local` or `tokens_of` is not valid."""
+    """An input of a compiled model, or an argument of `ringpass.sharded`, `local` or `tokens_of`, is not valid."""
 
 
 class ParseError(RingpassError, ValueError):
@@ -37,3 +42,13 @@ class PeerError(RingpassError, RuntimeError):
 
 class ScheduleError(RingpassError, AssertionError):
     """A schedule fails its proof: a defect of ringpass, not of its user.  Please report it."""
+
+
+def did_you_mean(given: object, valid: Iterable[str], cutoff: float = 0.6) -> str:
+    """The part of a message that names the nearest valid name, if there is one.
+
+    >>> did_you_mean("zigzak", ["contiguous", "zigzag"])
+    " (did you mean 'zigzag'?)"
+    """
+    near = difflib.get_close_matches(str(given), [*valid], n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -41,6 +41,7 @@ from ringpass.masks.simplify import simplify
 
 Values = Tensor | Array | Sequence[Any]  # what numpy takes as an array
 MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
+MOST_BLOCKS = 2**14  # for each pair of which `random_blocks` draws a number
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,22 @@ class Pattern:
     expr: Expr
     tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.expr, Expr):
+            raise OptionError(
+                f"a Pattern is made by the functions of ringpass.patterns, such as causal() and window(4095), or by "
+                f"from_function(lambda b, h, q, k: k <= q), not of {self.expr!r}"
+            )
+        if self.tokens is not None:
+            _natural("tokens", self.tokens)
+
     def __and__(self, other: Pattern) -> Pattern:
         return self._with(other, "and")
 
     def __or__(self, other: Pattern) -> Pattern:
         return self._with(other, "or")
+
+    __rand__, __ror__ = __and__, __or__  # reached for what is no pattern, which `_with` refuses
 
     def __invert__(self) -> Pattern:
         return Pattern(simplify(call("not", self.expr)), self.tokens)
@@ -67,6 +79,8 @@ class Pattern:
 
     def __call__(self, q: int, k: int, b: int = 0, h: int = 0) -> bool:
         """Whether query `q` may attend to key `k`, in batch element `b` and query head `h`."""
+        for name, n in zip("bhqk", (b, h, q, k), strict=True):
+            _natural(name, n)
         at = {name: torch.tensor(n).view(1, 1, 1, 1) for name, n in zip("bhqk", (b, h, q, k), strict=True)}
         return bool(evaluate(self.expr, at, []))
 
@@ -176,7 +190,7 @@ def prefix(tokens: int) -> Pattern:
     >>> pattern(q=1, k=3), pattern(q=1, k=4)
     (True, False)
     """
-    return causal() | sink(tokens) if tokens else causal()
+    return causal() | sink(tokens) if _natural("tokens", tokens) else causal()
 
 
 def block_causal(block: int) -> Pattern:
@@ -232,9 +246,8 @@ def documents(
         if starts[0] != 0:
             raise OptionError(f"cu_seqlens begins with 0, got {starts[0]}")
         return documents(np.diff(starts).tolist())
-    assert lengths is not None
-    if not len(lengths):
-        raise OptionError("documents takes the lengths of at least one document")
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not lengths:
+        raise OptionError(f"documents takes a list of the lengths of at least one document, got {lengths!r}")
     for length in lengths:
         _natural("each length", length, 1)
     *ends, total = accumulate(lengths)
@@ -283,6 +296,10 @@ def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int 
     separately for each query head.  Raises OptionError if there are fewer than `count` blocks.
     """
     wide = -(-_natural("tokens", tokens, 1) // _natural("size", size, 1))
+    if wide > MOST_BLOCKS:
+        raise OptionError(
+            f"random_blocks draws for each pair of at most {MOST_BLOCKS} blocks, got {wide}: make them larger"
+        )
     if not 1 <= _natural("count", count, 1) <= wide:
         raise OptionError(f"count must be at most the {wide} blocks that there are, got {count}")
     generator = torch.Generator().manual_seed(_natural("seed", seed))
@@ -292,7 +309,10 @@ def random_blocks(tokens: int, size: int, count: int, seed: int = 0, heads: int 
 
 
 def _array(name: str, values: Values, shapes: str, dims: tuple[int, ...], dtype: type = int) -> Array:
-    found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    try:
+        found = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, sparse, without data, or of a dtype of torch alone
+        raise OptionError(f"{name} must be {dtype.__name__}s of shape {shapes}, got {values!r}: {error}") from error
     kinds = "b" if dtype is bool else "iu"
     if found.ndim not in dims or found.dtype.kind not in kinds or not found.size:
         raise OptionError(f"{name} must be {dtype.__name__}s of shape {shapes}, got {found.dtype} {list(found.shape)}")
@@ -308,8 +328,8 @@ def grid_window(sizes: Sequence[int], radius: int, skip: int = 0) -> Pattern:
     `sizes`: of the grid, in tokens.  The first `skip` tokens are not on the grid: they see all and are seen by all.
     Raises OptionError unless the grid has one to three sizes of at least 1.
     """
-    if not 1 <= len(sizes) <= 3:
-        raise OptionError(f"a grid has one to three sizes, got {list(sizes)}")
+    if not isinstance(sizes, Sequence) or not 1 <= len(sizes) <= 3:
+        raise OptionError(f"a grid has one to three sizes, got {sizes!r}")
     for size in sizes:
         _natural("each size of the grid", size, 1)
     _natural("radius", radius)
@@ -335,7 +355,12 @@ def from_function(allowed: Callable[..., Any]) -> Pattern:
     """
     from ringpass.masks.from_function import scalar_function
 
-    signature = inspect.signature(allowed)
+    try:
+        signature = inspect.signature(allowed)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"from_function takes a Python function of (b, h, q, k), such as lambda b, h, q, k: k <= q, got {allowed!r}"
+        ) from error
     try:
         signature.bind(0, 0, 0, 0)
     except TypeError as error:

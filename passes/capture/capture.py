@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._functorch.predispatch import lazy_load_decompositions
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -326,8 +327,9 @@ def _own_copy(x: Any) -> Any:
 def _trace(flat: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
     autocasts: list[Any] = []
     allowed, fake_mode.allow_non_fake_inputs = fake_mode.allow_non_fake_inputs, True  # constants of the graph are real
+    hooks = _disable_saved_tensors_hooks_during_tracing()  # a checkpoint around the call counts what its hooks see
     try:
-        with fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()), fx_traceback.preserve_node_meta():
+        with hooks, fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()), fx_traceback.preserve_node_meta():
             recorder = _Recorder(flat, autocasts)
             return make_fx(recorder.run, pre_dispatch=True, tracing_mode="real")(*map(_own_copy, inputs))
     finally:

@@ -26,9 +26,10 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def read(index: int, node: Node) -> AttentionSite | None:
-    """Site number `index`, if `node` is such a call; else None.
+    """Site number `index`, if `node` is such a call; else None, also if it has no heads or channels or is complex.
 
-    Raises UnsupportedError if scale or dropout is computed in the graph, or the mask has too few or too many dims.
+    Raises UnsupportedError if scale or dropout is computed in the graph, dropout is no probability, or the mask has too
+    few or too many dims.
     """
     if node.target is not SDPA:
         return None
@@ -36,10 +37,14 @@ def read(index: int, node: Node) -> AttentionSite | None:
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     q, k, v = given["query"], given["key"], given["value"]
     width = q.meta["val"].shape[-1]
+    if q.meta["val"].is_complex() or any(type(n) is int and n == 0 for n in (width, *q.meta["val"].shape[-3:-2])):
+        return None  # nothing to compute, or an error of torch's kernels
     scale, dropout = given.get("scale"), given.get("dropout_p", 0.0)
     for name, value in (("scale", scale), ("dropout_p", dropout)):
         if isinstance(value, Node):
             raise UnsupportedError(f"{node.name}: {name} is computed in the graph ({value.name}); pass a Python number")
+    if not 0 <= dropout <= 1:
+        raise UnsupportedError(f"{node.name}: dropout_p must be between 0 and 1, got {dropout}")
     within = CAUSAL if given.get("is_causal", False) else TRUE
     found, leaves = Scores(within), tuple[Node, ...]()
     if given.get("attn_mask") is not None:

@@ -19,9 +19,9 @@ def flops_of(node: Node) -> int:
     Of symbolic sizes, at the lengths of this compilation.
     """
     elements = sum(hint_of(x.numel()) for x in tensors_of(node))
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     if not isinstance(node.target, torch._ops.OpOverload):
         return elements
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     fake_mode: Any = tensors_of(node)[0].fake_mode  # type: ignore[attr-defined]
     with fake_mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:

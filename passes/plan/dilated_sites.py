@@ -27,7 +27,7 @@ from ringpass.schedule.dilation import Dilation
 def dilations(sites: Sequence[AttentionSite], config: RingConfig, remarks: list[str]) -> tuple[Dilation | None, ...]:
     """The dilation of each site; None: exact.  What is not dilated though asked for is added to `remarks`.
 
-    Raises OptionError for a selector that matches nothing, or is none.
+    Raises OptionError for a selector that matches nothing, or a function that raises.
     """
     if not config.dilated:
         return (None,) * len(sites)
@@ -62,14 +62,21 @@ def selects(selector: int | str | Callable[[AttentionSite], bool], site: Attenti
     """Whether a selector of an option means this site."""
     if isinstance(selector, int):
         return selector == site.index
-    return fnmatch(site.path, selector) if isinstance(selector, str) else bool(selector(site))
+    if isinstance(selector, str):
+        return fnmatch(site.path, selector)
+    try:
+        return bool(selector(site))
+    except Exception as error:
+        raise OptionError(
+            f"the function {selector!r}, which selects attentions for the option 'dilate' or 'ulysses_degree', raised "
+            f"{error!r} for attention {site.index} ({site.path or site.node.name}): it takes an AttentionSite, and "
+            "says True or False"
+        ) from error
 
 
 def refuse_idle(option: str, sites: Sequence[AttentionSite], selectors: Iterable[Any]) -> None:
-    """Raises OptionError for what is no selector, or one that matches nothing."""
+    """Raises OptionError for a selector that matches nothing."""
     for selector in selectors:
-        if not isinstance(selector, int | str) and not callable(selector):
-            raise OptionError(f"option {option!r} takes indices, module paths and functions, got {selector!r}")
         if sites and not any(selects(selector, site) for site in sites):
             known = ", ".join(f"{site.index} ({site.path or site.node.name})" for site in sites)
             raise OptionError(f"option {option!r}: {selector!r} matches none of the attentions {known}")

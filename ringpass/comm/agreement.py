@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
-from ringpass.errors import MismatchError, OptionError, PeerError
+from ringpass.comm.p2p import process_group
+from ringpass.errors import InputError, MismatchError, OptionError, PeerError
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -42,7 +43,8 @@ class Ring:
 
     `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
     seconds.  `calls`: number of compared calls so far.  `warm`: the GPUs on which all ranks have met.  `met`, `told`:
-    the keys of the store in which ranks last met, and in which this one last told the others a text.
+    the keys of the store in which ranks last met, and in which this one last told the others a text.  `renewals`: how
+    often the process group was destroyed and made anew; its store may be the old one, and holds the keys of then.
     """
 
     pg: dist.ProcessGroup | None
@@ -51,6 +53,7 @@ class Ring:
     warm: set[torch.device] = field(default_factory=set)
     met: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    renewals: int = 0
 
     @property
     def rank(self) -> int:
@@ -76,7 +79,29 @@ class Ring:
     def store(self) -> dist.distributed_c10d.Store:
         """The part of the process group's key-value store that ringpass uses."""
         assert self.pg is not None, "a single process waits for nobody"
-        return dist.distributed_c10d.PrefixStore("ringpass", self.pg.get_group_store())
+        return dist.distributed_c10d.PrefixStore(f"ringpass/{self.renewals}", self.pg.get_group_store())
+
+    def renew(self) -> None:
+        """Takes the process group of today if that of before was destroyed and made anew.
+
+        Raises OptionError if there is none of this name, or if it has other ranks than those that graphs are for.
+        """
+        if self.pg is None or (now := registered(self.name)) is self.pg:
+            return
+        if now is None:
+            raise OptionError(
+                f"the process group {self.name!r}, for whose ranks the model was compiled, was destroyed: call "
+                "init_process_group, or new_group and torch.compile, before the model"
+            )
+        if (now.rank(), now.size()) != (self.rank, self.world):
+            raise OptionError(
+                f"the model was compiled for rank {self.rank} of {self.world}, and the process group {self.name!r} was "
+                f"made anew, where this is rank {now.rank()} of {now.size()}: call torch._dynamo.reset(), after which "
+                "the model is compiled for the ranks of today"
+            )
+        self.pg, self.calls, self.warm, self.met, self.told = now, 0, set(), (), ()
+        self.renewals += 1
+        self.__dict__.pop("store", None)
 
     def warm_up(self, device: torch.device) -> None:
         """Lets all ranks meet on a GPU once: NCCL connects all of them in a first collective, never in an exchange."""
@@ -130,12 +155,27 @@ def _delete(store: dist.distributed_c10d.Store, keys: Iterable[str]) -> None:
         store.delete_key(key)
 
 
+def registered(name: str) -> dist.ProcessGroup | None:
+    """The process group of this name that there is now."""
+    try:
+        return process_group(name)
+    except RuntimeError:
+        return None
+
+
 def group_of(given: object) -> dist.ProcessGroup | None:
     """The process group that the option `group` names; None: the default one.
 
     Raises OptionError for anything but a process group, a mesh of one dimension or two, or None.
     """
-    if given is None or isinstance(given, dist.ProcessGroup):
+    if given is None:
+        return None
+    if isinstance(given, dist.ProcessGroup):
+        if registered(given.group_name) is not given:
+            raise OptionError(
+                f"option 'group': the process group {given.group_name!r} was destroyed: pass torch.compile one "
+                "that was made since, or none for the default group"
+            )
         return given
     expected = "a ProcessGroup or a DeviceMesh"
     if isinstance(given, DeviceMesh):
@@ -179,7 +219,7 @@ def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
         pg = dist.group.WORLD
     found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout or TIMEOUT))
     if found.pg is not pg:  # the process group was destroyed and created again with the same name
-        found = RINGS[found.name] = Ring(pg, timeout or TIMEOUT)
+        found = RINGS[found.name] = Ring(pg, timeout or TIMEOUT, renewals=found.renewals + 1)
     found.timeout = timeout or found.timeout
     return found
 
@@ -215,12 +255,18 @@ class Agreement:
         """Gathers the headers of a call on `device`, to which this rank contributes the number `mine`.
 
         `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.  Raises PeerError
-        if a rank does not arrive in time.
+        if a rank does not arrive in time, OptionError if the process group is gone, InputError on the device "meta".
         """
         ring = self.ring
         if ring.pg is None or ring.world == 1:
             mine_alone = torch.tensor([mine], dtype=torch.int64)
             return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0], device))
+        if any(isinstance(x, Tensor) and x.is_meta for x in args):
+            raise InputError(
+                "the inputs are on the device 'meta' and hold no values that ranks could send: for shapes alone call "
+                "the model without torch.compile"
+            )
+        ring.renew()
         ring.calls += 1
         ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
@@ -377,7 +423,8 @@ ADVICE = {
     "graph": "Every rank must run the same model, in the same mode (train or eval), with the same arguments. "
     f"{ONE_HASH_SEED}",
     "inputs": "Every rank must pass inputs of the same shapes and dtypes: the whole sequence, not a shard of it, or "
-    f"every rank its shard, by ringpass.sharded. {ONE_HASH_SEED}",
+    "every rank its shard, by ringpass.sharded; the same inputs and parameters need gradients on all ranks. "
+    f"{ONE_HASH_SEED}",
     "shard": "Every rank must pass its own tokens of one tensor to ringpass.sharded, with the same dim and layout.",
     "options": "Every rank must pass the same options to torch.compile.",
 }

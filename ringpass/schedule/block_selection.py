@@ -33,6 +33,7 @@ from ringpass.layouts.ranges import Ranges
 from ringpass.masks.constants import Array, DeviceCopies
 from ringpass.masks.expr import B, Const, Expr, K, Load, Q, call, parse
 from ringpass.masks.intervals import EMPTY_CODE, classify_all
+from ringpass.patterns import MOST
 from ringpass.precision import accumulator
 
 
@@ -46,6 +47,19 @@ class TopBlocks:
     block: int
     density: float | None
     mass: float | None
+
+    def __post_init__(self) -> None:
+        if type(self.block) is not int or not 1 <= self.block < MOST:
+            raise OptionError(f"top_blocks: block must be an int of at least 1 and below 2**40, got {self.block!r}")
+        given = {name: x for name, x in (("density", self.density), ("mass", self.mass)) if x is not None}
+        if len(given) != 1:
+            raise OptionError(
+                f"top_blocks takes one of density and mass, got {len(given)} of them: "
+                f"such as top_blocks({self.block}, density=0.25)"
+            )
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise OptionError(f"top_blocks: {name} must be a number above 0 and at most 1, got {value!r}")
 
     def __str__(self) -> str:
         target = f"density={self.density:g}" if self.density is not None else f"mass={self.mass:g}"
@@ -64,14 +78,6 @@ def top_blocks(block: int = 128, *, density: float | None = None, mass: float | 
 
     Raises OptionError if an argument is out of range, or unless exactly one of `density` and `mass` is given.
     """
-    if type(block) is not int or block < 1:
-        raise OptionError(f"top_blocks: block must be an int of at least 1, got {block!r}")
-    given = {name: value for name, value in (("density", density), ("mass", mass)) if value is not None}
-    if len(given) != 1:
-        raise OptionError(f"top_blocks takes one of density and mass, got {len(given)} of them")
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise OptionError(f"top_blocks: {name} must be a number above 0 and at most 1, got {value!r}")
     return TopBlocks(block, density, mass)
 
 

@@ -21,7 +21,6 @@ FLOPs are those of S sum(w_i / r_i^2) pairs per head on average, of S^2 for dens
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,12 +28,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ringpass.errors import OptionError
+from ringpass.errors import OptionError, did_you_mean
 from ringpass.layouts.layout import restricted
 from ringpass.layouts.ranges import Ranges, spread
 from ringpass.layouts.strided import StridedSegments
 from ringpass.masks.expr import Call, Const, Expr, H, Index, K, Load, Q, Table, call, parse, rebuilt
 from ringpass.masks.simplify import linear, simplify
+from ringpass.patterns import MOST
 from ringpass.schedule.head_shares import ordinal, read_heads
 from ringpass.schedule.tiles import Problem
 
@@ -133,16 +133,22 @@ class Dilation:
     head_offset: str = "mod"
 
     def __post_init__(self) -> None:
-        for name, values in (("segment_lengths", self.segment_lengths), ("dilation_rates", self.dilation_rates)):
-            if not values or not all(type(n) is int and n >= 1 for n in values):
-                raise OptionError(f"option {name!r} must be ints of at least 1, got {list(values)!r}")
+        for name in ("segment_lengths", "dilation_rates"):
+            values: object = getattr(self, name)
+            fits = isinstance(values, tuple | list) and all(type(n) is int and 1 <= n < MOST for n in values)
+            if not fits or not values:
+                raise OptionError(
+                    f"option {name!r} must be a list of ints of at least 1 and below 2**40, got {values!r}"
+                )
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.segment_lengths) != len(self.dilation_rates):
             raise OptionError(
                 "options 'segment_lengths' and 'dilation_rates' must be equally long, got "
                 f"{list(self.segment_lengths)} and {list(self.dilation_rates)}: each pattern has one of both"
             )
         if self.head_offset not in OFFSETS:
-            raise OptionError(f"option 'head_offset' must be 'mod' or 'block', got {self.head_offset!r}")
+            hint = did_you_mean(self.head_offset, OFFSETS)
+            raise OptionError(f"option 'head_offset' must be 'mod' or 'block', got {self.head_offset!r}{hint}")
 
     def __str__(self) -> str:
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
@@ -150,14 +156,18 @@ class Dilation:
 
     @staticmethod
     def parse(text: str) -> Dilation:
-        """The dilation that `str` wrote.
+        """The dilation that `str` wrote.  Raises OptionError for any other text.
 
         >>> Dilation.parse("2048/1+4096/3 block").dilation_rates
         (1, 3)
         """
-        patterns, head_offset = text.split()
-        pairs = [pattern.split("/") for pattern in patterns.split("+")]
-        return Dilation(tuple(int(w) for w, _ in pairs), tuple(int(r) for _, r in pairs), head_offset)
+        try:
+            patterns, head_offset = text.split()
+            pairs = [pattern.split("/") for pattern in patterns.split("+")]
+            lists = tuple(int(w) for w, _ in pairs), tuple(int(r) for _, r in pairs)
+        except (AttributeError, ValueError) as error:
+            raise OptionError(f"expected a dilation as text, such as '2048/1+4096/2 mod', got {text!r}") from error
+        return Dilation(*lists, head_offset)
 
     def head_groups(self, heads: int, tokens: int, share: range | None = None) -> tuple[HeadGroup, ...]:
         """The non-empty head groups, for `heads` query heads and `tokens` tokens, by pattern.
@@ -296,8 +306,7 @@ def preset(name: str, tokens: int, head_offset: str = "mod", budget: float = BUD
     if name == AUTO:
         return _auto(tokens, head_offset, budget)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, [*PRESETS, AUTO], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(name, [*PRESETS, AUTO])
         raise OptionError(f"unknown dilation {name!r}{hint}: known are {', '.join(map(repr, [*PRESETS, AUTO]))}")
     return Dilation(*PRESETS[name](tokens), head_offset)
 

@@ -19,6 +19,7 @@ measured by `python -m ringpass measure`, three runs with two ranks on two cores
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from ringpass.errors import InputError, OptionError
+from ringpass.errors import OptionError, did_you_mean
 from ringpass.files import read_text
 from ringpass.masks.constants import Array
 
@@ -73,6 +74,14 @@ class Machine:
     dimensions: tuple[Dimension, ...]
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.name, str), "'name' must be a text", self.name)
+        points = _pairs(self.flops)
+        _require(points is not None, "'flops' must be (edge, FLOP/s) pairs of numbers", self.flops)
+        object.__setattr__(self, "flops", points)
+        ranks = _listed(self.dimensions)
+        fits = ranks is not None and all(isinstance(x, Dimension) for x in ranks)
+        _require(fits, "'dimensions' must be a list of ringpass.Dimension", self.dimensions)
+        object.__setattr__(self, "dimensions", ranks)
         edges = [edge for edge, _ in self.flops]
         _require(bool(edges) and edges == sorted({*edges}), "'flops' must have ascending edges, at least one", edges)
         for what, value in (
@@ -80,18 +89,19 @@ class Machine:
             ("'memory_bandwidth'", self.memory_bandwidth),
             *((f"'bandwidth' of dimension {i}", x.bandwidth) for i, x in enumerate(self.dimensions)),
         ):
-            _require(value > 0, f"{what} must be above 0", value)
-        _require(min(edges) > 0, "edges of 'flops' must be above 0", edges)
+            _require(_numbers([value]) and 0 < value < inf, f"{what} must be a number above 0", value)
+        _require(0 < min(edges) <= max(edges) < inf, "edges of 'flops' must be above 0", edges)
         for what, value in (
             ("'call_seconds'", self.call_seconds),
             *((f"'p2p_seconds' of dimension {i}", x.p2p_seconds) for i, x in enumerate(self.dimensions)),
             *((f"'collective_seconds' of dimension {i}", x.collective_seconds) for i, x in enumerate(self.dimensions)),
         ):
-            _require(0 <= value < inf, f"{what} must be at least 0 seconds", value)
+            _require(_numbers([value]) and 0 <= value < inf, f"{what} must be at least 0 seconds", value)
         sizes = [x.ranks for x in self.dimensions]
         _require(bool(sizes), "'dimensions' must have at least one dimension of ranks", sizes)
         _require(all(n is not None for n in sizes[:-1]), "only the last dimension's 'ranks' may be null", sizes)
-        _require(all(n is None or n >= 1 for n in sizes), "'ranks' of a dimension must be at least 1", sizes)
+        whole = all(n is None or (type(n) is int and n >= 1) for n in sizes)
+        _require(whole, "'ranks' of a dimension must be an int of at least 1, or None", sizes)
 
     @property
     def spans(self) -> tuple[float, ...]:
@@ -130,7 +140,7 @@ class Machine:
         """The machine that `text` describes.  Raises OptionError, which names `source`, if it describes none."""
         try:
             given = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # no JSON, or nested or numbered beyond any limit
             raise _wrong(source, f"expected JSON, got {error}") from error
         _require_fields(cls, given, source)
         points, dimensions = given["flops"], given["dimensions"]
@@ -148,16 +158,17 @@ class Machine:
                 given["call_seconds"],
                 tuple(Dimension(**x) for x in dimensions),
             )
-        except OptionError as error:
+        except (OptionError, OverflowError) as error:
             raise _wrong(source, str(error)) from error
 
     @classmethod
-    def from_file(cls, path: str) -> Machine:
+    def from_file(cls, path: str | os.PathLike[str]) -> Machine:
         """The machine that a JSON file describes.  Raises OptionError if it cannot be read or describes none."""
         try:
-            return cls.from_json(read_text(path, MOST_BYTES), path)
-        except (OSError, InputError) as error:
-            raise _wrong(path, f"the file cannot be read: {error}") from error
+            text = read_text(Path(path), MOST_BYTES)
+        except (OSError, TypeError, ValueError) as error:  # InputError is a ValueError
+            raise _wrong(str(path), f"the file cannot be read: {error}") from error
+        return cls.from_json(text, str(path))
 
     def __str__(self) -> str:
         sizes = " x ".join("any" if x.ranks is None else str(x.ranks) for x in self.dimensions)
@@ -189,7 +200,19 @@ def _require_fields(of: type, given: object, source: str) -> None:
             raise _wrong(source, f"expected {name!r} as {kind}, got {value!r}")
 
 
-def _numbers(values: Sequence[object]) -> bool:
+def _listed(values: object) -> tuple[Any, ...] | None:
+    """The elements of a list or tuple; None for anything else."""
+    return tuple(values) if isinstance(values, list | tuple) else None
+
+
+def _pairs(values: object) -> tuple[tuple[Any, ...], ...] | None:
+    """The elements of a list of pairs of numbers; None for anything else."""
+    found = [_listed(x) for x in _listed(values) or ()]
+    pairs = tuple(x for x in found if x is not None and len(x) == 2 and _numbers(x))
+    return pairs if isinstance(values, list | tuple) and len(pairs) == len(found) else None
+
+
+def _numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
 
 
@@ -262,9 +285,10 @@ def machine_of(text: str) -> tuple[Machine, bool]:
     names = {name.lower(): machine for name, machine in PRESETS.items()}
     if text.lower() in names:
         return names[text.lower()], True
-    if not Path(text).is_file():
+    if not os.path.isfile(text):  # which is False for a path that no file can have
         raise OptionError(
             f"option 'machine' must be one of {', '.join(map(repr, PRESETS))}, the path of a JSON file, or a "
-            f"ringpass.Machine, got {text!r}: there is no such file; {MEASURE} writes one"
+            f"ringpass.Machine, got {text!r}{did_you_mean(text.upper(), PRESETS)}: there is no such file; "
+            f"{MEASURE} writes one"
         )
     return Machine.from_file(text), False

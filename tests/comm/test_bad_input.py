@@ -169,9 +169,17 @@ def other_machine(group: dist.ProcessGroup) -> str:
     return error_message(MismatchError, lambda: step(group, model, batch, machine=machine))
 
 
+def other_gradients(group: dist.ProcessGroup) -> str:
+    """One rank freezes a parameter, so that its backward would send less."""
+    model = MODELS["nanogpt"].make()
+    next(model.parameters()).requires_grad_(group.rank() == 1)
+    return error_message(MismatchError, lambda: step(group, model, batch_for("nanogpt", 23)))
+
+
 @pytest.mark.parametrize(
     ("job", "said"),
     [
+        (other_gradients, ("differ in inputs", "needs a gradient", "the same inputs and parameters need gradients")),
         (other_length, ("differ in inputs", "[2, 23]", "[2, 24]", "the whole sequence")),
         (other_values, ("differ in values of input l_idx_", "DistributedSampler")),
         (other_weights, ("differ in weights", "same weights", "torch.manual_seed")),

@@ -9,7 +9,7 @@ from tests.support.repository import ROOT
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("devices", "errors", "logging_calls", "nodes", "precision", "profiling", "torch_features"),
     ("files",),
-    ("masks", "kernels", "passes.failures"),
+    ("masks", "kernels", "option_checks", "passes.failures"),
     ("layouts", "patterns", "local_ranks", "progress"),
     ("schedule", "comm"),
     ("ops", "reference", "page"),
