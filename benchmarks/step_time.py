@@ -87,7 +87,7 @@ def attention_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def ring(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = ops.ring_attention(q, k, v, [], None, key, length, length, group.group_name)[0]
+        out: Tensor = ops.ring_attention(q, k, v, [], None, key, length, length, 0, group.group_name)[0]
         return out
 
     return _training(alone, inputs(length)), _training(ring, inputs(local))

@@ -209,10 +209,10 @@ def _register_collectives() -> None:
     """
     for op in (*COMPLETE, *pooling.BUFFERED, gradient_sums.start_sum):
 
-        def lowering(first: Any, *args: Any, op: Any = op, **named: Any) -> Any:
+        def lowering(first: Any, *args: Any, op: Any = op) -> Any:
             if isinstance(first, list):
                 first = [ir.ExternKernel.require_contiguous(x) for x in first]
-            out = ir._CollectiveKernel.create_out_of_place(op, first, *args, **named)
+            out = ir._CollectiveKernel.create_out_of_place(op, first, *args)
             return torch.utils._pytree.tree_map(ir.TensorBox.create, out)
 
         register_lowering(op, type_promotion_kind=None)(lowering)

@@ -86,11 +86,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def call(graph: Graph, target: Any, args: tuple[Any, ...], name: str, **texts: Any) -> Node:
-    """A new node with its fake value, where `graph` inserts; `texts`: arguments by name."""
-    node = graph.create_node("call_function", target, args, texts, name=name)
+def call(graph: Graph, target: Any, args: tuple[Any, ...], name: str) -> Node:
+    """A new node with its fake value, where `graph` inserts."""
+    node = graph.create_node("call_function", target, args, name=name)
     values = map_arg(args, lambda n: n.meta["val"])
     mode: Any = detect_fake_mode(values)
     with mode:
-        node.meta["val"] = target(*values, **texts)
+        node.meta["val"] = target(*values)
     return node

@@ -34,6 +34,7 @@ from ringpass.errors import UnsupportedError
 from ringpass.nodes import symbolic
 from ringpass.ops import masked_steps, primitives
 from ringpass.ops.accumulate import LABEL
+from ringpass.ops.attention import INDEX
 from ringpass.passes.lower.gradient_sums import start_early
 from ringpass.passes.lower.pooling import start_pooling_early
 from ringpass.passes.op_rules.attention import attentions
@@ -50,6 +51,7 @@ OF_SITE = "ringpass_site"
 """In `meta` of what an attention was unrolled to: the key of its site."""
 SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
+LABELLED = {primitives.exchange: 7, primitives.start_gather: 3}  # position of what profilers call them
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
 
 
@@ -116,15 +118,15 @@ def _drop_replicate(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
-def _key(node: Node) -> tuple[str, Any, Any]:
-    """(key, queries, keys) of a ring operator: which planned site, for how many tokens."""
-    _, key, queries, keys, _ = node.args[SITE[node.target] :]  # type: ignore[index]
-    return str(key), queries, keys
+def _key(node: Node) -> tuple[str, Any, Any, int]:
+    """(key, queries, keys, index) of a ring operator: which planned site, for how many tokens, of which attention."""
+    _, key, queries, keys, index, _ = node.args[SITE[node.target] :]  # type: ignore[index]
+    return str(key), queries, keys, int(index)  # type: ignore[call-overload]
 
 
 def _size(node: Node) -> int:
     """What unrolling a ring operator costs: the larger of P and its number of tiles."""
-    site = lookup(*_key(node))
+    site = lookup(*_key(node)[:3])
     return max(site.world, sum(len(step.tiles) for group in site.groups for step in group.program.steps))
 
 
@@ -174,15 +176,17 @@ def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> N
     text = inner.meta.get(LABEL)
     if text:
         new._rename(_readable(text, inner))
-        if "label" in new.kwargs:  # the trace is that of an equal site, which may be another one
-            new.kwargs = {**new.kwargs, "label": f"{site_label(_index(origin))} {text}"}
+        if origin.target in ROLLED:  # the trace is that of an equal site, which may be another one
+            _relabel(new, f"{site_label(_key(origin)[3])} {text}")
     return new
 
 
-def _index(node: Node) -> int:
-    """The number of the attention that a ring operator computes."""
-    index: Any = node.kwargs.get("index", 0)
-    return int(index)
+def _relabel(node: Node, label: str) -> None:
+    """Gives a node the `label` that profilers show, if its operator takes one."""
+    if "label" in node.kwargs:
+        node.kwargs = {**node.kwargs, "label": label}
+    elif node.target in LABELLED:
+        node.update_arg(LABELLED[node.target], label)
 
 
 def _readable(text: str, inner: Node) -> str:
@@ -193,9 +197,11 @@ def _readable(text: str, inner: Node) -> str:
 
 def _text(node: Node, operands: list[Node]) -> str:
     """Text that is equal for calls whose traces are equal."""
-    number = {n: i for i, n in enumerate(operands)}
+    number, args = {n: i for i, n in enumerate(operands)}, node.args
+    if node.target in ROLLED:  # without the number of the attention
+        args = (*args[: SITE[node.target] + INDEX], *args[SITE[node.target] + INDEX + 1 :])
     fakes = [(v.shape, v.stride(), v.dtype, v.device) for v in (n.meta["val"] for n in operands)]
-    return repr((node.target, map_arg(node.args, lambda n: f"%{number[n]}"), fakes))
+    return repr((node.target, map_arg(args, lambda n: f"%{number[n]}"), fakes))
 
 
 def _trace(node: Node, operands: list[Node]) -> GraphModule:

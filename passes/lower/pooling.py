@@ -37,7 +37,7 @@ def start_pooling_early(graph: Graph) -> None:
 def _split(graph: Graph, node: Node, back: bool) -> None:
     given: Any = node.args[0]
     rest: tuple[Any, ...] = node.args[1:] if back else (0, *node.args[1:])
-    all_heads, *about, group = rest
+    all_heads, *about, label, group = rest
     how, values = Pooling(*about), [x.meta["val"] for x in given]
     if how.layout.replicated:
         return
@@ -47,10 +47,8 @@ def _split(graph: Graph, node: Node, back: bool) -> None:
     order = {n: i for i, n in enumerate(nodes)}
     with graph.inserting_before(nodes[ready_after(nodes, order, given)]):
         message = call(graph, pooling.pack_heads, (given, back, *about), f"pack_{name}")
-        started = [message], received, sent, group
-        buffers = call(
-            graph, pooling.start_all_to_all, started, f"start_{name}", label=f"{node.kwargs['label']} {name}"
-        )
+        started = [message], received, sent, f"{label} {name}", group
+        buffers = call(graph, pooling.start_all_to_all, started, f"start_{name}")
         arriving = call(graph, operator.getitem, (buffers, 0), f"arriving_{name}")
     uses = [user for result in node.users for user in result.users]
     with graph.inserting_before(min(uses, key=order.__getitem__) if uses else node):

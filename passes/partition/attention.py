@@ -101,10 +101,10 @@ def _pooled(
     """What the rank's share of the heads attends with: queries, and keys and values in one message."""
     if plan.degree == 1:
         return qkv
-    (q, k, v), site = qkv, site_label(plan.site.index)
-    side = _pooling(writer, plan, lengths, 0), _pooling(writer, plan, lengths, 1)
-    queries = writer.emit(ops.pool_tokens, [q], *side[0], name=f"{plan.site.q.name}_pooled", label=f"{site} queries")
-    keys = writer.emit(ops.pool_tokens, [k, v], *side[1], name=f"{plan.site.k.name}_pooled", label=f"{site} keys")
+    q, k, v = qkv
+    side = _pooling(writer, plan, lengths, 0, "queries"), _pooling(writer, plan, lengths, 1, "keys")
+    queries = writer.emit(ops.pool_tokens, [q], *side[0], name=f"{plan.site.q.name}_pooled")
+    keys = writer.emit(ops.pool_tokens, [k, v], *side[1], name=f"{plan.site.k.name}_pooled")
     found = (queries, 0), (keys, 0), (keys, 1)
     q, k, v = (writer.emit(operator.getitem, *x) for x in found)
     return q, k, v
@@ -114,18 +114,18 @@ def _returned(writer: AttentionWriter, plan: SitePlan, out: Node, lengths: Seque
     """The rank's tokens of all heads, from what its share of the heads gave."""
     if plan.degree == 1:
         return out
-    args = plan.site.heads[0], *_pooling(writer, plan, lengths, 0)
-    label = f"{site_label(plan.site.index)} results"
-    returned = writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned", label=label)
+    args = plan.site.heads[0], *_pooling(writer, plan, lengths, 0, "results")
+    returned = writer.emit(ops.return_tokens, [out], *args, name=f"{out.name}_returned")
     return writer.emit(operator.getitem, returned, 0)
 
 
-def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], side: int) -> tuple[Any, ...]:
-    """The arguments of `pool_tokens` after what is pooled: queries (side 0), or keys and values (side 1)."""
+def _pooling(writer: AttentionWriter, plan: SitePlan, lengths: Sequence[Any], side: int, what: str) -> tuple[Any, ...]:
+    """The arguments of `pool_tokens` after `what` is pooled: queries or results (side 0), keys and values (side 1)."""
     assert plan.problem is not None
     layout = (plan.problem.query_layout, plan.problem.key_layout)[side]
     heads = heads_text([(share.heads, share.key_heads)[side] for share in plan.shares])
-    return heads, lengths[side], layout.name, writer.rank.world, writer.rank.rank, writer.rank.group
+    rank, label = writer.rank, f"{site_label(plan.site.index)} {what}"
+    return heads, lengths[side], layout.name, rank.world, rank.rank, label, rank.group
 
 
 def _with_keyless_rows(
@@ -206,8 +206,8 @@ def _ring(
         writer.plan.prove,
     )  # fmt: skip
     seed = writer.seed if site.dropout else None
-    args = *qkv, leaves, seed, register(planned), *lengths, rank.group
-    return writer.emit(ops.ring_attention, *args, index=plan.site.index, name=name)
+    args = *qkv, leaves, seed, register(planned), *lengths, site.index, rank.group
+    return writer.emit(ops.ring_attention, *args, name=name)
 
 
 def _rank_of(writer: AttentionWriter, plan: SitePlan) -> Rank:

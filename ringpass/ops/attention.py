@@ -22,17 +22,18 @@ from ringpass.precision import accumulator
 from ringpass.schedule.run_time_proof import prove_call
 from ringpass.schedule.site import SITES, Site, lookup
 
-SITE = "Tensor? seed, str site, SymInt queries, SymInt keys, str group"
+SITE = "Tensor? seed, str site, SymInt queries, SymInt keys, int index, str group"
 """`site`: the key of what the plan decided (`ringpass.schedule.site`); the lengths in tokens, which may be symbolic.
 
-`group`, the site's, is the last positional argument, as in all ops that talk to ranks: there Inductor reads it, to
-estimate times.  `index`, the number of the attention in the graph, is for profilers alone: equal sites share a key.
+`index`, the number of the attention in the graph, is for profilers alone: equal sites share a key.  `group`, the
+site's, is the last argument, as in all ops that talk to ranks: there Inductor reads it, to estimate times.
 """
+INDEX = 4  # its position in SITE
 define("host_copy(Tensor x) -> Tensor")
-define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}, *, int index=0) -> Tensor[]")
+define(f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, {SITE}) -> Tensor[]")
 define(
     "ring_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
-    f"{SITE}, *, int index=0) -> Tensor[]"
+    f"{SITE}) -> Tensor[]"
 )
 
 host_copy = torch.ops.ringpass.host_copy.default
@@ -42,36 +43,26 @@ ring_attention_backward = torch.ops.ringpass.ring_attention_backward.default
 
 def site_of(args: Sequence[Any]) -> tuple[Tensor | None, Site]:
     """(seed, Site) from the arguments that follow the leaves."""
-    seed, key, queries, keys, _ = args
+    seed, key, queries, keys, *_ = args
     return seed, lookup(key, int(queries), int(keys))
 
 
-def ring_attention_body(
-    q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any, index: int = 0
-) -> list[Tensor]:
-    """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys, group."""
+def ring_attention_body(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
+    """[out (B, H, Lq, Dv), lse (B, H, Lq)] of the local queries; `args`: seed, site, queries, keys, index, group."""
     seed, site = site_of(args)
     site, leaves = _pruned(site, leaves)
     prove_call(args[1], SITES[args[1]], site, k.shape[1])
-    out, lse = ring.forward(site, q, k, v, leaves, seed, index)
+    out, lse = ring.forward(site, q, k, v, leaves, seed, args[INDEX])
     return [rows_first(out), lse.contiguous()]
 
 
 def ring_attention_backward_body(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    leaves: list[Tensor],
-    *args: Any,
-    index: int = 0,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
     """[dq, dk, dv, *gradients of the learned leaves] for the local tokens."""
     seed, site = site_of(args)
     site, leaves = _pruned(site, leaves)
-    dq, dk, dv, dleaves = ring.backward(site, grad, q, k, v, out, lse, leaves, seed, index)
+    dq, dk, dv, dleaves = ring.backward(site, grad, q, k, v, out, lse, leaves, seed, args[INDEX])
     return [rows_first(dq), rows_first(dk), rows_first(dv), *dleaves]
 
 
@@ -100,22 +91,12 @@ def _fake_host_copy(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="cpu")
 
 
-def _fake_ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any, **_: object
-) -> list[Tensor]:
+def _fake_ring_attention(q: Tensor, k: Tensor, v: Tensor, leaves: list[Tensor], *args: Any) -> list[Tensor]:
     return [empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))]
 
 
 def _fake_ring_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    leaves: list[Tensor],
-    *args: Any,
-    **_: object,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, leaves: list[Tensor], *args: Any
 ) -> list[Tensor]:
     return [
         *(empty_rows_first(x, x.shape[3]) for x in (q, k, v)),
@@ -123,9 +104,8 @@ def _fake_ring_attention_backward(
     ]
 
 
-def _save_site(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+def _save_site(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, leaves, seed, *ctx.rest = inputs
-    ctx.named = keyword_only_inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -140,7 +120,7 @@ def _ring_attention_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
     unused = (None,) * (1 + len(ctx.rest))
     if grad is None:
         return None, None, None, [None] * len(leaves), *unused
-    dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest, **ctx.named)
+    dq, dk, dv, *dlearned = ring_attention_backward(grad, q, k, v, out, lse, leaves, seed, *ctx.rest)
     dleaves: list[Tensor | None] = [None] * len(leaves)
     for i, g in zip(SITES[ctx.rest[0]].learned, dlearned, strict=True):
         dleaves[i] = g

@@ -13,7 +13,10 @@ SHARD = "int dim, SymInt outer, SymInt tokens, str layout, int world, int rank"
 """Arguments that locate the sequence in a tensor: the fields of `collectives.Shard`."""
 UNLABELLED = "ringpass"
 LABELLED = f"*, str label='{UNLABELLED}'"
-"""The last argument of what profilers show by site and step (`ringpass.profiling`): what the range is called."""
+"""The last argument of tiles: what profilers call their ranges (`ringpass.profiling`).
+
+Ops that talk to ranks have it before their group, which is last: there Inductor reads it.
+"""
 TAGS = (torch.Tag.pt2_compliant_tag,)
 BODIES: dict[str, Callable[..., Any]] = {}
 """The body of each implemented operator, by name."""

@@ -1,6 +1,6 @@
 """The operators before and after an attention with a Ulysses degree: `pool_tokens` and `return_tokens`.
 
-    q, = pool_tokens([q], heads, tokens, layout, world, rank, group)      (B, H, L, D) -> (B, h, n, D)
+    q, = pool_tokens([q], heads, tokens, layout, world, rank, label, group)      (B, H, L, D) -> (B, h, n, D)
     out, = return_tokens([out], H, heads, tokens, layout, ..)             (B, h, n, D) -> (B, H, L, D)
 
 Each is the other's gradient.  `heads`: those that each member of a group of neighbouring ranks gets
@@ -24,15 +24,15 @@ from ringpass.comm import pooling
 from ringpass.comm.pooling import Contents, contents
 from ringpass.layouts.pooling import Pooling
 from ringpass.ops import primitives
-from ringpass.ops.library import LABELLED, UNLABELLED, define, differentiate, implement
+from ringpass.ops.library import define, differentiate, implement
 from ringpass.precision import accumulator
 from ringpass.profiling import profiled
 
 HOW = "str heads, SymInt tokens, str layout, int world, int rank"
-define(f"pool_tokens(Tensor[] xs, {HOW}, str group, {LABELLED}) -> Tensor[]")
-define(f"return_tokens(Tensor[] xs, int all_heads, {HOW}, str group, {LABELLED}) -> Tensor[]")
+define(f"pool_tokens(Tensor[] xs, {HOW}, str label, str group) -> Tensor[]")
+define(f"return_tokens(Tensor[] xs, int all_heads, {HOW}, str label, str group) -> Tensor[]")
 define(f"pack_heads(Tensor[] xs, bool back, {HOW}) -> Tensor")
-define(f"start_all_to_all(Tensor[] sent, int[] received_sizes, int[] sent_sizes, str group, {LABELLED}) -> Tensor[]")
+define("start_all_to_all(Tensor[] sent, int[] received_sizes, int[] sent_sizes, str label, str group) -> Tensor[]")
 define(
     f"unpack_heads(Tensor message, int batch, int[] widths, ScalarType dtype, int all_heads, bool back, {HOW}) "
     "-> Tensor[]"
@@ -50,23 +50,23 @@ planned = lru_cache(maxsize=256)(Pooling)
 """A `Pooling` of known lengths: what it sends is worked out once, not in each call."""
 
 
-def _pool_tokens(xs: list[Tensor], *args: Any, label: str = UNLABELLED) -> list[Tensor]:
-    how = planned(*args[:-1])
+def _pool_tokens(xs: list[Tensor], *args: Any) -> list[Tensor]:
+    *about, label, group = args
+    how = planned(*about)
     if how.layout.replicated:
         return [x.contiguous() for x in pooling.take_heads(xs, how)]
-    return _unpack(_exchanged(xs, how, args[-1], label, back=False), contents(xs), xs[0].dtype, 0, how, back=False)
+    return _unpack(_exchanged(xs, how, label, group, back=False), contents(xs), xs[0].dtype, 0, how, back=False)
 
 
-def _return_tokens(xs: list[Tensor], all_heads: int, *args: Any, label: str = UNLABELLED) -> list[Tensor]:
-    how = planned(*args[:-1])
+def _return_tokens(xs: list[Tensor], all_heads: int, *args: Any) -> list[Tensor]:
+    *about, label, group = args
+    how = planned(*about)
     if how.layout.replicated:
         return pooling.place_heads(xs, how, all_heads)
-    return _unpack(
-        _exchanged(xs, how, args[-1], label, back=True), contents(xs), xs[0].dtype, all_heads, how, back=True
-    )
+    return _unpack(_exchanged(xs, how, label, group, back=True), contents(xs), xs[0].dtype, all_heads, how, back=True)
 
 
-def _exchanged(xs: list[Tensor], how: Pooling, group: str, label: str, back: bool) -> Tensor:
+def _exchanged(xs: list[Tensor], how: Pooling, label: str, group: str, back: bool) -> Tensor:
     """What arrives of all ranks, complete."""
     with profiled(f"{label} all-to-all{' back' if back else ''}"):
         pending = pooling.start(pooling.pack(xs, how, back), *contents(xs).splits(how, back), group)
@@ -81,13 +81,13 @@ def _unpack(
     return [x.clone() if x.untyped_storage()._cdata == message.untyped_storage()._cdata else x for x in found]
 
 
-def _fake_pool_tokens(xs: list[Tensor], *args: Any, **_: object) -> list[Tensor]:
-    how = Pooling(*args[:-1])
+def _fake_pool_tokens(xs: list[Tensor], *args: Any) -> list[Tensor]:
+    how = Pooling(*args[:-2])
     return [x.new_empty((x.shape[0], len(how.own), how.pooled_length, x.shape[3])) for x in xs]
 
 
-def _fake_return_tokens(xs: list[Tensor], all_heads: int, *args: Any, **_: object) -> list[Tensor]:
-    how = Pooling(*args[:-1])
+def _fake_return_tokens(xs: list[Tensor], all_heads: int, *args: Any) -> list[Tensor]:
+    how = Pooling(*args[:-2])
     return [x.new_empty((x.shape[0], all_heads, how.length(how.rank), x.shape[3])) for x in xs]
 
 
@@ -108,7 +108,7 @@ def _fake_pack_heads(xs: list[Tensor], back: bool, *args: Any) -> Tensor:
 
 
 def _start_all_to_all(
-    sent: list[Tensor], received_sizes: list[int], sent_sizes: list[int], group: str, *, label: str = UNLABELLED
+    sent: list[Tensor], received_sizes: list[int], sent_sizes: list[int], label: str, group: str
 ) -> list[Tensor]:
     (message,) = sent
     with profiled(label):
@@ -133,25 +133,24 @@ implement("pack_heads", lambda xs, back, *args: pooling.pack(xs, planned(*args),
 implement(
     "start_all_to_all",
     _start_all_to_all,
-    lambda sent, received_sizes, *args, **_: [sent[0].new_empty(sum(received_sizes))],
+    lambda sent, received_sizes, *args: [sent[0].new_empty(sum(received_sizes))],
 )
 implement("unpack_heads", _unpack_heads, _fake_unpack_heads)
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: Any, output: Sequence[Tensor]) -> None:
     xs, *ctx.arguments = inputs
-    ctx.named = keyword_only_inputs
     ctx.all_heads = xs[0].shape[1]
 
 
 def _pool_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return return_tokens(grads, ctx.all_heads, *ctx.arguments, **ctx.named), *[None] * len(ctx.arguments)
+    return return_tokens(grads, ctx.all_heads, *ctx.arguments), *[None] * len(ctx.arguments)
 
 
 def _return_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return pool_tokens(grads, *ctx.arguments[1:], **ctx.named), *[None] * len(ctx.arguments)
+    return pool_tokens(grads, *ctx.arguments[1:]), *[None] * len(ctx.arguments)
 
 
 differentiate("pool_tokens", _pool_backward, _save)

@@ -44,10 +44,10 @@ SCORE = "str score, Tensor[] leaves, int[] parameters, int[] queries, int[] keys
 SPANS = "int batch, int heads, int[] queries, int[] keys"
 define("pack(Tensor[] tensors, int[] rows) -> Tensor")
 define(
-    "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str group, "
-    f"{LABELLED}) -> Tensor[]"
+    "exchange(Tensor[] sent, int numel, ScalarType dtype, int dst, int src, int tag, Tensor[] after, str label, "
+    "str group) -> Tensor[]"
 )
-define(f"start_gather(Tensor[] sent, int world, Tensor[] after, str group, {LABELLED}) -> Tensor[]")
+define("start_gather(Tensor[] sent, int world, Tensor[] after, str label, str group) -> Tensor[]")
 define("wait(Tensor(a) received) -> Tensor(a)")
 for _kind, _about in (("attention", TILE), ("scored", f"{TILE}, {SCORE}")):
     define(f"{_kind}_tile(Tensor q, Tensor k, Tensor v, {_about}, Tensor[] after, {LABELLED}) -> Tensor[]")
@@ -125,9 +125,8 @@ def _exchange(
     src: int,
     tag: int,
     after: list[Tensor],
+    label: str,
     group: str,
-    *,
-    label: str = UNLABELLED,
 ) -> list[Tensor]:
     (message,) = sent
     with profiled(label):
@@ -143,9 +142,7 @@ def started(pending: p2p.PendingExchange, label: str) -> Tensor:
     return pending.received
 
 
-def _start_gather(
-    sent: list[Tensor], world: int, after: list[Tensor], group: str, *, label: str = UNLABELLED
-) -> list[Tensor]:
+def _start_gather(sent: list[Tensor], world: int, after: list[Tensor], label: str, group: str) -> list[Tensor]:
     (message,) = sent
     with profiled(label):
         pending = collectives.start_gather(message, message.new_empty(world * message.numel()), group)
@@ -159,8 +156,8 @@ def _wait(received: Tensor) -> Tensor:
     return received
 
 
-implement("exchange", _exchange, lambda sent, numel, dtype, *args, **_: [sent[0].new_empty(numel, dtype=dtype)])
-implement("start_gather", _start_gather, lambda sent, world, *args, **_: [sent[0].new_empty(world * sent[0].numel())])
+implement("exchange", _exchange, lambda sent, numel, dtype, *args: [sent[0].new_empty(numel, dtype=dtype)])
+implement("start_gather", _start_gather, lambda sent, world, *args: [sent[0].new_empty(world * sent[0].numel())])
 implement("wait", _wait, lambda received: received)
 
 # --- tiles ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def moved(group: dist.ProcessGroup, dtype: torch.dtype) -> tuple[dict[str, bool]
         gathered = ops.gather(local, *where, name)
         redistributed = ops.redistribute(local, 1, 1, S, "zigzag", "contiguous", world, rank, name)
         halo = ops.halo(local, *where, 2, 1, 0, name)
-        (received,) = primitives.exchange([given], given.numel(), dtype, following, before, 0, [], name)
+        (received,) = primitives.exchange([given], given.numel(), dtype, following, before, 0, [], "", name)
         primitives.wait(received)
     pairs = {
         "gather": (gathered, full),

@@ -84,7 +84,7 @@ def attention_step(case: Case, world: int, dtype: torch.dtype) -> Counter[str]:
         q, k, v = (torch.empty(n, h, length, w, dtype=dtype, device="cuda") for n, h, length, w in shapes)
         leaves = [torch.empty(shape, dtype=kind, device="cuda") for shape, kind in case.leaves]
         seed = torch.zeros((), dtype=torch.int64, device=case.seed) if case.seed else None
-        about = leaves, seed, register(here), case.tokens, case.tokens, "g"
+        about = leaves, seed, register(here), case.tokens, case.tokens, 0, "g"
         out, lse = torch.ops.ringpass.ring_attention(q, k, v, *about)
         torch.ops.ringpass.ring_attention_backward(torch.empty_like(out), q, k, v, out, lse, *about)
     return checked
@@ -158,11 +158,11 @@ OPERATORS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "redistribute": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, "contiguous", WORLD, RANK, "g"),
     "all_to_all": lambda: (cuda(2, LOCAL, 5), 1, 1, 23, LAYOUT, 2, 1, 5, "contiguous", WORLD, RANK, "g"),
     "merge_ranks": lambda: (cuda(2, 3, 8, 4, dtype=F32), lse(), WORLD, RANK, "g"),
-    "start_gather": lambda: ([cuda(12)], WORLD, [], "g"),
-    "pool_tokens": lambda: ([cuda(2, 3, LOCAL, 4), cuda(2, 3, LOCAL, 6)], *POOLING, "g"),
-    "return_tokens": lambda: ([cuda(2, 3, 23, 4)], 3, *POOLING, "g"),
+    "start_gather": lambda: ([cuda(12)], WORLD, [], "", "g"),
+    "pool_tokens": lambda: ([cuda(2, 3, LOCAL, 4), cuda(2, 3, LOCAL, 6)], *POOLING, "", "g"),
+    "return_tokens": lambda: ([cuda(2, 3, 23, 4)], 3, *POOLING, "", "g"),
     "pack_heads": lambda: ([cuda(2, 3, 23, 4)], True, *POOLING),
-    "start_all_to_all": lambda: ([cuda(12)], [5, 6], [4, 8], "g"),
+    "start_all_to_all": lambda: ([cuda(12)], [5, 6], [4, 8], "", "g"),
     "unpack_heads": lambda: (cuda(2 * 2 * 23 * 10), 2, [4, 6], BF16, 0, False, *POOLING),
     "begin_states": lambda: ([cuda(2, 3), cuda(4)],),
     "send_states": lambda: ([cuda(1, dtype=F32), cuda(2, 3)], 0, "g"),

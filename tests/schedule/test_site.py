@@ -54,5 +54,5 @@ def test_running_the_operator_plans_nothing() -> None:
     caches = tiling, group_problems
     before = [cache.cache_info().misses for cache in caches]
     for _ in range(2):
-        ops.ring_attention(q, q, q, [], None, key, TOKENS, TOKENS, planned.group)
+        ops.ring_attention(q, q, q, [], None, key, TOKENS, TOKENS, 0, planned.group)
     assert [cache.cache_info().misses for cache in caches] == before

@@ -72,7 +72,7 @@ class AllGather(Transport):
                 message = torch.cat([message, message.new_zeros(padding)])
         with label("gather_keys"):
             received: Tensor = primitives.start_gather(
-                [message], self.site.world, self.merged, self.site.group, label=f"{self.name} gather_keys"
+                [message], self.site.world, self.merged, f"{self.name} gather_keys", self.site.group
             )[0]
         return received
 

@@ -119,7 +119,7 @@ class Transport(ABC):
         elements, earlier = numel if src is not None else 0, [*self.merged, *after]
         with label(text):
             received: Tensor = primitives.exchange(
-                [sent], elements, dtype, *ranks, tag, earlier, self.site.group, label=f"{self.name} {text}"
+                [sent], elements, dtype, *ranks, tag, earlier, f"{self.name} {text}", self.site.group
             )[0]
         if tag % 2:
             self.returning, self.returning_shift = [received], tag // 2
