@@ -192,7 +192,7 @@ def _merge_ranks(given: list[Any]) -> int:
 
 
 def _pooled(given: list[Any], back: bool) -> int:
-    xs, *about, _ = given
+    xs, *about, _, _ = given  # the label and the group
     how = Pooling(*about[back:])
     received, _ = contents(xs).splits(how, back) if not how.layout.replicated else ([0] * how.world, [])
     return (sum(received) - received[how.rank]) * message_dtype(xs[0].dtype, how, back).itemsize
