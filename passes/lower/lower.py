@@ -49,9 +49,12 @@ ARITHMETIC = {primitives.merge: primitives.merge_body}
 """`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
 OF_SITE = "ringpass_site"
 """In `meta` of what an attention was unrolled to: the key of its site."""
-SITE = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # position of their first argument after the leaves
+SITE: dict[Any, int] = {
+    ops.ring_attention: 4,
+    ops.ring_attention_backward: 7,
+}  # position of their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
-LABELLED = {primitives.exchange: 7, primitives.start_gather: 3}  # position of what profilers call them
+LABELLED: dict[Any, int] = {primitives.exchange: 7, primitives.start_gather: 3}  # position of what profilers call them
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
 
 
@@ -120,8 +123,9 @@ def _drop_replicate(graph: Graph, node: Node) -> None:
 
 def _key(node: Node) -> tuple[str, Any, Any, int]:
     """(key, queries, keys, index) of a ring operator: which planned site, for how many tokens, of which attention."""
-    _, key, queries, keys, index, _ = node.args[SITE[node.target] :]  # type: ignore[index]
-    return str(key), queries, keys, int(index)  # type: ignore[call-overload]
+    about: Any = node.args[SITE[node.target] :]
+    _, key, queries, keys, index, _ = about
+    return str(key), queries, keys, int(index)
 
 
 def _size(node: Node) -> int:
