@@ -49,10 +49,7 @@ ARITHMETIC = {primitives.merge: primitives.merge_body}
 """`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
 OF_SITE = "ringpass_site"
 """In `meta` of what an attention was unrolled to: the key of its site."""
-SITE: dict[Any, int] = {
-    ops.ring_attention: 4,
-    ops.ring_attention_backward: 7,
-}  # position of their first argument after the leaves
+SITE: dict[Any, int] = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LABELLED: dict[Any, int] = {primitives.exchange: 7, primitives.start_gather: 3}  # position of what profilers call them
 LAYOUT = 4  # position of the layout's name, and of the order that `permute` takes, in their arguments
