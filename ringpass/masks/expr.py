@@ -250,7 +250,8 @@ _SIGNS: dict[type, str] = {infix.node: name for name, infix in INFIX.items()}
 
 
 def _constant(value: object) -> Const:
-    if not isinstance(value, bool | int | float) or (isinstance(value, int) and abs(value) > 2**64):
+    """A number; Python's grammar refuses those of more than 4,300 digits."""
+    if not isinstance(value, bool | int | float):
         raise ValueError(value)
     return Const(value)
 
