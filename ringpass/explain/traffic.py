@@ -75,8 +75,8 @@ def moves(graph: Graph, rank: int) -> Iterator[Move]:
 
 
 def _values(node: Node) -> list[Any]:
-    """The arguments of a node by position, with values for nodes."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    """The arguments of a node by position, with values for nodes; those that go by name alone are left out."""
+    schema = [a for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
     given = [*node.args, *(node.kwargs[a.name] for a in schema[len(node.args) :] if a.name in node.kwargs)]
     return [_value(x) for x in given]
 

@@ -64,7 +64,7 @@ def test_bad_input(arguments: list[str], said: str, file: str, capsys: pytest.Ca
 
 def step(group: Any, path: str) -> None:
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    run = compiled(layer, group, explain=path)
+    run = compiled(layer, group, explain=path, timeout=300.0)
     run(torch.ones(1, 64, 16)).sum().backward()
 
 
