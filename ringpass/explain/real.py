@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
@@ -48,7 +49,8 @@ class RealRun:
 
     def write(self) -> None:
         """Writes the report of the graphs so far."""
-        report = report_of(self.graphs, self.request, None)
+        with unset_fake_temporarily():  # torch compiles under a fake mode, and masks are evaluated with data
+            report = report_of(self.graphs, self.request, None)
         command = shlex.join(sys.argv)
         replace(report, model=_model(self.graphs[0]), command=command).save(self.path)
 
