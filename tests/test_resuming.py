@@ -87,7 +87,7 @@ def disturbed(launches: list[Launch], folder: Path, steps: int, every: int, chan
                 some = chance.randint(0, 4)  # 0: while it starts, loads or compiles
                 while len(lines(folder)) < before + some and time.monotonic() < begun + 180:
                     time.sleep(0.02)
-                time.sleep(chance.uniform(0, 5 if some == 0 else 0.5))
+                time.sleep(chance.uniform(0, 5 if some == 0 else 0.1))
                 victim = chance.choice(victims)
                 assert victim.is_running(), (folder / "log").read_text()[-3000:]
                 killed.append(f"P = {launch.ranks}, {launch.layout}: one rank after {len(lines(folder))} losses")
@@ -129,7 +129,7 @@ def test_twenty_kills_and_other_numbers_of_ranks(
     workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """P = 2, then 3, then 2 again, each in another layout."""
-    steps, every = 120, 3
+    steps, every = 200, 3
     (wanted,) = workers.run(undisturbed, 1, steps)
     launches = [Launch(2, "zigzag", 7), Launch(3, "contiguous", 7), Launch(2, "striped", 6)]
     killed = disturbed(launches, tmp_path / "killed", steps, every, random.Random(0))
