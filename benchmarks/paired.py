@@ -116,8 +116,11 @@ def out_path(name: str, args: argparse.Namespace) -> Path:
     return args.out or RESULTS / f"{name}{'.quick' if args.quick else ''}.json"
 
 
-def collect(console: Console, title: str, total: int, messages: Iterable[Any]) -> list[Case]:
-    """The cases among `messages`, with a progress bar that moves with each message that is a text."""
+def collect(console: Console, title: str, total: int | None, messages: Iterable[Any]) -> list[Case]:
+    """The cases among `messages`, with a progress bar that moves with each message that is a text.
+
+    `total`: how many texts will come; None: that is not known.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     cases = []
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:

@@ -14,8 +14,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._guards import CompileContext
 from torch.fx import GraphModule
 
+from ringpass import metrics
 from ringpass.comm.agreement import Agreement, Ring, ring_of
 from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
@@ -30,6 +32,7 @@ from ringpass.passes.capture.capture import Captured
 from ringpass.passes.lower.codegen import Show, compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
+from ringpass.profiling import in_range
 from ringpass.rank_program import LOG, NO_ATTENTION, RankProgram, break_of, left_whole, make_program, read_graph
 from ringpass.torch_features import flash_implementation
 
@@ -41,6 +44,7 @@ WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "leave the mode out", "max-autotune": 
 """Inductor's modes that turn on CUDA graphs, and what to do instead."""
 
 
+@in_range("compile a graph")
 def ring_dilated(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
@@ -52,6 +56,8 @@ def ring_dilated(
     options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The
     compiled function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
+    if metrics.recorder.active is not None:
+        metrics.recorder.active.recompilations += _is_recompilation()
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     ring = ring_of(config.ring, config.timeout)
@@ -86,6 +92,12 @@ def ring_dilated(
 
 
 skip_logging_calls()
+
+
+def _is_recompilation() -> bool:
+    """Whether Dynamo has compiled the same code before, for inputs that differ."""
+    compile_id = CompileContext.current_compile_id()
+    return compile_id is not None and bool(compile_id.frame_compile_id)
 
 
 def _inductor_options(config: RingConfig, mode: str | None) -> dict[str, Any]:

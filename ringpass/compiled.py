@@ -14,6 +14,7 @@ from ringpass.config import RingConfig
 from ringpass.devices import device_of
 from ringpass.lazy import LazyOutput, Origin
 from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, ShardedOutput
+from ringpass.profiling import in_range, profiled
 from ringpass.shards import OUTPUTS, on_all_ranks
 
 COMPARED_FIRST = 2  # calls of each graph that are compared before they run, on a GPU too
@@ -29,11 +30,13 @@ def compiled_call(
     """
     sharded = {one.position: one for one in program.sharded_inputs}
 
+    @in_range("call of a compiled model")
     def call(*given: Any) -> Any:
         device = device_of(given)
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if program.seeded or program.draws else 0
         values = [x.kind if isinstance(x, LazyOutput) else x for x in given]
-        comparison = agreement.begin(values, drawn, device)
+        with profiled("compare the ranks"):
+            comparison = agreement.begin(values, drawn, device)
 
         def launch() -> Any:
             ring.warm_up(device)
@@ -57,11 +60,16 @@ def compare_around(comparison: Comparison, launch: Callable[[], Any], first: boo
     Either way this raises MismatchError or PeerError if the ranks differ, also where `launch` raises because they do.
     """
     if first:
-        comparison.finish()
+        _finish(comparison)
         return launch()
     try:
         return launch()
     finally:
+        _finish(comparison)
+
+
+def _finish(comparison: Comparison) -> None:
+    with profiled("compare the ranks"):
         comparison.finish()
 
 

@@ -26,6 +26,7 @@ from ringpass.errors import PeerError
 from ringpass.layouts.redistribution import held_by
 from ringpass.masks.constants import Array, DeviceCopies
 from ringpass.ops import boundary
+from ringpass.profiling import profiled
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class LazyOutput(Tensor):
         """
         if self.gathered is None:
             o = self.origin
-            missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
+            with profiled(f"gather an output: {o.name} of call {o.call}"):
+                missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
             if missing:
                 raise PeerError(
                     f"output {o.name!r} of call {o.call} was used on rank {o.ring.rank}, but not within "

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import agreement, bytes_received, density, dilation_length, memory, overlap, planning, step_time, ways
+from benchmarks import (
+    agreement,
+    bytes_received,
+    density,
+    dilation_length,
+    memory,
+    overlap,
+    planning,
+    soak,
+    step_time,
+    ways,
+)
 from benchmarks.paired import Case, RankFailed, against, on_ranks
 from benchmarks.timeline import Event, as_trace, covered, picture
 from ringpass import patterns
@@ -20,7 +31,7 @@ from tests.support.pattern_models import dense_mask
 
 NAMES = (
     "agreement", "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap",
-    "planning", "step_time", "ways",
+    "planning", "soak", "step_time", "ways",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -115,6 +126,41 @@ def test_dilation_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (a,), (b,) = (case["seconds"]["this"]["samples"] for case in (first, second))
     assert first["ratios"]["of a token"]["samples"] == [1]
     assert second["ratios"]["of a token"]["samples"] == pytest.approx([b / 2 / a])
+
+
+def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """20 steps on 2 ranks, with one restart of the process group: losses as on one device, nothing left behind."""
+    assert soak.main(["--quick", "--out", str(tmp_path / "found.json")]) == 0, capsys.readouterr().out
+    assert _last(capsys).startswith("20 steps on 2 ranks, too few steps to judge memory, loss within ")
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert 0 < case["loss"] <= 1e-9
+    for of in case["of ranks"]:
+        assert of["steps"] == 20 and len(of["compilations"]) == 2 and min(of["compilations"]) >= 1
+        assert of["bytes received"]["exchange"] > 0
+
+
+def soaked(**changes: object) -> Case:
+    """A run that meets all bounds, but for `changes`."""
+    memory = {"slope": changes.pop("slope", 0.5), "error": 0.01}
+    left = {"descriptors": 0, "threads": 0, "keys": 0} | {k: v for k, v in changes.items() if k != "loss"}
+    compilations = left.pop("compilations", 9)
+    of = {"measured steps": 700, "compilations": [compilations], "MB per 1000 steps": memory, "left behind": left}
+    return Case({"ranks": 3}, facts={"loss": changes.get("loss", 1e-12), "of ranks": [of]})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": 1e-8}, {"loss": float("nan")}, {"slope": 1.5}, {"compilations": 10}, {"descriptors": 3}, {"threads": 3}]
+    + [{"keys": 4}],
+    ids=str,
+)
+def test_soak_tells_each_broken_bound(changes: dict[str, float]) -> None:
+    assert soak.broken(soaked()) == [] and len(soak.broken(soaked(**changes))) == 1
+
+
+def test_soak_fits_a_line() -> None:
+    slope, error = soak.fitted([(step, 400 + 0.002 * step + 0.1 * (-1) ** step) for step in range(300, 1000)])
+    assert slope == pytest.approx(2.0, abs=0.05) and 0 < error < 0.1
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,14 +43,16 @@ class Ring:
     """The ranks that share a sequence, seen from one of them.
 
     `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
-    seconds.  `calls`: number of compared calls so far.  `warm`: the GPUs on which all ranks have met.  `met`, `told`:
-    the keys of the store in which ranks last met, and in which this one last told the others a text.  `renewals`: how
-    often the process group was destroyed and made anew; its store may be the old one, and holds the keys of then.
+    seconds.  `calls`: number of compared calls so far; `since`: when the last one began, by the monotonic clock.
+    `warm`: the GPUs on which all ranks have met.  `met`, `told`: the keys of the store in which ranks last met, and in
+    which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
+    its store may be the old one, and holds the keys of then.
     """
 
     pg: dist.ProcessGroup | None
     timeout: float
     calls: int = 0
+    since: float = 0.0
     warm: set[torch.device] = field(default_factory=set)
     met: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
@@ -267,7 +270,7 @@ class Agreement:
                 "the model without torch.compile"
             )
         ring.renew()
-        ring.calls += 1
+        ring.calls, ring.since = ring.calls + 1, time.monotonic()
         ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
         if where is None:

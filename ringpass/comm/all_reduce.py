@@ -20,6 +20,7 @@ from torch import Tensor
 from ringpass.comm import collectives
 from ringpass.comm.p2p import lost
 from ringpass.precision import accumulator
+from ringpass.profiling import profiled
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,10 +87,11 @@ class PendingSum:
 
     def wait(self) -> None:
         """Returns when `total` is the sum over ranks.  Raises PeerError if a rank died or the time limit passed."""
-        try:
-            self.work.wait()
-        except RuntimeError as error:
-            raise lost((), error) from error
+        with profiled("wait for a sum of gradients"):
+            try:
+                self.work.wait()
+            except RuntimeError as error:
+                raise lost((), error) from error
 
 
 def start(flat: Tensor, group: str) -> PendingSum:

@@ -25,7 +25,9 @@ from ringpass.comm.p2p import PendingExchange, lost, process_group, sendable
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
+from ringpass.metrics.recorder import moved
 from ringpass.precision import accumulator
+from ringpass.profiling import profiled
 from ringpass.torch_features import gather_equal, sum_and_scatter
 
 
@@ -277,10 +279,11 @@ def start_gather(sent: Tensor, received: Tensor, group: str) -> PendingExchange:
     return PendingExchange(received, sent, [start_collective(gather_equal(), *parts, group=group)], ())
 
 
-def start_collective(collective: Callable[..., Any], *args: object, group: str) -> dist.Work:
-    """Starts a torch.distributed collective.  Raises PeerError if the process group is broken."""
+def start_collective(collective: Callable[..., Any], into: Tensor, *args: object, group: str) -> dist.Work:
+    """Starts a torch.distributed collective with the result `into`.  Raises PeerError if the group is broken."""
+    moved(collective.__name__, into.nbytes)
     try:
-        work = collective(*args, group=process_group(group), async_op=True)
+        work = collective(into, *args, group=process_group(group), async_op=True)
     except RuntimeError as error:
         raise lost((), error) from error
     assert work is not None, "this rank is a member of its ring"
@@ -288,9 +291,11 @@ def start_collective(collective: Callable[..., Any], *args: object, group: str) 
     return started
 
 
-def run_collective(collective: Callable[..., object], *args: object, group: str) -> None:
-    """Runs a torch.distributed collective.  Raises PeerError if the process group is broken."""
-    try:
-        collective(*args, group=process_group(group))
-    except RuntimeError as error:
-        raise lost((), error) from error
+def run_collective(collective: Callable[..., object], into: Tensor, *args: object, group: str) -> None:
+    """Runs a torch.distributed collective, whose result is `into`.  Raises PeerError if the process group is broken."""
+    moved(collective.__name__, into.nbytes)
+    with profiled(f"collective {collective.__name__}"):
+        try:
+            collective(into, *args, group=process_group(group))
+        except RuntimeError as error:
+            raise lost((), error) from error

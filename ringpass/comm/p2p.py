@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.errors import PeerError
+from ringpass.metrics.recorder import moved
 
 SENDABLE = frozenset({
     torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
@@ -71,6 +72,7 @@ def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag:
         ops.append(dist.P2POp(dist.isend, sendable(sent), group=pg, tag=tag, group_peer=dst))
     if src is not None:
         ops.append(dist.P2POp(dist.irecv, sendable(received), group=pg, tag=tag, group_peer=src))
+    moved("exchange", received.nbytes if src is not None else 0)
     try:
         return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
     except RuntimeError as error:

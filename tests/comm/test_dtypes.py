@@ -30,7 +30,7 @@ def travelling() -> Iterator[set[torch.dtype]]:
     seen: set[torch.dtype] = set()
     run, start = collectives.run_collective, dist.batch_isend_irecv
 
-    def collective(what: Any, *args: object, group: str) -> None:
+    def collective(what: Any, *args: Any, group: str) -> None:
         seen.update(x.dtype for x in args if isinstance(x, Tensor))
         run(what, *args, group=group)
 

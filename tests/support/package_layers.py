@@ -7,12 +7,12 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "logging_calls", "nodes", "precision", "profiling", "torch_features"),
-    ("files",),
+    ("devices", "errors", "logging_calls", "metrics", "nodes", "precision", "torch_features"),
+    ("files", "profiling"),
     ("masks", "kernels", "option_checks", "passes.failures"),
     ("layouts", "patterns", "local_ranks", "progress"),
     ("schedule", "comm"),
-    ("ops", "reference", "page"),
+    ("ops", "reference", "page", "stalls"),
     ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
     ("passes.op_rules", "shards"),
     ("config",),
