@@ -52,7 +52,7 @@ def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{file}:nothing"], "has no function"),
         (["{file}:wrong"], "must return (model, args)"),
         (["{file}:make", "--options", "{"], "must be JSON"),
-        (["{file}:make", "--json", "report.pdf"], "ends in .json or .txt"),
+        (["{file}:make", "--json", "report.pdf"], "ends in .html, .json, .txt"),
         (["{file}:make", "--diff", "{file}"], "--diff must name a report"),
     ],
 )
@@ -81,6 +81,6 @@ def test_the_option_writes_what_runs(workers: Workers, tmp_path: Path) -> None:
 
 def test_the_option_refuses_other_endings() -> None:
     run: Any = torch.compile(torch.sin, backend="ring_dilated", options={"explain": "report.pdf"})
-    with pytest.raises(Exception, match="ends in .json or .txt") as raised:
+    with pytest.raises(Exception, match="ends in .html, .json, .txt") as raised:
         run(torch.ones(3))
     assert isinstance(raised.value, InputError) or "InputError" in str(raised.value) or raised.value.__cause__

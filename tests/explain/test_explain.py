@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringpass
 from ringpass.errors import InputError, OptionError, UnsupportedError
+from ringpass.explain.data import ReportData
 from ringpass.explain.report import Report
 from ringpass.explain.tables import plain
 from tests.support.repository import ROOT
@@ -101,7 +102,7 @@ def test_files(report: Report, tmp_path: Any) -> None:
     for name in ("report.json", "report.txt"):
         report.save(tmp_path / name)
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
-    with pytest.raises(InputError, match="ends in .json or .txt"):
+    with pytest.raises(InputError, match="ends in .html, .json, .txt"):
         report.save(tmp_path / "report.pdf")
 
 
@@ -176,5 +177,5 @@ def keys(cls: Any, prefix: str = "") -> Iterator[str]:
 
 def test_every_key_is_documented(report: Report) -> None:
     page = (ROOT / "docs" / "explain.md").read_text()
-    assert re.findall(r"^\| `([\w.\[\]]+)` \|", page, re.MULTILINE) == list(keys(Report))
-    assert set(report.to_dict()) == {field.name for field in dataclasses.fields(Report)}
+    assert re.findall(r"^\| `([\w.\[\]]+)` \|", page, re.MULTILINE) == list(keys(ReportData))
+    assert set(report.to_dict()) == {field.name for field in dataclasses.fields(ReportData)}

@@ -13,30 +13,29 @@ from typing import Any
 
 from PIL import Image
 
-from ringpass.page import render
+from ringpass.explain.report import Report
 from tests.support.browser import PHONE, WIDE, browser, draw_all, open_page
-from tests.support.page_models import Layers, step
-from tests.support.page_report import PageReport, page_report
+from tests.support.page_models import Layers, explained
 from tests.support.repository import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
 LARGEST = 150_000
 
 
-def gathering() -> PageReport:
+def gathering() -> Report:
     """Two causal layers in contiguous order, of which the last output is gathered for an op without a rule."""
     model = Layers(2, 64, gathers=True)
-    return page_report(lambda m: step(m, 4096, 64), model, world=8, rank=7, layout="contiguous")
+    return explained(model, 4096, world=8, rank=7, width=64, layout="contiguous")
 
 
-def balanced() -> PageReport:
+def balanced() -> Report:
     """The same layers without that op, in zigzag order."""
-    return page_report(lambda m: step(m, 4096, 64), Layers(2, 64), world=8, rank=7, layout="zigzag")
+    return explained(Layers(2, 64), 4096, world=8, rank=7, width=64, layout="zigzag")
 
 
-def picture() -> PageReport:
+def picture() -> Report:
     """Two layers over 16 x 16 patches and a CLS token, along the Hilbert curve."""
-    return page_report(lambda m: step(m, 257, 32), Layers(2, 32, causal=False), world=8, rank=1, hilbert=(16, 16))
+    return explained(Layers(2, 32, causal=False), 257, world=8, rank=1, width=32, hilbert=(16, 16))
 
 
 def choose_rank(tab: Any) -> None:
@@ -54,7 +53,7 @@ def as_it_is(tab: Any) -> None:
     """Nothing is clicked."""
 
 
-SHOTS: dict[str, tuple[Callable[[], PageReport], str, str, Callable[[Any], None]]] = {
+SHOTS: dict[str, tuple[Callable[[], Report], str, str, Callable[[Any], None]]] = {
     "page_verdict": (gathering, "verdict", "light", as_it_is),
     "page_tiles": (gathering, "tiles", "light", choose_rank),
     "page_timeline": (gathering, "timeline", "light", as_it_is),
@@ -74,9 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         for name, (make, panel, scheme, act) in SHOTS.items():
             if make not in made:
-                found = make()
                 made[make] = Path(folder, f"{make.__name__}.html")
-                made[make].write_text(render(found.report, found.texts))
+                make().save(made[make])
             with open_page(chromium, made[make], WIDE, scheme) as opened:
                 draw_all(opened.tab)
                 act(opened.tab)
