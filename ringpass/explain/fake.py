@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from ringpass.errors import RingpassError, UnsupportedError
@@ -99,10 +99,11 @@ def run_fake(
         try:
             with fakes.mode:
                 return compiled(*called[0], **called[1])
-        except DataDependentOutputException as error:
+        except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+            how = getattr(error, "func", "to branch on it")
             raise UnsupportedError(
                 f"explain runs without data, and outside of the compiled graphs the model reads the data of a tensor "
-                f"({error.func}): its next steps cannot be known. Fix what the model branches on before the call, such "
+                f"({how}): its next steps cannot be known. Fix what the model branches on before the call, such "
                 "as an attention mask that is checked for being all ones, or take the branch out"
             ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
