@@ -61,7 +61,10 @@ def test_equal_layers_are_folded(dump: tuple[Path, Any]) -> None:
 def test_the_schedule_as_data(dump: tuple[Path, Any]) -> None:
     """Its bytes are those that ranks received; its tiles and ranges are those of the text."""
     folder, totals = dump
-    (data,) = json.loads((folder / "graph0" / "report.json").read_text())["graphs"]
+    report = json.loads((folder / "graph0" / "report.json").read_text())
+    (data,) = report["graphs"]
+    assert report["model"] == "Layers" and report["verdict"]["peak_bytes"] >= data["memory"]["peak"] > 0
+    assert {boundary["direction"] for boundary in data["boundaries"]} == {"forward", "backward"}
     (site,), (schedule,) = data["sites"], data["schedules"]
     assert site["indices"] == [0, 1, 2] and site["mask"] == "k <= q"
     assert re.fullmatch(r"tests/support/page_models\.py:\d+", site["source"]) and "scaled_dot_product" in site["line"]
