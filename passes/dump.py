@@ -1,11 +1,12 @@
 """dump: what the stages handed on, as text, in one directory for all ranks.
 
-    <dir>/index.html     the page of all graphs, made by rank 0
     <dir>/graph0         what is the same on all ranks: captured.py, sites.txt, plan.txt, gathers.txt, and of a graph
-                         with recurrences recurrences.txt; made by rank 0: schedule.json, trace.json, exchange.dot
+                         with recurrences recurrences.txt
     <dir>/graph0/rank3   what is this rank's: schedule.txt, partitioned.py, forward.py, backward.py, stages.txt,
                          the differences to the stage before (partitioned.diff, forward.diff), and Inductor's code
                          (output_code_forward.py, output_code_backward.py)
+
+Beside them rank 0 writes the report of all ranks and the page (`ringpass.explain.real`).
 
 Contract: a rank needs no other one.  Each file is written whole or not at all, so ranks may share a file system or not.
 """
@@ -31,8 +32,7 @@ from ringpass.passes.plan.plan import RingPlan, SitePlan
 from ringpass.schedule.program import Rectangle
 
 LISTED_RECTANGLES = 64  # empty rectangles of a schedule that are listed one by one
-SHARED = {"captured.py", "sites.txt", "plan.txt", "gathers.txt", "recurrences.txt", "schedule.json", "trace.json",
-          "exchange.dot"}  # fmt: skip
+SHARED = {"captured.py", "sites.txt", "plan.txt", "gathers.txt", "recurrences.txt"}
 """Files that are the same on all ranks."""
 BEFORE = {"partitioned.py": "captured.py", "forward.py": "partitioned.py"}
 """The stage with which a stage is compared."""
@@ -40,10 +40,10 @@ _numbers: defaultdict[str, Iterator[int]] = defaultdict(count)  # of the graphs 
 
 
 class Dump:
-    """The texts of one rank and graph: kept until `open`, then files under `directory`, or where RINGPASS_DUMP says."""
+    """The texts of one rank and graph: kept until `open`, then files under `directory`."""
 
     def __init__(self, directory: str | None, rank: int) -> None:
-        self.folder = directory or os.environ.get(DUMP_VARIABLE) or None
+        self.folder = directory or None
         self.rank = rank
         self.path: Path | None = None
         self.kept: dict[str, str] = {}

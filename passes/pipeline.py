@@ -18,12 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 from torch.fx import GraphModule
 
 from ringpass.nodes import op_name
-from ringpass.page.dumped import schedule_files, write_page
 from ringpass.passes import artifacts
 from ringpass.passes.dump import Dump, readable, texts
-from ringpass.passes.partition.partitioned import Partitioned, gathers_data
-from ringpass.passes.plan.plan import RingPlan
-from ringpass.passes.plan.plan_data import plan_data
 from ringpass.passes.verify import verify
 
 P = ParamSpec("P")
@@ -35,13 +31,11 @@ NAMED_CHANGES = 12  # calls gained or lost that a line names
 class Pipeline:
     """Runs the stages of one compilation on one rank.
 
-    Texts are written under `directory`, or the folder that RINGPASS_DUMP names, once `open` is called; without either
-    none is made.
+    Texts are written under `directory` once `open` is called; without one none is made.
     """
 
     def __init__(self, directory: str | None, rank: int) -> None:
         self.dump = Dump(directory, rank)
-        self.plan: RingPlan | None = None  # the last one that was made
         self.lines: list[str] = []
         self.emitted: dict[str, str] = {}
         self.calls: Counter[str] = Counter()
@@ -67,11 +61,6 @@ class Pipeline:
             if self.dumps:
                 self.dump.write(name, text)
             self._emit(name, text)
-        if isinstance(result, RingPlan):
-            self.plan = result
-        if isinstance(result, Partitioned) and self.dumps and self.plan and self.dump.rank == 0:
-            for name, text in schedule_files({**plan_data(self.plan), "gathers": gathers_data(result)}):
-                self.dump.write(name, text)
 
     def lowered(self, name: str, gm: GraphModule) -> None:
         """Checks and dumps the lowered `forward` or `backward` graph, when torch compiles it.
@@ -82,7 +71,6 @@ class Pipeline:
         self._note(name, None, gm)
         if self.dumps:
             self.dump.graph(name, gm)
-            self._page()
         if artifacts.wanted():
             self._emit(f"{name}.py", readable(gm))
 
@@ -90,7 +78,6 @@ class Pipeline:
         """Dumps the code that Inductor generated for the `forward` or `backward`."""
         if self.dumps:
             self.dump.write(f"output_code_{name}.py", code)
-            self._page()
 
     def _emit(self, name: str, text: str) -> None:
         """Gives a text to `artifacts`, unless it is the one that a stage gave before under this name."""
@@ -101,11 +88,6 @@ class Pipeline:
     def open(self) -> None:
         """From now on texts are written, those of the stages before too."""
         self.dump.open()
-
-    def _page(self) -> None:
-        """The page of all graphs so far, made by rank 0."""
-        if self.dump.rank == 0 and self.dump.path is not None:
-            write_page(self.dump.path.parent)
 
     def _note(self, name: str, seconds: float | None, result: Any) -> None:
         if not self.dumps and not log.isEnabledFor(logging.INFO):

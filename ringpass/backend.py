@@ -23,13 +23,13 @@ from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
-from ringpass.explain.real import real_run
+from ringpass.explain.real import RealGraph, real_run
 from ringpass.explain.report import media_of
 from ringpass.explain.stages import GraphRun
 from ringpass.logging_calls import skip_logging_calls
 from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
-from ringpass.passes.lower.codegen import Show, compile_partitioned, compile_unpartitioned
+from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
 from ringpass.profiling import in_range
@@ -65,8 +65,8 @@ def ring_dilated(
     _check_data_parallel_wrappers(ring, config)
     if config.explain is not None:
         media_of(config.explain)
-    rank, stages = Rank(ring.rank, ring.world, ring.name), Pipeline(config.dump, ring.rank)
-    reported = real_run(config, rank, options or {})
+    rank, stages = Rank(ring.rank, ring.world, ring.name), Pipeline(config.dump_directory, ring.rank)
+    reported = real_run(config, rank, options or {}, stages)
     told: list[str] = []
 
     def tell(text: str, channel: str = LOG) -> None:
@@ -76,17 +76,18 @@ def ring_dilated(
     read = read_graph(gm, example_inputs, config, stages)
     if why := left_whole(read, rank, config, tell):
         if reported is not None:
-            reported.add(GraphRun(read, why, None, rank, config, told=told, broken=break_of(gm)), stages.lowered)
+            reported.add(GraphRun(read, why, None, rank, config, {}, told, break_of(gm)), stages)
         run = compile_unpartitioned(gm, example_inputs, inductor, config.compiler)
         return replicated_call(run) if why == NO_ATTENTION else run
     _refuse_cuda_graphs(inductor, mode)
     made = make_program(read, gm, example_inputs, config, rank, stages, tell)
     log_of_plan.info("%s", made.plan)
-    show: Show = stages.lowered
+    shown: Pipeline | RealGraph = stages
     if reported is not None:
-        show = reported.add(GraphRun(read, "", made, rank, config, told=told, broken=break_of(gm)), show)
-    shown = stages.dumps or reported is not None
-    run = compile_partitioned(made.program, config, inductor, rank, made.left, show, shown, stages.coded)
+        graph = GraphRun(read, "", made, rank, config, {}, told, break_of(gm), stages.dump.path)
+        shown = reported.add(graph, stages)
+    seen = stages.dumps or reported is not None
+    run = compile_partitioned(made.program, config, inductor, rank, made.left, shown.lowered, seen, shown.coded)
     agreement = Agreement(ring, _facts(made, config), _names(read.captured), config.compare_weights)
     return compiled_call(run, made.program, agreement, ring, config)
 

@@ -106,7 +106,7 @@ class RingConfig:
         are gathered.  Differences in compile time count.
     compare_weights: ranks compare all weights in a graph's first call, and from then on each weight in one of this many
         calls, by turns, so that weights that drift apart are found within so many; 0: in the first call alone.
-    explain: path of a file that ends in .json or .txt, to which rank 0 writes a report of the compiled graphs
+    explain: path of a file that ends in .html, .json or .txt, to which rank 0 writes a report of the compiled graphs
         (`ringpass.explain`); each graph writes it anew, with those before.
     dump: directory, a text or `os.PathLike`, for the graphs, sites, plan and schedule of each rank; else the
         environment variable RINGPASS_DUMP.
@@ -344,6 +344,11 @@ class RingConfig:
     def gathered(self) -> bool:
         """Whether outputs are gathered in the compiled graph."""
         return OUTPUTS[self.outputs] is None
+
+    @property
+    def dump_directory(self) -> str | None:
+        """Where a run writes its dump: the option `dump`, or else what RINGPASS_DUMP names."""
+        return self.dump or os.environ.get(DUMP_VARIABLE) or None
 
     def fingerprint(self) -> str:
         """The options that all ranks must share, as text."""

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ringpass.passes.plan.plan_data import where
-
 OutputSize = int | tuple[str, int]
 
 
@@ -77,22 +75,3 @@ class Partitioned:
     sharded_inputs: tuple[ShardedInput, ...]
     draws: bool  # random ops that draw from the default generator, which the ranks must then share
     reads: bool  # the host reads data of the call to prune schedules
-
-
-def gathers_data(program: Partitioned) -> list[dict[str, Any]]:
-    """What is gathered, as the page lists it: bytes, the FLOPs that every rank then computes, the model's line."""
-    out = []
-    for gather in program.gathers:
-        source, line = where(gather.where)
-        ops = [work for work in program.whole_work if work.op in gather.reason]
-        out.append(
-            {
-                "op": ops[0].op if ops else gather.value,
-                "bytes": gather.bytes,
-                "flops": sum(work.flops for work in ops),
-                "source": source,
-                "line": line,
-                "why": gather.reason,
-            }
-        )
-    return out

@@ -1,6 +1,7 @@
 """What the backend would make of a model on P ranks: no process, no GPU, no memory for the model.
 
     ringpass explain model.py:make --world-size 8
+    ringpass explain model.py:make --world-size 8 --html report.html
     ringpass explain model.py:make --world-size 8 --device H100 --json report.json
     ringpass explain model.py:make --world-size 16 --diff report.json
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", default=None, metavar="M", help="a preset, or a file that `measure` wrote")
     parser.add_argument("--device", default=None, metavar="D", help="what a rank has: H100, 24GiB, a number of bytes")
     parser.add_argument("--json", default=None, metavar="F", help="write the report to a file; - for the output")
+    parser.add_argument("--html", default=None, metavar="F", help="write the page of the report to a file")
     parser.add_argument("--diff", default=None, metavar="F", help="show what changed since a report that --json wrote")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if the verdict names a problem")
 
@@ -51,14 +53,15 @@ def run(args: argparse.Namespace) -> int:
     Raises OptionError and InputError for bad input.
     """
     options, earlier = _options(args.options), _earlier(args.diff) if args.diff else None
-    if args.json not in (None, "-"):
-        media_of(args.json)
+    _check_endings(args.json, args.html)
     with _progress(f"explaining {args.factory} on {args.world_size} ranks"):
         model, arguments, keywords = _made(args.factory)
         report = explain(
             model, *arguments, world_size=args.world_size, rank=args.rank, options=options, machine=args.machine,
             device=_device(args.device), **keywords,
         )  # fmt: skip
+    if args.html is not None:
+        report.save(args.html)
     _show(report, args.json, earlier)
     wrong = report.verdict.fits is False or (args.strict and bool(report.verdict.problems))
     return int(wrong)
@@ -73,6 +76,13 @@ def _show(report: Report, path: str | None, earlier: dict[str, Any] | None) -> N
         print(difference(earlier, report.to_dict()), file=sys.stderr if path == "-" else sys.stdout)
     elif path != "-":
         print(report)
+
+
+def _check_endings(json_path: str | None, html_path: str | None) -> None:
+    if json_path not in (None, "-"):
+        media_of(str(json_path))
+    if html_path is not None and media_of(html_path) != ".html":
+        raise InputError(f"--html must name a file that ends in .html, got {html_path!r}")
 
 
 def _options(text: str) -> dict[str, Any]:

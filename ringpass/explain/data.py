@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VERSION = 1
+LISTED_RANKS = 64  # up to this many ranks, ranges and schedules are listed
 Data = dict[str, Any]
 
 

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
 from ringpass.explain.data import (
+    LISTED_RANKS,
     AxisReport,
     BoundaryReport,
     GatherReport,
@@ -32,7 +33,7 @@ from ringpass.rank_program import RankProgram
 from ringpass.schedule.machine import UNDESCRIBED
 from ringpass.schedule.tiles import tiling
 
-RANKS = 64  # which tokens each rank holds is left out above
+RUNS = 1 << 14  # which tokens each rank holds is left out above as many runs in all, so in striped order
 CURVE = 1 << 16  # so are curves of more tokens
 UNKNOWN = MemoryReport(dict.fromkeys(KINDS, 0), 0, 0, 0, [])
 """Of a graph that is not lowered yet, or that torch compiles as it would without ringpass."""
@@ -72,14 +73,14 @@ def graph_report(index: int, run: GraphRun, inputs: Sequence[str]) -> GraphRepor
 
 def _axis(axis: Axis, plan: RingPlan, config: RingConfig) -> AxisReport:
     tokens, layout = axis.hint, axis.layout
-    held = [
-        [[a, b] for a, b in layout.ranges(rank, tokens)] for rank in range(plan.world if plan.world <= RANKS else 0)
-    ]
+    ranks = range(layout.world if layout.world <= LISTED_RANKS else 0)
+    held = [[[*run] for run in layout.ranges(rank, tokens)] for rank in ranks]
+    listed = held if sum(map(len, held)) <= RUNS else []
     curve = None
     if layout.order is not None and layout.order.tokens <= CURVE:
         order = layout.order
         curve = {"grid": [*order.sizes], "prefix": order.prefix, "order": order.permutation.values.tolist()}
-    return AxisReport(axis.index, tokens, layout.name, _why_layout(plan, config), held or None, curve)
+    return AxisReport(axis.index, tokens, layout.name, _why_layout(plan, config), listed or None, curve)
 
 
 def _why_layout(plan: RingPlan, config: RingConfig) -> str:

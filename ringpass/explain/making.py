@@ -16,6 +16,7 @@ from torch import nn
 import ringpass
 from ringpass.config import RingConfig
 from ringpass.explain.data import Event, GraphReport
+from ringpass.explain.dumping import write_dump
 from ringpass.explain.facts import graph_report
 from ringpass.explain.fake import run_fake, tensor_bytes
 from ringpass.explain.longest import longest
@@ -25,6 +26,7 @@ from ringpass.explain.request import Request
 from ringpass.explain.sources import shown
 from ringpass.explain.stages import ExplainingBackend, GraphRun
 from ringpass.explain.verdict import Device, device_of_name, verdict_of
+from ringpass.passes.dump import readable
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.schedule.machine import PRESETS
 
@@ -39,15 +41,21 @@ GROUP = "explained"
 def make(request: Request) -> Report:
     """The report of a call."""
     device = device_of_name(request.device)
-    report = _report(request, device)
-    found = longest(request, report, lambda other: _report(other, device).verdict.peak_bytes)
-    return replace(report, longest=found)
+    report, runs = _report(request, device)
+    unseen = {name: value for name, value in request.options.items() if name != "dump"}
+    found = longest(
+        replace(request, options=unseen), report, lambda other: _report(other, device)[0].verdict.peak_bytes
+    )
+    made = replace(report, longest=found, texts=texts_of(runs))
+    write_dump(made, runs)
+    return made
 
 
-def _report(request: Request, device: Device | None) -> Report:
-    """The report without the largest length."""
-    graphs, recompiles = graphs_of(request, device)
-    return report_of(graphs, request, device, recompiles, tensor_bytes(request.model))
+def _report(request: Request, device: Device | None) -> tuple[Report, list[GraphRun]]:
+    """The report without the largest length and without texts, and what it is made of."""
+    runs, recompiles = graphs_of(request, device)
+    graphs = [graph_report_of(i, run) for i, run in enumerate(runs)]
+    return report_of(graphs, runs, request, device, recompiles, tensor_bytes(request.model)), runs
 
 
 def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], list[Event]]:
@@ -72,7 +80,22 @@ def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], 
     return backend.graphs, recompiles
 
 
+def graph_report_of(index: int, run: GraphRun) -> GraphReport:
+    """The report of graph number `index`."""
+    return graph_report(index, run, _inputs(run))
+
+
+def texts_of(runs: Sequence[GraphRun]) -> dict[str, str]:
+    """The stages of the explained rank, by graph and file name."""
+    found: dict[str, str] = {}
+    for i, run in enumerate(runs):
+        stages = {"captured": run.read.captured.gm} | ({"partitioned": run.made.program.gm} if run.made else {})
+        found |= {f"graph{i}/{name}.py": readable(gm) for name, gm in (stages | run.lowered).items()}
+    return found
+
+
 def report_of(
+    graphs: Sequence[GraphReport],
     runs: Sequence[GraphRun],
     request: Request,
     device: Device | None,
@@ -80,7 +103,6 @@ def report_of(
     held: int | None = None,
 ) -> Report:
     """The report of graphs; `held`: bytes of the model's parameters and buffers, None: those that the graphs read."""
-    graphs = [graph_report(i, run, _inputs(run)) for i, run in enumerate(runs)]
     breaks = _breaks(runs)
     peak = peak_bytes(graphs, held)
     return Report(
@@ -95,7 +117,7 @@ def report_of(
         longest=None,
         breaks=breaks,
         recompiles=list(recompiles),
-        graphs=graphs,
+        graphs=list(graphs),
     )
 
 

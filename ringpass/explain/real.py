@@ -1,10 +1,16 @@
-"""real: the report of a real run, for the option `explain`: the same data, of the plan and the program that run.
+"""real: the report of a real run, for the options `explain` and `dump`: of the plan and the program that run.
 
-    run = real_run(config, rank, options)            # of this process, by the path that the option names
-    show = run.add(graph, then)                      # a `Show` for the lowered graphs of one graph
+    run = real_run(config, rank, options, stages)    # of this process; None: nothing asks for a report of this rank
+    shown = run.add(graph, stages)                   # `shown.lowered` and `shown.coded` for the compiler of one graph
 
-The file is written anew whenever torch has lowered a graph: a backward at its first call.  A report is at hand before
-the run ends, and holds the graphs so far.  Nothing is known of the memory of a graph that is not partitioned.
+Files are written anew whenever torch has lowered a graph, a backward at its first call, and the page when Inductor's
+code is there.  A report is at hand before the run ends, and holds the graphs so far.  Nothing is known of the memory of
+a graph that is not partitioned.
+
+    <explain>                       the report of all graphs
+    <dump>/index.html               the page of all graphs that are partitioned, with the texts beside it
+    <dump>/graph0/report.json       the report, of this graph alone; its verdict is on all graphs
+    <dump>/graph0/trace.json, exchange.dot
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from __future__ import annotations
 import copy
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,50 +26,75 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
-from ringpass.explain.making import report_of
+from ringpass.explain.data import GraphReport
+from ringpass.explain.dumping import write_dump
+from ringpass.explain.making import graph_report_of, report_of, texts_of
+from ringpass.explain.report import media_of
 from ringpass.explain.request import Request
 from ringpass.explain.stages import GraphRun
+from ringpass.page.dumped import write_page
 from ringpass.passes.op_rules.spec import Rank
-
-Show = Callable[[str, GraphModule], None]
+from ringpass.passes.pipeline import Pipeline
 
 
 class RealRun:
-    """The graphs that a process has compiled so far, and the file that tells of them."""
+    """The graphs that a process has compiled so far, and the files that tell of them."""
 
-    def __init__(self, path: str, rank: Rank, options: Mapping[str, Any]) -> None:
-        self.path, self.graphs = path, list[GraphRun]()
+    def __init__(self, path: str | None, rank: Rank, options: Mapping[str, Any]) -> None:
+        self.path = path
+        self.graphs: list[RealGraph] = []
         self.request = Request(None, (), {}, rank.world, rank.rank, options, None, None, None)
 
-    def add(self, run: GraphRun, then: Show) -> Show:
-        """Adds a graph; returns what is shown its lowered graphs, which it hands on to `then`."""
-        self.graphs.append(run)
+    def add(self, run: GraphRun, stages: Pipeline) -> RealGraph:
+        """Adds a graph, whose stages `stages` ran; returns what is to be shown its lowered graphs and its code."""
+        graph = RealGraph(len(self.graphs), run, stages, self)
+        self.graphs.append(graph)
         self.write()
-
-        def show(stage: str, gm: GraphModule) -> None:
-            then(stage, gm)
-            run.lowered[stage] = GraphModule(gm, copy.deepcopy(gm.graph))
-            self.write()
-
-        return show
+        return graph
 
     def write(self) -> None:
-        """Writes the report of the graphs so far."""
-        with unset_fake_temporarily():  # torch compiles under a fake mode, and masks are evaluated with data
-            report = report_of(self.graphs, self.request, None)
-        command = shlex.join(sys.argv)
-        replace(report, model=_model(self.graphs[0]), command=command).save(self.path)
+        """Writes the report of the graphs so far, and the dump of those that have a folder."""
+        runs = [graph.run for graph in self.graphs]
+        report = report_of([graph.report for graph in self.graphs], runs, self.request, None)
+        report = replace(report, model=_model(runs[0]), command=shlex.join(sys.argv))
+        if self.path is not None:
+            shown = replace(report, texts=texts_of(runs)) if media_of(self.path) == ".html" else report
+            shown.save(self.path)
+        write_dump(report, runs)
 
 
-_RUNS: dict[str, RealRun] = {}
-"""Of this process, by path."""
+class RealGraph:
+    """One graph: hears of its lowered graphs and of Inductor's code, after the stages that it hands them to."""
+
+    def __init__(self, index: int, run: GraphRun, stages: Pipeline, of: RealRun) -> None:
+        self.index, self.run, self.stages, self.of = index, run, stages, of
+        self.report: GraphReport = graph_report_of(index, run)
+
+    def lowered(self, stage: str, gm: GraphModule) -> None:
+        """Hears of the lowered `forward` or `backward`."""
+        self.stages.lowered(stage, gm)
+        self.run.lowered[stage] = GraphModule(gm, copy.deepcopy(gm.graph))
+        with unset_fake_temporarily():  # AOTAutograd's, in which masks could not be evaluated
+            self.report = graph_report_of(self.index, self.run)
+            self.of.write()
+
+    def coded(self, stage: str, code: str) -> None:
+        """Hears of the code that Inductor generated."""
+        self.stages.coded(stage, code)
+        if self.run.folder is not None:
+            write_page(self.run.folder.parent)
 
 
-def real_run(config: RingConfig, rank: Rank, options: Mapping[str, Any]) -> RealRun | None:
-    """The run whose report this process writes; None: the option is not given, or another rank writes it."""
-    if config.explain is None or rank.rank:
+_RUNS: dict[tuple[str | None, str | None], RealRun] = {}
+"""Of this process, by the path that the option `explain` names and the directory of the dump."""
+
+
+def real_run(config: RingConfig, rank: Rank, options: Mapping[str, Any], stages: Pipeline) -> RealRun | None:
+    """The run whose report this process writes; None: nothing asks for one, or another rank writes it."""
+    key = config.explain, stages.dump.folder
+    if rank.rank or key == (None, None):
         return None
-    return _RUNS.setdefault(config.explain, RealRun(config.explain, rank, options))
+    return _RUNS.setdefault(key, RealRun(config.explain, rank, options))
 
 
 def _model(run: GraphRun) -> str:

@@ -101,7 +101,7 @@ def site_report(group: SitePlans, world: int, received: Mapping[int, Mapping[str
         received_bytes=lists[0],
         needed_bytes=_needed_bytes(site, world),
         pooled_bytes=lists[1],
-        balance=float(areas.mean() / areas.max()) if areas.max() else None,
+        balance=float(areas.max() / areas.mean()) if areas.max() else None,
         ways=ways(site.choice, world),
         rank_received_bytes=dict(received.get(site.site.index, {})),
     )
@@ -129,7 +129,7 @@ def _tiles(site: SitePlan) -> dict[str, int]:
     """How many tiles of each kind all ranks compute; empty: pairs of ranks with nothing to compute between them."""
     counts: Counter[str] = Counter()
     for share in site.shares:
-        for problem in site.problems(share):
+        for problem in own_problems(site, share):
             found = tiling(problem)
             of_kind = np.bincount(found.kind, minlength=len(TILE_KINDS))
             counts.update({name: int(n) for name, n in zip(TILE_KINDS, of_kind, strict=True)})
@@ -149,11 +149,17 @@ def pairs_of(site: SitePlan, world: int) -> Array:
     return out
 
 
+def own_problems(site: SitePlan, share: HeadShare) -> Sequence[Problem]:
+    """What is scheduled for a share of the heads, without the rows that see no key."""
+    problems = site.problems(share)
+    return problems[: len(problems) - (len(site.keyless.problems(share)) if site.keyless else 0)]
+
+
 def _with_heads(site: SitePlan, share: HeadShare) -> list[tuple[int, Problem]]:
     groups = site.group_problems(share)
     if groups:
         return [(len(group.head_group.members), group.problem) for group in groups]
-    return [(len(share.heads), problem) for problem in site.problems(share)]
+    return [(len(share.heads), problem) for problem in own_problems(site, share)]
 
 
 def _needed_bytes(site: SitePlan, world: int) -> list[int] | None:

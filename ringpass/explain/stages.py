@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class GraphRun:
     """What was made of one graph.
 
     `whole`: why nothing was partitioned, empty otherwise; `made`: the plan and the program if something was;
-    `lowered`: the graphs by phase; `told`: what a run would have logged.
+    `lowered`: the graphs by phase; `told`: what a run would have logged; `folder`: that of its dump, if there is one.
     """
 
     read: ReadGraph
@@ -41,6 +42,7 @@ class GraphRun:
     lowered: dict[str, GraphModule] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
     broken: Any = None  # Dynamo's reason for the end of the graph
+    folder: Path | None = None
 
 
 @dataclass
@@ -66,9 +68,15 @@ class ExplainingBackend:
         if not whole:
             made = make_program(read, gm, inputs, self.config, self.rank, stages, tell)
             program, given, left = made.program.gm, made.program.inputs, made.left
-        run = GraphRun(read, whole, made, self.rank, self.config, told=told, broken=break_of(gm))
+        run = GraphRun(read, whole, made, self.rank, self.config, {}, told, break_of(gm), stages.dump.path)
         inductor: dict[str, Any] = dict(self.config.inductor)
         if not torch.cuda.is_available():
             inductor.setdefault("shape_padding", False)  # which would time products on the device
-        show_lowered(program, given, self.config, inductor, left, run.lowered.__setitem__)
+
+        def show(stage: str, lowered: GraphModule) -> None:
+            if made is not None:
+                stages.lowered(stage, lowered)
+            run.lowered[stage] = lowered
+
+        show_lowered(program, given, self.config, inductor, left, show)
         self.graphs.append(run)

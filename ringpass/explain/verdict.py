@@ -183,9 +183,9 @@ def _what_saves(graphs: Sequence[GraphReport]) -> str:
 def _improvement(graphs: Sequence[GraphReport], efficiency: float | None) -> str | None:
     """What to try where nothing is wrong."""
     sites = [site for graph in graphs for site in graph.sites if site.balance is not None]
-    uneven = min(sites, key=lambda site: site.balance or 1.0, default=None)
-    if uneven is not None and uneven.balance is not None and uneven.balance < 0.9:
-        return f"the busiest rank does {1 / uneven.balance:.2f} times the mean work: try layout='striped' or 'zigzag'"
+    uneven = max(sites, key=lambda site: site.balance or 1.0, default=None)
+    if uneven is not None and uneven.balance is not None and uneven.balance > 1.1:
+        return f"the busiest rank does {uneven.balance:.2f} times the mean work: try layout='striped' or 'zigzag'"
     if efficiency is None and sites:
         return "describe the machine (option 'machine'), so that ways are weighed by time"
     return None
@@ -197,7 +197,7 @@ def _efficiency(graphs: Sequence[GraphReport]) -> tuple[float | None, str]:
     for site in (site for graph in graphs for site in graph.sites):
         chosen = next((way for way in site.ways if way.chosen), None)
         if chosen is not None:
-            ideal += len(site.indices) * chosen.parts["compute"] * (site.balance if site.balance is not None else 1.0)
+            ideal += len(site.indices) * chosen.parts["compute"] / (site.balance or 1.0)
             taken += len(site.indices) * chosen.seconds
     if not taken:
         return None, "no estimate: no machine is described, by the option 'machine' or as the device has a preset"

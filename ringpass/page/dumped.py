@@ -17,10 +17,9 @@ from ringpass.errors import OptionError
 from ringpass.files import read_text, write_text
 from ringpass.page.exchange_graph import as_dot, exchange_graph
 from ringpass.page.render import render
-from ringpass.page.timeline import Event, planned_of
-from ringpass.page.trace import as_trace
+from ringpass.page.trace import graph_trace
 
-PAGE, REPORT, SCHEDULE = "index.html", "report.json", "schedule.json"
+PAGE, REPORT = "index.html", "report.json"
 STAGES = ("captured.py", "partitioned.py", "forward.py", "backward.py", "output_code_forward.py",
           "output_code_backward.py", "plan.txt", "sites.txt", "gathers.txt", "recurrences.txt", "schedule.txt",
           "stages.txt")  # fmt: skip
@@ -42,7 +41,7 @@ def write_page(directory: Path, trace: Mapping[str, Any] | None = None) -> Path:
     texts: dict[str, str] = {}
     for i, folder in enumerate(folders):
         of_graph, graph = _report(folder)
-        report = {**report, **of_graph, "graphs": [*report["graphs"], {"index": i, **graph}]}
+        report = {**report, **of_graph, "graphs": [*report["graphs"], {**graph, "index": i}]}
         ranks = sorted(folder.glob("rank*"), key=lambda path: _number(path, "rank"))
         for place in (folder, *ranks[:1]):
             texts |= {f"graph{i}/{name}": read_text(place / name) for name in STAGES if (place / name).is_file()}
@@ -57,30 +56,22 @@ def graph_folders(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: _number(path, "graph"))
 
 
-def schedule_files(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(file name, text) of what is made of a plan's data: itself, its timeline for Perfetto, its exchanges as DOT."""
-    yield SCHEDULE, json.dumps(data, separators=(",", ":"))
-    schedules = data["schedules"] or []
-    if schedules:
-        timelines: dict[str, tuple[list[Event], str]] = {}
-        for i, schedule in enumerate(schedules):
-            timelines[f"schedule {i}"] = planned_of(schedule, data)
-        yield "trace.json", json.dumps(as_trace(timelines, data["world"]), separators=(",", ":"))
-        yield (
-            "exchange.dot",
-            "\n".join(as_dot(exchange_graph(x["ranks"]), f"schedule{i}") for i, x in enumerate(schedules)),
-        )
+def report_files(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(file name, text) of a report of one graph: itself, its timeline for Perfetto, its exchanges as DOT."""
+    (graph,) = report["graphs"]
+    yield REPORT, json.dumps(report, separators=(",", ":"))
+    if graph["schedules"]:
+        graphs = [as_dot(exchange_graph(x["ranks"]), f"schedule{i}") for i, x in enumerate(graph["schedules"])]
+        yield "trace.json", json.dumps(graph_trace(graph, report["world"]), separators=(",", ":"))
+        yield "exchange.dot", "\n".join(graphs)
 
 
 def _report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is known of a graph: of the whole run, and of the graph itself."""
-    if (path := folder / REPORT).is_file():
-        report = json.loads(read_text(path))
-        return {name: value for name, value in report.items() if name != "graphs"}, report["graphs"][0]
-    if (path := folder / SCHEDULE).is_file():
-        graph = json.loads(read_text(path))
-        return {name: graph[name] for name in ("world", "made_by") if name in graph}, graph
-    return {}, {}
+    """What is known of a graph: of the whole run, and of the graph itself; without a report, nothing."""
+    if not (path := folder / REPORT).is_file():
+        return {}, {}
+    report = json.loads(read_text(path))
+    return {name: value for name, value in report.items() if name != "graphs"}, report["graphs"][0]
 
 
 def _number(path: Path, word: str) -> int:

@@ -19,7 +19,7 @@ TERMS = {
     ),
     "density": "of a mask: the share of all (query, key) pairs that it allows",
     "balance": "of a site: the work of the busiest rank over that of the mean one; 1 is perfect",
-    "boundary": "a node of a rank's program that communicates, other than the exchanges of an attention",
+    "boundary": "a place of the program, outside of attention, where a rank receives something or takes part in a sum",
     "split": "of a site: each rank attends with all queries to its own keys, and the results are merged over ranks",
     "Ulysses degree": (
         "over how many neighbouring ranks the heads of an attention are divided, each rank with the tokens of all of "

@@ -37,7 +37,7 @@ def render(report: Mapping[str, Any], texts: Mapping[str, str], trace: Mapping[s
     a run in Chrome's trace format, for the measured timeline.
     """
     graphs = report.get("graphs", [])
-    plans = [[planned_of(schedule, graph) for schedule in graph.get("schedules") or ()] for graph in graphs]
+    plans = [[planned_of(schedule) for schedule in graph.get("schedules") or ()] for graph in graphs]
     more = {
         "code": [code.as_data(code.stages(_of_graph(texts, i))) for i in range(max(1, len(graphs)))],
         "timelines": [[_columns(events, unit) for events, unit in of] for of in plans],

@@ -42,14 +42,6 @@ class Costs:
     byte: float
     unit: str = "FLOPs"
 
-    @staticmethod
-    def of(site: Mapping[str, Any], given: Mapping[str, Any] | None) -> Costs:
-        """Those of a described machine if they are `given`; else FLOPs, and as many per byte as plans assume."""
-        if given:
-            return Costs(given["pair_seconds"], given["byte_seconds"], "s")
-        widths = site.get("head_width") or [1, 1]
-        return Costs(2.0 * sum(widths) * (site.get("heads") or [1])[0], FLOPS_PER_BYTE)
-
 
 def pairs(tile: Sequence[Any]) -> int:
     """(query, key) pairs of a tile [q0, q1, k0, k1, kind]; of a causal or mirrored one only its triangle counts."""
@@ -82,9 +74,9 @@ def planned(ranks: Sequence[Mapping[str, Any]], costs: Costs) -> list[Event]:
     return events
 
 
-def planned_of(schedule: Mapping[str, Any], graph: Mapping[str, Any]) -> tuple[list[Event], str]:
-    """The planned events of a schedule of a report's graph, and their unit."""
-    costs = Costs.of(graph["sites"][schedule["site"]], graph.get("costs"))
+def planned_of(schedule: Mapping[str, Any]) -> tuple[list[Event], str]:
+    """The planned events of a schedule of a report, and their unit: FLOPs, and as many per byte as plans assume."""
+    costs = Costs(schedule["pair_flops"], FLOPS_PER_BYTE)
     return planned(schedule["ranks"], costs), costs.unit
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ringpass.page.timeline import Event
+from ringpass.page.timeline import Event, planned_of
 
 THREADS = ("compute", "transfer")
 MICROSECONDS = {"s": 1e6}  # of one unit of a timeline; a FLOP counts as a picosecond, as on a device of 1 TFLOP/s
@@ -53,6 +53,12 @@ def as_trace(timelines: Mapping[str, tuple[Sequence[Event], str]], world: int) -
             )
         first += max((x.stop for x in events), default=0.0) * scale
     return {"traceEvents": out, "displayTimeUnit": "ms"}
+
+
+def graph_trace(graph: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """The planned timelines of a report's graph, one for each of its schedules."""
+    schedules = graph["schedules"] or ()
+    return as_trace({f"schedule {i}": planned_of(x) for i, x in enumerate(schedules)}, world)
 
 
 def measured(trace: Mapping[str, Any]) -> list[Event]:

@@ -36,7 +36,9 @@ def file(tmp_path: Path) -> str:
 
 def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
-    assert main(["explain", f"{file}:make", *ASKED, "--json", str(path), "--strict"]) == 0
+    page = tmp_path / "report.html"
+    assert main(["explain", f"{file}:make", *ASKED, "--json", str(path), "--html", str(page), "--strict"]) == 0
+    assert page.read_text().startswith("<!doctype html>")
     assert "on 4 ranks" in capsys.readouterr().out
     assert json.loads(path.read_text())["world"] == 4
     asked = [*ASKED, "--device", "1000", "--diff", str(path)]
@@ -52,7 +54,8 @@ def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{file}:nothing"], "has no function"),
         (["{file}:wrong"], "must return (model, args)"),
         (["{file}:make", "--options", "{"], "must be JSON"),
-        (["{file}:make", "--json", "report.pdf"], "ends in .json or .txt"),
+        (["{file}:make", "--json", "report.pdf"], "ends in .html, .json, .txt"),
+        (["{file}:make", "--html", "report.txt"], "ends in .html"),
         (["{file}:make", "--diff", "{file}"], "--diff must name a report"),
     ],
 )
@@ -81,6 +84,6 @@ def test_the_option_writes_what_runs(workers: Workers, tmp_path: Path) -> None:
 
 def test_the_option_refuses_other_endings() -> None:
     run: Any = torch.compile(torch.sin, backend="ring_dilated", options={"explain": "report.pdf"})
-    with pytest.raises(Exception, match="ends in .json or .txt") as raised:
+    with pytest.raises(Exception, match="ends in .html, .json, .txt") as raised:
         run(torch.ones(3))
     assert isinstance(raised.value, InputError) or "InputError" in str(raised.value) or raised.value.__cause__

@@ -17,8 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringpass
 from ringpass.errors import InputError, OptionError, UnsupportedError
+from ringpass.explain.data import ReportData
 from ringpass.explain.report import Report
 from ringpass.explain.tables import plain
+from tests.support.page_models import Layers, explained
 from tests.support.repository import ROOT
 
 EAGER = {"compiler": "aot_eager"}  # no passes of Inductor's: faster, and the same plan
@@ -98,10 +100,13 @@ def test_data_texts_and_differences(report: Report) -> None:
 
 
 def test_files(report: Report, tmp_path: Any) -> None:
-    for name in ("report.json", "report.txt"):
+    for name in ("report.json", "report.txt", "report.html"):
         report.save(tmp_path / name)
+    assert (tmp_path / "report.html").read_text() == report.to_html() + "\n"
+    assert set(report.texts) == {f"graph0/{name}.py" for name in ("captured", "partitioned", "forward", "backward")}
+    assert {event["pid"] for event in report.trace()["traceEvents"]} == {0, 1, 2, 3}
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
-    with pytest.raises(InputError, match="ends in .json or .txt"):
+    with pytest.raises(InputError, match="ends in .html, .json, .txt"):
         report.save(tmp_path / "report.pdf")
 
 
@@ -141,6 +146,12 @@ def test_the_longest_sequence_that_fits() -> None:
     assert not report_of(Block(), 2 * longest["tokens"], device="2 MB").verdict.fits
 
 
+def test_rolled_attention_receives_the_same() -> None:
+    """Each of two layers, as one node for all steps."""
+    unrolled, rolled = (explained(Layers(2), 64, world=4, unroll_limit=n).graphs[0].sites[0] for n in (128, 0))
+    assert rolled.rank_received_bytes == unrolled.rank_received_bytes and rolled.indices == [0, 1]
+
+
 def test_many_ranks() -> None:
     found = report_of(Block(), 1024, world=256, rank=255)
     (site,) = found.graphs[0].sites
@@ -178,5 +189,5 @@ def keys(cls: Any, prefix: str = "") -> Iterator[str]:
 
 def test_every_key_is_documented(report: Report) -> None:
     page = (ROOT / "docs" / "explain.md").read_text()
-    assert re.findall(r"^\| `([\w.\[\]]+)` \|", page, re.MULTILINE) == list(keys(Report))
-    assert set(report.to_dict()) == {field.name for field in dataclasses.fields(Report)}
+    assert re.findall(r"^\| `([\w.\[\]]+)` \|", page, re.MULTILINE) == list(keys(ReportData))
+    assert set(report.to_dict()) == {field.name for field in dataclasses.fields(ReportData)}

@@ -42,7 +42,7 @@ def dump(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_all_ranks_are_in_one_directory(dump: tuple[Path, Any]) -> None:
     folder, _ = dump
     assert {x.name for x in folder.iterdir()} == {"graph0", "index.html"}
-    shared = {"captured.py", "sites.txt", "plan.txt", "gathers.txt", "schedule.json", "trace.json", "exchange.dot"}
+    shared = {"captured.py", "sites.txt", "plan.txt", "gathers.txt", "report.json", "trace.json", "exchange.dot"}
     assert {x.name for x in (folder / "graph0").iterdir()} == {*shared, "rank0", "rank1", "rank2"}
     stages = {"partitioned.py", "forward.py", "backward.py", "partitioned.diff", "forward.diff"}
     for rank in range(3):
@@ -61,7 +61,10 @@ def test_equal_layers_are_folded(dump: tuple[Path, Any]) -> None:
 def test_the_schedule_as_data(dump: tuple[Path, Any]) -> None:
     """Its bytes are those that ranks received; its tiles and ranges are those of the text."""
     folder, totals = dump
-    data = json.loads((folder / "graph0" / "schedule.json").read_text())
+    report = json.loads((folder / "graph0" / "report.json").read_text())
+    (data,) = report["graphs"]
+    assert report["model"] == "Layers" and report["verdict"]["peak_bytes"] >= data["memory"]["peak"] > 0
+    assert {boundary["direction"] for boundary in data["boundaries"]} == {"forward", "backward"}
     (site,), (schedule,) = data["sites"], data["schedules"]
     assert site["indices"] == [0, 1, 2] and site["mask"] == "k <= q"
     assert re.fullmatch(r"tests/support/page_models\.py:\d+", site["source"]) and "scaled_dot_product" in site["line"]
@@ -116,7 +119,7 @@ def test_each_share_of_the_heads_has_its_schedule(tmp_path: Path) -> None:
         options: Any = {"compiler": "aot_eager", "ulysses_degree": 2, "dump": str(tmp_path)}
         run: Any = torch.compile(Layers(1), backend="ring_dilated", options=options)
         step(run, 64)
-    data = json.loads((tmp_path / "graph0" / "schedule.json").read_text())
+    (data,) = json.loads((tmp_path / "graph0" / "report.json").read_text())["graphs"]
     assert [[of["rank"] for of in x["ranks"]] for x in data["schedules"]] == [[0, 2], [1, 3]]
     for schedule in data["schedules"]:
         for of in schedule["ranks"]:

@@ -12,26 +12,31 @@ from typing import Any
 
 import pytest
 
+from ringpass.explain.report import Report
 from ringpass.page import render
 from ringpass.page.code import MODEL, as_data, stages
 from ringpass.page.glossary import TERMS
 from ringpass.page.panels import PANELS
-from tests.support.page_models import Layers, step
-from tests.support.page_report import PageReport, page_report
+from tests.support.page_models import Layers, explained
 from tests.support.repository import ROOT
 
 VOID = {"meta", "br", "input", "link", "img"}
 
 
 @cache
-def small() -> PageReport:
+def small() -> Report:
     """Two layers on rank 1 of 4, with an op that gathers."""
-    return page_report(lambda model: step(model, 64), Layers(gathers=True), world=4, rank=1, layout="zigzag")
+    return explained(Layers(gathers=True), 64, world=4, rank=1, layout="zigzag")
 
 
 @cache
 def page() -> str:
-    return render(small().report, small().texts)
+    return small().to_html()
+
+
+def texts() -> dict[str, str]:
+    """The stages of its only graph, by file name."""
+    return {name.removeprefix("graph0/"): text for name, text in small().texts.items()}
 
 
 class Parsed(HTMLParser):
@@ -78,10 +83,10 @@ def test_its_data_is_the_report() -> None:
     found = parsed(page())
     report = json.loads(found.ids["report"])
     slowest = report.pop("slowest")
-    assert report == json.loads(json.dumps(small().report)) and len(slowest[0]) == len(report["graphs"][0]["schedules"])
+    assert report == json.loads(small().to_json()) and len(slowest[0]) == len(report["graphs"][0]["schedules"])
     more = json.loads(zlib.decompress(base64.b64decode(found.ids["more"])))
     names = [stage["name"] for stage in more["code"][0]["stages"]]
-    assert names == [MODEL, *small().texts]
+    assert names == [MODEL, *texts()]
     assert more["timelines"][0][0]["rank"] and more["measured"] is None
 
 
@@ -95,7 +100,7 @@ def test_texts_of_a_model_cannot_end_a_script() -> None:
 
 @pytest.mark.parametrize("missing", ["graphs", "verdict", "options", "made_by"])
 def test_what_is_missing_is_no_error(missing: str) -> None:
-    report = {name: value for name, value in small().report.items() if name != missing}
+    report = {name: value for name, value in small().to_dict().items() if name != missing}
     parsed(render(report, {}))
 
 
@@ -113,7 +118,7 @@ def test_terms_are_those_of_the_glossary() -> None:
 
 
 def test_lines_of_the_model_are_linked_with_their_nodes() -> None:
-    data: dict[str, Any] = as_data(stages(small().texts))
+    data: dict[str, Any] = as_data(stages(texts()))
     lines = {stage["name"]: [re.sub("<[^>]*>", "", line) for line in stage["lines"]] for stage in data["stages"]}
     of = {stage["name"]: stage["sources"] for stage in data["stages"]}
     (model_line,) = (i for i, line in enumerate(lines[MODEL]) if "mixed = scaled_dot_product_attention" in line)
@@ -125,7 +130,7 @@ def test_lines_of_the_model_are_linked_with_their_nodes() -> None:
 
 
 def test_colours_change_no_text() -> None:
-    found = stages(small().texts)
+    found = stages(texts())
     for stage in found:
         shown = [re.sub("<[^>]*>", "", line) for line in stage.lines]
         plain = [line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for line in stage.plain]

@@ -120,7 +120,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
 
 
 def test_every_stage_of_the_backend_has_a_contract() -> None:
-    """The schedules' proof, which returns nothing that a later stage reads, is the exception."""
+    """Proofs, which return nothing that a later stage reads, are the exception."""
     source = inspect.getsource(rank_program) + inspect.getsource(divide.divide)
     assert {*re.findall(r"\brun\((\w+),", source)} == {*CHECKS} - {"lower"} | {"prove_all", "prove_moves"}
 

@@ -41,7 +41,7 @@ What is read:
 
 What is shown:
 
-- `page_models`, `page_report`: small models, and a report of a model for the page
+- `page_models`: small models for the page, and their reports
 - `browser`: a real browser
 - `page_pictures`: takes the pictures of docs/page.md
 

@@ -1,10 +1,15 @@
-"""Small models for the page: layers of causal attention, with an op that gathers; and an encoder of a picture."""
+"""Small models for the page: layers of causal attention, with an op that gathers; and their reports."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+import ringpass
+from ringpass.explain.report import Report
 
 
 class Layer(nn.Module):
@@ -44,3 +49,10 @@ class Layers(nn.Module):
 def step(model: nn.Module, tokens: int, width: int = 16) -> None:
     """A forward and a backward."""
     model(torch.randn(1, tokens, width, requires_grad=True)).backward()
+
+
+def explained(model: nn.Module, tokens: int, world: int, rank: int = 0, width: int = 16, **options: Any) -> Report:
+    """The report of a step, with the graphs as AOTAutograd hands them on."""
+    x = torch.empty(1, tokens, width, requires_grad=True)
+    chosen = {"compiler": "aot_eager", **options}
+    return ringpass.explain(model, x, world_size=world, rank=rank, options=chosen)

@@ -89,7 +89,7 @@ panels.tiles = (graph, panel) => {
     located = schedule.ranks.every((r) => r.queries && r.steps.every((s) => s.keys));
     if (!located) view = "ranks";
     buttons[1].disabled = !located;
-    buttons[1].title = located ? "" : "this report does not say which tokens the rows of its tiles are";
+    buttons[1].title = located ? "" : "which tokens the rows of tiles are is listed up to 64 runs of tokens on a rank";
     options(pick, [["", "all"], ...schedule.ranks.map(({ rank }) => [rank, `rank ${rank}`])], chosen.rank ?? "");
   }
   function box(width, height) {

@@ -7,7 +7,7 @@ panels.tokens = (graph, panel) => {
   if (!graph?.axes?.length) { panel.append(missing("No sequence of this graph is divided over ranks.")); return; }
   for (const axis of graph.axes) {
     panel.append(element("h3", {}, `Axis ${axis.index}: ${count(axis.tokens)} tokens, ${axis.layout}`), element("p", {}, axis.why || ""));
-    if (!axis.ranks) { panel.append(missing("Ranges are listed up to 64 ranks.")); continue; }
+    if (!axis.ranks) { panel.append(missing("Which tokens each rank holds is listed up to 64 ranks, and up to 16,384 runs of tokens in all.")); continue; }
     panel.append(strips(axis));
     if (axis.curve) panel.append(curveOn(axis));
   }
