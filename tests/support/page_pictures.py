@@ -63,7 +63,7 @@ def windowed() -> Report:
 
 def dilated() -> Report:
     """Two layers of dilated attention: segments of 512 tokens, and every 4th token of segments of 2,048."""
-    lists = {"segment_lengths": (512, 2048), "dilation_rates": (1, 4)}
+    lists: Any = {"segment_lengths": (512, 2048), "dilation_rates": (1, 4)}
     return explained(Layers(2, 64, causal=False), 4096, world=8, width=64, layout="contiguous", **lists)
 
 
