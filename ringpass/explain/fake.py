@@ -100,11 +100,11 @@ def run_fake(
             with fakes.mode:
                 return compiled(*called[0], **called[1])
         except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
-            how = getattr(error, "func", str(error).splitlines()[0])
+            what = str(error).splitlines()[0]
             raise UnsupportedError(
                 f"explain runs without data, and outside of the compiled graphs the model reads the data of a tensor "
-                f"({how}): its next steps cannot be known. Fix what the model branches on before the call, such "
-                "as an attention mask that is checked for being all ones, or take the branch out"
+                f"({what}): its next steps cannot be known. Fix what the model branches on before the call, such as an "
+                "attention mask that is checked for being all ones, or take the branch out"
             ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, RingpassError):
