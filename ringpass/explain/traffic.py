@@ -209,7 +209,7 @@ def _attention(site: Site, k: Tensor, v: Tensor, backward: bool) -> int:
 
 def _ring_attention(given: list[Any]) -> int:
     q, k, v, _, *about = given
-    site = site_of(about[:5])[1]  # after them comes `index`
+    site = site_of(about)[1]
     found = _attention(site, k, v, backward=False)
     if site.split:
         wide = accumulator(q.dtype).itemsize
@@ -220,7 +220,7 @@ def _ring_attention(given: list[Any]) -> int:
 
 def _ring_attention_backward(given: list[Any]) -> int:
     _, q, k, v, _, _, _, *about = given
-    site = site_of(about[:5])[1]  # after them comes `index`
+    site = site_of(about)[1]
     found = _attention(site, k, v, backward=True)
     wide = accumulator(q.dtype).itemsize
     if site.comm == "allgather" and site.world > 1 and not site.split and not site.problem.key_layout.replicated:

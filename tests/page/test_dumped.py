@@ -63,7 +63,7 @@ def test_the_schedule_as_data(dump: tuple[Path, Any]) -> None:
     folder, totals = dump
     report = json.loads((folder / "graph0" / "report.json").read_text())
     (data,) = report["graphs"]
-    assert report["model"] == "Layers" and report["verdict"]["peak_bytes"] >= data["memory"]["peak"] > 0
+    assert report["world"] == 3 and report["verdict"]["peak_bytes"] >= data["memory"]["peak"] > 0
     assert {boundary["direction"] for boundary in data["boundaries"]} == {"forward", "backward"}
     (site,), (schedule,) = data["sites"], data["schedules"]
     assert site["indices"] == [0, 1, 2] and site["mask"] == "k <= q"
