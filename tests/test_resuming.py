@@ -131,7 +131,7 @@ def test_twenty_kills_and_other_numbers_of_ranks(
     workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """P = 2, then 3, then 2 again, each in another layout."""
-    steps, every = 200, 3
+    steps, every = 200, 1
     (wanted,) = workers.run(undisturbed, 1, steps)
     launches = [Launch(2, "zigzag", 7), Launch(3, "contiguous", 7), Launch(2, "striped", 6)]
     killed = disturbed(launches, tmp_path / "killed", steps, every, random.Random(0))
