@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ringpass import metrics
 from ringpass.comm.agreement import RINGS, Ring
@@ -58,7 +58,7 @@ class Watcher:
         self.ended = threading.Event()
         self.told: set[tuple[int, float]] = set()  # waits, by thread and start, that the store has
         self.warned: set[tuple[int, float]] = set()
-        self.stores: dict[str, tuple[Ring, dist.distributed_c10d.Store]] = {}
+        self.stores: dict[str, tuple[Store, Store]] = {}  # by ring: its store, and our connection to that
 
     def run(self) -> None:
         """Looks until it is ended."""
@@ -96,12 +96,13 @@ class Watcher:
         except RuntimeError as error:  # the store went with the rank that hosted it
             log.warning("rank %d waits, and the store of its ring does not answer: %s", ring.rank, error)
 
-    def _store(self, ring: Ring) -> dist.distributed_c10d.Store:
-        """A connection of its own: the ring's may be blocked by the very wait."""
-        if self.stores.get(ring.name, (None,))[0] is not ring:
-            store: Any = ring.store
-            self.stores[ring.name] = ring, store.clone()
-        return self.stores[ring.name][1]
+    def _store(self, ring: Ring) -> Store:
+        """A connection of its own: the ring's may be blocked by the very wait.  Another one for a new process group."""
+        store: Any = ring.store
+        held = self.stores.get(ring.name)
+        if held is None or held[0] is not store:
+            held = self.stores[ring.name] = store, store.clone()
+        return held[1]
 
     def _tell(self, ring: Ring, label: str) -> None:
         self._store(ring).set(f"waits/{ring.rank}", label)
@@ -128,6 +129,6 @@ def awaited(label: str) -> str:
     return label.removeprefix("wait for ") if label.startswith("wait for ") else f"the other ranks ({label})"
 
 
-def _read(store: dist.distributed_c10d.Store, key: str) -> str:
+def _read(store: Store, key: str) -> str:
     """What the store has under `key`; nothing if nobody has set it."""
     return store.get(key).decode() if store.check([key]) else ""

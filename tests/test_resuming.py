@@ -69,9 +69,10 @@ def ranks_of(torchrun: psutil.Process, count: int, limit: float) -> list[psutil.
     """The processes of all ranks, once they are there."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
-        found = [p for p in torchrun.children() if "examples.resume" in " ".join(p.cmdline())]
-        if len(found) == count:
-            return found
+        with suppress(psutil.Error):  # one that ends while we look
+            found = [p for p in torchrun.children() if "examples.resume" in " ".join(p.cmdline())]
+            if len(found) == count:
+                return found
         time.sleep(0.1)
     raise TimeoutError(f"torchrun has not started {count} ranks within {limit:g} s")
 
@@ -117,11 +118,12 @@ def check(folder: Path, wanted: list[float]) -> float:
 
 
 def test_a_kill_changes_no_loss(workers: Workers, tmp_path: Path) -> None:
-    """On two ranks, one is killed after some steps; the reference is one rank."""
-    (wanted,) = workers.run(undisturbed, 1, 8)
-    disturbed([Launch(2, "zigzag", kills=1)], tmp_path / "killed", 8, 3, random.Random(1))
+    """On two ranks, one is killed after four steps or more; the next attempt goes on from a checkpoint."""
+    (wanted,) = workers.run(undisturbed, 1, 16)
+    chance = random.Random(6)
+    disturbed([Launch(2, "zigzag", kills=1)], tmp_path / "killed", 16, 2, chance)
     check(tmp_path / "killed", wanted)
-    assert {line["attempt"] for line in lines(tmp_path / "killed")} >= {1}
+    assert min(line["step"] for line in lines(tmp_path / "killed") if line["attempt"] == 1) > 2
 
 
 @pytest.mark.slow
@@ -129,7 +131,7 @@ def test_twenty_kills_and_other_numbers_of_ranks(
     workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """P = 2, then 3, then 2 again, each in another layout."""
-    steps, every = 200, 3
+    steps, every = 200, 1
     (wanted,) = workers.run(undisturbed, 1, steps)
     launches = [Launch(2, "zigzag", 7), Launch(3, "contiguous", 7), Launch(2, "striped", 6)]
     killed = disturbed(launches, tmp_path / "killed", steps, every, random.Random(0))
@@ -138,7 +140,7 @@ def test_twenty_kills_and_other_numbers_of_ranks(
     with capsys.disabled():
         print("", *killed, sep="\n")
         print(f"{len(killed)} kills, {len(written)} losses for {steps} steps, largest difference {largest:.1e}")
-    assert len(killed) == 20 and len(written) > steps
+    assert len(killed) == 20 and len(written) > steps and {line["ranks"] for line in written} == {2, 3}
 
 
 def optimizer_state(group: dist.ProcessGroup | None) -> dict[str, Any]:
