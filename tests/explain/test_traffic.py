@@ -42,7 +42,11 @@ def test_bytes_of_a_report_are_those_at_run_time(
     workers: Workers, name: str, ranks: int, length: int, options: dict[str, Any]
 ) -> None:
     for found in workers.run(step_and_report, ranks, name, length, **options):
-        assert found["explained"] == found["counted"]
+        if found["split"]:  # collectives of attention: at run time they look like those of boundaries
+            totals = [{phase: sum(of.values()) for phase, of in found[x].items()} for x in ("explained", "counted")]
+            assert totals[0] == totals[1]
+        else:
+            assert found["explained"] == found["counted"]
         assert found["counted"]["backward"]
         if not found["split"] and not options.get("ulysses_degree"):
             assert found["planned"] == found["counted"]["forward"].get(ATTENTION, 0)
