@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ringpass import metrics
-from ringpass.comm.agreement import RINGS, Ring
+from ringpass.comm.ring import RINGS, Ring
 from ringpass.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class Watcher:
     def _store(self, ring: Ring) -> dist.distributed_c10d.Store:
         """A connection of its own: the ring's may be blocked by the very wait."""
         if self.stores.get(ring.name, (None,))[0] is not ring:
-            store: Any = ring.store
-            self.stores[ring.name] = ring, store.clone()
+            self.stores[ring.name] = ring, ring.store.clone()
         return self.stores[ring.name][1]
 
     def _tell(self, ring: Ring, label: str) -> None:
