@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ringpass.comm.flight_recorder import recording
 from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
-from ringpass.comm.lost import GaveUpError
+from ringpass.comm.lost import GaveUpError, first_sentence
 from ringpass.comm.notices import notices, withdraw_notice
 from ringpass.comm.recovery import give_up, settle
 from ringpass.comm.ring import Ring, Running
@@ -147,7 +147,7 @@ class Agreement:
         return (
             f"{came}, {who} did not arrive within "
             f"{ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. "
-            f"Every rank of the ring must call the same models, in the same order. {error}"
+            f"Every rank of the ring must call the same models, in the same order. {first_sentence(error)}"
         )
 
     def mismatch(self, mine: Sheet) -> MismatchError:

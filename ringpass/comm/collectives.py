@@ -279,7 +279,9 @@ def start_gather(sent: Tensor, received: Tensor, group: str) -> PendingExchange:
     Raises PeerError if the process group is broken.
     """
     parts = [sendable(x) for x in (received, sent)]
-    return PendingExchange(received, sent, [start_collective(gather_equal(), *parts, group=group)], (), group)
+    return PendingExchange(
+        received, sent, [start_collective(gather_equal(), *parts, group=group)], (), group, kind="gather"
+    )
 
 
 def start_collective(

@@ -75,23 +75,40 @@ def _await_collective(work: dist.Work, ring: Ring, end: float) -> None:
                 raise
 
 
-def lost(peers: tuple[int | None, ...], error: Exception, ring: Ring | None = None, label: str = "") -> PeerError:
+def lost(
+    peers: tuple[int | None, ...], error: Exception, ring: Ring | None = None, label: str = "", kind: str = ""
+) -> PeerError:
     """The error for an exchange that broke with `error`; `peers`: the ranks at its other ends, if known.
 
-    `label`: what the exchange is, as profilers show it.
+    `label`: what the exchange is, as profilers show it; `kind`: which collective, if it is one.
     """
     names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
-    broke = f"{what(label, ring)} with {f'rank {names}' if names else 'the other ranks'} broke"
+    transfer = " of ".join(filter(None, (kind, what(label, ring) if label or not kind else "")))
+    broke = f"{transfer} with {f'rank {names}' if names else 'the other ranks'} broke"
     if ring is None:
         told, where, limit = "", "in the ring", "in time"
     else:
-        told = str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring))
+        told = str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring) or _ahead(ring))
         where, limit = f"in {ring.running}", f"within {ring.timeout:g} s (option 'timeout')"
     cause = told or (
         f"a rank died, raised an error, or did not arrive {limit}: look for the first error in the output of the "
-        f"others. {error}"
+        f"others. {first_sentence(error)}"
     )
     return PeerError(f"{broke} {where}: {cause}{recording()}")
+
+
+def _ahead(ring: Ring) -> list[str]:
+    """Which ranks have begun more calls than this one."""
+    if ring.pg is None:
+        return []
+    with suppress(PeerError):
+        return [f"rank {r} went on to call {n} without it" for r, n in enumerate(ring.begun()) if n > ring.calls]
+    return []
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of gloo says, without its advice."""
+    return str(error).partition(" This is typically caused")[0]
 
 
 def what(label: str, ring: Ring | None) -> str:

@@ -61,7 +61,7 @@ def described(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     where = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {first[:200]}{where}"
+    return f"{type(error).__name__}: {first[: 80 if isinstance(error, PeerError) else 200]}{where}"
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class PendingExchange:
     """An exchange that has been started.  Keeps the sent buffer alive until `wait`.
 
     `peers`: the ranks sent to and received from; None: there is none; none at all: those of the whole group.
-    `group`: the name of the process group; `label`: what the exchange is, as profilers show it.
+    `group`: the name of the process group; `label`: what the exchange is, as profilers show it; `kind`: which
+    collective, if it is one.
     """
 
     received: Tensor
@@ -53,13 +54,14 @@ class PendingExchange:
     peers: tuple[int | None, ...]
     group: str = ""
     label: str = ""
+    kind: str = ""
 
     def wait(self) -> None:
         """Returns when `received` is complete.  Raises PeerError if the other rank died or the time limit passed."""
         try:
             await_work(self.works, RINGS.get(self.group), self.received.device, between_two=bool(self.peers))
         except RuntimeError as error:
-            raise lost(self.peers, error, RINGS.get(self.group), self.label) from error
+            raise lost(self.peers, error, RINGS.get(self.group), self.label, self.kind) from error
         self.sent = None
 
 

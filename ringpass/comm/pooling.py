@@ -87,7 +87,7 @@ def start(message: Tensor, received: Sequence[int], sent: Sequence[int], group: 
     each = message.element_size() // ours.element_size()  # where elements travel as bytes
     splits = [each * n for n in received], [each * n for n in sent]
     work = collectives.start_collective(dist.all_to_all_single, theirs, ours, *splits, group=group, what="all-to-all")
-    return PendingExchange(into, message, [work], (), group)
+    return PendingExchange(into, message, [work], (), group, kind="all-to-all")
 
 
 def unpack(message: Tensor, holds: Contents, how: Pooling) -> list[Tensor]:

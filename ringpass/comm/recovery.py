@@ -72,9 +72,9 @@ def _meet(ring: Ring) -> tuple[int, int]:
     keys = [f"gave_up/{ring.epoch}/{rank}" for rank in range(ring.world)]
     end = time.monotonic() + ring.timeout
     while not ring.store.wait(keys, min(LOOK, ring.timeout)):
-        begun = ring.store.get_all(f"at/{rank}" for rank in range(ring.world))  # before who gave up
+        begun = ring.begun()  # before who gave up
         missing = [rank for rank, text in enumerate(ring.store.get_all(keys)) if not text]
-        on = [rank for rank in missing if int(begun[rank] or 0) > ring.calls]
+        on = [rank for rank in missing if begun[rank] > ring.calls]
         if missing and (on or time.monotonic() > end):
             raise PeerError(_alone(ring, on, missing))
     counts = [text.split()[0].split(",") for text in ring.store.get_all(keys)]

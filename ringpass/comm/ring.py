@@ -201,10 +201,13 @@ class Ring:
             self.await_everyone(f"read/{self.calls}", min(READ, self.timeout))
         return texts
 
+    def begun(self) -> list[int]:
+        """How many calls each rank has begun, by rank."""
+        return [int(calls or 0) for calls in self.store.get_all(f"at/{rank}" for rank in range(self.world))]
+
     def absent(self) -> list[int]:
         """The ranks that have not begun as many calls as this one."""
-        begun = self.store.get_all(f"at/{rank}" for rank in range(self.world))
-        return [rank for rank, calls in enumerate(begun) if int(calls or 0) < self.calls]
+        return [rank for rank, calls in enumerate(self.begun()) if calls < self.calls]
 
 
 def resolved(name: str) -> dist.ProcessGroup:

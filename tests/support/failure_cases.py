@@ -300,7 +300,7 @@ LIVING = (
     Case(
         "a backward that one rank skips, going on",
         skipped_backward_and_on,
-        others(f"{BACKWARD}2", first=("PeerError", "call 3")),
+        others(f"{BACKWARD}2", "rank 1 went on to call 3 without it", first=("PeerError", "call 3")),
     ),
     Case("other models first on one rank", other_order, ("MismatchError",), slow=True, limit=TO_BEGIN),
     Case("an output that one rank does not use", output_alone, others("was used on rank", first=()), slow=True),
