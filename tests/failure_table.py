@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.progress import track
@@ -29,16 +29,16 @@ def rows(page: str) -> list[str]:
     return re.findall(r"^### (.*)$", page.partition(MARK)[2], flags=re.MULTILINE)
 
 
-def measured(word: str = "") -> Iterator[tuple[Case, dict[int, Told]]]:
-    """Each case whose name holds `word`, and what the surviving ranks say of it."""
-    chosen = [i for i, case in enumerate(LIVING) if word in case.name]
+def measured(words: Sequence[str]) -> Iterator[tuple[Case, dict[int, Told]]]:
+    """Each case whose name holds one of `words`, and what the surviving ranks say of it."""
+    chosen = [i for i, case in enumerate(LIVING) if any(word in case.name for word in words)]
     if chosen:
         outcomes = spawn(living, RANKS, tuple(chosen), timeout=BOUND)
         assert not (errors := [o.error for o in outcomes if o.error]), errors[0]
         for position, number in enumerate(chosen):
             said = {r: o.result[position] for r, o in enumerate(outcomes) if o.result is not None}
             yield LIVING[number], said
-    deaths = [i for i, case in enumerate(DEADLY) if word in case.name]
+    deaths = [i for i, case in enumerate(DEADLY) if any(word in case.name for word in words)]
     for number in track(deaths, "ranks die"):
         outcomes = spawn(deadly, RANKS, number, free_port(), timeout=BOUND)
         yield DEADLY[number], {r: o.result for r, o in enumerate(outcomes) if o.result is not None}
@@ -63,20 +63,25 @@ def _quoted(text: str) -> list[str]:
     return [f"    {line}" for line in textwrap.wrap(text, 116)]
 
 
+def entries(page: str) -> dict[str, str]:
+    """The entries of a page, by case."""
+    parts = re.split(r"^### (.*)$", page.partition(MARK)[2], flags=re.MULTILINE)
+    return {name: f"### {name}{text}" for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
 def main() -> None:
-    """Runs the cases, and writes the page or prints them."""
+    """Runs the cases, prints what the ranks say, and writes it to the page, in whose table the other cases stay."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("word", nargs="?", default="")
-    word = parser.parse_args().word
-    found = []
-    for case, said in measured(word):
-        found.append(entry(case, said))
-        print(found[-1], flush=True)
-    if word:
-        return
-    head = PATH.read_text().partition(MARK)[0]
+    parser.add_argument("words", nargs="*", default=[""])
+    page = PATH.read_text()
+    found = entries(page)
+    for case, said in measured(parser.parse_args().words):
+        found[case.name] = entry(case, said)
+        print(found[case.name], flush=True)
     of = f"Three ranks on one host, gloo, torch {torch.__version__.split('+')[0]}, `timeout` {LIMIT:g} s"
-    PATH.write_text(f"{head}{MARK}\n{of}; seconds from the start of the step.\n\n" + "\n".join(found))
+    listed = [found[case.name].rstrip() for case in (*LIVING, *DEADLY) if case.name in found]
+    head = f"{page.partition(MARK)[0]}{MARK}\n{of}; seconds from the start of the step.\n\n"
+    PATH.write_text(head + "\n\n".join(listed) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def lost(
     if ring is None:
         told, where, limit = "", "in the ring", "in time"
     else:
-        told = str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring) or _ahead(ring))
+        told = str(error) if isinstance(error, GaveUpError) else "; ".join([*_ahead(ring), *notices(ring)])
         where, limit = f"in {ring.running}", f"within {ring.timeout:g} s (option 'timeout')"
     cause = told or (
         f"a rank died, raised an error, or did not arrive {limit}: look for the first error in the output of the "

@@ -3,8 +3,9 @@
     give_notice(ring, "gave up the forward of call 12 by OutOfMemoryError: ..")      # a rank that fails
     notices(ring)                                                                    # one that waits in vain
 
-A notice is one key of the store per rank.  It is withdrawn when the rank begins its next call.  Notices are numbered on
-each rank, and a rank that has given as many itself does not heed another's: what failed on all ranks is no news.
+A notice is one key of the store per rank, beside one that counts all of them.  It is withdrawn when the rank begins its
+next call.  Notices are numbered on each rank, and a rank that has given as many itself does not heed another's: what
+failed on all ranks is no news.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from textwrap import shorten
 from types import TracebackType
 
 from ringpass.comm.ring import RINGS, Ring
@@ -29,6 +31,7 @@ def give_notice(ring: Ring, text: str) -> None:
     ring.noticed, ring.notices = True, ring.notices + 1
     with suppress(PeerError):  # without a store there is nobody to tell
         ring.store.set(f"notice/{ring.rank}", f"{ring.notices} {text[:LONGEST]}")
+        ring.store.add("notices", 1)
 
 
 def withdraw_notice(ring: Ring) -> None:
@@ -44,6 +47,9 @@ def notices(ring: Ring) -> list[str]:
         return []
     others = [rank for rank in range(ring.world) if rank != ring.rank]
     try:
+        number_of_all = int(ring.store.get("notices") or 0)
+        if number_of_all == ring.heard:  # one request a second of each rank that waits, for any number of ranks
+            return []
         given = ring.store.get_all(f"notice/{rank}" for rank in others)
         met = ring.store.get_all(f"gave_up/{ring.epoch}/{rank}" for rank in others)
     except PeerError as error:
@@ -53,15 +59,16 @@ def notices(ring: Ring) -> list[str]:
         number, _, text = notice.partition(" ")
         news = text if text and int(number) > ring.notices else gave_up.partition(" ")[2]
         found += [f"rank {rank} {news}"] if news else []
+    ring.heard = ring.heard if found else number_of_all
     return found
 
 
 def described(error: BaseException) -> str:
     """An error as a notice shows it: its type, the first line of its text, and the line of code that raised it."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = shorten((str(error).strip().splitlines() or [""])[0], 200, placeholder=" ..")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     where = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {first[: 80 if isinstance(error, PeerError) else 200]}{where}"
+    return f"{type(error).__name__}: {first}{where}"
 
 
 @contextmanager

@@ -61,10 +61,12 @@ def settle(ring: Ring) -> None:
     own = f"gave_up/{ring.epoch}/{ring.rank}"
     withdraw_notice(ring)
     ring.store.set(own, f"{ring.calls},{ring.notices} {ring.gave_up}")
+    ring.store.add("notices", 1)
+    if ring.epoch:
+        ring.store.delete([f"gave_up/{ring.epoch - 1}/{ring.rank}"])  # which all ranks have read
     ring.calls, ring.notices = _meet(ring)
     _replace(ring)
     ring.gave_up = ""
-    ring.store.delete([own])
 
 
 def _meet(ring: Ring) -> tuple[int, int]:

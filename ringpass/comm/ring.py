@@ -60,7 +60,7 @@ class Ring:
 
     `running`: what this rank is doing; `backward`: the backward that began and has not ended.  `waits_since`: when the
     exchange began that the host waits for.  `noticed`: whether a notice of this rank stands, `notices`: how many it has
-    given (`comm.notices`).
+    given; `heard`: how many all ranks had given when none was news to this one (`comm.notices`).
 
     Of calls that failed here (`comm.recovery`): `gave_up`, what this rank says of the last one, until all ranks have
     met again; `epoch`, how often they have; `own`, the process group that they then made; `left` and `kept`, exchanges
@@ -83,6 +83,7 @@ class Ring:
     kept: list[object] = field(default_factory=list)
     noticed: bool = False
     notices: int = 0
+    heard: int = 0
     waits_since: float | None = None
     backward: Running | None = None
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -512,12 +512,12 @@ def deadly(group: dist.ProcessGroup, number: int, port: int) -> Told:
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
         )
         group = dist.distributed_c10d._get_default_group()
-    victim = [0]
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
     dist.all_gather(pids, torch.tensor([os.getpid()]), group=group)
-    victim[0] = int(pids[case.victim or 0])
+    victim = int(pids[case.victim or 0])
     run = Run(group, case)
     found = told(lambda: case.job(run))
     if rank == RANKS - 1:  # what is stopped would keep the test waiting
-        os.kill(victim[0], signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
     return found
