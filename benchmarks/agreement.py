@@ -27,8 +27,9 @@ from rich.table import Table
 
 from benchmarks.paired import Case, arguments, collect, conclude, interleaved, on_ranks, screen
 from benchmarks.paired import spread as text
-from ringpass.comm.agreement import Agreement, ring_of
+from ringpass.comm.agreement import Agreement
 from ringpass.comm.headers import checksum, digest, gather_headers
+from ringpass.comm.ring import ring_of
 
 QUICK = {"ranks": [2], "rounds": 2, "tokens": 64, "graph": 1000}
 NAMES = ("ids", "labels", "frequencies")
@@ -66,7 +67,7 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
     steps = {
         "agreement": lambda: agreement.numbers(inputs, 7),
         "one by one": one_by_one,
-        "all-gather": lambda: gather_headers(header, pg, ring.limit),
+        "all-gather": lambda: gather_headers(header, ring),
     }
     seconds = yield from interleaved(steps, args.rounds, f"P={ring.world}, ")
     case = Case({"ranks": ring.world, "tokens": args.tokens, "graph characters": args.graph}, seconds)

@@ -9,8 +9,10 @@ to skip logging calls in models, which would otherwise break the graph (`ringpas
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from ringpass import metrics
-from ringpass.comm.agreement import Agreement, Ring, ring_of
+from ringpass.comm.agreement import Agreement
+from ringpass.comm.notices import notice_when_python_ends, telling
+from ringpass.comm.ring import Ring, ring_of
+from ringpass.comm.waits import end_waits_in_vain
 from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, replicated_call
 from ringpass.config import RingConfig
@@ -27,13 +32,23 @@ from ringpass.explain.real import RealGraph, real_run
 from ringpass.explain.report import media_of
 from ringpass.explain.stages import GraphRun
 from ringpass.logging_calls import skip_logging_calls
+from ringpass.nodes import source_line
 from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
 from ringpass.profiling import in_range
-from ringpass.rank_program import LOG, NO_ATTENTION, RankProgram, break_of, left_whole, make_program, read_graph
+from ringpass.rank_program import (
+    LOG,
+    NO_ATTENTION,
+    RankProgram,
+    ReadGraph,
+    break_of,
+    left_whole,
+    make_program,
+    read_graph,
+)
 from ringpass.torch_features import flash_implementation
 
 log, log_of_plan = logging.getLogger(LOG), logging.getLogger("ringpass.passes.plan")
@@ -61,12 +76,28 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     ring = ring_of(config.ring, config.timeout)
+    with telling(ring, f"failed to compile a graph after call {ring.calls}"):
+        return _compiled(gm, example_inputs, config, ring, inductor, options or {}, mode)
+
+
+def _compiled(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: RingConfig,
+    ring: Ring,
+    inductor: dict[str, Any],
+    options: Mapping[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
+    """The function that runs `gm` on this rank, compiled."""
+    end_waits_in_vain(ring)
+    notice_when_python_ends()
     _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
     if config.explain is not None:
         media_of(config.explain)
     rank, stages = Rank(ring.rank, ring.world, ring.name), Pipeline(config.dump_directory, ring.rank)
-    reported = real_run(config, rank, options or {}, stages)
+    reported = real_run(config, rank, options, stages)
     told: list[str] = []
 
     def tell(text: str, channel: str = LOG) -> None:
@@ -88,7 +119,9 @@ def ring_dilated(
         shown = reported.add(graph, stages)
     seen = stages.dumps or reported is not None
     run = compile_partitioned(made.program, config, inductor, rank, made.left, shown.lowered, seen, shown.coded)
-    agreement = Agreement(ring, _facts(made, config), _names(read.captured), config.compare_weights)
+    agreement = Agreement(
+        ring, _facts(made, config), _names(read.captured), config.compare_weights, sites=_sites(made), line=_line(read)
+    )
     return compiled_call(run, made.program, agreement, ring, config)
 
 
@@ -153,6 +186,19 @@ def _warn_rank0(ring: Ring, text: str, channel: str = LOG) -> None:
     """Warns once per ring: on rank 0."""
     if ring.rank == 0:
         logging.getLogger(channel).warning("%s", text)
+
+
+def _sites(made: RankProgram) -> tuple[str, ...]:
+    """Where in the model each attention is, by its number."""
+    found = {s.site.index: s.site.path or s.site.node.name for s in made.plan.sites}
+    return tuple(found.get(i, "") for i in range(max(found, default=-1) + 1))
+
+
+def _line(read: ReadGraph) -> str:
+    """`model.py:31`: the line of the model at which a graph begins; empty where that is not known."""
+    lines = (source_line(node) for node in read.captured.gm.graph.nodes)
+    found = next(filter(None, (re.match(r'File "(.*?)", line (\d+)', line) for line in lines)), None)
+    return f"{Path(found[1]).name}:{found[2]}" if found else ""
 
 
 def _names(captured: Captured) -> tuple[str, ...]:

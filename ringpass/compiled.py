@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ringpass.comm.agreement import Agreement, Comparison, Ring
+from ringpass.comm.agreement import Agreement, Comparison
 from ringpass.comm.collectives import Shard
+from ringpass.comm.recovery import begin_backward, end_backward, give_up
+from ringpass.comm.ring import Ring, Running
 from ringpass.config import RingConfig
 from ringpass.devices import device_of
 from ringpass.lazy import LazyOutput, Origin
@@ -37,12 +39,16 @@ def compiled_call(
         values = [x.kind if isinstance(x, LazyOutput) else x for x in given]
         with profiled("compare the ranks"):
             comparison = agreement.begin(values, drawn, device)
+        backward = agreement.running("backward")
 
         def launch() -> Any:
-            ring.warm_up(device)
-            args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
-            with _generator(comparison, device) if program.draws else nullcontext():
-                return run(*args, comparison.seed) if program.seeded else run(*args)
+            with _forward(ring, agreement.running("forward")):
+                ring.warm_up(device)
+                args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
+                with _generator(comparison, device) if program.draws else nullcontext():
+                    found = run(*args, comparison.seed) if program.seeded else run(*args)
+                _watch_backward(found, ring, backward)
+                return found
 
         results = compare_around(comparison, launch, first=_compares_first(program, agreement, device))
         outputs, extras = results[: len(program.outputs)], results[len(program.outputs) :]
@@ -71,6 +77,28 @@ def compare_around(comparison: Comparison, launch: Callable[[], Any], first: boo
 def _finish(comparison: Comparison) -> None:
     with profiled("compare the ranks"):
         comparison.finish()
+
+
+@contextmanager
+def _forward(ring: Ring, running: Running) -> Iterator[None]:
+    """What this rank does inside, for messages; an exception that leaves it makes the rank give up the call."""
+    with ring.doing(running):
+        try:
+            yield
+        except BaseException as error:
+            give_up(ring, error)
+            raise
+
+
+def _watch_backward(results: Sequence[Any], ring: Ring, running: Running) -> None:
+    """Lets the ring know when the backward of a call begins and when it ends, by hooks on its node of autograd."""
+    if ring.world == 1:
+        return
+    for node in (x.grad_fn for x in results if isinstance(x, torch.Tensor)):
+        if node is not None and type(node).__name__.startswith("CompiledFunction"):
+            node.register_prehook(lambda _: begin_backward(ring, running))
+            node.register_hook(lambda *_: end_backward(ring))
+            return
 
 
 def _compares_first(program: Partitioned, agreement: Agreement, device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringpass.comm.agreement import group_of
+from ringpass.comm.ring import group_of
 from ringpass.errors import OptionError, did_you_mean
 from ringpass.layouts import layout as layouts
 from ringpass.ops.transports.table import TRANSPORTS

@@ -34,13 +34,18 @@ def write_text(root: str | Path, name: str, text: str) -> None:
     Makes folders that are missing.  Raises InputError for a name that leads elsewhere, or through a link; OSError where
     the system refuses (no space, no permission, a file in the place of a folder).
     """
+    write_bytes(root, name, text.encode())
+
+
+def write_bytes(root: str | Path, name: str, data: bytes) -> None:
+    """Writes `data`, as `write_text` does a text."""
     *folders, last = _parts(name)
     Path(root).mkdir(parents=True, exist_ok=True)
     with _opened(root, folders) as folder:
         temporary = f".{last}.{os.getpid()}.{secrets.token_hex(8)}"
         try:
-            with os.fdopen(os.open(temporary, _NEW, 0o666, dir_fd=folder), "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(os.open(temporary, _NEW, 0o666, dir_fd=folder), "wb") as file:
+                file.write(data)
             os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with suppress(OSError):

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from ringpass import ops
-from ringpass.comm.agreement import Ring
 from ringpass.comm.collectives import Shard
+from ringpass.comm.recovery import settle
+from ringpass.comm.ring import Ring
 from ringpass.errors import PeerError
 from ringpass.layouts.redistribution import held_by
 from ringpass.masks.constants import Array, DeviceCopies
@@ -197,6 +198,7 @@ class LazyOutput(Tensor):
         """
         if self.gathered is None:
             o = self.origin
+            settle(o.ring)
             with profiled(f"gather an output: {o.name} of call {o.call}"):
                 missing = o.ring.await_everyone(f"output/{o.call}/{o.position}")
             if missing:

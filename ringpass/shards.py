@@ -30,8 +30,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ringpass import ops
 from ringpass.comm import collectives
-from ringpass.comm.agreement import Agreement, group_of, ring_of
+from ringpass.comm.agreement import Agreement
 from ringpass.comm.collectives import Shard
+from ringpass.comm.ring import group_of, ring_of
 from ringpass.errors import InputError, MismatchError
 from ringpass.layouts.layout import CHUNKED, CONTIGUOUS, INPUTS, Layout
 from ringpass.layouts.ranges import spread

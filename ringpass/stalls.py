@@ -25,7 +25,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 from ringpass import metrics
-from ringpass.comm.agreement import RINGS, Ring
+from ringpass.comm.ring import RINGS, Ring
 from ringpass.errors import OptionError
 
 log = logging.getLogger(__name__)

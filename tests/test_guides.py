@@ -18,8 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringpass import MismatchError, RingConfig
-from ringpass.comm import p2p
 from ringpass.comm.agreement import Agreement
+from ringpass.comm.lost import lost
+from ringpass.comm.ring import Ring, Running
 from tests.support.errors import error_message
 from tests.support.marks import slow
 from tests.support.model_parity import compiled
@@ -134,7 +135,12 @@ def test_the_errors_of_a_hang(workers: Workers) -> None:
     differ, absent = (" ".join(quote.split()) for quote in quoted)
     for said in workers.run(other_batch, 2):
         assert re.sub(r"-?\d{2,}", "N", differ) in re.sub(r"-?\d{2,}", "N", said)
-    ring: Any = SimpleNamespace(rank=0, calls=12, timeout=300.0, absent=lambda: [1])
+    ring: Any = SimpleNamespace(pg=None, rank=0, calls=12, timeout=300.0, absent=lambda: [1])
     assert absent in str(Agreement(ring, (), ()).lost(RuntimeError("")))
-    assert "`an exchange with rank 1 of the ring broke`" in page
-    assert str(p2p.lost((1, None), RuntimeError(""))).startswith("an exchange with rank 1 of the ring broke")
+    broke = (
+        "exchange of step 2 of attention 3 (layers.3.attn) with rank 1 broke in the backward of call 12 (model.py:31)"
+    )
+    running = Running(12, "backward", ("", "", "", "layers.3.attn"), "model.py:31")
+    here = Ring(None, 300.0, running=running)
+    assert f"`{broke}`" in page
+    assert str(lost((1, None), RuntimeError(""), here, "site3 receive_step2_from_rank1")).startswith(broke)

@@ -19,17 +19,19 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from ringpass.comm.flight_recorder import recording
 from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
-from ringpass.comm.p2p import process_group
+from ringpass.comm.lost import GaveUpError, first_sentence
+from ringpass.comm.notices import notices, withdraw_notice
+from ringpass.comm.recovery import give_up, settle
+from ringpass.comm.ring import Ring, Running
 from ringpass.errors import InputError, MismatchError, OptionError, PeerError
 
 log = logging.getLogger(__name__)
@@ -39,201 +41,13 @@ Sheet = list[tuple[str, str]]
 
 
 @dataclass
-class Ring:
-    """The ranks that share a sequence, seen from one of them.
-
-    `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
-    seconds.  `calls`: number of compared calls so far; `since`: when the last one began, by the monotonic clock.
-    `warm`: the GPUs on which all ranks have met.  `met`, `told`: the keys of the store in which ranks last met, and in
-    which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
-    its store may be the old one, and holds the keys of then.
-    """
-
-    pg: dist.ProcessGroup | None
-    timeout: float
-    calls: int = 0
-    since: float = 0.0
-    warm: set[torch.device] = field(default_factory=set)
-    met: tuple[str, ...] = ()
-    told: tuple[str, ...] = ()
-    renewals: int = 0
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the ring; 0 without a process group."""
-        return self.pg.rank() if self.pg else 0
-
-    @property
-    def world(self) -> int:
-        """Number of ranks P in the ring; 1 without a process group."""
-        return self.pg.size() if self.pg else 1
-
-    @property
-    def name(self) -> str:
-        """The name of the process group, by which operators in a graph refer to it."""
-        return self.pg.group_name if self.pg else "alone"
-
-    @property
-    def limit(self) -> timedelta:
-        """`timeout` as the type that torch.distributed takes."""
-        return timedelta(seconds=self.timeout)
-
-    @cached_property
-    def store(self) -> dist.distributed_c10d.Store:
-        """The part of the process group's key-value store that ringpass uses."""
-        assert self.pg is not None, "a single process waits for nobody"
-        return dist.distributed_c10d.PrefixStore(f"ringpass/{self.renewals}", self.pg.get_group_store())
-
-    def renew(self) -> None:
-        """Takes the process group of today if that of before was destroyed and made anew.
-
-        Raises OptionError if there is none of this name, or if it has other ranks than those that graphs are for.
-        """
-        if self.pg is None or (now := registered(self.name)) is self.pg:
-            return
-        if now is None:
-            raise OptionError(
-                f"the process group {self.name!r}, for whose ranks the model was compiled, was destroyed: call "
-                "init_process_group, or new_group and torch.compile, before the model"
-            )
-        if (now.rank(), now.size()) != (self.rank, self.world):
-            raise OptionError(
-                f"the model was compiled for rank {self.rank} of {self.world}, and the process group {self.name!r} was "
-                f"made anew, where this is rank {now.rank()} of {now.size()}: call torch._dynamo.reset(), after which "
-                "the model is compiled for the ranks of today"
-            )
-        self.pg, self.calls, self.warm, self.met, self.told = now, 0, set(), (), ()
-        self.renewals += 1
-        self.__dict__.pop("store", None)
-
-    def warm_up(self, device: torch.device) -> None:
-        """Lets all ranks meet on a GPU once: NCCL connects all of them in a first collective, never in an exchange."""
-        if device.type != "cuda" or device in self.warm or self.pg is None:
-            return
-        dist.all_reduce(torch.zeros(1, device=device), group=self.pg)
-        self.warm.add(device)
-
-    def await_everyone(self, key: str) -> list[int]:
-        """Waits until all ranks have reached `key`; returns the ranks that did not within `timeout` seconds.
-
-        Each rank asks the store three times, whatever P: the last one to come lets the others go on, and deletes the
-        keys of the meeting before, which all have left.
-        """
-        store, count, here = self.store, f"count/{key}", f"here/{key}"
-        store.set(f"met/{self.rank}", key)
-        if store.add(count, 1) == self.world:
-            _delete(store, self.met)
-            store.set(here, "all")
-        try:
-            store.wait([here], self.limit)
-        except RuntimeError:
-            if store.add(count, -1) < self.world - 1:
-                others = [rank for rank in range(self.world) if rank != self.rank]
-                return [rank for rank in others if self._last(f"met/{rank}") != key] or others
-            store.add(count, 1)  # the last rank came at the last moment, and goes on
-            store.wait([here], self.limit)
-        self.met = (count, here)
-        return []
-
-    def exchange_texts(self, mine: str) -> list[str]:
-        """The text of each rank, by rank.  All ranks call this in the same call of a compiled model."""
-        store, keys = self.store, [f"differ/{self.calls}/{rank}" for rank in range(self.world)]
-        _delete(store, self.told)
-        store.set(keys[self.rank], mine)
-        self.told = (keys[self.rank],)
-        store.wait(keys, self.limit)
-        return [store.get(key).decode() for key in keys]
-
-    def absent(self) -> list[int]:
-        """The ranks that have not begun as many calls as this one."""
-        return [rank for rank in range(self.world) if int(self._last(f"at/{rank}") or 0) < self.calls]
-
-    def _last(self, key: str) -> str:
-        """What the store has under `key`; nothing if nobody has set it."""
-        return self.store.get(key).decode() if self.store.check([key]) else ""
-
-
-def _delete(store: dist.distributed_c10d.Store, keys: Iterable[str]) -> None:
-    for key in keys:
-        store.delete_key(key)
-
-
-def registered(name: str) -> dist.ProcessGroup | None:
-    """The process group of this name that there is now."""
-    try:
-        return process_group(name)
-    except RuntimeError:
-        return None
-
-
-def group_of(given: object) -> dist.ProcessGroup | None:
-    """The process group that the option `group` names; None: the default one.
-
-    Raises OptionError for anything but a process group, a mesh of one dimension or two, or None.
-    """
-    if given is None:
-        return None
-    if isinstance(given, dist.ProcessGroup):
-        if registered(given.group_name) is not given:
-            raise OptionError(
-                f"option 'group': the process group {given.group_name!r} was destroyed: pass torch.compile one "
-                "that was made since, or none for the default group"
-            )
-        return given
-    expected = "a ProcessGroup or a DeviceMesh"
-    if isinstance(given, DeviceMesh):
-        if given.ndim <= 2:
-            return given.get_group() if given.ndim == 1 else _flattened(given)
-        names = ", ".join(map(str, given.mesh_dim_names or range(given.ndim)))
-        expected = f"one dimension of a mesh, the ring's, or two, out of {names}"
-    raise OptionError(f"option 'group' must be {expected}, got {given!r}")
-
-
-def _flattened(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh of two dimensions, the inner one fastest; made once per mesh, on all ranks.
-
-    Raises OptionError for a mesh without names, or of which the ranks do not ascend, as those of a group do.
-    """
-    ranks = mesh.mesh.flatten().tolist()
-    if ranks != sorted(ranks):
-        raise OptionError(
-            f"option 'group' must be a mesh whose ranks ascend, the inner dimension fastest, to form one ring, got "
-            f"{mesh.mesh.tolist()}: exchange its dimensions, or pass one of them"
-        )
-    try:
-        return mesh._flatten().get_group()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise OptionError(
-            f"option 'group' must be a mesh that torch can flatten to form one ring, got {mesh!r}: {error}; name its "
-            "dimensions (mesh_dim_names), or pass the group of its ranks"
-        ) from error
-
-
-TIMEOUT = 300.0  # seconds, by default
-RINGS: dict[str, Ring] = {}
-
-
-def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
-    """The Ring of a process group, None for the default group: one per group, so that all ranks count the same calls.
-
-    `timeout`: its limit in seconds from now on; None: its limit so far, or the default.
-    """
-    if pg is None and dist.is_available() and dist.is_initialized():
-        pg = dist.group.WORLD
-    found = RINGS.setdefault(pg.group_name if pg else "alone", Ring(pg, timeout or TIMEOUT))
-    if found.pg is not pg:  # the process group was destroyed and created again with the same name
-        found = RINGS[found.name] = Ring(pg, timeout or TIMEOUT, renewals=found.renewals + 1)
-    found.timeout = timeout or found.timeout
-    return found
-
-
-@dataclass
 class Agreement:
     """What the ranks compare for one compiled graph.
 
     `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.
     `every`: all weights are compared in the first call, and from then on each in one of so many calls; 0: never again.
-    `compared`: number of calls that were.
+    `compared`: number of calls that were.  For messages, `sites`: where in the model its attentions are, `line`: where
+    the graph begins.
     """
 
     ring: Ring
@@ -241,6 +55,8 @@ class Agreement:
     names: tuple[str, ...]
     every: int = 0
     compared: int = 0
+    sites: tuple[str, ...] = ()
+    line: str = ""
 
     @cached_property
     def graph(self) -> int:
@@ -270,6 +86,8 @@ class Agreement:
                 "the model without torch.compile"
             )
         ring.renew()
+        settle(ring)
+        withdraw_notice(ring)
         ring.calls, ring.since = ring.calls + 1, time.monotonic()
         ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
@@ -282,9 +100,11 @@ class Agreement:
         log.debug("rank %d comes to call %d: %s", ring.rank, ring.calls, said)
         checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
         try:
-            headers = gather_headers(self._header(said, mine, checksums), ring.pg, ring.limit)
+            headers = gather_headers(self._header(said, mine, checksums), ring)
         except RuntimeError as error:
-            raise self.lost(error) from error
+            failure = self.lost(error)
+            give_up(ring, failure, self.running("comparison"))
+            raise failure from error
         log.debug("rank %d: all %d ranks came to call %d", ring.rank, ring.world, ring.calls)
         copied = to_host(torch.cat([headers.view(-1), *checksums]))
         return Comparison(self, said, copied, onto(headers[0, 0].clone(), device))
@@ -308,18 +128,26 @@ class Agreement:
         known = torch.tensor([mine, self.graph, digest(json.dumps(said.others))], dtype=torch.int64)
         return torch.cat([onto(known, checksums[0].device), *map(combined, checksums)])
 
+    def running(self, part: str) -> Running:
+        """What this rank does in a `part` of the call, for messages."""
+        return Running(self.ring.calls, part, self.sites, self.line)
+
     def lost(self, error: Exception) -> PeerError:
         """The error of a call to which not all ranks came; `error`: how it showed."""
-        return PeerError(f"{self._absent()} {error}")
+        return PeerError(f"{self._absent(error)}{recording()}")
 
-    def _absent(self) -> str:
-        """A message that says which ranks did not reach this call."""
-        absent = self.ring.absent()
+    def _absent(self, error: Exception) -> str:
+        """A message that says which ranks did not reach this call, and why, where they have told."""
+        ring = self.ring
+        came = f"rank {ring.rank} came to call {ring.calls} of a compiled model{f' ({self.line})' if self.line else ''}"
+        if told := str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring)):
+            return f"{came}, and others do not: {told}."
+        absent = ring.absent()
         who = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
         return (
-            f"rank {self.ring.rank} came to call {self.ring.calls} of a compiled model, {who} did not arrive within "
-            f"{self.ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. "
-            "Every rank of the ring must call the same models, in the same order."
+            f"{came}, {who} did not arrive within "
+            f"{ring.timeout:g} s (option 'timeout') or died on the way: look for the first error in its output. "
+            f"Every rank of the ring must call the same models, in the same order. {first_sentence(error)}"
         )
 
     def mismatch(self, mine: Sheet) -> MismatchError:

@@ -11,16 +11,16 @@ All ranks start their sums in the same order.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringpass.comm import collectives
-from ringpass.comm.p2p import lost
+from ringpass.comm.p2p import PendingExchange
 from ringpass.precision import accumulator
-from ringpass.profiling import profiled
+
+GRADIENTS = "sum of gradients"
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -66,7 +66,7 @@ def reduce(xs: Sequence[Tensor], group: str, silent: Collection[int] = ()) -> li
     out: dict[int, Tensor] = {}
     for dtype, mine in by_sum_dtype([x.dtype for x in xs]).items():
         flat = pack([xs[i] for i in mine], [mine.index(i) for i in silent if i in mine], dtype)
-        collectives.run_collective(dist.all_reduce, flat, group=group)
+        collectives.run_collective(dist.all_reduce, flat, group=group, what="sum")
         sums = unpack(flat, [xs[i].numel() for i in mine], [xs[i].dtype for i in mine])
         out |= {i: total.view(xs[i].shape) for i, total in zip(mine, sums, strict=True)}
     return [out[i] for i in range(len(xs))]
@@ -78,22 +78,7 @@ def by_sum_dtype(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, list[int]]:
     return {dtype: [i for i, one in enumerate(dtypes) if sum_dtype(one) == dtype] for dtype in found}
 
 
-@dataclass
-class PendingSum:
-    """A sum that has been started.  Keeps its buffer alive until `wait`."""
-
-    total: Tensor
-    work: dist.Work
-
-    def wait(self) -> None:
-        """Returns when `total` is the sum over ranks.  Raises PeerError if a rank died or the time limit passed."""
-        with profiled("wait for a sum of gradients"):
-            try:
-                self.work.wait()
-            except RuntimeError as error:
-                raise lost((), error) from error
-
-
-def start(flat: Tensor, group: str) -> PendingSum:
+def start(flat: Tensor, group: str) -> PendingExchange:
     """Starts to replace `flat` by its sum over the ranks of `group`.  Raises PeerError if a rank is lost."""
-    return PendingSum(flat, collectives.start_collective(dist.all_reduce, flat, group=group))
+    work = collectives.start_collective(dist.all_reduce, flat, group=group, what=GRADIENTS)
+    return PendingExchange(flat, flat, [work], (), group, GRADIENTS)

@@ -7,7 +7,7 @@ needs equal sizes, so uneven shards are padded; no padded tensor leaves this fil
 `move` sends each rank exactly the tokens that it wants and does not hold.
 
 All functions are collective: every rank of the process group `group` calls them in the same order.  They raise
-PeerError if a rank died or did not arrive within the time limit of the process group.
+PeerError if a rank died or did not arrive within the time limit of the ring.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.comm.p2p import PendingExchange, lost, process_group, sendable
+from ringpass.comm.lost import await_work, lost
+from ringpass.comm.p2p import PendingExchange, process_group, sendable
+from ringpass.comm.ring import RINGS
 from ringpass.layouts.layout import Layout
 from ringpass.layouts.ranges import Ranges, size
 from ringpass.layouts.redistribution import Redistribution, among, between
@@ -86,7 +88,7 @@ def gather(x: Tensor, shard: Shard, group: str) -> Tensor:
     padded = local.new_zeros((local.shape[0], longest, local.shape[2]))
     padded[:, : shard.length] = local
     everyone = padded.new_empty((shard.world, *padded.shape))
-    run_collective(gather_equal(), sendable(everyone).view(-1), sendable(padded).view(-1), group=group)
+    run_collective(gather_equal(), sendable(everyone).view(-1), sendable(padded).view(-1), group=group, what="gather")
     full = assembled([of_rank.narrow(1, 0, size(r)) for of_rank, r in zip(everyone, ranges, strict=True)], ranges, 1)
     return full.reshape(shard.resized(x.shape, shard.length, shard.tokens))
 
@@ -102,7 +104,7 @@ def reduce_scatter(x: Tensor, shard: Shard, group: str) -> Tensor:
             padded[rank, :, offset : offset + stop - start] = full[:, start:stop]
             offset += stop - start
     mine = torch.empty_like(padded[0])
-    run_collective(sum_and_scatter(), mine.view(-1), padded.view(-1), group=group)
+    run_collective(sum_and_scatter(), mine.view(-1), padded.view(-1), group=group, what="reduce-scatter")
     return mine[:, : shard.length].reshape(shard.resized(x.shape, shard.tokens, shard.length))
 
 
@@ -140,7 +142,8 @@ def all_to_all(x: Tensor, held: Shard, wanted: Shard, group: str) -> Tensor:
     sizes = [math.prod(shape) for shape in theirs]
     received = spread.new_empty(sum(sizes), 1)
     parts = [sendable(y) for y in (received, torch.cat([part.reshape(-1, 1) for part in ours]))]
-    run_collective(dist.all_to_all_single, *parts, sizes, [part.numel() for part in ours], group=group)
+    sent = [part.numel() for part in ours]
+    run_collective(dist.all_to_all_single, *parts, sizes, sent, group=group, what="all-to-all")
     shards = [part.view(theirs[r]) for r, part in zip(ranks, received.split(sizes), strict=True)]
     full = assembled(shards, [held.layout.ranges(r, held.tokens) for r in ranks], first)
     shape = held.resized(wanted.resized(x.shape, wanted.tokens, wanted.length), held.length, held.tokens)
@@ -266,7 +269,7 @@ def _exchanged(rows: Tensor, plan: Redistribution, back: bool, group: str) -> Te
     out = rows.new_empty((sum(received), *rows.shape[1:]))
     if not plan.idle:
         parts = [sendable(x) for x in (out, rows.contiguous())]
-        run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group)
+        run_collective(dist.all_to_all_single, *parts, list(received), list(sent), group=group, what="redistribution")
     return out
 
 
@@ -276,26 +279,40 @@ def start_gather(sent: Tensor, received: Tensor, group: str) -> PendingExchange:
     Raises PeerError if the process group is broken.
     """
     parts = [sendable(x) for x in (received, sent)]
-    return PendingExchange(received, sent, [start_collective(gather_equal(), *parts, group=group)], ())
+    return PendingExchange(
+        received, sent, [start_collective(gather_equal(), *parts, group=group)], (), group, kind="gather"
+    )
 
 
-def start_collective(collective: Callable[..., Any], into: Tensor, *args: object, group: str) -> dist.Work:
-    """Starts a torch.distributed collective with the result `into`.  Raises PeerError if the group is broken."""
+def start_collective(
+    collective: Callable[..., Any], into: Tensor, *args: object, group: str, what: str = ""
+) -> dist.Work:
+    """Starts a torch.distributed collective with the result `into`; `what` it is, for errors.
+
+    Raises PeerError if the group is broken.
+    """
+    return _started(collective, into, *args, group=group, what=what)
+
+
+def run_collective(collective: Callable[..., object], into: Tensor, *args: object, group: str, what: str = "") -> None:
+    """Runs a torch.distributed collective, whose result is `into`; `what` it is, for errors.
+
+    Raises PeerError if a rank is lost, or does not arrive within the limit of the ring.
+    """
+    with profiled(f"collective {collective.__name__}"):
+        work = _started(collective, into, *args, group=group, what=what)
+        try:
+            await_work([work], RINGS.get(group), into.device)
+        except RuntimeError as error:
+            raise lost((), error, RINGS.get(group), what) from error
+
+
+def _started(collective: Callable[..., Any], into: Tensor, *args: object, group: str, what: str) -> dist.Work:
     moved(collective.__name__, into.nbytes)
     try:
         work = collective(into, *args, group=process_group(group), async_op=True)
     except RuntimeError as error:
-        raise lost((), error) from error
+        raise lost((), error, RINGS.get(group), what) from error
     assert work is not None, "this rank is a member of its ring"
     started: dist.Work = work
     return started
-
-
-def run_collective(collective: Callable[..., object], into: Tensor, *args: object, group: str) -> None:
-    """Runs a torch.distributed collective, whose result is `into`.  Raises PeerError if the process group is broken."""
-    moved(collective.__name__, into.nbytes)
-    with profiled(f"collective {collective.__name__}"):
-        try:
-            collective(into, *args, group=process_group(group))
-        except RuntimeError as error:
-            raise lost((), error) from error

@@ -14,12 +14,13 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringpass.comm.lost import await_work
+from ringpass.comm.ring import Ring
 from ringpass.torch_features import gather_equal
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -109,17 +110,14 @@ def to_host(x: Tensor) -> HostCopy:
     return HostCopy(host, event.query)
 
 
-def gather_headers(header: Tensor, pg: dist.ProcessGroup, limit: timedelta) -> Tensor:
-    """(P, n): the headers of all ranks.  Raises RuntimeError if a rank is lost, or, on the host, after `limit`.
+def gather_headers(header: Tensor, ring: Ring) -> Tensor:
+    """(P, n): the headers of all ranks.  Raises RuntimeError if a rank is lost, or, on the host, after the limit.
 
     On CUDA it returns at once: the device waits.
     """
-    everyone = header.new_empty((pg.size(), *header.shape))
-    work: dist.Work = gather_equal()(everyone.view(-1), header, group=pg, async_op=True)
-    if header.device.type == "cuda":
-        work.wait()
-    else:
-        work.wait(limit)
+    everyone = header.new_empty((ring.world, *header.shape))
+    work: dist.Work = gather_equal()(everyone.view(-1), header, group=ring.carrier, async_op=True)
+    await_work([work], ring, header.device)
     return everyone
 
 

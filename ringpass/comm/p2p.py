@@ -7,13 +7,13 @@ until it does, and until the sent buffer may be reused.  Both ends post their ex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringpass.errors import PeerError
+from ringpass.comm.lost import await_work, lost
+from ringpass.comm.ring import RINGS, resolved
 from ringpass.metrics.recorder import moved
 
 SENDABLE = frozenset({
@@ -32,10 +32,11 @@ def sendable(x: Tensor) -> Tensor:
 
 
 def process_group(name: str) -> dist.ProcessGroup:
-    """The process group called `name`, as torch's functional collectives resolve it."""
-    c10d: Any = dist.distributed_c10d
-    group: dist.ProcessGroup = c10d._resolve_process_group(name)
-    return group
+    """The process group called `name`, or the one that carries the messages of its ring after a failed call."""
+    ring = RINGS.get(name)
+    if ring is not None and ring.own is not None:
+        return ring.own
+    return resolved(name)
 
 
 @dataclass
@@ -43,30 +44,47 @@ class PendingExchange:
     """An exchange that has been started.  Keeps the sent buffer alive until `wait`.
 
     `peers`: the ranks sent to and received from; None: there is none; none at all: those of the whole group.
+    `group`: the name of the process group; `label`: what the exchange is, as profilers show it; `kind`: which
+    collective, if it is one.
     """
 
     received: Tensor
     sent: Tensor | None
     works: list[dist.Work]
     peers: tuple[int | None, ...]
+    group: str = ""
+    label: str = ""
+    kind: str = ""
 
     def wait(self) -> None:
         """Returns when `received` is complete.  Raises PeerError if the other rank died or the time limit passed."""
         try:
-            for work in self.works:
-                work.wait()
+            await_work(self.works, RINGS.get(self.group), self.received.device, between_two=bool(self.peers))
         except RuntimeError as error:
-            raise lost(self.peers, error) from error
+            raise lost(self.peers, error, RINGS.get(self.group), self.label, self.kind) from error
         self.sent = None
+
+
+IN_FLIGHT: dict[int, PendingExchange] = {}
+"""What this process has started and not waited for, by the storage of its buffer (`ops.library.storage_key`)."""
+
+
+def take_in_flight(group: str) -> list[PendingExchange]:
+    """What is under way in a group; from now on nobody waits for it.  As long as the caller keeps it, it is alive."""
+    found = {key: pending for key, pending in IN_FLIGHT.items() if pending.group == group}
+    for key in found:
+        del IN_FLIGHT[key]
+    return list(found.values())
 
 
 def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str) -> PendingExchange:
     """Starts sending `sent` (1-D) to group rank `dst` and filling `received` (1-D) from `src`.
 
-    `dst` None: nothing to send; `src` None: nothing to receive.  Messages between two ranks match by `tag`.
-    Raises PeerError if another rank died.
+    `dst` None: nothing to send; `src` None: nothing to receive.  Messages between two ranks match by `tag`,
+    within a forward or a backward of one call (NCCL has no tags).  Raises PeerError if another rank died.
     """
-    pg = process_group(group)
+    ring, pg = RINGS.get(group), process_group(group)
+    tag += ring.running.tags if ring is not None else 0
     ops = []
     if dst is not None:
         ops.append(dist.P2POp(dist.isend, sendable(sent), group=pg, tag=tag, group_peer=dst))
@@ -74,16 +92,6 @@ def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag:
         ops.append(dist.P2POp(dist.irecv, sendable(received), group=pg, tag=tag, group_peer=src))
     moved("exchange", received.nbytes if src is not None else 0)
     try:
-        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src))
+        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src), group)
     except RuntimeError as error:
-        raise lost((dst, src), error) from error
-
-
-def lost(peers: tuple[int | None, ...], error: Exception) -> PeerError:
-    """The error for an exchange that broke with `error`; `peers`: the ranks at its other ends, if known."""
-    names = ", ".join(str(p) for p in sorted({p for p in peers if p is not None}))
-    return PeerError(
-        f"an exchange with {'rank ' + names if names else 'the other ranks'} of the ring broke: {error}. A rank died, "
-        "raised an error, or did not arrive in time: look for the first error in the other ranks' output. The limit is "
-        "the process group's timeout, init_process_group(timeout=...)."
-    )
+        raise lost((dst, src), error, ring) from error

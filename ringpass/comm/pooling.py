@@ -86,8 +86,8 @@ def start(message: Tensor, received: Sequence[int], sent: Sequence[int], group: 
     ours, theirs = sendable(message), sendable(into)
     each = message.element_size() // ours.element_size()  # where elements travel as bytes
     splits = [each * n for n in received], [each * n for n in sent]
-    work = collectives.start_collective(dist.all_to_all_single, theirs, ours, *splits, group=group)
-    return PendingExchange(into, message, [work], ())
+    work = collectives.start_collective(dist.all_to_all_single, theirs, ours, *splits, group=group, what="all-to-all")
+    return PendingExchange(into, message, [work], (), group, kind="all-to-all")
 
 
 def unpack(message: Tensor, holds: Contents, how: Pooling) -> list[Tensor]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ringpass.comm import all_reduce
+from ringpass.comm.p2p import IN_FLIGHT
 from ringpass.ops.library import define, implement, storage_key
+from ringpass.profiling import profiled
 
 define("start_sum(Tensor[] gradients, int[] silent, ScalarType dtype, str group) -> Tensor")
 define("wait_sum(Tensor(a) flat, str group) -> Tensor(a)")  # Inductor learns from its lowering that this writes
@@ -22,17 +24,16 @@ _ops = torch.ops.ringpass
 start_sum, wait_sum = _ops.start_sum.default, _ops.wait_sum.default
 unpack_gradients = _ops.unpack_gradients.default
 
-_in_flight: dict[int, all_reduce.PendingSum] = {}
-
 
 def _start_sum(gradients: list[Tensor], silent: list[int], dtype: torch.dtype, group: str) -> Tensor:
     flat = all_reduce.pack(gradients, silent, dtype)
-    _in_flight[storage_key(flat)] = all_reduce.start(flat, group)
+    IN_FLIGHT[storage_key(flat)] = all_reduce.start(flat, group)
     return flat
 
 
 def _wait_sum(flat: Tensor, group: str) -> Tensor:
-    _in_flight.pop(storage_key(flat)).wait()
+    with profiled("wait for a sum of gradients"):
+        IN_FLIGHT.pop(storage_key(flat)).wait()
     return flat
 
 

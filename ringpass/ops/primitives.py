@@ -114,8 +114,6 @@ def _fake_pack(tensors: list[Tensor], rows: list[int]) -> Tensor:
 
 implement("pack", _pack, _fake_pack)
 
-_in_flight: dict[int, tuple[p2p.PendingExchange, str]] = {}
-
 
 def _exchange(
     sent: list[Tensor],
@@ -137,8 +135,9 @@ def _exchange(
 
 
 def started(pending: p2p.PendingExchange, label: str) -> Tensor:
-    """What `wait` will end, by its buffer, which is returned; `label` names it in the trace of a profiler."""
-    _in_flight[storage_key(pending.received)] = pending, label
+    """What `wait` will end, by its buffer, which is returned; `label` names it in traces of profilers and in errors."""
+    pending.label = label
+    p2p.IN_FLIGHT[storage_key(pending.received)] = pending
     return pending.received
 
 
@@ -150,8 +149,8 @@ def _start_gather(sent: list[Tensor], world: int, after: list[Tensor], label: st
 
 
 def _wait(received: Tensor) -> Tensor:
-    pending, label = _in_flight.pop(storage_key(received))
-    with profiled(f"wait for {label}"):
+    pending = p2p.IN_FLIGHT.pop(storage_key(received))
+    with profiled(f"wait for {pending.label}"):
         pending.wait()
     return received
 

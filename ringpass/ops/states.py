@@ -40,17 +40,22 @@ def _token(like: Tensor) -> Tensor:
     return like.new_zeros(1, dtype=torch.float32)
 
 
+def _complete(transfer: p2p.PendingExchange) -> None:
+    transfer.label = "transfer of a recurrence's state"
+    transfer.wait()
+
+
 def _send(states: list[Tensor], dst: int, group: str) -> Tensor:
     token, state = states
     message = state.contiguous().view(-1)
-    p2p.start(message, dst, message, None, TAG, group).wait()
+    _complete(p2p.start(message, dst, message, None, TAG, group))
     return _token(token)
 
 
 def _receive(token: Tensor, shape: Sequence[int], dtype: torch.dtype, src: int, group: str) -> list[Tensor]:
     state = token.new_empty(shape, dtype=dtype)
     message = state.view(-1)
-    p2p.start(message, None, message, src, TAG, group).wait()
+    _complete(p2p.start(message, None, message, src, TAG, group))
     return [_token(token), state]
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringpass import compiled as calls
-from ringpass.comm.agreement import Ring, ring_of
 from ringpass.comm.headers import HostCopy, checksum, combined, header_device
+from ringpass.comm.ring import Ring, ring_of
 from ringpass.compiled import compare_around
 from ringpass.devices import device_of
 from ringpass.errors import MismatchError, PeerError

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -18,14 +14,13 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from ringpass import RingConfig, backend
-from ringpass.comm import all_reduce, p2p
-from ringpass.comm.agreement import ring_of
-from ringpass.errors import MismatchError, OptionError, PeerError, UnsupportedError
+from ringpass.comm.ring import ring_of
+from ringpass.errors import MismatchError, OptionError, UnsupportedError
 from tests.support.errors import error_message
 from tests.support.model_parity import compiled
 from tests.support.models import MODELS, batch_for, loss_of
 from tests.support.pipeline_stages import fake_ring
-from tests.support.process_ranks import Workers, spawn
+from tests.support.process_ranks import Workers
 
 BOUND = 120.0  # seconds for a whole run of a few processes, start included
 
@@ -211,80 +206,6 @@ def autotuned(group: dist.ProcessGroup) -> list[str]:
 def test_autotuning_is_warned_of_once(workers: Workers) -> None:
     first, *others = workers.run(autotuned, 2)
     assert len(first) == 1 and "max_autotune" in first[0] and others == [[]]
-
-
-# --- ranks that are gone ----------------------------------------------------------------------------------------------
-
-
-def dies_in_the_middle(group: dist.ProcessGroup, module: ModuleType, at: int) -> str:
-    """Rank 1 dies when it starts what `module` starts for the `at`-th time."""
-    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
-    calls = []
-    start = module.start
-
-    def dying(*args: Any) -> Any:
-        calls.append(args)
-        if group.rank() == 1 and len(calls) == at:
-            os._exit(7)
-        return start(*args)
-
-    with patch.object(module, "start", dying):
-        return error_message(PeerError, lambda: step(group, model, batch))
-
-
-def dies_in_an_exchange(group: dist.ProcessGroup) -> str:
-    """Its third, inside the second attention."""
-    return dies_in_the_middle(group, p2p, 3)
-
-
-def dies_before_a_sum(group: dist.ProcessGroup) -> str:
-    """Where the others have started to sum gradients."""
-    return dies_in_the_middle(group, all_reduce, 1)
-
-
-@pytest.mark.parametrize("job", [dies_in_an_exchange, dies_before_a_sum])
-def test_a_peer_dies(job: Callable[[dist.ProcessGroup], str]) -> None:
-    begun = time.monotonic()
-    outcomes = spawn(job, 3, timeout=BOUND)
-    assert time.monotonic() - begun < BOUND
-    assert outcomes[1].exitcode == 7
-    for rank in (0, 2):
-        assert outcomes[rank].exitcode == 0 and not outcomes[rank].timed_out, outcomes[rank]
-        assert "A rank died" in outcomes[rank].result, outcomes[rank].result
-
-
-def until_it_failed(group: dist.ProcessGroup, call: Callable[[], Any]) -> str:
-    """Rank 0 makes the call, which fails with a PeerError; the other rank lives on until then."""
-    store = dist.distributed_c10d._get_default_store()
-    if group.rank() == 1:
-        store.wait(["failed"])
-        return "idle"
-    said = error_message(PeerError, call)
-    store.set("failed", "")
-    return said
-
-
-def stays_away(group: dist.ProcessGroup) -> str:
-    model, batch = MODELS["nanogpt"].make(), batch_for("nanogpt", 23)
-    return until_it_failed(group, lambda: step(group, model, batch, timeout=3.0))
-
-
-def test_a_rank_does_not_come() -> None:
-    first, second = spawn(stays_away, 2, timeout=BOUND)
-    assert second.result == "idle"
-    assert "rank 1 did not arrive within 3 s" in first.result, first
-
-
-def uses_output_alone(group: dist.ProcessGroup) -> str:
-    outputs = step(group, MODELS["nanogpt"].make(), batch_for("nanogpt", 23), timeout=5.0)
-    return until_it_failed(group, lambda: outputs[0].sum())
-
-
-def test_output_used_on_one_rank() -> None:
-    first, second = spawn(uses_output_alone, 2, timeout=BOUND)
-    assert second.result == "idle"
-    assert "was used on rank 0, but not within 5 s" in first.result and "on rank 1" in first.result, first
-    assert "on every rank" in first.result
 
 
 # --- what cannot be partitioned ---------------------------------------------------------------------------------------

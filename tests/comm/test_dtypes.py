@@ -30,9 +30,9 @@ def travelling() -> Iterator[set[torch.dtype]]:
     seen: set[torch.dtype] = set()
     run, start = collectives.run_collective, dist.batch_isend_irecv
 
-    def collective(what: Any, *args: Any, group: str) -> None:
-        seen.update(x.dtype for x in args if isinstance(x, Tensor))
-        run(what, *args, group=group)
+    def collective(of: Any, out: Tensor, *args: object, group: str, what: str) -> None:
+        seen.update(x.dtype for x in (out, *args) if isinstance(x, Tensor))
+        run(of, out, *args, group=group, what=what)
 
     def exchange(pairs: list[dist.P2POp]) -> list[dist.Work]:
         seen.update(pair.tensor.dtype for pair in pairs)

@@ -24,6 +24,7 @@ from ringpass.doctor.finding import Finding, Status, bounded
 from ringpass.doctor.network import Job, job_of, names, way_to_rank_0
 from ringpass.errors import OptionError
 from ringpass.torch_features import TESTED_TORCH
+from tests.support.ports import free_port
 from tests.support.repository import ROOT
 
 LIMIT = 2.0  # seconds
@@ -37,11 +38,6 @@ def named(findings: list[Finding], name: str) -> Finding:
 
 def job(rank: int, world: int, port: int) -> Job:
     return Job(rank, world, rank, world, "127.0.0.1", port, has_store=False)
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
 
 
 def doctor(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]:

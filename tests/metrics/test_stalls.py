@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringpass
 from ringpass import OptionError, metrics
-from ringpass.comm.agreement import ring_of
+from ringpass.comm.ring import ring_of
 from ringpass.kernels import table as kernels
 from tests.support.process_ranks import Workers
 

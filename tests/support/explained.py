@@ -44,13 +44,13 @@ def counted(rank: int) -> Iterator[Counter[str]]:
         else:
             found[BOUNDARIES] += max(out.nbytes - given[0].nbytes, 0) or given[0].nbytes
 
-    def counting_run(collective: Any, *args: Any, group: str) -> None:
+    def counting_run(collective: Any, *args: Any, group: str, what: str) -> None:
         note(collective, *args)
-        run(collective, *args, group=group)
+        run(collective, *args, group=group, what=what)
 
-    def counting_begin(collective: Any, *args: Any, group: str) -> dist.Work:
+    def counting_begin(collective: Any, *args: Any, group: str, what: str = "") -> dist.Work:
         note(collective, *args)
-        return begin(collective, *args, group=group)
+        return begin(collective, *args, group=group, what=what)
 
     with (
         patch.object(p2p, "start", counting_start),

@@ -152,7 +152,7 @@ def _checked_start(
     return p2p.PendingExchange(received, sent, [], (dst, src))
 
 
-def _checked_collective(collective: object, *args: Any, group: str) -> None:
+def _checked_collective(collective: object, *args: Any, group: str, what: str = "") -> None:
     """In place of `collectives.run_collective`: nothing is sent."""
     buffers = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
     assert buffers and all(x.device.type == "cuda" and x.is_contiguous() for x in buffers), buffers
@@ -173,10 +173,10 @@ def _checked_all_to_all(
     return p2p.PendingExchange(message.new_empty(sum(received)), message, [], ())
 
 
-def _checked_sum(flat: Tensor, group: str) -> all_reduce.PendingSum:
+def _checked_sum(flat: Tensor, group: str) -> p2p.PendingExchange:
     """In place of `all_reduce.start`: nothing is sent."""
     assert flat.device.type == "cuda" and flat.dim() == 1 and flat.is_contiguous(), _described(flat)
-    return all_reduce.PendingSum(flat, Mock())
+    return p2p.PendingExchange(flat, flat, [Mock()], ())
 
 
 def _flex_step(q: Tensor, k: Tensor, v: Tensor, mask: flex.StepMask, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.fx import GraphModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ringpass.comm.agreement import CPU, RINGS, Agreement, Comparison, Said
+from ringpass.comm.agreement import CPU, Agreement, Comparison, Said
 from ringpass.comm.headers import HostCopy
+from ringpass.comm.ring import RINGS
 from ringpass.passes.capture.capture import Captured, capture
 from ringpass.passes.capture.decompose import decompose
 from ringpass.passes.failures import Failures

@@ -99,7 +99,7 @@ class Rendezvous:
         self.shown: list[Any] = [None] * world
         self.barrier = threading.Barrier(world, timeout=TIMEOUT)
 
-    def __call__(self, collective: Any, out: Any, *given: Any, group: str) -> None:
+    def __call__(self, collective: Any, out: Any, *given: Any, group: str, what: str = "") -> None:
         rank = int(group.removeprefix(NAME))
         if collective is dist.all_to_all_single:
             return self._all_to_all(rank, out, *given)

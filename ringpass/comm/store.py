@@ -1,0 +1,128 @@
+"""The part of a process group's key-value store that ringpass uses, with a limit on every answer and named errors.
+
+The store lives in one process: the launcher's under torchrun, rank 0's under plain launchers.  When that process dies,
+stops or ends, what is asked of the store raises PeerError, which says so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ringpass.errors import PeerError
+
+T = TypeVar("T")
+ANSWER = 10.0
+"""Seconds within which the process that hosts the store has to answer."""
+
+
+class RingStore:
+    """Keys under `ringpass/<renewals>` of `store`.
+
+    `rank`: this rank, for messages.  What waits for an answer runs in a thread, since a store whose process is stopped
+    keeps its caller for ever.  After one failure every request fails at once.
+    """
+
+    def __init__(self, store: dist.distributed_c10d.Store, rank: int, renewals: int = 0) -> None:
+        self._store = dist.distributed_c10d.PrefixStore(f"ringpass/{renewals}", store)
+        self._rank = rank
+        self._requests: SimpleQueue[Callable[[], None]] | None = None
+        self._broken: str | None = None
+
+    def set(self, key: str, text: str) -> None:
+        """Sets a key; waits for nobody."""
+        self._check()
+        try:
+            self._store.set(key, text)
+        except RuntimeError as error:
+            raise self._gone(error) from error
+
+    def get(self, key: str) -> str:
+        """The text under a key; an empty one if nobody has set it."""
+        return self._asked(lambda: self._store.get(key).decode() if self._store.check([key]) else "")
+
+    def get_all(self, keys: Iterable[str]) -> list[str]:
+        """The texts under several keys."""
+        wanted = list(keys)
+        return self._asked(lambda: [self._store.get(k).decode() if self._store.check([k]) else "" for k in wanted])
+
+    def add(self, key: str, number: int) -> int:
+        """The number under a key, after `number` was added."""
+        return self._asked(lambda: int(self._store.add(key, number)))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes keys, those that are there."""
+        unwanted = list(keys)
+        self._asked(lambda: [self._store.delete_key(key) for key in unwanted])
+
+    def wait(self, keys: Iterable[str], seconds: float) -> bool:
+        """Whether all keys were set within so many seconds."""
+        wanted = list(keys)
+
+        def waited() -> bool:
+            try:
+                self._store.wait(wanted, timedelta(seconds=seconds))
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError:
+                return bool(self._store.check(wanted))
+            return True
+
+        return self._asked(waited, seconds)
+
+    def clone(self) -> dist.distributed_c10d.Store:
+        """A connection of its own to the same keys, for another thread; it has no limits."""
+        store: Any = self._store
+        found: dist.distributed_c10d.Store = store.clone()
+        return found
+
+    def num_keys(self) -> int:
+        """The number of keys in the whole store."""
+        return self._asked(lambda: int(self._store.num_keys()))
+
+    def _asked(self, request: Callable[[], T], more: float = 0.0) -> T:
+        """What `request` returns, within ANSWER seconds and `more`."""
+        self._check()
+        answers: SimpleQueue[tuple[bool, T | RuntimeError]] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                answers.put((True, request()))
+            except RuntimeError as error:
+                answers.put((False, error))
+
+        if self._requests is None:
+            self._requests = SimpleQueue()
+            threading.Thread(target=_serve, args=(self._requests,), name="ringpass store", daemon=True).start()
+        self._requests.put(run)
+        try:
+            fine, answer = answers.get(timeout=ANSWER + more)
+        except Empty:
+            raise self._gone(TimeoutError(f"no answer within {ANSWER:g} s")) from None
+        if fine:
+            return answer  # type: ignore[return-value]
+        assert isinstance(answer, RuntimeError)
+        raise self._gone(answer) from answer
+
+    def _gone(self, error: Exception) -> PeerError:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._broken = (
+            f"rank {self._rank} lost the process group's store ({first}): the process that hosts it has died, stopped "
+            "or ended, the launcher's under torchrun, rank 0's otherwise: look for the first error in its output."
+        )
+        return PeerError(self._broken)
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise PeerError(self._broken)
+
+
+def _serve(requests: SimpleQueue[Callable[[], None]]) -> None:
+    """The thread that asks the store."""
+    while True:
+        requests.get()()

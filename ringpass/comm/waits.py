@@ -1,0 +1,41 @@
+"""A thread that ends a wait for a rank which has told that it does not go on.
+
+gloo ends a wait for an exchange in one way alone, by its limit, so the thread that waits cannot look around.  While it
+does, this one looks once a second at the notices of the others, and breaks off the ring's process group if it finds
+one.
+
+    end_waits_in_vain(ring)  # starts the thread, once in a process
+    ring.waits_since         # when the wait began that the ring is in; None: it is in none
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import cache
+
+from ringpass.comm.lost import LOOK, break_off
+from ringpass.comm.notices import notices
+from ringpass.comm.ring import RINGS, Ring
+
+
+def end_waits_in_vain(ring: Ring) -> None:
+    """Sees to it that waits of `ring` end when another rank has given up."""
+    if ring.pg is not None and ring.world > 1:
+        _start()
+
+
+@cache
+def _start() -> None:
+    threading.Thread(target=_look_on, name="ringpass waits", daemon=True).start()
+
+
+def _look_on() -> None:
+    while True:
+        time.sleep(LOOK)
+        for ring in list(RINGS.values()):
+            since = ring.waits_since
+            if since is not None and time.monotonic() - since > LOOK:
+                carrier = ring.carrier
+                if notices(ring) and ring.waits_since == since and ring.carrier is carrier:
+                    break_off(carrier)

@@ -1,0 +1,52 @@
+"""Runs that fall apart: every rank that survives ends in a named error in time, or goes on with exact numbers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.failure_table import PATH, rows
+from tests.support.failure_cases import DEADLY, LIVING, RANKS, Case, Told, deadly, living
+from tests.support.marks import slow
+from tests.support.ports import free_port
+from tests.support.process_ranks import Outcome, spawn
+
+BOUND = 240.0  # seconds for all processes of a test, on a busy machine
+EXACT = 1e-10
+FAST, SLOW = (tuple(i for i, case in enumerate(LIVING) if case.slow is kind) for kind in (False, True))
+
+
+def check(case: Case, rank: int, found: Told) -> None:
+    """That a rank said what it should, in time."""
+    assert all(text in found.text for text in case.wanted(rank)), (case.name, rank, found)
+    assert found.seconds < case.limit + 10, (case.name, rank, found)
+    assert found.after is None or found.after < EXACT, (case.name, rank, found)
+
+
+def results(outcomes: list[Outcome], dead: int | None = None) -> dict[int, Told]:
+    """What the surviving ranks said, by rank."""
+    for rank, outcome in enumerate(outcomes):
+        assert rank == dead or (outcome.result is not None and not outcome.timed_out), (rank, outcome)
+    return {rank: outcome.result for rank, outcome in enumerate(outcomes) if rank != dead}
+
+
+@pytest.mark.parametrize("numbers", [FAST, slow(SLOW)])
+def test_ranks_that_live_on(numbers: tuple[int, ...]) -> None:
+    for rank, found in results(spawn(living, RANKS, numbers, timeout=BOUND)).items():
+        for number, told in zip(numbers, found, strict=True):  # type: ignore[call-overload]
+            check(LIVING[number], rank, told)
+
+
+@pytest.mark.parametrize("number", [slow(i) if case.slow else i for i, case in enumerate(DEADLY)])
+def test_a_rank_dies_or_stops(number: int) -> None:
+    outcomes = spawn(deadly, RANKS, number, free_port(), timeout=BOUND)
+    case = DEADLY[number]
+    for rank, found in results(outcomes, case.victim).items():
+        check(case, rank, found)
+
+
+def test_the_page_lists_every_case() -> None:
+    """What `python -m tests.failure_table` wrote has a row for each case, and every row is of a case."""
+    assert rows(PATH.read_text()) == [case.name for case in (*LIVING, *DEADLY)]
+    assert len(LIVING) + len(DEADLY) >= 16 and os.path.exists(PATH)
