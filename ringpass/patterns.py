@@ -38,6 +38,7 @@ from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import FALSE, TRUE, B, Const, Expr, H, K, Q, call, parse, table, tables
 from ringpass.masks.intervals import bounds
 from ringpass.masks.simplify import simplify
+from ringpass.nodes import hint_of
 
 Values = Tensor | Array | Sequence[Any]  # what numpy takes as an array
 MOST = 2**40  # tokens; longer than any sequence, and exact in all arithmetic
@@ -88,8 +89,8 @@ class Pattern:
         """Raises OptionError unless the pattern fits an attention of `queries` x `keys` tokens with these dims."""
         if self.tokens is not None and (queries, keys) != (self.tokens, self.tokens):
             raise OptionError(
-                f"the option 'mask' is for {self.tokens} tokens, and the attention has {queries} queries and {keys} "
-                "keys: make the pattern for this length"
+                f"the option 'mask' is for {self.tokens} tokens, and the attention has {hint_of(queries)} queries and "
+                f"{hint_of(keys)} keys: make the pattern for this length"
             )
         for entry in tables(self.expr):
             box = {name: (0.0, int(n) - 1.0) for name, n in zip("bhqk", (batch, heads, queries, keys), strict=True)}

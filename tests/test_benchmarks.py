@@ -128,6 +128,7 @@ def test_dilation_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert second["ratios"]["of a token"]["samples"] == pytest.approx([b / 2 / a])
 
 
+@pytest.mark.slow
 def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """20 steps on 2 ranks, with one restart of the process group: losses as on one device, nothing left behind."""
     assert soak.main(["--quick", "--out", str(tmp_path / "found.json")]) == 0, capsys.readouterr().out
