@@ -21,7 +21,7 @@ from ringpass.explain.memory import KINDS, Memory, memory_of
 from ringpass.explain.remedies import remedy_for
 from ringpass.explain.schedules import schedule_reports
 from ringpass.explain.sites import folded, received_by_phase, site_report
-from ringpass.explain.sources import parsed, source_of
+from ringpass.explain.sources import parsed, short, source_of
 from ringpass.explain.stages import GraphRun
 from ringpass.explain.traffic import ATTENTION, Move, moves
 from ringpass.layouts.layout import Layout
@@ -46,7 +46,9 @@ def graph_report(index: int, run: GraphRun, inputs: Sequence[str]) -> GraphRepor
     memory = memory_report(memory_of_run(run, inputs)) if "forward" in run.lowered else UNKNOWN
     made = run.made
     if made is None:
-        return GraphReport(index, run.whole, [], [], [], [], [], memory, None, None, run.told, [], None)
+        return GraphReport(
+            index, run.whole, [], [], [], [], [], memory, None, None, [short(text) for text in run.told], [], None
+        )
     plan, world = made.plan, run.rank.world
     groups = folded(plan.sites)
     of_sites = received_by_phase(made.program.gm.graph, received)
@@ -62,7 +64,7 @@ def graph_report(index: int, run: GraphRun, inputs: Sequence[str]) -> GraphRepor
         memory=memory,
         proof=_proof(made),
         schedules=schedule_reports([group[0] for group in groups], world),
-        warnings=run.told,
+        warnings=[short(text) for text in run.told],
         remarks=list(plan.remarks),
         machine=None if machine is UNDESCRIBED else str(machine),
     )

@@ -39,3 +39,8 @@ def shown(file: str) -> str:
     if "site-packages" in path.parts:
         return Path(*path.parts[path.parts.index("site-packages") + 1 :]).as_posix()
     return file
+
+
+def short(text: str) -> str:
+    """A message whose paths are relative to the working directory, where they lie in it."""
+    return text.replace(os.getcwd() + os.sep, "")
