@@ -141,7 +141,7 @@ class Agreement:
         ring = self.ring
         came = f"rank {ring.rank} came to call {ring.calls} of a compiled model{f' ({self.line})' if self.line else ''}"
         if told := str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring)):
-            return f"{came}, and others do not: {told}."
+            return f"{came}, and others do not: {told.rstrip('.')}."
         absent = ring.absent()
         who = f"rank {', '.join(map(str, absent))}" if absent else "another rank"
         return (

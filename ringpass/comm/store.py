@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ringpass.errors import PeerError
 
 T = TypeVar("T")
-ANSWER = 10.0
+ANSWER = 5.0
 """Seconds within which the process that hosts the store has to answer."""
 
 
@@ -25,7 +25,7 @@ class RingStore:
     """Keys under `ringpass/<renewals>` of `store`.
 
     `rank`: this rank, for messages.  What waits for an answer runs in a thread, since a store whose process is stopped
-    keeps its caller for ever.  After one failure every request fails at once.
+    keeps its caller for ever.  After a failure every request fails at once, until an answer comes after all.
     """
 
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, renewals: int = 0) -> None:
@@ -92,7 +92,9 @@ class RingStore:
 
         def run() -> None:
             try:
-                answers.put((True, request()))
+                answer = request()
+                self._broken = None  # it answers, if late
+                answers.put((True, answer))
             except RuntimeError as error:
                 answers.put((False, error))
 

@@ -323,13 +323,13 @@ def living(group: dist.ProcessGroup, cases: tuple[int, ...]) -> list[Told]:
 
 
 def in_an_exchange(run: Run) -> Any:
-    with run.breaking(p2p, "start", 3, killed):
+    with run.breaking(p2p, "start", 1, killed):
         run.step()
 
 
 def in_the_backward_ring(run: Run) -> Any:
     loss = loss_of(run.run(**TEXTS))
-    with run.breaking(p2p, "start", 3, killed):
+    with run.breaking(p2p, "start", 1, killed):
         loss.backward()
 
 
@@ -362,17 +362,17 @@ def in_a_compilation(run: Run) -> Any:
 
 
 def stopped_in_an_exchange(run: Run) -> Any:
-    with run.breaking(p2p, "start", 3, stopped):
+    with run.breaking(p2p, "start", 1, stopped):
         run.step()
 
 
 def host_killed(run: Run) -> Any:
-    with run.breaking(p2p, "start", 3, killed, rank=0):
+    with run.breaking(p2p, "start", 1, killed, rank=0):
         run.step()
 
 
 def host_stopped(run: Run) -> Any:
-    with run.breaking(p2p, "start", 3, stopped, rank=0):
+    with run.breaking(p2p, "start", 1, stopped, rank=0):
         run.step()
 
 
