@@ -25,19 +25,42 @@ def _places(programs: Programs, fits: Callable[[Step], bool]) -> list[tuple[int,
     return [(one.rank, i) for one in programs for i, step in enumerate(one.steps) if fits(step)]
 
 
-def _chosen(random: Random, programs: Programs, fits: Callable[[Step], bool]) -> tuple[int, int, Step] | None:
-    places = _places(programs, fits)
-    if not places:
-        return None
-    rank, i = random.choice(places)
-    return rank, i, programs[rank].steps[i]
+Edit = Callable[[Random, Programs, int, int, Step], Wrong | None]
+"""A fault of one step: (random, programs, rank, the step's number, the step)."""
+TransferEdit = Callable[[Random, Programs, int, int, Transfer], Wrong]
+"""The same of what a step sends or receives."""
+
+
+def _at_a_step(fits: Callable[[Step], bool]) -> Callable[[Edit], Fault]:
+    """Decorates an edit: the fault makes it at a random step that fits."""
+
+    def decorate(edit: Edit) -> Fault:
+        def fault(random: Random, programs: Programs) -> Wrong | None:
+            places = _places(programs, fits)
+            if not places:
+                return None
+            rank, i = random.choice(places)
+            return edit(random, programs, rank, i, programs[rank].steps[i])
+
+        return fault
+
+    return decorate
+
+
+def _at_a_transfer(side: str) -> Callable[[TransferEdit], Fault]:
+    """Decorates an edit of a transfer: `side` is "send" or "receive"."""
+
+    def decorate(edit: TransferEdit) -> Fault:
+        @_at_a_step(lambda step: getattr(step, side) is not None)
+        def fault(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong:
+            return edit(random, programs, rank, i, getattr(step, side))
+
+        return fault
+
+    return decorate
 
 
 # --- transfers --------------------------------------------------------------------------------------------------------
-
-
-def _receiving(step: Step) -> bool:
-    return step.receive is not None
 
 
 def _sender(programs: Programs, transfer: Transfer) -> tuple[int, int]:
@@ -55,39 +78,24 @@ def _on_both_sides(programs: Programs, rank: int, i: int, tokens: Ranges) -> Wro
     return changed(out, rank, i, receive=new, tokens=tokens), {rank, old.src}
 
 
-def dropped_send(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: step.send is not None)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.send is not None
-    return changed(programs, rank, i, send=None), {rank, step.send.dst}
+@_at_a_transfer("send")
+def dropped_send(random: Random, programs: Programs, rank: int, i: int, sent: Transfer) -> Wrong:
+    return changed(programs, rank, i, send=None), {rank, sent.dst}
 
 
-def dropped_receive(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
-    return changed(programs, rank, i, receive=None, tokens=(), tiles=()), {rank, step.receive.src}
+@_at_a_transfer("receive")
+def dropped_receive(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
+    return changed(programs, rank, i, receive=None, tokens=(), tiles=()), {rank, received.src}
 
 
-def dropped_on_both_sides(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
-    out = changed(programs, *_sender(programs, step.receive), send=None)
-    return changed(out, rank, i, receive=None, tokens=(), tiles=()), {rank, step.receive.src}
+@_at_a_transfer("receive")
+def dropped_on_both_sides(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
+    out = changed(programs, *_sender(programs, received), send=None)
+    return changed(out, rank, i, receive=None, tokens=(), tiles=()), {rank, received.src}
 
 
-def doubled_step(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: step.shift > 0)
-    if found is None:
-        return None
-    rank, i, step = found
+@_at_a_step(lambda step: step.shift > 0)
+def doubled_step(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong:
     steps = [*programs[rank].steps]
     steps.insert(random.randint(i, len(steps)), step)
     return with_steps(programs, rank, steps), {rank, *_peers(step)}
@@ -121,46 +129,30 @@ def swapped_messages(random: Random, programs: Programs) -> Wrong | None:
     return changed(out, rank, j, send=replace(other, tokens=one.tokens)), {rank, one.dst, other.dst}
 
 
-def misdirected_send(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: step.send is not None)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.send is not None
-    dst = (step.send.dst + random.randint(1, len(programs) - 1)) % len(programs)
-    return changed(programs, rank, i, send=replace(step.send, dst=dst)), {rank, dst, step.send.dst}
+@_at_a_transfer("send")
+def misdirected_send(random: Random, programs: Programs, rank: int, i: int, sent: Transfer) -> Wrong:
+    dst = (sent.dst + random.randint(1, len(programs) - 1)) % len(programs)
+    return changed(programs, rank, i, send=replace(sent, dst=dst)), {rank, dst, sent.dst}
 
 
-def misdirected_receive(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
-    src = (step.receive.src + random.randint(1, len(programs) - 1)) % len(programs)
-    return changed(programs, rank, i, receive=replace(step.receive, src=src)), {rank, src, step.receive.src}
+@_at_a_transfer("receive")
+def misdirected_receive(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
+    src = (received.src + random.randint(1, len(programs) - 1)) % len(programs)
+    return changed(programs, rank, i, receive=replace(received, src=src)), {rank, src, received.src}
 
 
-def truncated_by_the_receiver(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
-    less = _truncated(random, step.receive.tokens)
-    return changed(programs, rank, i, receive=replace(step.receive, tokens=less), tokens=less), {
+@_at_a_transfer("receive")
+def truncated_by_the_receiver(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
+    less = _truncated(random, received.tokens)
+    return changed(programs, rank, i, receive=replace(received, tokens=less), tokens=less), {
         rank,
-        step.receive.src,
+        received.src,
     }
 
 
-def truncated_on_both_sides(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
-    return _on_both_sides(programs, rank, i, _truncated(random, step.receive.tokens))
+@_at_a_transfer("receive")
+def truncated_on_both_sides(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
+    return _on_both_sides(programs, rank, i, _truncated(random, received.tokens))
 
 
 def _truncated(random: Random, tokens: Ranges) -> Ranges:
@@ -173,51 +165,34 @@ def _truncated(random: Random, tokens: Ranges) -> Ranges:
     return tuple((a, b) for a, b in out if a < b)
 
 
-def other_rows(random: Random, programs: Programs) -> Wrong | None:
+@_at_a_transfer("receive")
+def other_rows(random: Random, programs: Programs, rank: int, i: int, received: Transfer) -> Wrong:
     """The rows next to those that are needed, on both sides."""
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.receive is not None
     by = random.choice((-2, -1, 1, 2))
-    return _on_both_sides(programs, rank, i, tuple((a + by, b + by) for a, b in step.receive.tokens))
+    return _on_both_sides(programs, rank, i, tuple((a + by, b + by) for a, b in received.tokens))
 
 
-def rows_of_the_sender_alone(random: Random, programs: Programs) -> Wrong | None:
+@_at_a_transfer("send")
+def rows_of_the_sender_alone(random: Random, programs: Programs, rank: int, i: int, sent: Transfer) -> Wrong:
     """The sender packs the rows next to those that are expected."""
-    found = _chosen(random, programs, lambda step: step.send is not None)
-    if found is None:
-        return None
-    rank, i, step = found
-    assert step.send is not None
     by = random.choice((-1, 1))
-    moved = tuple((a + by, b + by) for a, b in step.send.tokens)
-    return changed(programs, rank, i, send=replace(step.send, tokens=moved)), {rank, step.send.dst}
+    moved = tuple((a + by, b + by) for a, b in sent.tokens)
+    return changed(programs, rank, i, send=replace(sent, tokens=moved)), {rank, sent.dst}
 
 
-def block_of_another_step(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, _receiving)
-    if found is None:
-        return None
-    rank, i, _ = found
+@_at_a_step(lambda step: step.receive is not None)
+def block_of_another_step(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong:
     other = random.choice(programs[rank].steps)
     return changed(programs, rank, i, tokens=other.tokens), {rank}
 
 
-def other_shift(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: step.shift > 0)
-    if found is None:
-        return None
-    rank, i, step = found
+@_at_a_step(lambda step: step.shift > 0)
+def other_shift(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong:
     return changed(programs, rank, i, shift=step.shift % (len(programs) - 1) + 1), {rank, *_peers(step)}
 
 
-def lost_step(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: step.shift > 0)
-    if found is None:
-        return None
-    rank, i, step = found
+@_at_a_step(lambda step: step.shift > 0)
+def lost_step(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong:
     steps = [x for j, x in enumerate(programs[rank].steps) if j != i]
     return with_steps(programs, rank, steps), {rank, *_peers(step)}
 
@@ -238,11 +213,8 @@ def program_of_another_rank(random: Random, programs: Programs) -> Wrong | None:
 def _on_a_tile(change: Callable[[Random, Tile, Program], list[Tile] | None]) -> Fault:
     """A fault that puts other tiles in the place of one."""
 
-    def fault(random: Random, programs: Programs) -> Wrong | None:
-        found = _chosen(random, programs, lambda step: bool(step.tiles))
-        if found is None:
-            return None
-        rank, i, step = found
+    @_at_a_step(lambda step: bool(step.tiles))
+    def fault(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong | None:
         at = random.randrange(len(step.tiles))
         new = change(random, step.tiles[at], programs[rank])
         if new is None:
@@ -286,11 +258,10 @@ def _of_kind(*kinds: str) -> Fault:
     return _on_a_tile(change)
 
 
-def tile_in_another_step(random: Random, programs: Programs) -> Wrong | None:
-    found = _chosen(random, programs, lambda step: bool(step.tiles))
-    if found is None or len(programs[found[0]].steps) < 2:
+@_at_a_step(lambda step: bool(step.tiles))
+def tile_in_another_step(random: Random, programs: Programs, rank: int, i: int, step: Step) -> Wrong | None:
+    if len(programs[rank].steps) < 2:
         return None
-    rank, i, step = found
     j = random.choice([j for j in range(len(programs[rank].steps)) if j != i])
     at = random.randrange(len(step.tiles))
     out = changed(programs, rank, i, tiles=(*step.tiles[:at], *step.tiles[at + 1 :]))
