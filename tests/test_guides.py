@@ -64,7 +64,7 @@ def printed_on_ring(group: dist.ProcessGroup, source: str, folder: str) -> str:
     def compile_on_group(model: Any, backend: str, options: dict[str, Any] | None = None) -> Any:
         return torch_compile(model, backend=backend, options=on_group(options))
 
-    def compile_in_place(model: nn.Module, backend: str, options: dict[str, Any]) -> None:
+    def compile_in_place(model: nn.Module, backend: str, options: dict[str, Any] | None = None) -> None:
         module_compile(model, backend=backend, options=on_group(options))
 
     torch_compile, module_compile, page = torch.compile, nn.Module.compile, io.StringIO()
