@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.progress import track
 
-from tests.support.failure_cases import DEADLY, LIMIT, LIVING, RANKS, Case, Told, deadly, living
+from tests.support.deadly_failures import DEADLY, deadly
+from tests.support.failure_cases import LIMIT, RANKS, Case, Told
+from tests.support.living_failures import LIVING, living
 from tests.support.ports import free_port
 from tests.support.process_ranks import spawn
 from tests.support.repository import ROOT

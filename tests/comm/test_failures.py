@@ -7,7 +7,9 @@ import os
 import pytest
 
 from tests.failure_table import PATH, rows
-from tests.support.failure_cases import DEADLY, LIVING, RANKS, Case, Told, deadly, living
+from tests.support.deadly_failures import DEADLY, deadly
+from tests.support.failure_cases import RANKS, Case, Told
+from tests.support.living_failures import LIVING, living
 from tests.support.marks import slow
 from tests.support.ports import free_port
 from tests.support.process_ranks import Outcome, spawn

@@ -1,0 +1,175 @@
+"""Ways for a run to fall apart in which all processes live: one set of them for all cases, a process group for each."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ringpass.kernels import table as kernels
+from ringpass.passes.dump import Dump
+from tests.support.failure_cases import LIMIT, TEXTS, TO_BEGIN, Case, Run, Told, full_disk, out_of_memory, told
+from tests.support.model_parity import compiled
+from tests.support.models import MODELS, batch_for, loss_of
+
+
+def memory_in_a_forward(run: Run) -> Any:
+    with run.breaking(kernels, "forward", 3, out_of_memory, rank=None):
+        run.step()
+
+
+def memory_in_a_backward(run: Run) -> Any:
+    with run.breaking(kernels, "backward", 3, out_of_memory, rank=None):
+        run.step()
+
+
+def memory_at_different_tiles(run: Run) -> Any:
+    with run.breaking(kernels, "forward", 1 + 2 * run.rank, out_of_memory, rank=None):
+        run.step()
+
+
+def memory_on_one_rank(run: Run) -> Any:
+    with run.breaking(kernels, "forward", 3, out_of_memory):
+        run.step()
+
+
+def memory_on_one_rank_unseen(run: Run) -> Any:
+    """Its last tile: the others do not miss it before the sums of gradients."""
+    with run.breaking(kernels, "backward", 5, out_of_memory):
+        run.step()
+        run.step()
+
+
+def full_disk_in_a_compilation(run: Run) -> Any:
+    run.run = run.compiled(dump=os.environ.get("RINGPASS_TEST_DUMP", "/tmp/ringpass_test_dump"))
+    with run.breaking(Dump, "write", 2, full_disk):
+        run.step()
+
+
+def other_batch(run: Run) -> Any:
+    ids = TEXTS["idx"].clone()
+    ids[0, 0] += int(run.rank == 1)
+    run.step(idx=ids)
+
+
+def other_compiler(run: Run) -> Any:
+    run.step(run.compiled(compiler="inductor") if run.rank == 1 else run.compiled())
+
+
+def other_gradients(run: Run) -> Any:
+    run.model.requires_grad_(run.rank != 1)
+    try:
+        run.step(run.compiled())
+    finally:
+        run.model.requires_grad_(True)
+
+
+def one_call_more(run: Run) -> Any:
+    run.step()
+    if run.rank == 1:
+        return _while_others_fail(run)
+    run.step()
+
+
+def skipped_backward(run: Run) -> Any:
+    run.step()
+    if run.rank == 1:
+        run.run(**TEXTS)
+        return _while_others_fail(run)
+    run.step()
+
+
+def skipped_backward_and_on(run: Run) -> Any:
+    """Rank 1 goes on with the next call."""
+    if run.rank == 1:
+        run.run(**TEXTS)
+    run.step()
+
+
+def other_order(run: Run) -> Any:
+    other = MODELS["gpt2"].make()
+    batch = batch_for("gpt2", 23)
+    second = compiled(other, run.group, timeout=TO_BEGIN)
+    steps = [run.step, lambda: loss_of(second(**batch)).backward()]
+    for step in steps if run.rank != 1 else reversed(steps):
+        step()
+
+
+def output_alone(run: Run) -> Any:
+    outputs = run.run(**TEXTS)
+    if run.rank == 1:
+        return _while_others_fail(run)
+    outputs[0].sum()
+
+
+def _while_others_fail(run: Run) -> None:
+    """Lives on until the others have failed, and then goes on to the next call."""
+    time.sleep(LIMIT + 2)
+    run.step()
+
+
+def others(*texts: str, first: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
+    """What ranks 0 and 2 say, and what rank 1 does."""
+    return {0: ("PeerError", *texts), 1: first, 2: ("PeerError", *texts)}
+
+
+MEMORY = ("OutOfMemoryError",)
+DISK = "rank 1 failed to compile a graph", "No space left"
+BACKWARD = "in the backward of call "
+LIVING = (
+    Case("out of memory in a tile of the forward, on all ranks", memory_in_a_forward, MEMORY, goes_on=True),
+    Case("out of memory in a tile of the backward, on all ranks", memory_in_a_backward, MEMORY, goes_on=True),
+    Case("out of memory at different tiles", memory_at_different_tiles, ("Error: ",), goes_on=True, slow=True),
+    Case(
+        "out of memory on one rank, in the forward",
+        memory_on_one_rank,
+        others("rank 1 gave up the forward of call 2", *MEMORY, first=MEMORY),
+        goes_on=True,
+    ),
+    Case(
+        "out of memory on one rank, in the backward",
+        memory_on_one_rank_unseen,
+        others(f"{BACKWARD}2", first=MEMORY),
+        goes_on=True,
+        slow=True,
+    ),
+    Case("a full disk on one rank, in a compilation", full_disk_in_a_compilation, others(*DISK, first=DISK[1:])),
+    Case("another batch on one rank", other_batch, ("MismatchError", "differ in values of input"), goes_on=True),
+    Case(
+        "another compiler on one rank",
+        other_compiler,
+        ("MismatchError", "differ in options"),
+        slow=True,
+        limit=TO_BEGIN,
+    ),
+    Case("other requires_grad on one rank", other_gradients, ("MismatchError", "needs a gradient"), limit=TO_BEGIN),
+    Case(
+        "one call more on two ranks",
+        one_call_more,
+        others("came to call 3", "rank 1 did not arrive", first=("PeerError",)),
+        slow=True,
+    ),
+    Case("a backward that one rank skips", skipped_backward, others(f"{BACKWARD}3", first=("PeerError",)), slow=True),
+    Case(
+        "a backward that one rank skips, going on",
+        skipped_backward_and_on,
+        others(f"{BACKWARD}2", "rank 1 went on to call 3 without it", first=("PeerError", "call 3")),
+    ),
+    Case("other models first on one rank", other_order, ("MismatchError",), slow=True, limit=TO_BEGIN),
+    Case("an output that one rank does not use", output_alone, others("was used on rank", first=()), slow=True),
+)
+
+
+def living(group: dist.ProcessGroup, cases: tuple[int, ...]) -> list[Told]:
+    """What this rank says of these cases, one after the other, each on a process group of its own."""
+    said = []
+    for number in cases:
+        case = LIVING[number]
+        run = Run(dist.new_group(timeout=timedelta(seconds=60)), case)
+        found = told(lambda: case.job(run))  # noqa: B023
+        after = run.error() if case.goes_on else None
+        said.append(Told(found.text, found.seconds, after))
+    return said
