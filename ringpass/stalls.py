@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ringpass import metrics
 from ringpass.comm.ring import RINGS, Ring
+from ringpass.comm.store import text_under
 from ringpass.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Watcher:
 
     def _of(self, ring: Ring, rank: int) -> str:
         """What the store says of another rank."""
-        call, label = (_read(self._store(ring), f"{what}/{rank}") for what in ("at", "waits"))
+        call, label = (text_under(self._store(ring), f"{what}/{rank}") for what in ("at", "waits"))
         behind = " (behind)" if int(call or 0) < ring.calls else ""
         what = f"waits for {awaited(label)}" if label else "waits for nobody (it computes, is stopped, or died)"
         return f"rank {rank} is in call {call or 0}{behind} and {what}"
@@ -127,8 +128,3 @@ def awaited(label: str) -> str:
     ('site0 receive_step1_from_rank0', 'the other ranks (compare the ranks)')
     """
     return label.removeprefix("wait for ") if label.startswith("wait for ") else f"the other ranks ({label})"
-
-
-def _read(store: Store, key: str) -> str:
-    """What the store has under `key`; nothing if nobody has set it."""
-    return store.get(key).decode() if store.check([key]) else ""

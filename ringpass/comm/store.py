@@ -21,6 +21,11 @@ ANSWER = 5.0
 """Seconds within which the process that hosts the store has to answer."""
 
 
+def text_under(store: dist.distributed_c10d.Store, key: str) -> str:
+    """The text under a key; an empty one if nobody has set it."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
 class RingStore:
     """Keys under `ringpass/<renewals>` of `store`.
 
@@ -44,12 +49,12 @@ class RingStore:
 
     def get(self, key: str) -> str:
         """The text under a key; an empty one if nobody has set it."""
-        return self._asked(lambda: self._store.get(key).decode() if self._store.check([key]) else "")
+        return self._asked(lambda: text_under(self._store, key))
 
     def get_all(self, keys: Iterable[str]) -> list[str]:
         """The texts under several keys."""
         wanted = list(keys)
-        return self._asked(lambda: [self._store.get(k).decode() if self._store.check([k]) else "" for k in wanted])
+        return self._asked(lambda: [text_under(self._store, key) for key in wanted])
 
     def add(self, key: str, number: int) -> int:
         """The number under a key, after `number` was added."""
