@@ -9,10 +9,8 @@ to skip logging calls in models, which would otherwise break the graph (`ringpas
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +28,9 @@ from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.explain.real import RealGraph, real_run
 from ringpass.explain.report import media_of
+from ringpass.explain.sources import source_of
 from ringpass.explain.stages import GraphRun
 from ringpass.logging_calls import skip_logging_calls
-from ringpass.nodes import source_line
 from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
@@ -196,9 +194,8 @@ def _sites(made: RankProgram) -> tuple[str, ...]:
 
 def _line(read: ReadGraph) -> str:
     """`model.py:31`: the line of the model at which a graph begins; empty where that is not known."""
-    lines = (source_line(node) for node in read.captured.gm.graph.nodes)
-    found = next(filter(None, (re.match(r'File "(.*?)", line (\d+)', line) for line in lines)), None)
-    return f"{Path(found[1]).name}:{found[2]}" if found else ""
+    sources = (source_of(node).source for node in read.captured.gm.graph.nodes)
+    return next(filter(None, sources), "").rpartition("/")[2]
 
 
 def _names(captured: Captured) -> tuple[str, ...]:
