@@ -20,6 +20,7 @@ from ringpass.errors import InputError
 from ringpass.explain import tables
 from ringpass.explain.data import Data, ReportData
 from ringpass.explain.difference import Difference, difference
+from ringpass.files import write_text
 from ringpass.page.render import render
 from ringpass.page.trace import graph_trace
 
@@ -68,7 +69,7 @@ class Report(ReportData):
         Raises InputError for another ending.
         """
         ending = media_of(path)
-        Path(path).write_text(WRITERS[ending](self) + "\n", "utf-8")
+        write_text(Path(path).parent, Path(path).name, WRITERS[ending](self) + "\n")
 
     def __str__(self) -> str:
         return tables.text(self)
