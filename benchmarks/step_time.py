@@ -15,7 +15,7 @@ second says how far this machine scales without any communication:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,10 +110,11 @@ def model_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
     skip_logging_calls()  # one graph for plain Inductor too
     torch._dynamo.reset()
     ring = {"backend": "ring_dilated", "options": {"compiler": args.compiler}}
-    return _model_step(length, args.width, backend=args.compiler), _model_step(length, args.width, **ring)
+    return model_step(length, args.width, backend=args.compiler), model_step(length, args.width, **ring)
 
 
-def _model_step(length: int, width: int, **how: Any) -> Step:
+def model_step(length: int, width: int, **how: Any) -> Callable[[], None]:
+    """A training step of a GPT-2 of two layers and 256 words, compiled by `how`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

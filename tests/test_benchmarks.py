@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     agreement,
     bytes_received,
+    checks,
     density,
     dilation_length,
     memory,
@@ -30,8 +31,8 @@ from ringpass.schedule.dilation import Dilation
 from tests.support.pattern_models import dense_mask
 
 NAMES = (
-    "agreement", "alternatives", "bytes_received", "compile_time", "density", "dilation_length", "memory", "overlap",
-    "planning", "soak", "step_time", "ways",
+    "agreement", "alternatives", "bytes_received", "checks", "compile_time", "density", "dilation_length", "memory",
+    "overlap", "planning", "soak", "step_time", "ways",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -52,6 +53,11 @@ def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
     ours, others = (case["seconds"][name]["samples"] for name in ("agreement", "one by one"))
     assert case["ratios"]["of one by one"]["samples"] == [a / b for a, b in zip(ours, others, strict=True)]
+
+
+def test_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert _last(capsys).startswith("a step with all checks, over one without, at S=64: ")
 
 
 @pytest.mark.slow
