@@ -2,11 +2,12 @@
 
     python -m benchmarks.planning
 
-Two questions, in pure Python, no processes:
+Three questions, in pure Python, no processes:
 
     classify    all tiles of S = 1,048,576 tokens, down to 1,024, as empty, full or partial
     plan        the same sequence on 1,024 ranks: tile and layout chosen, one rank's program written down, and the
                 schedule of all ranks proved, as each rank does before anything is sent
+    prove       the proof alone, for 64 ranks of 4,096 tokens and for the ranks and tokens of `plan`
 
 Processor seconds of one core; caches are emptied before each sample.
 """
@@ -17,6 +18,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -26,10 +28,11 @@ from benchmarks.paired import Case, against, arguments, collect, conclude, scree
 from benchmarks.paired import spread as text
 from ringpass.layouts.layout import Layout
 from ringpass.patterns import Pattern, causal, documents, global_tokens, window
-from ringpass.schedule.proof import prove_from
+from ringpass.schedule.site_proof import prove_problems
 from ringpass.schedule.tiles import Problem, tiling
 
 CLASSIFY, PLAN = 10.0, 30.0  # seconds
+FEWER = 64, 2**18  # ranks and tokens of the other proof
 QUICK = {"tokens": 16384, "ranks": 4, "rounds": 1}
 
 
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the table and the verdict, write the JSON."""
     args = _arguments(argv)
     console = screen()
-    total = 2 * len(patterns(args.tokens)) * args.rounds
+    total = 4 * len(patterns(args.tokens)) * args.rounds
     cases = collect(console, "planning", total, measured(args))
     conclude(console, "planning", args, _table(cases), cases, _verdict(cases))
 
@@ -55,39 +58,51 @@ def patterns(tokens: int) -> dict[str, Pattern]:
 
 def measured(args: argparse.Namespace) -> Iterator[Any]:
     """A case for each mask, after a text for each sample."""
+    ranks, tokens = min(FEWER[0], args.ranks), min(FEWER[1], args.tokens)
+    fewer = patterns(tokens)
     for name, mask in patterns(args.tokens).items():
-        seconds: dict[str, list[float]] = {"classify": [], "plan": []}
+        whole, few = problem(mask, args.tokens, args.ranks), problem(fewer[name], tokens, ranks)
+        questions: dict[str, Callable[[], object]] = {
+            "classify": partial(tiling, problem(mask, args.tokens, 1)),
+            "plan": partial(plan, whole),
+            f"prove {ranks:,} ranks": partial(prove, chosen(few)),
+            f"prove {args.ranks:,} ranks": partial(prove, chosen(whole)),
+        }
+        seconds: dict[str, list[float]] = {what: [] for what in questions}
         for i in range(args.rounds):
-            for what, run in (("classify", classify), ("plan", plan)):
+            for what, run in questions.items():
                 yield f"{name}, {what}, round {i + 1} of {args.rounds}"
-                ranks = 1 if what == "classify" else args.ranks
-                here = Layout("contiguous", ranks)
-                seconds[what].append(_timed(run, Problem(str(mask), args.tokens, args.tokens, here, here)))
+                seconds[what].append(_timed(run))
         yield Case({"mask": name, "tokens": args.tokens, "ranks": args.ranks}, seconds)
 
 
-def classify(problem: Problem) -> None:
-    """Finds the non-empty tiles."""
-    tiling(problem)
+def problem(mask: Pattern, tokens: int, ranks: int) -> Problem:
+    """One attention of contiguous shards, all in one tile."""
+    here = Layout("contiguous", ranks)
+    return Problem(str(mask), tokens, tokens, here, here)
 
 
 def plan(problem: Problem) -> None:
     """Chooses tile and layout and proves the schedule, as rank 0 does."""
-    prove_from(chosen(problem), rank=0)
+    prove(chosen(problem))
 
 
-def _timed(run: Callable[[Problem], None], problem: Problem) -> float:
+def prove(problem: Problem) -> None:
+    """Proves the schedule as the backend does on rank 0."""
+    prove_problems([problem], rank=0)
+
+
+def _timed(run: Callable[[], object]) -> float:
     tiling.cache_clear()
     start = time.process_time()
-    run(problem)
+    run()
     return time.process_time() - start
 
 
 def _table(cases: list[Case]) -> Table:
-    title = "processor seconds, median (min-max)"
-    table = Table("mask", "classify", f"plan {cases[0].case['ranks']:,} ranks", title=title)
+    table = Table("mask", *cases[0].seconds, title="processor seconds, median (min-max)")
     for case in cases:
-        table.add_row(str(case.case["mask"]), *(text(case.seconds[what]) for what in ("classify", "plan")))
+        table.add_row(str(case.case["mask"]), *map(text, case.seconds.values()))
     return table
 
 
