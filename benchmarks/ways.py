@@ -3,9 +3,9 @@
     python -m benchmarks.ways --ranks 2 4 --lengths 2048 8192 16384
 
 Forward and backward of one causal attention layer through torch.compile: as a ring, by all-gather, and with each
-Ulysses degree, all in the layout that `auto` takes. First `ringpass measure` describes the machine, for as many ranks;
-what `auto` takes with that is compared with the fastest of the round. With more ranks than cores the ranks share them,
-in the measurement as in the steps.
+Ulysses degree, each in the layout that is planned for it. First `ringpass measure` describes the machine, for as many
+ranks; what `auto` takes with that is compared with the fastest of the round. With more ranks than cores the ranks share
+them, in the measurement as in the steps.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ def job(args: argparse.Namespace, machine: str) -> Iterator[Any]:
 
     world = dist.get_world_size()
     for length in args.lengths:
+        torch._dynamo.reset()  # it compiles one function only so often
         generator = torch.Generator().manual_seed(length)
         full = [torch.randn(1, args.heads, length, WIDTH, generator=generator) for _ in range(3)]
         common = {"compiler": args.compiler, "machine": Machine.from_json(machine)}
         taken, layout = _taken(full, args.heads, common)
         ways = _options(world, args.heads)
-        steps = {name: _step(full, args.heads, common | options | {"layout": layout}) for name, options in ways.items()}
+        steps = {name: _step(full, args.heads, common | options) for name, options in ways.items()}
         for name, step in steps.items():
             step()
             yield f"P = {world}, S = {length}, {name} compiled"
