@@ -28,7 +28,11 @@ REPLICATED = {  # why an entry computes more than 1 - LOCAL on every rank
     "sam2": "patches that overlap, and the layers before the first windows are sequences",
     "moonshine": "the strided convolutions that make tokens of the wave",
 }
-ONE_HEAD = {"bloom": "heads are merged into the batch"}  # why heads cannot be divided over ranks
+ONE_HEAD = {  # why heads cannot be divided over ranks
+    "bloom": "heads are merged into the batch",
+    "nn_attention_weights": "heads are merged into the batch where weights are returned",
+    "nn_attention_maps": "heads are merged into the batch where weights are returned",
+}
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
     "gemma2": ("eager", True, False, True),
     "mixtral": ("sdpa", True, True, True),
