@@ -17,6 +17,7 @@ from benchmarks import (
     dilation_length,
     memory,
     overlap,
+    peaks,
     planning,
     soak,
     step_time,
@@ -32,7 +33,7 @@ from tests.support.pattern_models import dense_mask
 
 NAMES = (
     "agreement", "alternatives", "bytes_received", "checks", "compile_time", "density", "dilation_length", "memory",
-    "overlap", "planning", "soak", "step_time", "ways",
+    "overlap", "peaks", "planning", "soak", "step_time", "ways",
 )  # fmt: skip
 PAGE = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
 
@@ -174,6 +175,16 @@ def test_soak_fits_a_line() -> None:
 def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert re.search(r"at P=2, times P, over that of one process: \S+ \(bound <= 1.15", _last(capsys))
+
+
+def test_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peaks.main(["--quick", "--out", str(tmp_path / "found.json")])
+    assert re.match(
+        r"estimated over measured peak, from 1: \S+ \(bound <= 0.1: \S+\), gpt2 at P=2, S=64", _last(capsys)
+    )
+    (case,) = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert case["ratio"] == [a / b for a, b in zip(case["estimated"], case["measured"], strict=True)]
+    assert len(case["ratio"]) == 2 and min(case["measured"]) > 64 * 32 * 4
 
 
 def test_a_failing_rank_ends_the_run() -> None:
