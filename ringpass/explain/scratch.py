@@ -4,8 +4,9 @@ Tiles of attention and of masks are calls of kernels and of eager code, which th
 evaluated index by index, and a bias that learns holds all scores.  Their bodies run here as they run in a step, without
 data, and each storage is counted from its first tensor to its last.
 
-Contract: what torch's own kernels allocate inside is not seen.  For a tile of attention at least as much as its results
-is taken, by measurement on a CPU: its kernel's workspace, and buffers of messages that are freed late.
+What torch's CPU flash op allocates inside is known by its blocks (`_workspace`).
+
+Contract: what other kernels of torch's allocate inside is not seen.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ringpass.nodes import symbolic, tensors_of
 from ringpass.ops import primitives
 from ringpass.ops.library import BODIES
+from ringpass.precision import accumulator
 
 MEASURED = (
     primitives.attention_tile, primitives.attention_tile_backward, primitives.scored_tile,
     primitives.scored_tile_backward, primitives.mask_tile, primitives.mask_tile_backward, primitives.keep_tile,
 )  # fmt: skip
 """Operators whose bodies are run."""
-TILES = MEASURED[:4]
 
 
 class _Storages(TorchDispatchMode):
@@ -41,9 +42,11 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        inside = _workspace(func, args)
         for x in pytree.tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())
+        self.peak = max(self.peak, self.live + inside)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -92,5 +95,30 @@ def _measured(node: Node) -> int:
         results = body(*args)
     made = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in pytree.tree_leaves(results)}
     results_bytes = sum(made.values())
-    least = results_bytes if node.target in TILES else 0
-    return int(max(least, storages.peak - results_bytes))
+    return int(storages.peak - results_bytes)
+
+
+# --- torch's CPU flash op ---------------------------------------------------------------------------------------------
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+KEYS = 512
+"""Keys of a block of scores."""
+
+
+def _workspace(func: Any, args: Any) -> int:
+    """What the op holds of the scores for each thread, as in torch's `native/cpu/FlashAttentionKernel.cpp`.
+
+    Forward: a block of scores, the maximum and the sum of its rows, and their outputs; backward: a block of scores, one
+    of their gradients, and a sum for each row.  Of 16-bit dtypes a copy of the blocks beside, in their own.
+    """
+    if func not in (FORWARD, BACKWARD):
+        return 0
+    q, k = (args[1], args[2]) if func is BACKWARD else (args[0], args[1])
+    rows = next(rows for least, rows in ((768, 256), (192, 64), (0, 32)) if q.shape[2] >= least)
+    rows, keys = min(rows, q.shape[2]), min(KEYS, k.shape[2])
+    blocks = 2 * rows * keys if func is BACKWARD else rows * keys
+    beside = rows if func is BACKWARD else rows * (2 + q.shape[3])
+    dtype = accumulator(q.dtype)
+    copies = blocks * q.itemsize if dtype != q.dtype else 0
+    return int(torch.get_num_threads() * ((blocks + beside) * dtype.itemsize + copies))
