@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import _allocations
+from ringpass.explain.reuse import Life, alive, occupy
 from ringpass.explain.scratch import BACKWARD, FORWARD, _workspace
 
 
@@ -20,3 +23,23 @@ def test_workspace_of_the_cpu_kernel(length: int, backward: bool) -> None:
         results = func(*args)
     taken = sum(event.size for event in _allocations(profiler, "cpu") if event.size > 0)
     assert taken - sum(x.nbytes for x in results) == _workspace(func, args) > 0
+
+
+def life(start: int, stop: int, size: int = 4, **flags: Any) -> Life:
+    return Life((start, stop), size, "temporary", start, stop, stop, torch.float32, **flags)
+
+
+@pytest.mark.parametrize(
+    ("others", "flags", "stop"),
+    [
+        ([life(4, 5, 8)], {}, 6),  # the peak is elsewhere: the memory waits for its next owner
+        ([life(1, 1, 1), life(4, 4, 5)], {}, 1),  # waiting would raise the peak
+        ([life(4, 5, 8)], {"gives": False}, 1),
+    ],
+)
+def test_memory_waits_for_its_next_owner_below_the_peak(others: list[Life], flags: dict[str, bool], stop: int) -> None:
+    first, second = life(0, 1, **{"gives": True} | flags), life(7, 8, takes=True, gives=True)
+    most = [life(9, 9, 12 if others[0].start != 1 else 6)]
+    lives = [first, second, *others, *most]
+    occupy(lives, alive(((x.start, x.read, x.size) for x in lives), 10))
+    assert (first.stop, second.stop) == (stop, 8)
