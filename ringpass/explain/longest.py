@@ -2,7 +2,8 @@
 
     peaks at S, 2 S and 4 S tokens      the call explained at three lengths
     peak(S) = a + b S + c S^2           through the three points
-    the largest S that fits             explained once more, and made shorter by what is still too much
+    the largest S that fits             explained once more, and made shorter by what is still too much; or, if it
+                                        fits, longer, through the points of the three largest lengths
 
 Contract: at most MOST more runs, and none is begun after BUDGET seconds.  A length that was not explained itself is
 marked: `verified` is false.
@@ -25,8 +26,9 @@ from ringpass.explain.data import ReportData
 from ringpass.explain.request import Request
 
 BUDGET = 120.0
-MOST = 4
+MOST = 6
 FACTORS = (1, 2, 4)
+NEAR = 1.05  # of a length that fits: what is no longer than that is not tried
 
 
 def longest(request: Request, report: ReportData, peak_of: Callable[[Request], int]) -> dict[str, Any] | None:
@@ -52,13 +54,18 @@ def longest(request: Request, report: ReportData, peak_of: Callable[[Request], i
         found = _largest(peaks, device["bytes"], request.world)
         if not found:
             return {**told, "tokens": 0, "why": "what does not depend on the length is too much already"}
+        fits = 0
         for _ in range(MOST - len(FACTORS) + 1):
-            if time.monotonic() - started > BUDGET:
+            if time.monotonic() - started > BUDGET or found <= fits * NEAR:
                 break
             peaks[found] = peak_of(at_length(request, first, found))
             if peaks[found] <= device["bytes"]:
-                return {**told, "tokens": found, "verified": True, "why": f"its peak is {peaks[found]} bytes"}
-            found = _shorter(found, peaks[found], device["bytes"], request.world)
+                fits = found
+                found = _largest(dict(sorted(peaks.items())[-3:]), device["bytes"], request.world)
+            else:
+                found = _shorter(found, peaks[found], device["bytes"], request.world)
+        if fits:
+            return {**told, "tokens": fits, "verified": True, "why": f"its peak is {peaks[fits]} bytes"}
     except Exception as error:
         text = f"the model does not run at another length: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         return {**told, "why": text}
