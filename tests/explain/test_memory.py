@@ -1,16 +1,39 @@
-"""The rules behind the memory of a report, each on its own."""
+"""The memory of a report beside what a step allocates, and the rules behind it on their own."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import peaks
 from benchmarks.memory import _allocations
+from benchmarks.paired import Case, on_ranks
 from ringpass.explain.reuse import Life, alive, occupy
 from ringpass.explain.scratch import BACKWARD, FORWARD, _workspace
+from tests.support.marks import slow
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "length"),
+    [
+        ("llama", 2, 1024),
+        slow("gpt2", 2, 1024),
+        slow("vit", 2, 2048),
+        slow("t5", 2, 1024),
+        slow("llama", 2, 2048),
+        slow("llama", 4, 1024),
+        slow("vit", 4, 1024),
+    ],
+)
+def test_a_rank_needs_what_the_report_says(name: str, ranks: int, length: int) -> None:
+    """At sizes of the benchmark: in shorter sequences, gradients of parameters and other fixed sizes are most of it."""
+    how = Namespace(models=[name], lengths=[length], width=128, compiler="inductor")
+    (case,) = (found for found in on_ranks(ranks, peaks.job, how) if isinstance(found, Case))
+    assert case.facts["ratio"] == pytest.approx([1.0] * ranks, abs=peaks.BOUND)
 
 
 @pytest.mark.parametrize("length", [32, 200, 800])
