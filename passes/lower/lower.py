@@ -48,7 +48,7 @@ ROLLED: dict[Any, Callable[..., Any]] = {
 ARITHMETIC = {primitives.merge: primitives.merge_body}
 """`ROLLED`: ops whose body is the loop of a ring; `ARITHMETIC`: ops whose body the compiler should fuse."""
 OF_SITE = "ringpass_site"
-"""In `meta` of what an attention was unrolled to: the key of its site."""
+"""In `meta` of what an attention was unrolled to: its number in the graph."""
 SITE: dict[Any, int] = {ops.ring_attention: 4, ops.ring_attention_backward: 7}  # their first argument after the leaves
 REORDERING = {ops.shard: "permute", ops.gather: "restore"}
 LABELLED: dict[Any, int] = {primitives.exchange: 7, primitives.start_gather: 3}  # position of what profilers call them
@@ -173,7 +173,7 @@ def _copy(graph: Graph, inner: Node, copies: dict[Node, Any], origin: Node) -> N
     new = graph.node_copy(inner, copies.__getitem__)
     new.meta = {**inner.meta, **{k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}}
     if origin.target in ROLLED:
-        new.meta[OF_SITE] = _key(origin)[0]
+        new.meta[OF_SITE] = _key(origin)[3]
     text = inner.meta.get(LABEL)
     if text:
         new._rename(_readable(text, inner))

@@ -50,8 +50,8 @@ def graph_report(index: int, run: GraphRun, inputs: Sequence[str]) -> GraphRepor
             index, run.whole, [], [], [], [], [], memory, None, None, [short(text) for text in run.told], [], None
         )
     plan, world = made.plan, run.rank.world
-    groups = folded(plan.sites)
-    of_sites = received_by_phase(made.program.gm.graph, received)
+    of_sites = received_by_phase(plan.sites, received)
+    groups = folded(plan.sites, of_sites)
     machine = plan.weighed.machine
     return GraphReport(
         index=index,

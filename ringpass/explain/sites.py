@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph
 
-from ringpass import ops
 from ringpass.explain.data import SiteReport, WayReport, by_rank
 from ringpass.explain.sources import source_of
-from ringpass.explain.traffic import SITE_AT, Move
+from ringpass.explain.traffic import Move
 from ringpass.masks.constants import Array
 from ringpass.masks.evaluate import evaluate
 from ringpass.masks.expr import loads
@@ -25,16 +22,21 @@ from ringpass.schedule.head_shares import HeadShare
 from ringpass.schedule.tiles import TILE_KINDS, Problem, tiling
 
 RANKS = 1024  # lists by rank are left out above
-NUMBER = re.compile(r"ring_attention_(\d+)")
 EVALUATED = 1 << 24  # pairs of a mask that are evaluated to find the keys that are needed
 SitePlans = Sequence[SitePlan]
+Received = Mapping[int, Mapping[str, int]]
+"""Bytes by the number of an attention and by phase."""
 
 
-def folded(sites: SitePlans) -> list[SitePlans]:
-    """The sites in groups that are alike but for their place in the model, in the order of their first ones."""
+def folded(sites: SitePlans, received: Received) -> list[SitePlans]:
+    """The sites in groups that are alike but for their place in the model, in the order of their first ones.
+
+    `received`: as `received_by_phase` finds; a frozen layer's attention may receive less in the backward.
+    """
     alike: dict[Any, list[SitePlan]] = {}
     for site in sites:
-        alike.setdefault(_kind(site), []).append(site)
+        kind = _kind(site), tuple(received.get(site.site.index, {}).items())
+        alike.setdefault(kind, []).append(site)
     return list(alike.values())
 
 
@@ -47,28 +49,17 @@ def _kind(site: SitePlan) -> Any:
     return shapes, texts, how, axes, site.problem
 
 
-def received_by_phase(program: Graph, moves: Mapping[str, Sequence[Move]]) -> dict[int, dict[str, int]]:
-    """By site, the bytes of K, V and their gradients that the rank receives in each phase.
-
-    Nodes of a lowered graph name their site by a key, which equal attentions share: each has an equal part.
-    """
-    keys: dict[int, list[str]] = {}
-    for node in program.find_nodes(op="call_function", target=ops.ring_attention):
-        number = NUMBER.match(node.name)
-        assert number, node.name
-        keys.setdefault(int(number[1]), []).append(str(node.args[SITE_AT[ops.ring_attention]]))
-    uses = Counter(key for of in keys.values() for key in of)
-    totals = {phase: Counter[str]() for phase in moves}
+def received_by_phase(sites: SitePlans, moves: Mapping[str, Sequence[Move]]) -> Received:
+    """By attention, the bytes of K, V and their gradients that the rank receives in each phase."""
+    found = {site.site.index: dict.fromkeys(moves, 0) for site in sites if site.problem is not None}
     for phase, of_phase in moves.items():
         for move in of_phase:
-            totals[phase][move.site] += move.bytes
-    return {
-        index: {phase: sum(totals[phase][key] // uses[key] for key in of) for phase in moves}
-        for index, of in keys.items()
-    }
+            if move.site is not None:
+                found[move.site][phase] += move.bytes
+    return found
 
 
-def site_report(group: SitePlans, world: int, received: Mapping[int, Mapping[str, int]]) -> SiteReport:
+def site_report(group: SitePlans, world: int, received: Received) -> SiteReport:
     """What is known of the sites of one group; `received`: of each, the bytes of the rank by phase."""
     site = group[0]
     found, problem = site.site, site.problem

@@ -28,10 +28,10 @@ from ringpass.layouts.ranges import size
 from ringpass.layouts.redistribution import among, between
 from ringpass.nodes import hint_of
 from ringpass.ops import gradient_sums, pooling, primitives
-from ringpass.ops.attention import site_of
+from ringpass.ops.attention import INDEX, site_of
 from ringpass.ops.pooling import message_dtype
 from ringpass.ops.transports.table import make_transport
-from ringpass.passes.lower.lower import OF_SITE
+from ringpass.passes.lower.lower import OF_SITE, SITE
 from ringpass.precision import accumulator
 from ringpass.schedule.site import Site
 
@@ -44,13 +44,13 @@ SUMS = ("reduce", "parameter sum", "reduce-scatter", "block means")
 class Move:
     """What one node receives: the kind of boundary, `ATTENTION` for K, V and their gradients, and the bytes.
 
-    `site`: the key of the attention to which it belongs; empty: to none.
+    `site`: the number of the attention to which it belongs; None: to none.
     """
 
     node: Node
     kind: str
     bytes: int
-    site: str = ""
+    site: int | None = None
 
 
 Rule = Callable[[list[Any]], int]
@@ -69,9 +69,15 @@ def moves(graph: Graph, rank: int) -> Iterator[Move]:
             received = rule(_values(node))
         else:
             continue
-        site = str(node.args[SITE_AT[node.target]]) if node.target in SITE_AT else node.meta.get(OF_SITE, "")
         if received:
-            yield Move(node, ATTENTION if site else kind, received, site)
+            site = site_number(node)
+            yield Move(node, kind if site is None else ATTENTION, received, site)
+
+
+def site_number(node: Node) -> int | None:
+    """The number of the attention that a node of a lowered graph belongs to."""
+    found: Any = node.args[SITE[node.target] + INDEX] if node.target in SITE else node.meta.get(OF_SITE)
+    return None if found is None else int(found)
 
 
 def _values(node: Node) -> list[Any]:
@@ -229,7 +235,6 @@ def _ring_attention_backward(given: list[Any]) -> int:
     return found + (hint_of(q.numel()) * wide if site.split else 0)
 
 
-SITE_AT: Mapping[Any, int] = {ops.ring_attention: 5, ops.ring_attention_backward: 8}
 RULES: Mapping[Any, tuple[str, Rule]] = {
     ops.shard: ("shard", lambda given: 0),
     ops.gather: ("gather", _gather),

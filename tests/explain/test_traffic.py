@@ -1,4 +1,4 @@
-"""The bytes of a report are those that ranks receive, forward and backward, in attention and at boundaries."""
+"""The bytes of a report are those that ranks receive: node by node, forward and backward, and of outputs in full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"unroll_limit": 0},
     {"ulysses_degree": 2},
+    {"ulysses_degree": 2, "unroll_limit": 0},
     {"comm": "allgather"},
+    {"comm": "allgather", "unroll_limit": 0},
     {"layout": "contiguous", "dilation": "auto"},
 ]
 
@@ -42,14 +44,47 @@ def test_bytes_of_a_report_are_those_at_run_time(
     workers: Workers, name: str, ranks: int, length: int, options: dict[str, Any]
 ) -> None:
     for found in workers.run(step_and_report, ranks, name, length, **options):
-        if found["split"]:  # collectives of attention: at run time they look like those of boundaries
-            totals = [{phase: sum(of.values()) for phase, of in found[x].items()} for x in ("explained", "counted")]
-            assert totals[0] == totals[1]
-        else:
-            assert found["explained"] == found["counted"]
-        assert found["counted"]["backward"]
-        if not found["split"] and not options.get("ulysses_degree"):
-            assert found["planned"] == found["counted"]["forward"].get(ATTENTION, 0)
+        assert found["explained"] == found["counted"]
+        assert any(phase == "backward" for _, phase, _ in found["counted"])
+        if not found["kinds"] & {"split", "allgather", "degree"}:
+            of_keys = [n for (_, phase, at), n in found["counted"].items() if phase == "forward" and ATTENTION in at]
+            assert found["planned"] == sum(of_keys)
+
+
+KINDS: list[tuple[str, dict[str, Any], set[str]]] = [
+    ("halos", {}, {"halo"}),
+    ("scan", {"layout": "contiguous"}, {"state"}),
+    ("few_queries", {}, {"split"}),
+    ("short_decoder", {}, {"split", "gather"}),
+    ("frozen", {}, set()),
+    ("frozen", {"ulysses_degree": 2}, {"degree"}),
+    ("frozen", {"comm": "allgather"}, {"allgather"}),
+]
+"""A model, options, and the kinds of boundaries and of attentions that its report has."""
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "options", "kinds"),
+    [
+        ("halos", 3, *KINDS[0][1:]),
+        ("scan", 2, *KINDS[1][1:]),
+        *((name, 2, options, kinds) for name, options, kinds in KINDS[2:]),
+        *(
+            slow(name, ranks, options, kinds)
+            for name, options, kinds in KINDS
+            for ranks in (2, 3, 4, 5)
+            if ranks % options.get("ulysses_degree", 1) == 0
+        ),
+        *(slow(name, 3, {**options, "unroll_limit": 0}, kinds) for name, options, kinds in KINDS[:5]),
+        *(slow(name, 4, {**options, "unroll_limit": 0}, kinds) for name, options, kinds in KINDS[5:]),
+        *(slow(name, 3, {}, {"halo", "all-to-all"}) for name in ("bamba", "jamba", "qwen3_next")),
+    ],
+)
+def test_bytes_of_each_kind(workers: Workers, name: str, ranks: int, options: dict[str, Any], kinds: set[str]) -> None:
+    """Halos, recurrences, few queries, Ulysses, gathered keys, frozen layers: each is there, and counted exactly."""
+    for found in workers.run(step_and_report, ranks, name, 37, **options):
+        assert found["explained"] == found["counted"]
+        assert kinds <= found["kinds"]
 
 
 def test_every_op_that_talks_to_ranks_has_a_rule() -> None:

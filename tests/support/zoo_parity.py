@@ -93,7 +93,7 @@ def zoo_parity(
 def step(model: nn.Module, run: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Each output, the loss (or a number that depends on all outputs), the gradient of each parameter that has one."""
     model.zero_grad()
-    tensors = dict(_tensors(run(**batch), ""))
+    tensors = dict(named_tensors(run(**batch), ""))
     numbers = [t for t in tensors.values() if not t.ndim and t.requires_grad]
     return after_backward(model, tensors, numbers[-1] if numbers else None)
 
@@ -115,20 +115,20 @@ def _peak(model: nn.Module, run: Any, batch: dict[str, Any]) -> int:
     return peak_bytes(lambda: step(model, run, batch), lambda: [p.grad for p in model.parameters()])
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors in outputs of any kind: tuples, model outputs, caches."""
     if isinstance(value, Tensor):
         yield name, value
     elif hasattr(value, "cross_attention_cache"):
-        yield from _tensors((value.self_attention_cache, value.cross_attention_cache), name)
+        yield from named_tensors((value.self_attention_cache, value.cross_attention_cache), name)
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
-            yield from _tensors(item, f"{name}.{i}")
+            yield from named_tensors(item, f"{name}.{i}")
     elif hasattr(value, "items"):
         for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}")
+            yield from named_tensors(item, f"{name}.{key}")
     elif hasattr(value, "layers"):
-        yield from _tensors([vars(layer) for layer in value.layers], name)  # keys, values, states of recurrences
+        yield from named_tensors([vars(layer) for layer in value.layers], name)  # keys, values, states of recurrences
 
 
 PRODUCTS = {
