@@ -24,7 +24,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ringpass.config import DUMP_VARIABLE
-from ringpass.errors import OptionError
+from ringpass.errors import InputError, OptionError
 from ringpass.files import write_text
 from ringpass.page.code import difference
 from ringpass.passes.detect.site import AttentionSite
@@ -51,20 +51,20 @@ class Dump:
     def open(self) -> None:
         """Makes the folder of this graph, which gets the next number of its directory, and writes what is kept.
 
-        Raises OptionError if it cannot be made.
+        Raises OptionError if it cannot be made or written.
         """
         if self.folder is None:
             return
         self.path = Path(self.folder) / f"graph{next(_numbers[os.path.abspath(self.folder)])}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # the path is that of a file, too long, or not to be written
+            for name, text in self.kept.items():
+                self._put(name, text)
+        except (OSError, InputError) as error:  # the path is that of a file, too long, a link, or not to be written
             raise OptionError(
                 f"option 'dump' or {DUMP_VARIABLE}: expected a directory that can be made and written, got "
                 f"{self.folder!r}: {error}. Name another one, or leave it out"
             ) from error
-        for name, text in self.kept.items():
-            self._put(name, text)
 
     def write(self, name: str, text: str) -> None:
         """Writes the file `name`, or keeps its text until `open`; and how a stage differs from the one before."""

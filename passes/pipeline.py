@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 from torch.fx import GraphModule
@@ -21,6 +22,7 @@ from ringpass.nodes import op_name
 from ringpass.passes import artifacts
 from ringpass.passes.dump import Dump, readable, texts
 from ringpass.passes.verify import verify
+from ringpass.side_products import side_product
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,10 +59,11 @@ class Pipeline:
 
     def write(self, stage: str, result: Any) -> None:
         """Writes the files that show the `result` of a stage."""
-        for name, text in texts(stage, result, self.dump.rank) if self.dumps or artifacts.wanted() else ():
-            if self.dumps:
-                self.dump.write(name, text)
-            self._emit(name, text)
+        with self._shows(stage):
+            for name, text in texts(stage, result, self.dump.rank) if self.dumps or artifacts.wanted() else ():
+                if self.dumps:
+                    self.dump.write(name, text)
+                self._emit(name, text)
 
     def lowered(self, name: str, gm: GraphModule) -> None:
         """Checks and dumps the lowered `forward` or `backward` graph, when torch compiles it.
@@ -69,15 +72,17 @@ class Pipeline:
         """
         verify("lower", gm)
         self._note(name, None, gm)
-        if self.dumps:
-            self.dump.graph(name, gm)
-        if artifacts.wanted():
-            self._emit(f"{name}.py", readable(gm))
+        with self._shows(name):
+            if self.dumps:
+                self.dump.graph(name, gm)
+            if artifacts.wanted():
+                self._emit(f"{name}.py", readable(gm))
 
     def coded(self, name: str, code: str) -> None:
         """Dumps the code that Inductor generated for the `forward` or `backward`."""
-        if self.dumps:
-            self.dump.write(f"output_code_{name}.py", code)
+        with self._shows(f"code of the {name}"):
+            if self.dumps:
+                self.dump.write(f"output_code_{name}.py", code)
 
     def _emit(self, name: str, text: str) -> None:
         """Gives a text to `artifacts`, unless it is the one that a stage gave before under this name."""
@@ -101,7 +106,12 @@ class Pipeline:
             self.calls = calls
         log.info("%s", line)
         self.lines.append(line)
-        self.dump.write("stages.txt", "\n".join(self.lines))
+        with self._shows("list of stages"):
+            self.dump.write("stages.txt", "\n".join(self.lines))
+
+    def _shows(self, stage: str) -> AbstractContextManager[None]:
+        """What is made inside shows a stage to people: if it fails, the run goes on without it."""
+        return side_product(f"what the dump, the log or the trace shows of the {stage} on rank {self.dump.rank}")
 
 
 def _changes(before: Counter[str], after: Counter[str]) -> str:

@@ -18,6 +18,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EISDIR
 from pathlib import Path, PurePosixPath
 
 from ringpass.errors import InputError
@@ -51,6 +52,15 @@ def write_bytes(root: str | Path, name: str, data: bytes) -> None:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises OSError if the file `path` cannot be written, for want of a folder, of permission or of space."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
+    probe = f"{Path(path).name[:100]}.{os.getpid()}.{secrets.token_hex(8)}"
+    write_bytes(Path(path).parent, probe, b"\n")
+    (Path(path).parent / probe).unlink()
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:

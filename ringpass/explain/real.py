@@ -11,6 +11,9 @@ a graph that is not partitioned.
     <dump>/index.html               the page of all graphs that are partitioned, with the texts beside it
     <dump>/graph0/report.json       the report, of this graph alone; its verdict is on all graphs
     <dump>/graph0/trace.json, exchange.dot
+
+Contract: a path that cannot be written is an OptionError when the first graph is compiled.  Whatever fails later, in
+the making of a report or in writing it, is a warning that names what is missing, and the run goes on.
 """
 
 from __future__ import annotations
@@ -26,15 +29,18 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
+from ringpass.errors import InputError, OptionError
 from ringpass.explain.data import GraphReport
 from ringpass.explain.dumping import write_dump
 from ringpass.explain.making import graph_report_of, report_of, texts_of
 from ringpass.explain.report import media_of
 from ringpass.explain.request import Request
 from ringpass.explain.stages import GraphRun
+from ringpass.files import check_writable
 from ringpass.page.dumped import write_page
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
+from ringpass.side_products import side_product
 
 
 class RealRun:
@@ -49,18 +55,20 @@ class RealRun:
         """Adds a graph, whose stages `stages` ran; returns what is to be shown its lowered graphs and its code."""
         graph = RealGraph(len(self.graphs), run, stages, self)
         self.graphs.append(graph)
-        self.write()
+        graph.report_anew("as it is captured")
         return graph
 
     def write(self) -> None:
         """Writes the report of the graphs so far, and the dump of those that have a folder."""
-        runs = [graph.run for graph in self.graphs]
-        report = report_of([graph.report for graph in self.graphs], runs, self.request, None)
+        runs = [graph.run for graph in self.graphs if graph.report is not None]
+        report = report_of([graph.report for graph in self.graphs if graph.report], runs, self.request, None)
         report = replace(report, model=_model(runs[0]), command=shlex.join(sys.argv))
         if self.path is not None:
-            shown = replace(report, texts=texts_of(runs)) if media_of(self.path) == ".html" else report
-            shown.save(self.path)
-        write_dump(report, runs)
+            with side_product(f"the report {self.path}"):
+                shown = replace(report, texts=texts_of(runs)) if media_of(self.path) == ".html" else report
+                shown.save(self.path)
+        with side_product("the report or the page of the dump"):
+            write_dump(report, runs)
 
 
 class RealGraph:
@@ -68,21 +76,27 @@ class RealGraph:
 
     def __init__(self, index: int, run: GraphRun, stages: Pipeline, of: RealRun) -> None:
         self.index, self.run, self.stages, self.of = index, run, stages, of
-        self.report: GraphReport = graph_report_of(index, run)
+        self.report: GraphReport | None = None
+
+    def report_anew(self, when: str) -> None:
+        """Makes the report of this graph, and writes all."""
+        with side_product(f"the report of graph {self.index}, {when},"), unset_fake_temporarily():
+            self.report = graph_report_of(self.index, self.run)  # in AOTAutograd's mode masks could not be evaluated
+            self.of.write()
 
     def lowered(self, stage: str, gm: GraphModule) -> None:
         """Hears of the lowered `forward` or `backward`."""
         self.stages.lowered(stage, gm)
-        self.run.lowered[stage] = GraphModule(gm, copy.deepcopy(gm.graph))
-        with unset_fake_temporarily():  # AOTAutograd's, in which masks could not be evaluated
-            self.report = graph_report_of(self.index, self.run)
-            self.of.write()
+        with side_product(f"the {stage} of graph {self.index} in its report"):
+            self.run.lowered[stage] = GraphModule(gm, copy.deepcopy(gm.graph))
+        self.report_anew(f"with its {stage}")
 
     def coded(self, stage: str, code: str) -> None:
         """Hears of the code that Inductor generated."""
         self.stages.coded(stage, code)
-        if self.run.folder is not None:
-            write_page(self.run.folder.parent)
+        with side_product(f"the page of the dump with the code of the {stage}"):
+            if self.run.folder is not None:
+                write_page(self.run.folder.parent)
 
 
 _RUNS: dict[tuple[str | None, str | None], RealRun] = {}
@@ -90,11 +104,28 @@ _RUNS: dict[tuple[str | None, str | None], RealRun] = {}
 
 
 def real_run(config: RingConfig, rank: Rank, options: Mapping[str, Any], stages: Pipeline) -> RealRun | None:
-    """The run whose report this process writes; None: nothing asks for one, or another rank writes it."""
+    """The run whose report this process writes; None: nothing asks for one, or another rank writes it.
+
+    Raises OptionError if the file that the option `explain` names cannot be written.
+    """
     key = config.explain, stages.dump.folder
     if rank.rank or key == (None, None):
         return None
-    return _RUNS.setdefault(key, RealRun(config.explain, rank, options))
+    if key not in _RUNS:
+        if config.explain is not None:
+            _check(config.explain)
+        _RUNS[key] = RealRun(config.explain, rank, options)
+    return _RUNS[key]
+
+
+def _check(path: str) -> None:
+    try:
+        check_writable(path)
+    except (OSError, InputError) as error:
+        raise OptionError(
+            f"option 'explain': expected the path of a file that can be written, got {path!r}: {error}. Name another "
+            "one, or leave it out"
+        ) from error
 
 
 def _model(run: GraphRun) -> str:
