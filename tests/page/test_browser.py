@@ -94,6 +94,17 @@ def test_a_rank_of_the_tile_map(page: Opened) -> None:
     assert "Rank 0, step by step" in tab.inner_text("#tiles .panel") and "its own" in tab.inner_text("#tiles tbody")
 
 
+def test_a_panel_is_drawn_once_its_canvas_is_painted(page: Opened) -> None:
+    """Else a click, at a part of the size that a canvas has before, hits another rank."""
+    width = page.tab.evaluate("""() => new Promise((resolve) => {
+        const holder = document.querySelector("#tiles .panel");
+        const look = () => { if (holder.dataset.drawn === "yes") resolve(holder.querySelector("canvas").style.width); };
+        new MutationObserver(look).observe(holder, {attributes: true});
+        draw(holder);
+    })""")
+    assert width == page.tab.evaluate("`${document.querySelector('#tiles canvas').clientWidth}px`") != "300px"
+
+
 @pytest.mark.parametrize("view", ["by rank", "by token"])
 def test_colours_of_the_tile_map(page: Opened, view: str) -> None:
     """Its pixels are those of the tiles: as large a share is coloured as the mask leaves."""

@@ -46,7 +46,8 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def open_page(chromium: Any, path: Path, size: tuple[int, int] = WIDE, scheme: str = "light") -> Iterator[Opened]:
     """The file in a new tab of this size."""
-    tab = chromium.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    screen = {"width": size[0], "height": size[1]}
+    tab = chromium.new_page(viewport=screen, color_scheme=scheme, reduced_motion="reduce")  # no scrolling under a click
     opened = Opened(tab)
     tab.on("console", lambda m: opened.complaints.append(m.text) if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: opened.complaints.append(str(error)))

@@ -9,7 +9,8 @@ function draw(holder) {
   const place = element("div"); // a new one each time: a drawing that is still under way keeps its own
   holder.replaceChildren(place);
   const graph = (report.graphs || [])[chosen.graph];
-  const done = () => { holder.dataset.drawn = "yes"; };
+  delete holder.dataset.drawn;
+  const done = () => requestAnimationFrame(() => { if (holder.firstElementChild === place) holder.dataset.drawn = "yes"; }); // after its canvases, which are painted in the same frame
   Promise.resolve(panels[holder.dataset.panel](graph, place)).then(done, (error) => { place.append(missing(`This panel cannot be drawn: ${error.message}`)); console.error(error); });
 }
 
