@@ -1,11 +1,12 @@
-"""What each rank of a ring would hold, compute, send and receive for one attention: one process, no launcher, no GPU.
+"""Every exchange of one attention as text, tokens and heads named: what `ringpass explain` has in sums or on its page.
 
     python -m examples.simulate --ranks 4 --tokens 4096
     python -m examples.simulate --ranks 4 --tokens 4096 --dilation longvit
     python -m examples.simulate --ranks 8 --tokens 1048576 --mask causal --window 4095 --layout contiguous
     python -m examples.simulate --ranks 4 --tokens 64 --segment-lengths 16 64 --dilation-rates 1 4 --rank 1
 
-The plan is the compiler's own, proved for all ranks as it is before a training; nothing is sent or computed.
+The attention is described by numbers; of a model, `ringpass explain` says more.  The plan is the compiler's own, proved
+for all ranks as it is before a training; nothing is sent or computed, in one process without a launcher or a GPU.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def pairs_of(site: SitePlan, rank: int) -> int:
 
 def _ranks(site: SitePlan, sent: list[Sent], row: int) -> Table:
     assert site.problem is not None
-    table = _table("ranks", "rank", "tokens held", "pairs", "tiles", "rows in", "bytes in", "from", "rows out")
+    table = _table("ranks", "rank", "tokens held", "pairs", "tiles", "rows", "receives", "from", "rows sent")
     for rank in range(site.problem.world):
         held = site.problem.key_layout.ranges(rank, site.problem.keys)
         tiles = sum(len(step.tiles) for program in site.programs(rank) for step in program.steps)
