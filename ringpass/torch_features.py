@@ -6,6 +6,7 @@ docs/torch_versions.md lists the releases that are tested.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,3 +60,16 @@ def fsdp_param_groups(state: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [group for group in (state._fsdp_param_group,) if group is not None]
+
+
+def compiled_callable() -> Any:
+    """What the outermost `torch.compile` that this thread is inside of was given; None where that cannot be told.
+
+    Of a module it is a bound method.  Read from the frames of Dynamo's wrapper, whose name is no interface.
+    """
+    found, frame = None, sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+            found = frame.f_locals.get("fn", found)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
@@ -41,6 +42,7 @@ from ringpass.page.dumped import write_page
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
 from ringpass.side_products import side_product
+from ringpass.torch_features import compiled_callable
 
 
 class RealRun:
@@ -49,12 +51,15 @@ class RealRun:
     def __init__(self, path: str | None, rank: Rank, options: Mapping[str, Any]) -> None:
         self.path = path
         self.graphs: list[RealGraph] = []
+        self.models: dict[str, None] = {}
         self.request = Request(None, (), {}, rank.world, rank.rank, options, None, None, None)
 
     def add(self, run: GraphRun, stages: Pipeline) -> RealGraph:
         """Adds a graph, whose stages `stages` ran; returns what is to be shown its lowered graphs and its code."""
         graph = RealGraph(len(self.graphs), run, stages, self)
         self.graphs.append(graph)
+        with side_product("the model's name in the report"):
+            self.models[model_name(compiled_callable(), run)] = None
         graph.report_anew("as it is captured")
         return graph
 
@@ -62,7 +67,7 @@ class RealRun:
         """Writes the report of the graphs so far, and the dump of those that have a folder."""
         runs = [graph.run for graph in self.graphs if graph.report is not None]
         report = report_of([graph.report for graph in self.graphs if graph.report], runs, self.request, None)
-        report = replace(report, model=_model(runs[0]), command=shlex.join(sys.argv))
+        report = replace(report, model=", ".join(self.models) or "not known", command=shlex.join(sys.argv))
         if self.path is not None:
             with side_product(f"the report {self.path}"):
                 shown = replace(report, texts=texts_of(runs)) if media_of(self.path) == ".html" else report
@@ -128,8 +133,24 @@ def _check(path: str) -> None:
         ) from error
 
 
-def _model(run: GraphRun) -> str:
-    """The class of the outermost module that the nodes of a graph name."""
+def unwrapped(compiled: Any) -> Any:
+    """The module of a bound method, or the function that another one wraps."""
+    while not isinstance(compiled, torch.nn.Module):
+        holder = getattr(compiled, "__self__", None)
+        inner = holder if isinstance(holder, torch.nn.Module) else getattr(compiled, "__wrapped__", None)
+        if inner is None:
+            break
+        compiled = inner
+    return compiled
+
+
+def model_name(compiled: Any, run: GraphRun) -> str:
+    """The class of the module that is compiled, or its function's name; else the outermost that a graph names."""
+    compiled = unwrapped(compiled)
+    if isinstance(compiled, torch.nn.Module):
+        return type(compiled).__name__
+    if compiled is not None:
+        return str(getattr(compiled, "__name__", type(compiled).__name__))
     for node in run.read.captured.gm.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         if stack:

@@ -1,7 +1,8 @@
-"""The report of a real run: a side product, which never stops the run."""
+"""The report of a real run: a side product, which never stops the run; the model's name."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from ringpass.side_products import _warn_once
 from tests.support.page_models import Layers, step
@@ -85,3 +87,43 @@ def test_other_paths_that_cannot_be_written(tmp_path: Path, path: str) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="option 'explain': expected the path"):
         run_step(Layers(1), explain=str(tmp_path / path))
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    """Its first graph is that of a submodule, which breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)
+
+
+class Inner(Layers):
+    """Breaks at its begin."""
+
+    def forward(self, x: Tensor) -> Any:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["compile", "method", "forward", "function"])
+def test_the_model_is_the_outermost(tmp_path: Path, how: str) -> None:
+    model = Outer()
+
+    def call(x: Tensor) -> Any:
+        return model(x)
+
+    def compiled(options: Any) -> Any:
+        if how == "method":
+            model.compile(backend="ring_dilated", options=options)
+            return model
+        given: Any = {"compile": model, "forward": model.forward, "function": call}[how]
+        return torch.compile(given, backend="ring_dilated", options=options)
+
+    run_step(model, compiled, explain=str(tmp_path / "report.json"))
+    assert json.loads((tmp_path / "report.json").read_text())["model"] == ("call" if how == "function" else "Outer")
