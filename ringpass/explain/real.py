@@ -26,23 +26,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from ringpass.config import RingConfig
 from ringpass.errors import InputError, OptionError
-from ringpass.explain.data import GraphReport
+from ringpass.explain.data import Data, GraphReport
 from ringpass.explain.dumping import write_dump
 from ringpass.explain.making import graph_report_of, report_of, texts_of
 from ringpass.explain.report import media_of
 from ringpass.explain.request import Request
 from ringpass.explain.stages import GraphRun
+from ringpass.explain.verdict import DEVICES, Device
 from ringpass.files import check_writable
 from ringpass.page.dumped import write_page
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
+from ringpass.schedule.machine import Machine
 from ringpass.side_products import side_product
 from ringpass.torch_features import compiled_callable
+
+HOW_LONG = "a run shows the lengths that it runs: ringpass.explain(.., device=..) looks for the longest that fits"
 
 
 class RealRun:
@@ -66,8 +71,11 @@ class RealRun:
     def write(self) -> None:
         """Writes the report of the graphs so far, and the dump of those that have a folder."""
         runs = [graph.run for graph in self.graphs if graph.report is not None]
-        report = report_of([graph.report for graph in self.graphs if graph.report], runs, self.request, None)
-        report = replace(report, model=", ".join(self.models) or "not known", command=shlex.join(sys.argv))
+        device = next(filter(None, map(device_of_run, runs)), None)
+        report = report_of([graph.report for graph in self.graphs if graph.report], runs, self.request, device)
+        longest: Data = {"tokens": None, "device": device.name, "verified": False, "why": HOW_LONG} if device else {}
+        model = ", ".join(self.models) or "not known"
+        report = replace(report, model=model, command=shlex.join(sys.argv), longest=longest or None)
         if self.path is not None:
             with side_product(f"the report {self.path}"):
                 shown = replace(report, texts=texts_of(runs)) if media_of(self.path) == ".html" else report
@@ -131,6 +139,17 @@ def _check(path: str) -> None:
             f"option 'explain': expected the path of a file that can be written, got {path!r}: {error}. Name another "
             "one, or leave it out"
         ) from error
+
+
+def device_of_run(run: GraphRun) -> Device | None:
+    """The CUDA device of a graph's inputs, or else that of the machine that is described; None: not known."""
+    inputs = [x for x in run.read.captured.inputs if isinstance(x, Tensor)]
+    if any(x.device.type == "cuda" for x in inputs) and torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return Device(found.name, found.total_memory, "cuda")
+    machine = run.config.machine
+    memory = DEVICES.get(machine.name) if isinstance(machine, Machine) else None
+    return Device(machine.name, memory, "cuda") if isinstance(machine, Machine) and memory else None
 
 
 def unwrapped(compiled: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The report of a real run: a side product, which never stops the run; the model's name."""
+"""The report of a real run: a side product, which never stops the run; the model's name, and the device."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_other_paths_that_cannot_be_written(tmp_path: Path, path: str) -> None:
         run_step(Layers(1), explain=str(tmp_path / path))
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model, the device --------------------------------------------------------------------------------------------
 
 
 class Outer(nn.Module):
@@ -127,3 +127,13 @@ def test_the_model_is_the_outermost(tmp_path: Path, how: str) -> None:
 
     run_step(model, compiled, explain=str(tmp_path / "report.json"))
     assert json.loads((tmp_path / "report.json").read_text())["model"] == ("call" if how == "function" else "Outer")
+
+
+def test_the_device_of_a_described_machine(tmp_path: Path) -> None:
+    """Whether the peak fits it is known; without one the report says nothing of a device, and the page how to ask."""
+    for name, options in (("known", {"machine": "H100"}), ("unknown", {})):
+        run_step(Layers(1), explain=str(tmp_path / f"{name}.json"), **options)
+    known, unknown = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("known", "unknown"))
+    assert known["verdict"]["device"] == {"name": "H100", "bytes": 80 * 10**9} and known["verdict"]["fits"] is True
+    assert known["longest"]["tokens"] is None and "ringpass.explain(.., device=..)" in known["longest"]["why"]
+    assert unknown["verdict"]["device"] is None and unknown["verdict"]["fits"] is None and unknown["longest"] is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ringpass.explain.real import HOW_LONG
 from ringpass.page import render
 from ringpass.page.panels import PANELS
 from ringpass.page.timeline import Costs, planned
@@ -76,6 +77,18 @@ def test_the_verdict_is_first(page: Opened) -> None:
     assert page.tab.inner_text("section:first-of-type h2") == "Verdict"
     assert "linalg_qr.default gathers" in page.tab.inner_text("#verdict .headline:first-child")
     assert "a call of print" in page.tab.inner_text("#verdict table")
+    assert 'ringpass.explain(.., device="H100")' in page.tab.inner_text("#verdict .panel")  # no device was named
+
+
+def test_the_device_of_a_run(chromium: Any, tmp_path: Path) -> None:
+    """A run knows its device, and no longest sequence: the page says how to find it."""
+    report = explained(Layers(1), 64, world=4).to_dict()
+    report["verdict"] |= {"device": {"name": "H100", "bytes": 80 * 10**9}, "fits": True}
+    report["longest"] = {"tokens": None, "device": "H100", "verified": False, "why": HOW_LONG}
+    (tmp_path / "index.html").write_text(render(report, {}))
+    with open_page(chromium, tmp_path / "index.html") as opened:
+        text = opened.tab.inner_text("#verdict .cards")
+    assert "fits H100" in text and "not known" in text and f"H100: {HOW_LONG}" in text
 
 
 def test_a_rank_of_the_tile_map(page: Opened) -> None:

@@ -11,8 +11,10 @@ panels.verdict = (graph, panel) => {
     card("Peak memory of a rank", bytes(v.peak_bytes), device, v.fits === false ? "bad" : v.fits ? "good" : "");
   }
   if (v.efficiency !== null && v.efficiency !== undefined) card("Efficiency, estimated", `${figures(100 * v.efficiency)} %`, "attention's computing over its whole time");
-  if (report.longest) card("Longest sequence that fits", `${count(report.longest.tokens)} tokens`, report.longest.device);
+  const longest = report.longest, known = longest && longest.tokens !== null;
+  if (longest) card("Longest sequence that fits", known ? `${count(longest.tokens)} tokens` : "not known", `${longest.device}${known && longest.verified ? "" : `: ${longest.why}`}`);
   if (cards.childElementCount) panel.append(cards);
+  if (v.peak_bytes && !v.device) panel.append(element("p", { class: "quiet" }, "Whether that fits a device, and the longest sequence that would: ringpass.explain(.., device=\"H100\")."));
   if (v.change) panel.append(element("div", { class: "card" }, "The one thing to change", element("b", {}, v.change)));
   if (graph?.whole) panel.append(element("p", {}, `Nothing of graph ${graph.index ?? 0} is divided over ranks: ${graph.whole}.`));
   const told = [...(graph?.warnings || []), ...(graph?.remarks || [])];
