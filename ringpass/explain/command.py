@@ -18,18 +18,23 @@ import argparse
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ringpass.errors import InputError, OptionError
+from ringpass.errors import InputError, OptionError, RingpassError
 from ringpass.explain.difference import difference
 from ringpass.explain.report import Report, media_of
-from ringpass.explain.run import explain
+from ringpass.explain.request import UNNAMED, Request
+from ringpass.explain.run import explain_call
 
+PACKAGE = Path(__file__).parents[1]
 PATIENCE = 2.0  # seconds after which progress is shown
 
 
@@ -55,16 +60,37 @@ def run(args: argparse.Namespace) -> int:
     options, earlier = _options(args.options), _earlier(args.diff) if args.diff else None
     _check_endings(args.json, args.html)
     with _progress(f"explaining {args.factory} on {args.world_size} ranks"):
-        model, arguments, keywords = _made(args.factory)
-        report = explain(
-            model, *arguments, world_size=args.world_size, rank=args.rank, options=options, machine=args.machine,
-            device=_device(args.device), **keywords,
-        )  # fmt: skip
-    if args.html is not None:
-        report.save(args.html)
-    _show(report, args.json, earlier)
+        with _code_of_users(f"{args.factory} cannot be made"):
+            model, arguments, keywords = _made(args.factory)
+        device, machine = _device(args.device), args.machine
+        request = Request(model, arguments, keywords, args.world_size, args.rank, options, machine, device, None)
+        with _code_of_users("the model does not run"):
+            report = explain_call(request)
+    report = replace(report, command=report.command.replace(UNNAMED, shlex.quote(args.factory)))
+    try:
+        if args.html is not None:
+            report.save(args.html)
+        _show(report, args.json, earlier)
+    except OSError as error:
+        raise InputError(f"the report cannot be written: {error}") from error
     wrong = report.verdict.fits is False or (args.strict and bool(report.verdict.problems))
     return int(wrong)
+
+
+@contextmanager
+def _code_of_users(what: str) -> Iterator[None]:
+    """Errors of the code that is explained, or torch's on it, are bad input, shown in full; not those of ringpass."""
+    try:
+        yield
+    except RingpassError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).is_relative_to(PACKAGE):
+            raise
+        traceback.print_exception(error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"{what}: {type(error).__name__}: {first}") from error
 
 
 def _show(report: Report, path: str | None, earlier: dict[str, Any] | None) -> None:

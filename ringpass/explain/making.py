@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from ringpass.explain.fake import run_fake, tensor_bytes
 from ringpass.explain.longest import longest
 from ringpass.explain.memory import FIXED, TRAINED
 from ringpass.explain.report import Report
-from ringpass.explain.request import Request
+from ringpass.explain.request import UNNAMED, Request
 from ringpass.explain.sources import shown
 from ringpass.explain.stages import ExplainingBackend, GraphRun
 from ringpass.explain.verdict import Device, device_of_name, verdict_of
@@ -163,8 +165,11 @@ def _name(model: Any) -> str:
 
 
 def _command(request: Request) -> str:
-    device = "" if request.device is None else f" --device {str(request.device)!r}"
-    return f"ringpass explain FILE:FACTORY --world-size {request.world} --rank {request.rank}{device}"
+    words = ["--world-size", request.world, "--rank", request.rank]
+    words += ["--options", json.dumps(dict(request.options), default=str)] if request.options else []
+    words += ["--machine", request.machine] if request.machine is not None else []
+    words += ["--device", request.device] if request.device is not None else []
+    return f"ringpass explain {UNNAMED} {shlex.join(map(str, words))}"
 
 
 # --- breaks, recompilations -------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+UNNAMED = "FILE:FACTORY"
+"""Where a command names what makes the model."""
+
 
 @dataclass(frozen=True)
 class Request:

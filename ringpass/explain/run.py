@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ringpass.errors import OptionError
+from ringpass.explain.request import Request
 
 if TYPE_CHECKING:
     from ringpass.explain.report import Report
@@ -46,11 +47,16 @@ def explain(
     Raises OptionError and UnsupportedError as the backend would, and UnsupportedError where the model reads data
     between compiled graphs.
     """
-    if not 1 <= world_size <= MOST_RANKS or isinstance(world_size, bool):
-        raise OptionError(f"world_size must be a number of ranks from 1 to {MOST_RANKS}, got {world_size!r}")
-    if not 0 <= rank < world_size:
-        raise OptionError(f"rank must be from 0 to {world_size - 1}, one of {world_size} ranks, got {rank!r}")
-    from ringpass.explain.making import make
-    from ringpass.explain.request import Request
+    return explain_call(Request(model, args, kwargs, world_size, rank, dict(options or {}), machine, device, train))
 
-    return make(Request(model, args, kwargs, world_size, rank, dict(options or {}), machine, device, train))
+
+def explain_call(request: Request) -> Report:
+    """`explain` of a call whose arguments may have any names, those of `explain` too."""
+    world, rank = request.world, request.rank
+    if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
+        raise OptionError(f"world_size must be a number of ranks from 1 to {MOST_RANKS}, got {world!r}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world:
+        raise OptionError(f"rank must be from 0 to {world - 1}, one of {world} ranks, got {rank!r}")
+    from ringpass.explain.making import make
+
+    return make(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ def make():
 
 def wrong():
     return make()[0]
+
+def fails():
+    raise KeyError("no such weights")
+
+class Named(torch.nn.Module):
+    def forward(self, x, rank=0, device=None):
+        return x * rank
+
+def named():
+    return Named(), (torch.empty(4),), {"rank": 3, "device": "cpu"}
+
+def misfits():
+    return make()[0], (torch.empty(1, 64, 15),)
 """
 ASKED = ["--world-size", "4", "--options", '{"compiler": "aot_eager"}']
 
@@ -40,7 +54,11 @@ def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["explain", f"{file}:make", *ASKED, "--json", str(path), "--html", str(page), "--strict"]) == 0
     assert page.read_text().startswith("<!doctype html>")
     assert "on 4 ranks" in capsys.readouterr().out
-    assert json.loads(path.read_text())["world"] == 4
+    report = json.loads(path.read_text())
+    assert report["world"] == 4
+    command = shlex.split(report["command"])  # which makes the report again
+    assert main([*command[1:], "--json", str(path)]) == 0 and json.loads(path.read_text()) == report
+    capsys.readouterr()
     asked = [*ASKED, "--device", "1000", "--diff", str(path)]
     assert main(["explain", f"{file}:make", *asked]) == 1  # does not fit
     assert "fits: None -> False" in capsys.readouterr().out
@@ -57,12 +75,21 @@ def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{file}:make", "--json", "report.pdf"], "ends in .html, .json, .txt"),
         (["{file}:make", "--html", "report.txt"], "ends in .html"),
         (["{file}:make", "--diff", "{file}"], "--diff must name a report"),
+        (["{file}:fails"], "fails cannot be made: KeyError: 'no such weights'"),
+        (["{file}:misfits"], "the model does not run: "),
+        (["{file}:make", "--json", "{file}/report.json"], "the report cannot be written"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = [text.replace("{file}", file) for text in arguments]
     assert main(["explain", *given, "--world-size", "4"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_arguments_of_the_model_have_any_names(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of `explain` too."""
+    assert main(["explain", f"{file}:named", "--world-size", "4"]) == 0
+    assert "Named on 4 ranks" in capsys.readouterr().out
 
 
 def step(group: Any, path: str) -> None:
