@@ -24,6 +24,7 @@ from ringpass.explain.sites import folded, received_by_phase, site_report
 from ringpass.explain.sources import parsed, short, source_of
 from ringpass.explain.stages import GraphRun
 from ringpass.explain.traffic import ATTENTION, Move, moves
+from ringpass.explain.verdict import GIVEN
 from ringpass.layouts.layout import Layout
 from ringpass.nodes import hint_of
 from ringpass.passes.partition.partitioned import Partitioned
@@ -87,7 +88,7 @@ def _axis(axis: Axis, plan: RingPlan, config: RingConfig) -> AxisReport:
 
 def _why_layout(plan: RingPlan, config: RingConfig) -> str:
     if config.layout != "auto":
-        return f"the option 'layout' is {config.layout!r}"
+        return f"{GIVEN} is {config.layout!r}"
     if not plan.weighed.layouts:
         return "nothing was weighed: no attention runs over the ranks"
     return f"of {len(plan.weighed.layouts)} layouts the first whose estimated time is within 2 % of the least"

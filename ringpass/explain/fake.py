@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ringpass.errors import RingpassError, UnsupportedError
+from ringpass.errors import InputError, RingpassError, UnsupportedError
 from ringpass.logging_calls import skip_logging_calls
 
 Backend = Callable[..., Any]
@@ -46,6 +47,8 @@ class Fakes:
         return self.known[id(tensor)]
 
     def _made(self, tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):
+            raise InputError("a lazy module has no shapes before its first call: call the model once, then explain it")
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if device.type != "meta" and not isinstance(tensor, FakeTensor):
             return self.mode.from_tensor(tensor, static_shapes=True)

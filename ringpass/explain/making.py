@@ -8,7 +8,7 @@ import platform
 import shlex
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,13 +55,13 @@ def make(request: Request) -> Report:
 
 def _report(request: Request, device: Device | None) -> tuple[Report, list[GraphRun]]:
     """The report without the largest length and without texts, and what it is made of."""
-    runs, recompiles = graphs_of(request, device)
+    runs, compilations = graphs_of(request, device)
     graphs = [graph_report_of(i, run) for i, run in enumerate(runs)]
-    return report_of(graphs, runs, request, device, recompiles, tensor_bytes(request.model)), runs
+    return report_of(graphs, runs, request, device, compilations, tensor_bytes(request.model)), runs
 
 
-def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], list[Event]]:
-    """What was made of each graph of the call, and what was compiled again."""
+def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], list[Any]]:
+    """What was made of each graph of the call, and what Dynamo notes of each compilation."""
     options = dict(request.options)
     if request.machine is not None:
         options["machine"] = request.machine
@@ -73,13 +73,15 @@ def graphs_of(request: Request, device: Device | None) -> tuple[list[GraphRun], 
     call = request.model, request.args, request.kwargs, backend, seen if there else "cpu", request.train
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        recompiles = _recompiles(lambda: run_fake(*call))
+        before = len(torch._dynamo.utils.get_compilation_metrics())
+        run_fake(*call)
+        compilations = list(torch._dynamo.utils.get_compilation_metrics())[before:]
     if backend.graphs:
         told = {str(w.message) for w in heard if "ringpass" in w.filename or "passes" in w.filename}
         backend.graphs[0].told += sorted(told)
         if not there:
             backend.graphs[0].told.append(NO_CUDA)
-    return backend.graphs, recompiles
+    return backend.graphs, compilations
 
 
 def graph_report_of(index: int, run: GraphRun) -> GraphReport:
@@ -101,11 +103,16 @@ def report_of(
     runs: Sequence[GraphRun],
     request: Request,
     device: Device | None,
-    recompiles: Sequence[Event] = (),
+    compilations: Sequence[Any] = (),
     held: int | None = None,
 ) -> Report:
-    """The report of graphs; `held`: bytes of the model's parameters and buffers, None: those that the graphs read."""
+    """The report of graphs.
+
+    `compilations`: Dynamo's notes of them; `held`: bytes of the model's parameters and buffers, None: those that the
+    graphs read.
+    """
     breaks = _breaks(runs)
+    breaks += _uncompiled(compilations, {event.source for event in breaks})
     peak = peak_bytes(graphs, held)
     return Report(
         made_by={"ringpass": ringpass.__version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -118,7 +125,7 @@ def report_of(
         verdict=verdict_of(graphs, breaks, request.world, peak, device),
         longest=None,
         breaks=breaks,
-        recompiles=list(recompiles),
+        recompiles=_recompiles(compilations),
         graphs=list(graphs),
     )
 
@@ -185,12 +192,22 @@ def _breaks(runs: Sequence[GraphRun]) -> list[Event]:
     return [Event(reason, source, count) for (reason, source), count in found.items()]
 
 
-def _recompiles(call: Callable[[], Any]) -> list[Event]:
-    """What Dynamo compiled more than once in a call, and why."""
-    before = len(torch._dynamo.utils.get_compilation_metrics())
-    call()
+def _uncompiled(compilations: Sequence[Any], known: Collection[str | None]) -> list[Event]:
+    """Functions that Dynamo does not compile at all, as those that break in a loop; `known`: lines of other breaks."""
     found: Counter[tuple[str, str | None]] = Counter()
-    for metrics in list(torch._dynamo.utils.get_compilation_metrics())[before:]:
+    for metrics in compilations:
+        file, line = metrics.fail_user_frame_filename, metrics.fail_user_frame_lineno
+        source = f"{shown(file)}:{line}" if file else None
+        if metrics.fail_type == "Unsupported" and source not in known:
+            reason = str(metrics.fail_reason).splitlines()[0]
+            found[f"{reason}, so that Dynamo compiles nothing of {metrics.co_name!r} itself", source] += 1
+    return [Event(reason, source, count) for (reason, source), count in found.items()]
+
+
+def _recompiles(compilations: Sequence[Any]) -> list[Event]:
+    """What Dynamo compiled more than once, and why."""
+    found: Counter[tuple[str, str | None]] = Counter()
+    for metrics in compilations:
         if metrics.recompile_reason:
             file, line = metrics.co_filename, metrics.co_firstlineno
             found[str(metrics.recompile_reason).splitlines()[0], f"{shown(file)}:{line}" if file else None] += 1

@@ -17,6 +17,8 @@ DEVICES: Mapping[str, int] = {
 """Bytes of memory as published, in units of 10^9; what a driver and a process group take is not left out."""
 UNITS = {"gb": GB, "gib": 2**30, "mb": 10**6, "mib": 2**20, "g": GB, "m": 10**6, "b": 1}
 LINES = 3
+GIVEN = "the option 'layout'"
+"""How the reason for a layout begins that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,18 @@ def _problems(graphs: Sequence[GraphReport], breaks: Sequence[Event], world: int
             f"no attention was found: each of the {world} ranks computes all of it, and nothing is saved",
             "write attention as scaled_dot_product_attention, FlexAttention, or a product, a softmax and a product",
         ))  # fmt: skip
+    unread = [site for site in sites if not site.partitioned and site.why.startswith("runs as the model")]
     short = [r for graph in graphs for r in graph.remarks if "not more than 2 per rank" in r]
     if short and not any(graph.axes for graph in graphs):
         tokens = short[0].split(": ")[1].split(" ")[0]
         out.append(Problem(
             f"the sequence of {tokens} tokens is too short for {world} ranks: below 2 per rank it stays replicated",
             f"use sequences of more than {2 * world} tokens, or fewer ranks",
+        ))  # fmt: skip
+    elif sites and world > 1 and not any(graph.axes for graph in graphs) and not unread:
+        out.append(Problem(
+            f"no sequence is divided: each of the {world} ranks computes all of it",
+            f"use sequences of more than {2 * world} tokens, or fewer ranks, and read the remarks of the plan",
         ))  # fmt: skip
     if breaks:
         count, first = sum(event.count for event in breaks), breaks[0]
@@ -125,7 +133,6 @@ def _problems(graphs: Sequence[GraphReport], breaks: Sequence[Event], world: int
             f"{count} graph break{'s' * (count > 1)}{where}: {first.reason}; what crosses one is gathered",
             f"take the break{where} out of the model",
         ))  # fmt: skip
-    unread = [site for site in sites if not site.partitioned and site.why.startswith("runs as the model")]
     if unread:
         where = f" at {unread[0].source}" if unread[0].source else ""
         out.append(Problem(
@@ -181,9 +188,10 @@ def _what_saves(graphs: Sequence[GraphReport]) -> str:
 
 
 def _improvement(graphs: Sequence[GraphReport], efficiency: float | None) -> str | None:
-    """What to try where nothing is wrong."""
+    """What to try where nothing is wrong; not another layout than the one that `auto` chose of all."""
     sites = [site for graph in graphs for site in graph.sites if site.balance is not None]
-    uneven = max(sites, key=lambda site: site.balance or 1.0, default=None)
+    given = [graph for graph in graphs if any(axis.why.startswith(GIVEN) for axis in graph.axes)]
+    uneven = max((s for graph in given for s in graph.sites), key=lambda site: site.balance or 1.0, default=None)
     if uneven is not None and uneven.balance is not None and uneven.balance > 1.1:
         return f"the busiest rank does {uneven.balance:.2f} times the mean work: try layout='striped' or 'zigzag'"
     if efficiency is None and sites:

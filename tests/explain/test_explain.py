@@ -46,6 +46,21 @@ class Block(nn.Module):
         return torch.mean(scaled_dot_product_attention(q, k, v, is_causal=True).square())
 
 
+class InLoop(nn.Module):
+    """A loop that breaks, so that Dynamo compiles the attentions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layers(1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            total = total + layer(x)
+        return total
+
+
 def report_of(model: nn.Module, tokens: int = 64, world: int = 4, layout: str = "zigzag", **how: Any) -> Report:
     options = {**EAGER, "layout": layout}
     return ringpass.explain(model, torch.empty(1, tokens, 16), world_size=world, options=options, **how)
@@ -73,6 +88,17 @@ def test_a_model_that_fits_well(report: Report) -> None:
     assert memory.kinds["parameters"] == memory.kinds["gradients"] == 4 * (16 * 48 + 48)
     assert {moment["phase"] for moment in memory.program} == {"forward", "backward"}
     assert graph.schedules is not None and len(graph.schedules[0]["ranks"]) == 4
+
+
+def test_no_layout_is_advised_that_was_rejected() -> None:
+    """Where `auto` chose an uneven one, the others take longer; one that was asked for may be changed."""
+    uneven = [report_of(Block(), layout=name).verdict.change or "" for name in ("auto", "contiguous")]
+    assert ["layout=" in change for change in uneven] == [False, True]
+
+
+def test_a_lazy_module_must_have_shapes() -> None:
+    with pytest.raises(InputError, match="call the model once, then explain it"):
+        ringpass.explain(nn.LazyLinear(4), torch.empty(1, 3), world_size=2)
 
 
 def test_what_was_rejected() -> None:
@@ -117,6 +143,8 @@ def test_files(report: Report, tmp_path: Any) -> None:
         (Block(broken=True), 64, {}, "1 graph break at tests/explain/test_explain.py"),
         (Block(mixed=True), 64, {}, "cumsum.default gathers"),
         (Block(), 8, {}, "the sequence of 8 tokens is too short for 4 ranks"),
+        (Block(), 1, {}, "no sequence is divided: each of the 4 ranks computes all of it"),
+        (InLoop(), 64, {}, "compiles nothing of 'forward' itself"),
         (Block(), 64, {"device": 10_000}, "memory does not fit: a rank needs"),
     ],
 )
