@@ -99,7 +99,11 @@ def _show(report: Report, path: str | None, earlier: dict[str, Any] | None) -> N
     elif path is not None:
         report.save(path)
     if earlier is not None:
-        print(difference(earlier, report.to_dict()), file=sys.stderr if path == "-" else sys.stdout)
+        try:
+            found = difference(earlier, report.to_dict())
+        except (LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"--diff names a report that lacks something: {type(error).__name__}: {error}") from error
+        print(found, file=sys.stderr if path == "-" else sys.stdout)
     elif path != "-":
         print(report)
 

@@ -70,8 +70,11 @@ def _report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is known of a graph: of the whole run, and of the graph itself; without a report, nothing."""
     if not (path := folder / REPORT).is_file():
         return {}, {}
-    report = json.loads(read_text(path))
-    return {name: value for name, value in report.items() if name != "graphs"}, report["graphs"][0]
+    try:
+        report = json.loads(read_text(path))
+        return {name: value for name, value in report.items() if name != "graphs"}, report["graphs"][0]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise OptionError(f"{path}: expected the report of a graph as ringpass writes it, but: {error}") from error
 
 
 def _number(path: Path, word: str) -> int:

@@ -45,6 +45,7 @@ ASKED = ["--world-size", "4", "--options", '{"compiler": "aot_eager"}']
 def file(tmp_path: Path) -> str:
     path = tmp_path / "model_to_explain.py"
     path.write_text(MODEL)
+    path.with_name(f"{path.name}.json").write_text('{"verdict": {}, "version": 1}')
     return str(path)
 
 
@@ -75,6 +76,7 @@ def test_the_command(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{file}:make", "--json", "report.pdf"], "ends in .html, .json, .txt"),
         (["{file}:make", "--html", "report.txt"], "ends in .html"),
         (["{file}:make", "--diff", "{file}"], "--diff must name a report"),
+        (["{file}:make", "--diff", "{file}.json"], "lacks something: KeyError: "),
         (["{file}:fails"], "fails cannot be made: KeyError: 'no such weights'"),
         (["{file}:misfits"], "the model does not run: "),
         (["{file}:make", "--json", "{file}/report.json"], "the report cannot be written"),

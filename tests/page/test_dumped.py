@@ -156,3 +156,7 @@ def test_dump_open_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
     os.mkdir(tmp_path / "graph0")
     assert main(["dump", "open", str(tmp_path), "--trace", str(tmp_path / "none.json"), "--no-browser"]) == 2
     assert "Chrome's trace format" in capsys.readouterr().err
+    for text in ('{"graphs"', "[1]", '{"graphs": []}'):
+        (tmp_path / "graph0" / "report.json").write_text(text)
+        assert main(["dump", "open", str(tmp_path), "--again", "--no-browser"]) == 2
+        assert "expected the report of a graph" in capsys.readouterr().err
