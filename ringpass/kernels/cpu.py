@@ -2,7 +2,8 @@
 
 Its lse is a natural logarithm.  It reads garbage if a last stride is not 1, and returns lse = 0 for a row that sees no
 key.  It supports GQA, a causal flag (top-left) and an additive mask with broadcast strides; a mirrored triangle is
-passed as a mask.
+passed as a mask.  With fewer keys than a vector register holds, it gives out 0 and lse 0 for a row of which every score
+is NaN: such a row is found here and made NaN again, since NaN is how users find a fault.
 
 Under the causal flag it skips keys in blocks of 512, so a short triangle costs as much as its square.  A triangle is
 therefore computed as two triangles of half the rows, in one call with twice the batch, and the square between them.  A
@@ -19,11 +20,20 @@ import torch
 from torch import Tensor
 
 from ringpass.kernels.blocks import join_rows, rows_first, stacked, unstacked
-from ringpass.kernels.tile import Grads, TileArgs, additive, merge_by_lse, sees_nothing
+from ringpass.kernels.tile import (
+    Grads,
+    TileArgs,
+    above_diagonal,
+    additive,
+    merge_by_lse,
+    per_query_head,
+    sees_nothing,
+)
 from ringpass.precision import accumulator
 
 aten = torch.ops.aten
 SMALLEST, LARGEST = 128, 1024  # rows: of the smallest triangles, of the largest causal one that is divided
+VECTOR = 64  # bytes: of the widest vector registers
 
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Tensor]:
@@ -150,10 +160,23 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, args: TileArgs) -> tuple[Tensor, Ten
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, args.causal, attn_mask=_expanded(added, q, k), scale=args.scale
     )
+    if k.shape[2] * accumulator(k.dtype).itemsize < VECTOR:
+        nan = _has_nan(q, k, added, args.causal)
+        out, lse = out.masked_fill(nan.unsqueeze(-1), torch.nan), lse.masked_fill(nan, torch.nan)
     if args.mask is not None or args.bias is not None:
         assert added is not None
         lse = lse.masked_fill(sees_nothing(added, args.causal, q, k), -torch.inf)
     return out, lse
+
+
+def _has_nan(q: Tensor, k: Tensor, added: Tensor | None, causal: bool) -> Tensor:
+    """Bools (B, H, Lq): rows of which a score is NaN."""
+    dtype = accumulator(q.dtype)
+    scores = torch.matmul(q.to(dtype), per_query_head(k, q).to(dtype).transpose(-1, -2))
+    if added is not None:
+        scores = scores + added
+    found = scores.isnan()
+    return (found & above_diagonal(q, k).logical_not() if causal else found).any(-1)
 
 
 def _flash_backward(

@@ -75,6 +75,22 @@ def test_rows_without_keys_give_zero(name: str, dtype: torch.dtype, kernel: str)
     assert not any(x.isnan().any() for x in (out, lse, *(g for g in grads if g is not None)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", [1, 3, 7, 8, 15, 16, 17, 40])
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_number_of_keys_loses_a_nan(keys: int, dtype: torch.dtype, causal: bool) -> None:
+    """torch's CPU op gives 0 for a row of which every score is NaN, if there are fewer keys than a vector holds."""
+    q, k, v = (noise(2, heads, keys, 8, seed=heads).to(dtype) for heads in (4, 2, 2))
+    q[0, 1, keys // 2] = torch.nan
+    k[1, 0] = torch.nan
+    out, lse = forward(q, k, v, TileArgs(SCALE, causal))
+    lost = torch.zeros(2, 4, keys, dtype=torch.bool)
+    lost[0, 1, keys // 2] = lost[1, :2] = True
+    assert (out.isnan().all(-1) == lost).all() and (lse.isnan() == lost).all()
+    grads = backward(torch.ones_like(out), q, k, v, out.to(dtype), lse, TileArgs(SCALE, causal))
+    assert (grads[0].isnan().any(-1) == lost).all()
+
+
 @pytest.mark.parametrize(
     ("kernel", "causal"),
     [
