@@ -23,13 +23,14 @@ from ringpass.comm.notices import notice_when_python_ends, telling
 from ringpass.comm.ring import Ring, ring_of
 from ringpass.comm.waits import end_waits_in_vain
 from ringpass.comm.wrapper_checks import concerns
-from ringpass.compiled import compiled_call, replicated_call
+from ringpass.compiled import compiled_call, lone_call, replicated_call
 from ringpass.config import RingConfig
 from ringpass.errors import OptionError, UnsupportedError
 from ringpass.explain.real import RealGraph, real_run
 from ringpass.explain.report import media_of
 from ringpass.explain.sources import source_of
 from ringpass.explain.stages import GraphRun
+from ringpass.input_kinds import refuse_wrappers
 from ringpass.logging_calls import skip_logging_calls
 from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
@@ -107,8 +108,11 @@ def _compiled(
         if reported is not None:
             reported.add(GraphRun(read, why, None, rank, config, {}, told, break_of(gm)), stages)
         run = compile_unpartitioned(gm, example_inputs, inductor, config.compiler)
-        return replicated_call(run) if why == NO_ATTENTION else run
+        if why == NO_ATTENTION:
+            return replicated_call(run)
+        return run if config.compiler == "inductor" else lone_call(run)
     _refuse_cuda_graphs(inductor, mode)
+    refuse_wrappers(_names(read.captured), example_inputs)
     made = make_program(read, gm, example_inputs, config, rank, stages, tell)
     log_of_plan.info("%s", made.plan)
     shown: Pipeline | RealGraph = stages

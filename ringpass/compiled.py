@@ -14,6 +14,7 @@ from ringpass.comm.recovery import begin_backward, end_backward, give_up
 from ringpass.comm.ring import Ring, Running
 from ringpass.config import RingConfig
 from ringpass.devices import device_of
+from ringpass.input_kinds import plain
 from ringpass.lazy import LazyOutput, Origin
 from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, ShardedOutput
 from ringpass.profiling import in_range, profiled
@@ -33,7 +34,8 @@ def compiled_call(
     sharded = {one.position: one for one in program.sharded_inputs}
 
     @in_range("call of a compiled model")
-    def call(*given: Any) -> Any:
+    def call(*passed: Any) -> Any:
+        given = [plain(x) for x in passed]
         device = device_of(given)
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if program.seeded or program.draws else 0
         values = [x.kind if isinstance(x, LazyOutput) else x for x in given]
@@ -50,12 +52,15 @@ def compiled_call(
                 _watch_backward(found, ring, backward)
                 return found
 
+        typed = any(x is not y for x, y in zip(given, passed, strict=True))
         results = compare_around(comparison, launch, first=_compares_first(program, agreement, device))
         outputs, extras = results[: len(program.outputs)], results[len(program.outputs) :]
-        return [
+        handed = [
             _hand_out(o, i, spec, extras, ring, config) if spec else on_all_ranks(o)
             for i, (o, spec) in enumerate(zip(outputs, program.outputs, strict=True))
         ]
+        # Dynamo gives the outputs the class of a typed input, which a lazy one cannot take
+        return [x.full() if isinstance(x, LazyOutput) else x for x in handed] if typed else handed
 
     return call
 
@@ -111,9 +116,14 @@ def _compares_first(program: Partitioned, agreement: Agreement, device: torch.de
     return device.type != "cuda" or host_reads or agreement.compared < COMPARED_FIRST
 
 
+def lone_call(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that Dynamo calls for a graph on one rank; `run` is that graph compiled by AOTAutograd alone."""
+    return lambda *args: run(*map(plain, args))
+
+
 def replicated_call(run: Callable[..., Any]) -> Callable[..., Any]:
     """The function that Dynamo calls for a graph that every rank computes in full; `run` is that graph compiled."""
-    return lambda *args: [on_all_ranks(o) for o in run(*(_argument(arg, None, None) for arg in args))]
+    return lambda *args: [on_all_ranks(o) for o in run(*(_argument(plain(arg), None, None) for arg in args))]
 
 
 def _argument(arg: Any, spec: ShardedInput | None, ring: Ring | None) -> Any:

@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("schedule", "comm"),
     ("ops", "reference", "page", "stalls"),
     ("lazy", "passes.capture", "passes.detect", "passes.propagate"),
-    ("passes.op_rules", "shards"),
+    ("passes.op_rules", "shards", "input_kinds"),
     ("config",),
     ("passes.plan",),
     ("passes.partition", "passes.dump", "passes.artifacts"),
