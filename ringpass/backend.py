@@ -48,7 +48,7 @@ from ringpass.rank_program import (
     make_program,
     read_graph,
 )
-from ringpass.torch_features import flash_implementation
+from ringpass.torch_features import compiling_autograd, flash_implementation
 
 log, log_of_plan = logging.getLogger(LOG), logging.getLogger("ringpass.passes.plan")
 
@@ -70,6 +70,8 @@ def ring_dilated(
     options, UnsupportedError for what cannot be partitioned exactly (or, under `strict`, without a gather).  The
     compiled function raises MismatchError if the ranks differ, and PeerError if one does not arrive in time.
     """
+    if compiling_autograd():  # its graph holds the programs of the backward, for this rank: run it in its order
+        return compile_unpartitioned(gm, example_inputs, {}, "aot_eager")
     if metrics.recorder.active is not None:
         metrics.recorder.active.recompilations += _is_recompilation()
     config = RingConfig.from_options(options)

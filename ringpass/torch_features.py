@@ -73,3 +73,10 @@ def compiled_callable() -> Any:
             found = frame.f_locals.get("fn", found)
         frame = frame.f_back  # type: ignore[assignment]
     return found
+
+
+def compiling_autograd() -> bool:
+    """Whether the graph that Dynamo hands a backend now is one of compiled autograd, of a backward."""
+    from torch._dynamo import compiled_autograd
+
+    return bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
