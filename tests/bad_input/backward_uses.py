@@ -213,6 +213,41 @@ def on_cpu(on_ring: OnRing) -> Values:
     return gradients(net)
 
 
+@use("compiled autograd (`torch._dynamo.compiled_autograd._enable`) with `aot_eager` around `backward`", fast=True)
+def compiled_autograd(on_ring: OnRing) -> Values:
+    return under_compiled_autograd(on_ring, torch.compile(backend="aot_eager"))
+
+
+@use('compiled autograd with `backend="ring_dilated"` around `backward`: its graph runs as it is')
+def compiled_autograd_by_ringpass(on_ring: OnRing) -> Values:
+    return under_compiled_autograd(on_ring, torch.compile(backend="ring_dilated"))
+
+
+def under_compiled_autograd(on_ring: OnRing, compiler: Any) -> Values:
+    """The gradients of two steps whose backward compiled autograd traces and `compiler` compiles."""
+    net, x = model(), tokens()
+    run = on_ring(net)
+    for _ in range(2):
+        loss = loss_of(run(x))
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            loss.backward()
+    return gradients(net)
+
+
+@use("`torch._dynamo.config.compiled_autograd` and `backward` inside a function compiled by `ring_dilated`")
+def compiled_step(on_ring: OnRing) -> Values:
+    net, x = model(), tokens()
+
+    def train(x: Tensor) -> Any:
+        loss = loss_of(net(x))
+        loss.backward()
+        return loss
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        loss = on_ring(train)(x)
+    return [loss + 0, *gradients(net)]
+
+
 # --- checkpoints
 
 

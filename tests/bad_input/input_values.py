@@ -33,16 +33,37 @@ class Masked(nn.Module):
 
 
 def finite(tensors: Values) -> Values:
-    """Whether each is finite: which rows are not depends on the tiles, since torch's CPU kernel multiplies values that
-    are not finite by 0, and gives 0 for a row of which every score in a tile is NaN."""
+    """Whether each is finite: which rows are not depends on the tiles, since 0 times a value that is not finite is NaN,
+    and a tile that the mask leaves empty is not computed."""
     return [torch.tensor([bool(x.isfinite().all()) for x in tensors])]
 
 
-@use("NaN in one token: outputs and gradients are not finite; rows may differ", fast=True)
+@use("NaN in one token: the rows that attend to it are NaN; on one device earlier rows, too (0 times NaN)", fast=True)
 def nan(on_ring: OnRing) -> Values:
     x = tokens()
     x[0, 5, 3] = torch.nan
-    return finite(once(on_ring, x))
+    y, *others = once(on_ring, x)
+    return [y[0, 5:], y[1], *finite(others)]
+
+
+@use("NaN in a token of float32 and of float64, in tiles of 1 to 40 keys: the same rows as above")
+def nan_in_short_tiles(on_ring: OnRing) -> Values:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        for length in (17, 23, 29, 40):
+            x = tokens(length=length, dtype=dtype)
+            x[0, 5, 3] = torch.nan
+            y, *others = once(on_ring, x)
+            found += [y[0, 5:], y[1], *finite(others)]
+    return found
+
+
+@use("NaN in a query of raw attention: its row is NaN")
+def nan_query(on_ring: OnRing) -> Values:
+    q = torch.randn(1, 2, LENGTH, 8).double()
+    k = q.clone()
+    q[0, 0, 4, 1] = torch.nan
+    return [on_ring(lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True))(q, k) + 0]
 
 
 @use("infinity in one token: outputs and gradients are not finite; rows may differ")
@@ -52,12 +73,12 @@ def infinite(on_ring: OnRing) -> Values:
     return finite(once(on_ring, x))
 
 
-@use("NaN in a key of raw attention: the output is not finite; rows may differ")
+@use("NaN in a key of raw attention: the rows that attend to it are NaN")
 def nan_key(on_ring: OnRing) -> Values:
     q = torch.randn(1, 2, LENGTH, 8).double()
     k = q.clone()
     k[0, 0, 4, 1] = torch.nan
-    return finite([on_ring(lambda q, k: F.scaled_dot_product_attention(q, k, q, is_causal=True))(q, k) + 0])
+    return [on_ring(lambda q, k: F.scaled_dot_product_attention(q, k, q, is_causal=True))(q, k) + 0]
 
 
 @use("an infinite value of raw attention: the output is not finite; rows may differ")
@@ -255,7 +276,12 @@ def scaled_in_place(on_ring: OnRing) -> Values:
     return [y + 0, x, *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
-@use("an input written in place after attention read it")
+@use(
+    "an input written in place after attention read it (on one rank: as `torch.compile` with any backend)",
+    "RuntimeError",
+    "has been modified by an inplace operation",
+    as_one_device=(2, 3),
+)
 def written_after(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
 
@@ -284,7 +310,7 @@ def leaf_written(on_ring: OnRing) -> Values:
     return [on_ring(lambda x: net(x.mul_(2)))(x)]
 
 
-@use("an input of stride 0 written in place")
+@use("an input of stride 0 written in place", "RuntimeError", "more than one element of the written-to tensor")
 def expanded_written(on_ring: OnRing) -> Values:
     net, x = model(), tokens(rows=1).expand(3, -1, -1)
     return [on_ring(lambda x: net(x.mul_(2)))(x)]
@@ -308,7 +334,7 @@ def buffer_written(on_ring: OnRing) -> Values:
     return [*(run(tokens()) + 0 for _ in range(3)), net.mean]
 
 
-@use("`x.data` assigned inside the model")
+@use("`x.data` assigned inside the model", "MutationError", "use an op that has a result")
 def data_assigned(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
 

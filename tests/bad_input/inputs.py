@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.bad_input.block import model, once, step, tokens
+from tests.bad_input.block import gradients, loss_of, model, once, step, tokens
 from tests.bad_input.rank_cases import Cases, OnRing, Values
 from tests.support.models import WIDTH
 
@@ -232,19 +232,37 @@ def sparse(on_ring: OnRing) -> Values:
     return [on_ring(lambda x: net(x.to_dense()))(x) + 0]
 
 
-@use("a nested tensor as an input", "TorchRuntimeError", "when making fake tensor call")
+@use("a nested tensor as an input")
 def nested_tensor(on_ring: OnRing) -> Values:
     x = torch.nested.nested_tensor([tokens(rows=1)[0], tokens(length=7, rows=1)[0]], layout=torch.jagged)
     y = on_ring(model())(x)
     return [y.to_padded_tensor(0.0)]
 
 
-@use("a subclass of tensors as an input", "TypeError", "Multiple dispatch failed", ranks=(2, 3))
-def subclass(on_ring: OnRing) -> Values:
-    class Named(Tensor):
-        pass
+class Named(Tensor):
+    """A class that only adds to Tensor."""
 
-    return [on_ring(model())(tokens().as_subclass(Named)).as_subclass(Tensor) + 0]
+
+@use("a subclass of `Tensor` without `__torch_dispatch__` as an input: the output is of this class", fast=True)
+def subclass(on_ring: OnRing) -> Values:
+    net = model()
+    y = on_ring(net)(tokens().as_subclass(Named))
+    assert type(y) is Named
+    loss_of(y).backward()
+    return [y.as_subclass(Tensor) + 0, *gradients(net)]
+
+
+@use(
+    "a wrapper of tensors (a subclass with `__torch_dispatch__`) as an input",
+    "InputError",
+    "which wraps other tensors: expected a plain tensor",
+    fast=True,
+)
+def wrapper(on_ring: OnRing) -> Values:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = tokens()
+    return [on_ring(model())(TwoTensor(x, x.clone())).a + 0]
 
 
 @use("an `nn.Parameter` as an input")
