@@ -25,6 +25,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ringpass.comm.flight_recorder import recording
 from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
@@ -74,16 +75,17 @@ class Agreement:
         """Gathers the headers of a call on `device`, to which this rank contributes the number `mine`.
 
         `args`: values that must be equal on all ranks; a text stands for a tensor and describes it.  Raises PeerError
-        if a rank does not arrive in time, OptionError if the process group is gone, InputError on the device "meta".
+        if a rank does not arrive in time, OptionError if the process group is gone, InputError for tensors that hold no
+        values.
         """
         ring = self.ring
         if ring.pg is None or ring.world == 1:
             mine_alone = torch.tensor([mine], dtype=torch.int64)
             return Comparison(self, Said([], [], []), to_host(mine_alone), onto(mine_alone[0], device))
-        if any(isinstance(x, Tensor) and x.is_meta for x in args):
+        if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in args):
             raise InputError(
-                "the inputs are on the device 'meta' and hold no values that ranks could send: for shapes alone call "
-                "the model without torch.compile"
+                "the inputs are fake tensors, or on the device 'meta', and hold no values that ranks could send: for "
+                "shapes alone call the model without torch.compile, for a report ringpass.explain"
             )
         ring.renew()
         settle(ring)

@@ -100,12 +100,13 @@ def on_meta(on_ring: OnRing) -> Values:
     return [torch.zeros(on_ring(net)(tokens().to("meta")).shape)]
 
 
-@use("the compiled model under `FakeTensorMode`")
+@use("the compiled model on fake tensors", "InputError", "fake tensors", as_one_device=(1,), fast=True)
 def on_fakes(on_ring: OnRing) -> Values:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        y = on_ring(model())(tokens())
+    net, x = model(), tokens()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = on_ring(net)(mode.from_tensor(x))
     return [torch.zeros(y.shape)]
 
 
