@@ -29,12 +29,17 @@ def compiled_call(
     """The function that Dynamo calls for a partitioned program: `run` is the program compiled, on local arguments.
 
     Each call checks that the ranks agree and shares one random seed, runs, and returns sharded outputs as the option
-    `outputs` says.  The call raises MismatchError or PeerError on all ranks.
+    `outputs` says.  The call raises MismatchError or PeerError on all ranks, and UnsupportedError where two threads
+    call at once.
     """
     sharded = {one.position: one for one in program.sharded_inputs}
 
     @in_range("call of a compiled model")
     def call(*passed: Any) -> Any:
+        with ring.one_thread():
+            return in_order(*passed)
+
+    def in_order(*passed: Any) -> Any:
         given = [plain(x) for x in passed]
         device = device_of(given)
         drawn = int(torch.randint(2**62, (), dtype=torch.int64)) if program.seeded or program.draws else 0

@@ -7,6 +7,7 @@ ring.carrier                     # the process group that carries messages
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringpass.comm.store import RingStore
-from ringpass.errors import OptionError, PeerError
+from ringpass.errors import OptionError, PeerError, UnsupportedError
 
 READ = 10.0
 """Seconds that a rank which has read a mismatch waits for the others to have read it."""
@@ -65,6 +66,8 @@ class Ring:
     Of calls that failed here (`comm.recovery`): `gave_up`, what this rank says of the last one, until all ranks have
     met again; `epoch`, how often they have; `own`, the process group that they then made; `left` and `kept`, exchanges
     that are under way for ever, of the last one and of the first.
+
+    `calling`: held by the thread that makes a call.
     """
 
     pg: dist.ProcessGroup | None
@@ -86,6 +89,7 @@ class Ring:
     heard: int = 0
     waits_since: float | None = None
     backward: Running | None = None
+    calling: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def rank(self) -> int:
@@ -148,6 +152,24 @@ class Ring:
             return
         dist.all_reduce(torch.zeros(1, device=device), group=self.carrier)
         self.warm.add(device)
+
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        """Raises UnsupportedError if another thread is inside: several ranks know calls by their order alone."""
+        if self.world == 1:
+            yield
+            return
+        calling = self.calling  # `renew` makes another
+        if not calling.acquire(blocking=False):
+            raise UnsupportedError(
+                f"two threads of rank {self.rank} call compiled models of one ring at once, and ranks know calls by "
+                "their order alone: make them one after the other, in the same order on all ranks, or give each thread "
+                "a process group of its own (option 'group')"
+            )
+        try:
+            yield
+        finally:
+            calling.release()
 
     @contextmanager
     def doing(self, running: Running) -> Iterator[None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ringpass.kernels import table as kernels
 from tests.bad_input.block import gradients, loss_of, model, tokens
 from tests.bad_input.rank_cases import Cases, OnRing, Values
 from tests.support.models import WIDTH, Block
@@ -124,6 +126,33 @@ def second_thread(on_ring: OnRing) -> Values:
     thread.start()
     thread.join()
     return [*found, *gradients(net)]
+
+
+@use("calls from two threads at once", "UnsupportedError", "two threads", as_one_device=(1,), fast=True)
+def two_threads(on_ring: OnRing) -> Values:
+    run, x = on_ring(model()), tokens()
+    raised, threads = list[Exception](), list[threading.Thread]()
+    run(x)
+    forward = kernels.forward
+
+    def work() -> None:
+        try:
+            run(x)
+        except Exception as error:
+            raised.append(error)
+
+    def meanwhile(*args: Any) -> Any:
+        if not threads:
+            threads.append(threading.Thread(target=work))
+            threads[0].start()
+            threads[0].join()
+        return forward(*args)
+
+    with patch.object(kernels, "forward", meanwhile):
+        y = run(x) + 0
+    if raised:
+        raise raised[0]
+    return [y]
 
 
 @use("the first call in a second thread")
