@@ -89,6 +89,12 @@ def skipped_backward_and_on(run: Run) -> Any:
     run.step()
 
 
+def backwards_in_another_order(run: Run) -> Any:
+    losses = [loss_of(run.run(**TEXTS)) for _ in range(2)]
+    for loss in losses if run.rank != 1 else reversed(losses):
+        loss.backward()
+
+
 def other_order(run: Run) -> Any:
     other = MODELS["gpt2"].make()
     batch = batch_for("gpt2", 23)
@@ -157,6 +163,11 @@ LIVING = (
         "a backward that one rank skips, going on",
         skipped_backward_and_on,
         others(f"{BACKWARD}2", "rank 1 went on to call 3 without it", first=("PeerError", "call 3")),
+    ),
+    Case(
+        "two backwards in another order on one rank",
+        backwards_in_another_order,
+        others(f"{BACKWARD}2", first=("PeerError", f"{BACKWARD}3")),
     ),
     Case("other models first on one rank", other_order, ("MismatchError",), slow=True, limit=TO_BEGIN),
     Case("an output that one rank does not use", output_alone, others("was used on rank", first=()), slow=True),
