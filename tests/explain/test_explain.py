@@ -96,6 +96,15 @@ def test_no_layout_is_advised_that_was_rejected() -> None:
     assert ["layout=" in change for change in uneven] == [False, True]
 
 
+def test_breaks_are_found_after_many_compilations() -> None:
+    """Dynamo keeps what it tells of the last few alone."""
+    while len(torch._dynamo.utils.get_compilation_metrics()) < torch._dynamo.utils.DEFAULT_COMPILATION_METRICS_LIMIT:
+        torch._dynamo.reset()
+        for n in range(8):
+            torch.compile(lambda x, n=n: x + n, backend="eager")(torch.zeros(2))
+    assert any("compiles nothing of 'forward'" in line for line in report_of(InLoop(), 64).verdict.lines)
+
+
 def test_a_lazy_module_must_have_shapes() -> None:
     with pytest.raises(InputError, match="call the model once, then explain it"):
         ringpass.explain(nn.LazyLinear(4), torch.empty(1, 3), world_size=2)
