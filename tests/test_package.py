@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,8 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked sdist."""
     archive, folder = build("build_sdist", checkout, tmp_path_factory.mktemp("built")), tmp_path_factory.mktemp("sdist")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and newer
+        tar.extractall(folder, **safely)
     (top,) = folder.iterdir()
     return top
 
