@@ -56,6 +56,7 @@ def test_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert case["ratios"]["of one by one"]["samples"] == [a / b for a, b in zip(ours, others, strict=True)]
 
 
+@pytest.mark.slow
 def test_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert _last(capsys).startswith("a step with all checks, over one without, at S=64: ")

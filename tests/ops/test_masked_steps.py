@@ -25,6 +25,7 @@ from ringpass.schedule.dilation import Dilation
 from ringpass.schedule.program import Program
 from tests.support import thread_ranks
 from tests.support.attention_parity import SCALE, of_rank, one_thread, worst
+from tests.support.marks import slow
 from tests.support.model_parity import parity
 from tests.support.model_parity import worst as worst_of_model
 from tests.support.process_ranks import Workers
@@ -217,7 +218,7 @@ def model_step(group: dist.ProcessGroup, limit: int, compiler: str) -> tuple[dic
     return errors, len(calls)
 
 
-@pytest.mark.parametrize(("limit", "compiler"), [(0, "aot_eager"), (10_000, "inductor")])
+@pytest.mark.parametrize(("limit", "compiler"), [(0, "aot_eager"), slow(10_000, "inductor")])
 def test_a_padded_model(workers: Workers, limit: int, compiler: str) -> None:
     found = workers.run(model_step, 3, limit, compiler)
     error, where = worst_of_model([errors for errors, _ in found])

@@ -118,7 +118,7 @@ def test_generated_code_that_waits_at_once_is_found(generated: dict[str, tuple[s
         check_transfers("\n".join(lines), graph)
 
 
-@pytest.mark.parametrize("unroll_limit", (0, 128), ids=("rolled", "unrolled"))
+@pytest.mark.parametrize("unroll_limit", (slow(0), 128), ids=("rolled", "unrolled"))
 def test_inductor_can_estimate_the_time_of_every_collective(unroll_limit: int) -> None:
     """It finds the number of ranks by the last argument; other errors than TypeError would stop a compilation."""
     sizes: dict[str, set[int]] = {}
