@@ -110,7 +110,7 @@ class Pipeline:
             self.dump.write("stages.txt", "\n".join(self.lines))
 
     def _shows(self, stage: str) -> AbstractContextManager[None]:
-        """What is made inside shows a stage to people: if it fails, the run goes on without it."""
+        """What is made inside shows a stage to people: the run goes on without it, except on a full disk."""
         return side_product(f"what the dump, the log or the trace shows of the {stage} on rank {self.dump.rank}")
 
 

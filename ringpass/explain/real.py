@@ -12,8 +12,9 @@ a graph that is not partitioned.
     <dump>/graph0/report.json       the report, of this graph alone; its verdict is on all graphs
     <dump>/graph0/trace.json, exchange.dot
 
-Contract: a path that cannot be written is an OptionError when the first graph is compiled.  Whatever fails later, in
-the making of a report or in writing it, is a warning that names what is missing, and the run goes on.
+Contract: a path that cannot be written is an OptionError when the first graph is compiled.  A fault in making a report
+is a warning that names what is missing, and the run goes on; what the system refuses later, as a full disk does, is
+raised.
 """
 
 from __future__ import annotations
