@@ -25,6 +25,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpt2 import gpt2
 from benchmarks.paired import Case, against, arguments, collect, conclude, on_ranks, screen
 
 BOUND, BOUND_RANKS = 1.15, 4  # of 1/P
@@ -100,17 +101,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def job(args: argparse.Namespace, ring: bool) -> Iterator[Any]:
     """On each rank: the peak of the second step, in bytes."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from ringpass.logging_calls import skip_logging_calls
 
     ranks = dist.get_world_size()
     yield f"P = {ranks}" if ring else "one process"
     skip_logging_calls()  # one graph for plain Inductor too
-    heads = {"n_head": max(1, args.width // 64), "n_layer": args.layers, "n_embd": args.width}
-    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # else one process holds S x S for dropout
-    config = GPT2Config(vocab_size=256, n_positions=args.length, **heads, **rates, bos_token_id=0, eos_token_id=0)
-    model: Any = GPT2LMHeadModel(config).train()
+    model = gpt2(args.length, args.width, args.layers)
     if args.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = {"compiler": args.compiler}

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
+from benchmarks.gpt2 import gpt2
 from benchmarks.memory import MIB, peak_bytes
 from benchmarks.paired import Case, against, arguments, collect, conclude, on_ranks, screen
 
@@ -77,15 +78,10 @@ def estimate_and_measurement(name: str, length: int, width: int, compiler: str) 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def gpt2(length: int, width: int) -> Built:
-    """Learned positions, heads of 64, GELU."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"vocab_size": VOCAB, "n_positions": length, "n_embd": width, "n_layer": 2, "n_head": _heads(width)}
-    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0))
-    ids = torch.randint(0, VOCAB, (1, length))
-    return model.train(), {"input_ids": ids, "labels": ids}
+def learned_positions(length: int, width: int) -> Built:
+    """GPT-2: learned positions, GELU."""
+    model, ids = gpt2(length, width), torch.randint(0, VOCAB, (1, length))
+    return model, {"input_ids": ids, "labels": ids}
 
 
 def llama(length: int, width: int) -> Built:
@@ -128,7 +124,7 @@ def _heads(width: int) -> int:
     return max(1, width // 64)
 
 
-MODELS: dict[str, Callable[[int, int], Built]] = {"gpt2": gpt2, "llama": llama, "vit": vit, "t5": t5}
+MODELS: dict[str, Callable[[int, int], Built]] = {"gpt2": learned_positions, "llama": llama, "vit": vit, "t5": t5}
 
 # --- the command ------------------------------------------------------------------------------------------------------
 

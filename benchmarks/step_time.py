@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.gpt2 import gpt2
 from benchmarks.paired import (
     Alone,
     Case,
@@ -115,13 +116,8 @@ def model_steps(length: int, args: argparse.Namespace) -> tuple[Step, Step]:
 
 def model_step(length: int, width: int, **how: Any) -> Callable[[], None]:
     """A training step of a GPT-2 of two layers and 256 words, compiled by `how`."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "n_positions": length, "n_embd": width, "n_layer": 2, "n_head": max(1, width // 64)}
-    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # else one rank holds S x S for dropout
-    model: Any = GPT2LMHeadModel(GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0)).train()
-    run: Any = torch.compile(model, dynamic=False, **how)
+    run: Any = torch.compile(gpt2(length, width), dynamic=False, **how)
     ids = torch.randint(0, 256, (1, length))
 
     def step() -> None:
