@@ -25,7 +25,7 @@ HEADER = {("tolist", "headers.py:read"): 1}
 """The one read of a call: the headers of all ranks."""
 KNOWN = {("tensor", "agreement.py:_header"): 1}
 """What the host tells the device: this rank's header, from pinned memory."""
-DRAWN = {("__int__", "compiled.py:call"): 1}
+DRAWN = {("__int__", "compiled.py:in_order"): 1}
 """The seed that is drawn on the host: a tensor of the host, on a GPU too."""
 
 
