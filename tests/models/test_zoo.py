@@ -33,6 +33,11 @@ ONE_HEAD = {  # why heads cannot be divided over ranks
     "nn_attention_weights": "heads are merged into the batch where weights are returned",
     "nn_attention_maps": "heads are merged into the batch where weights are returned",
 }
+ON_FOUR_RANKS = {  # what is not on local tokens, on four ranks only
+    "sam2": "windows of 2 x 2 patches, fewer than 2 for each rank, and queries pooled to as few",
+    "gemma3_vision": "patches, cut out of 6 rows, which 4 ranks do not divide",
+}
+NOT_FOUR_HEADS = {"sam2": "the first stage has 2 heads"}
 BY_DEFAULT = {  # one of each kind; (attention, labels, padding, training)
     "gemma2": ("eager", True, False, True),
     "mixtral": ("sdpa", True, True, True),
@@ -62,9 +67,10 @@ def check(
     worst = max(reports, key=lambda report: report.error)
     assert worst.error < (EXACT if entry.dtype == torch.float64 else SINGLE), worst.where
     assert worst.sites or name in GATHERED
-    assert bool(worst.gathers) <= (name in GATHERED), [str(g) for g in worst.gathers]
+    few = ON_FOUR_RANKS if ranks == 4 else {}
+    assert bool(worst.gathers) <= (name in {**GATHERED, **few}), [str(g) for g in worst.gathers]
     last_token = name.startswith("nanogpt") and not labels  # the head of nanoGPT then reads one token, on every rank
-    assert local_fraction(reports) >= LOCAL or name in {**GATHERED, **REPLICATED} or last_token
+    assert local_fraction(reports) >= LOCAL or name in {**GATHERED, **REPLICATED, **few} or last_token
 
 
 @pytest.mark.parametrize(("name", "kind"), BY_DEFAULT.items())
@@ -89,4 +95,6 @@ def test_every_model_with_inductor(workers: Workers, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", *(slow(name) for name in ZOO if name not in ("llama", *ONE_HEAD))])
 def test_every_model_with_heads_over_neighbours(workers: Workers, name: str, degree: int) -> None:
     entry = ZOO[name]
+    if degree == 4 and name in NOT_FOUR_HEADS:
+        pytest.skip(NOT_FOUR_HEADS[name])
     check(workers, name, entry.attentions[0], entry.labels, False, True, 4, ulysses_degree=degree)
