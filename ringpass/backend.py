@@ -48,7 +48,7 @@ from ringpass.rank_program import (
     make_program,
     read_graph,
 )
-from ringpass.torch_features import compiling_autograd, flash_implementation
+from ringpass.torch_features import compiling_autograd, compiling_to_save, flash_implementation
 
 log, log_of_plan = logging.getLogger(LOG), logging.getLogger("ringpass.passes.plan")
 
@@ -93,6 +93,7 @@ def _compiled(
     """The function that runs `gm` on this rank, compiled."""
     end_waits_in_vain(ring)
     notice_when_python_ends()
+    _refuse_saving()
     _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
     if config.explain is not None:
@@ -160,6 +161,16 @@ def _refuse_cuda_graphs(inductor: Mapping[str, Any], mode: str | None) -> None:
         "the host start its exchanges, wait for them and compare the ranks in every call: "
         f"{instead or 'set it to False'}"
     )
+
+
+def _refuse_saving() -> None:
+    """Refuses `aot_compile`: the program exchanges with the process group of this run."""
+    if compiling_to_save():
+        raise UnsupportedError(
+            "aot_compile saves a compiled function to a file, and this one exchanges with the process group of this "
+            "run: call the compiled model instead, which finds its code in Inductor's cache from the second run on; "
+            "or save the whole model, for one device, by torch.export"
+        )
 
 
 def _warn_of_autotuning(ring: Ring, inductor: Mapping[str, Any]) -> None:

@@ -80,3 +80,10 @@ def compiling_autograd() -> bool:
     from torch._dynamo import compiled_autograd
 
     return bool(getattr(compiled_autograd, "in_compiled_autograd_region", False))
+
+
+def compiling_to_save() -> bool:
+    """Whether `aot_compile` compiles now, which writes what a backend returns to a file."""
+    from torch._functorch import config as functorch
+
+    return bool(getattr(functorch, "bypass_autograd_cache_key", False))

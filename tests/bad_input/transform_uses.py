@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import tempfile
 
 import torch
 
@@ -78,6 +79,22 @@ def vmap_inside(on_ring: OnRing) -> Values:
 def exported(on_ring: OnRing) -> Values:
     net, x = model(), tokens()
     return [torch.export.export(on_ring(net), (x,)).module()(x)]
+
+
+@use("AOTInductor of the exported compiled model, loaded again")
+def packaged(on_ring: OnRing) -> Values:
+    net, x = model(), tokens()
+    program = torch.export.export(on_ring(net), (x,))
+    with tempfile.TemporaryDirectory() as folder:
+        file = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+        return [torch._inductor.aoti_load_package(file)(x)]
+
+
+@use("`aot_compile` of a compiled function", "UnsupportedError", "saves a compiled function to a file", fast=True)
+def compiled_ahead(on_ring: OnRing) -> Values:
+    net, x = model(), tokens()
+    run = on_ring(lambda m, z: m(z), fullgraph=True)
+    return [run.aot_compile(((net, x), {}))(net, x)] if hasattr(run, "aot_compile") else [run(net, x)]
 
 
 @use("`torch.jit.trace` of the compiled model", "RuntimeError", "not supported at the moment")

@@ -23,10 +23,10 @@ def relative(got: Tensor, want: Tensor, floor: float = 1e-300) -> float:
 
 
 def compiled(model: Callable[..., Any], group: dist.ProcessGroup, **options: Any) -> Any:
-    """The model on the ring of `group`; `dynamic` goes to torch.compile itself."""
-    dynamic = options.pop("dynamic", None)
+    """The model on the ring of `group`; `dynamic` and `fullgraph` go to torch.compile itself."""
+    own = {name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options}
     settings: dict[str, Any] = {"compiler": "aot_eager", "timeout": 60.0, "group": group, **options}
-    return torch.compile(model, backend="ring_dilated", dynamic=dynamic, options=settings)
+    return torch.compile(model, backend="ring_dilated", options=settings, **own)
 
 
 def parity(group: dist.ProcessGroup, name: str, length: int, labels: bool, padding: bool, **options: Any) -> Errors:
