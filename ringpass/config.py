@@ -87,7 +87,7 @@ class RingConfig:
         `ringpass.schedule.head_shares`.
     comm: "ring": K and V go from rank to rank while tiles are computed; "allgather": every rank gathers all of them
         beside its local tiles (O(S) memory); "auto" (default): the one of less estimated time for each attention where
-        a machine is described, all-gather only among ranks of its inner dimension and up to 512 MiB of K and V; else
+        a machine is described, all-gather only among ranks of its inner dimension and up to 500 MB of K and V; else
         a ring.
     machine: what computing and transfers cost: a `ringpass.Machine`, the path of a JSON file that
         `python -m ringpass measure` wrote, or the name of a preset ("H100", "cpu", ..); None: the preset of the CUDA

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
+from ringpass.amounts import size
 from ringpass.config import RingConfig
 from ringpass.nodes import hint_of
 from ringpass.passes.detect.site import AttentionSite
@@ -31,7 +32,7 @@ from ringpass.schedule.dilation import AUTO, Dilation, group_problems
 from ringpass.schedule.machine import UNDESCRIBED, Machine, preset_of_device
 from ringpass.schedule.tiles import Problem
 
-GATHERED_BYTES = 2**29  # K and V that all-gather may hold in one attention
+GATHERED_BYTES = 500 * 10**6  # K and V that all-gather may hold in one attention
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _against_gathering(x: Sharded, load: Load, world: int, machine: Machine) -> 
     if world > machine.spans[0]:
         yield f"the ranks are more than the {machine.spans[0]:.0f} of the inner dimension"
     if load.key_bytes > GATHERED_BYTES:
-        yield f"K and V are {load.key_bytes / 2**20:.4g} MiB, above {GATHERED_BYTES / 2**20:.4g}"
+        yield f"K and V are {size(load.key_bytes)}, above {size(GATHERED_BYTES)}"
     if x.dilation is not None:
         yield "the attention is dilated"
     if not x.fixed:

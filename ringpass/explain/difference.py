@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from ringpass.amounts import size
 from ringpass.errors import InputError
 from ringpass.explain.memory import KINDS
-from ringpass.explain.verdict import size
 
 BYTES = "bytes"
 Data = Mapping[str, Any]

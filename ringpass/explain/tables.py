@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ringpass.amounts import size
 from ringpass.errors import RingpassError
 from ringpass.explain.data import GraphReport, ReportData, SiteReport
-from ringpass.explain.verdict import size
 
 WIDTH = 118
 SHOWN = 12  # rows of a table of gathers or boundaries

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ringpass.amounts import size
 from ringpass.errors import OptionError
 from ringpass.explain.data import Event, GraphReport, Verdict
 
@@ -60,18 +61,6 @@ def device_of_name(given: str | int | None) -> Device | None:
             f"'24 GiB', or a number of bytes, got {given!r}"
         )
     return Device(text, amount, None)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in units of 10^9, 10^6 or 10^3.
-
-    >>> size(80 * 10**9), size(1_500_000), size(12)
-    ('80 GB', '1.5 MB', '12 B')
-    """
-    for unit, name in ((GB, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} B"
 
 
 @dataclass(frozen=True)

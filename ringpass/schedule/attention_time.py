@@ -21,6 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ringpass.amounts import milliseconds
 from ringpass.masks.constants import Array
 from ringpass.masks.intervals import PARTIAL_CODE, IntervalArrays
 from ringpass.schedule.head_shares import head_shares
@@ -125,11 +126,6 @@ class Times:
         named |= {"exposed transfers": self.transfers, "all-to-alls": self.all_to_alls}
         parts = ", ".join(f"{name} {milliseconds(x[rank])}" for name, x in named.items() if x[rank] > 0)
         return f"{milliseconds(self.slowest)} ms ({parts})"
-
-
-def milliseconds(seconds: float) -> str:
-    """To three digits."""
-    return f"{1e3 * seconds:.3g}"
 
 
 # --- what each rank computes and receives -----------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ringpass.amounts import milliseconds, size
 from ringpass.layouts.layout import CONTIGUOUS, LAYOUTS, STRIPES, assigned
 from ringpass.masks.constants import Array
 from ringpass.masks.expr import Expr, parts
 from ringpass.masks.intervals import FULL_CODE, PARTIAL_CODE
-from ringpass.schedule.attention_time import RING, Load, Times, Traffic, Way, milliseconds
+from ringpass.schedule.attention_time import RING, Load, Times, Traffic, Way
 from ringpass.schedule.machine import UNDESCRIBED, Machine
 from ringpass.schedule.tiles import CAUSAL_CODE, FINEST, MIRRORED_CODE, THIN, TILE, Problem, Tiling, tiling
 
@@ -130,7 +131,7 @@ class Estimate:
         return self.flops / self.mean_flops if self.mean_flops else 1.0
 
     def __str__(self) -> str:
-        received = f"{self.bytes / 2**20:.4g} MiB received at most"
+        received = f"{size(self.bytes)} received at most"
         estimated = f", {milliseconds(self.time)} ms estimated" if self.described else ""
         return f"{self.layout}: {self.imbalance:.3f} x the mean work at most, {received}{estimated}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("devices", "errors", "logging_calls", "metrics", "nodes", "precision", "torch_features"),
+    ("amounts", "devices", "errors", "logging_calls", "metrics", "nodes", "precision", "torch_features"),
     ("files", "profiling", "side_products"),
     ("masks", "kernels", "option_checks", "passes.failures"),
     ("layouts", "patterns", "local_ranks", "progress"),

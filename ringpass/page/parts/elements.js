@@ -31,9 +31,9 @@ const figures = (x) => Number(x.toPrecision(3)).toLocaleString("en", { maximumFr
 
 function bytes(n) {
   if (n === null || n === undefined) return "";
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const units = ["B", "kB", "MB", "GB", "TB"];
   let i = 0;
-  while (Math.abs(n) >= 1024 && i < units.length - 1) { n /= 1024; i += 1; }
+  while (Math.abs(n) >= 1000 && i < units.length - 1) { n /= 1000; i += 1; }
   return `${i ? figures(n) : n} ${units[i]}`;
 }
 
