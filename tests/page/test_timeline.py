@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -97,21 +94,6 @@ def test_traces_have_the_format_of_chrome() -> None:
     back = measured(as_trace({"layer 0": (events, "s")}, 4))
     assert [(x.rank, x.lane, x.step) for x in back] == [(x.rank, x.lane, x.step) for x in events]
     assert [x.start for x in back] == pytest.approx([x.start for x in events])
-
-
-def test_perfetto_reads_the_trace(tmp_path: Path) -> None:
-    """Where Perfetto's trace processor is installed: the package perfetto would download it."""
-    binary, perfetto = shutil.which("trace_processor_shell"), pytest.importorskip("perfetto.trace_processor")
-    if binary is None:
-        pytest.skip("needs trace_processor_shell on PATH, Perfetto's own reader of traces")
-    events = planned(ranks(4, "contiguous"), Costs(1e-9, 1e-9, "s"))
-    path = tmp_path / "trace.json"
-    path.write_text(json.dumps(as_trace({"layer 0": (events, "s")}, 4)))
-    config = perfetto.TraceProcessorConfig(bin_path=binary)
-    with perfetto.TraceProcessor(trace=str(path), config=config) as processor:
-        (row,) = processor.query("select count(*) as n from slice")
-        names = {x.name for x in processor.query("select name from process where name is not null")}
-    assert row.n == len(events) and {f"rank {rank}" for rank in range(4)} <= names
 
 
 def test_profiles_of_torch_are_read() -> None:
