@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import timeit
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from ringpass.page.profile import measured
+from ringpass.page.timeline import LANES
 from ringpass.profiling import profiled
 from ringpass.schedule.site import SITES
+from tests.support.model_parity import compiled
 from tests.support.process_ranks import Workers
 
 TOKENS, WORLD, LAYERS = 48, 2, 2
@@ -53,6 +58,15 @@ def ranges(group: dist.ProcessGroup, options: dict[str, Any]) -> tuple[Counter[s
     return Counter(event.name for event in trace.events()), steps
 
 
+def profile_of_step(group: dist.ProcessGroup, folder: str) -> None:
+    """Writes the profile of a training step of this rank."""
+    run, x = compiled(Model(), group, layout="zigzag"), torch.randn(1, TOKENS, 16)
+    run(x).backward()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run(x).backward()
+    trace.export_chrome_trace(f"{folder}/rank{dist.get_rank(group)}.json")
+
+
 def matching(found: Counter[str], pattern: str) -> int:
     return sum(n for name, n in found.items() if re.fullmatch(pattern, name))
 
@@ -76,6 +90,19 @@ def test_a_range_for_each_tile_and_transfer(workers: Workers, options: dict[str,
                 waited = matching(found, rf"wait for {site} receive_gradients_step{shift}_\w+")
                 assert returned == waited == times // 2
         assert not [name for name in found if re.match(rf"site{LAYERS} ", name)]
+
+
+def test_the_measured_timeline(workers: Workers, tmp_path: Path) -> None:
+    """A step of two ranks: each waits for keys forward and backward, and for gradients, at the end of its transfers."""
+    workers.run(profile_of_step, WORLD, str(tmp_path))
+    found = measured([json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (1, 0)])
+    for rank in range(WORLD):
+        of = {lane: [x for x in found if (x.rank, x.lane) == (rank, lane)] for lane in LANES}
+        assert len(of["tile"]) >= 2 * LAYERS * WORLD and {x.step for x in of["tile"]} == {0, 1}
+        assert len(of["wait"]) == len(of["transfer"]) == 3 * LAYERS and {x.step for x in of["transfer"]} == {1}
+        ends = sorted(x.stop for x in of["wait"])
+        assert sorted(x.stop for x in of["transfer"]) == pytest.approx(ends, abs=1e-6)
+        assert all(x.start < x.stop for x in found)
 
 
 @pytest.mark.parametrize("rolled", [False, True])

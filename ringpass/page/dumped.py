@@ -9,7 +9,7 @@ ringpass.errors.OptionError: ... holds no graph0: ...
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ STAGES = ("captured.py", "partitioned.py", "forward.py", "backward.py", "output_
 """The texts that the page shows, in their order."""
 
 
-def write_page(directory: Path, trace: Mapping[str, Any] | None = None) -> Path:
-    """Writes `index.html` into a dump directory, and returns its path; `trace`: as in `render`.
+def write_page(directory: Path, profiles: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Writes `index.html` into a dump directory, and returns its path; `profiles`: as in `render`.
 
     Raises OptionError if the directory holds no dump.
     """
@@ -46,7 +46,7 @@ def write_page(directory: Path, trace: Mapping[str, Any] | None = None) -> Path:
         for place in (folder, *ranks[:1]):
             texts |= {f"graph{i}/{name}": read_text(place / name) for name in STAGES if (place / name).is_file()}
         report.setdefault("rank", _number(ranks[0], "rank") if ranks else 0)
-    write_text(directory, PAGE, render(report, texts, trace))
+    write_text(directory, PAGE, render(report, texts, profiles))
     return directory / PAGE
 
 

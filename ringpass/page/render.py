@@ -15,17 +15,18 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from ringpass.page import code
 from ringpass.page.glossary import TERMS
 from ringpass.page.panels import PANELS
+from ringpass.page.profile import measured
 from ringpass.page.timeline import Event, planned_of, slowest
-from ringpass.page.trace import measured
 
 SCRIPTS = (
     "elements", "tables", "drawing", "verdict", "tokens", "sites", "tiles", "exchanges", "timeline", "code", "moves",
     "memory", "alternatives", "about", "start",
 )  # fmt: skip
 """The scripts of the page, in the order in which they run."""
+SHOWN = 50_000  # measured events at most, the first ones: a page stays below 5 MB
 
 
-def render(report: Mapping[str, Any], texts: Mapping[str, str], trace: Mapping[str, Any] | None = None) -> str:
+def render(report: Mapping[str, Any], texts: Mapping[str, str], profiles: Sequence[Mapping[str, Any]] = ()) -> str:
     """One self-contained HTML file, which shows the report, without a network and from disk.
 
     >>> report = {"version": 1, "model": "GPT", "world": 2, "graphs": [{"axes": [], "sites": []}]}
@@ -33,15 +34,16 @@ def render(report: Mapping[str, Any], texts: Mapping[str, str], trace: Mapping[s
     True
 
     `report`: the dict of `ringpass.explain(..).to_dict()`; of what is missing its panel says so.  `texts`: a stage's
-    file name -> its text; in a report of several graphs, `graph1/captured.py` is one of graph 1.  `trace`: a profile of
-    a run in Chrome's trace format, for the measured timeline.
+    file name -> its text; in a report of several graphs, `graph1/captured.py` is one of graph 1.  `profiles`: those of
+    the ranks of a run in Chrome's trace format, for the measured timeline.
     """
     graphs = report.get("graphs", [])
     plans = [[planned_of(schedule) for schedule in graph.get("schedules") or ()] for graph in graphs]
+    events = measured(profiles)
     more = {
         "code": [code.as_data(code.stages(_of_graph(texts, i))) for i in range(max(1, len(graphs)))],
         "timelines": [[_columns(events, unit) for events, unit in of] for of in plans],
-        "measured": _columns(measured(trace), "s") if trace else None,
+        "measured": {**_columns(events[:SHOWN], "s"), "found": len(events)} if profiles else None,
     }
     template = Environment(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -12,9 +12,9 @@ from ringpass.explain.real import HOW_LONG
 from ringpass.page import render
 from ringpass.page.panels import PANELS
 from ringpass.page.timeline import Costs, planned
-from ringpass.page.trace import as_trace
 from tests.support.browser import PHONE, WIDE, Opened, browser, draw_all, draw_at_once, open_page
 from tests.support.page_models import Layers, explained
+from tests.support.profiles import profile_of
 
 pytestmark = pytest.mark.browser
 
@@ -47,7 +47,7 @@ def file(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = {**layers.texts, **{name.replace("graph0", "graph1"): text for name, text in picture.texts.items()}}
     events = planned(report["graphs"][0]["schedules"][0]["ranks"], Costs(1e-9, 1e-9, "s"))
     path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(render(report, texts, as_trace({"site 0": (events, "s")}, 4)))
+    path.write_text(render(report, texts, [profile_of(events, rank) for rank in range(4)]))
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from ringpass.__main__ import main
 from ringpass.errors import OptionError
 from ringpass.page.command import has_display
 from ringpass.page.dumped import write_page
+from ringpass.page.timeline import Event
 from tests.support.model_parity import compiled
 from tests.support.page_models import Layers, step
 from tests.support.pipeline_stages import fake_ring
 from tests.support.process_ranks import Workers
+from tests.support.profiles import profile_of
 from tests.support.traffic import received_bytes
 
 
@@ -145,7 +148,27 @@ def test_dump_open(dump: tuple[Path, Any], capsys: pytest.CaptureFixture[str], m
     monkeypatch.setenv("DISPLAY", ":0")
     assert has_display() and main(["dump", "open", str(dump[0])]) == 0
     assert opened == [page.as_uri()]
-    assert main(["dump", "open", str(dump[0]), "--trace", str(dump[0] / "graph0" / "trace.json")]) == 0
+
+
+def test_dump_open_takes_a_profile_of_each_rank(
+    dump: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"rank{rank}.json" for rank in (1, 0)]
+    for rank, file in zip((1, 0), files, strict=True):
+        file.write_text(json.dumps(profile_of([Event(rank, "tile", 0, 0.0, 1.0 + rank, "")], rank)))
+    zipped = tmp_path / "rank0.json.gz"
+    zipped.write_bytes(gzip.compress(files[1].read_bytes()))
+    start = ["dump", "open", str(dump[0]), "--no-browser", "--trace"]
+    assert main([*start, str(files[0]), str(zipped)]) == 0
+    assert "ranks" in (dump[0] / "index.html").read_text()
+    capsys.readouterr()
+    for wrong, said in (
+        ([str(files[1]), str(zipped)], "rank0.json.gz is of rank 0, as "),
+        ([str(dump[0] / "graph0" / "trace.json")], "holds no range of ringpass"),
+        ([str(tmp_path)], "Chrome's trace format"),
+    ):
+        assert main([*start, *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_dump_open_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

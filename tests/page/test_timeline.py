@@ -10,10 +10,12 @@ import pytest
 
 from ringpass.layouts.layout import Layout
 from ringpass.page.exchange_graph import as_dot, exchange_graph
+from ringpass.page.profile import measured
 from ringpass.page.timeline import Costs, Event, ends, planned, slowest
-from ringpass.page.trace import as_trace, measured
+from ringpass.page.trace import as_trace
 from ringpass.schedule.program import program
 from ringpass.schedule.tiles import Problem
+from tests.support.profiles import profile_of
 
 
 @cache
@@ -91,22 +93,36 @@ def test_traces_have_the_format_of_chrome() -> None:
             )
             assert all(a + d <= b + 1e-9 for (a, d), (b, _) in zip(mine, mine[1:], strict=False))
     assert len([x for x in trace["traceEvents"] if x["ph"] == "X"]) == 2 * len(events)
-    back = measured(as_trace({"layer 0": (events, "s")}, 4))
-    assert [(x.rank, x.lane, x.step) for x in back] == [(x.rank, x.lane, x.step) for x in events]
-    assert [x.start for x in back] == pytest.approx([x.start for x in events])
 
 
-def test_profiles_of_torch_are_read() -> None:
-    """Ranges of a profiler, of processes with any id; what is no tile, transfer or wait is left out."""
-    events = [
-        {"ph": "M", "pid": 77, "tid": 0, "name": "process_name", "args": {"name": "python"}},
-        {"ph": "X", "pid": 77, "tid": 5, "name": "ringpass::attention_tile site 0 step 1", "ts": 10.0, "dur": 5.0},
-        {"ph": "X", "pid": 99, "tid": 5, "name": "wait step 2", "ts": 20.0, "dur": 1.0},
-        {"ph": "X", "pid": 99, "tid": 5, "name": "aten::mm", "ts": 20.0, "dur": 1.0},
+def test_profiles_are_read_as_they_were_planned() -> None:
+    """Ranges of every rank, a transfer from its start to the end of its wait; in the order of their starts."""
+    events = planned(ranks(4, "contiguous"), Costs(1e-9, 1e-3, "s"))
+    found = measured([profile_of(events, rank) for rank in range(4)])
+    kept = sorted((x.start, x.rank, x.lane, x.step, x.stop) for x in events)
+    assert [x.start for x in found] == sorted(x.start for x in found)
+    assert sorted((round(x.start, 9), x.rank, x.lane, x.step) for x in found) == [
+        (round(start, 9), rank, lane, number) for start, rank, lane, number, _ in kept
     ]
-    found = measured({"traceEvents": events})
-    assert [(x.rank, x.lane, x.step) for x in found] == [(0, "tile", 1), (1, "wait", 2)]
-    assert found[0].start == pytest.approx(1e-5)
+    assert sum(x.stop for x in found) == pytest.approx(sum(stop for *_, stop in kept))
+
+
+def test_ranks_without_a_process_group_are_counted() -> None:
+    """What is no range of the package is left out, the names of its ops too."""
+    tile = {"ph": "X", "pid": 77, "name": "site0 attention_backward_step2_q0to4_k0to4", "ts": 10.0, "dur": 5.0}
+    others = [
+        {**tile, "name": name} for name in ("ringpass::attention_tile", "aten::mm", "ringpass::wait", "site 0", "")
+    ] + [{**tile, "ph": "M"}, {**tile, "name": "site0 send_step1_to_rank1"}]
+    found = measured([{"traceEvents": others}, {"traceEvents": [*others, tile], "baseTimeNanoseconds": 10**9}])
+    assert [x[:3] for x in found] == [(1, "tile", 2)]
+    assert found[0].start == pytest.approx(1 + 1e-5)
+
+
+def test_ranges_of_a_gpu_are_taken_where_there_are_any() -> None:
+    launch = {"ph": "X", "cat": "user_annotation", "name": "site0 attention_step1_q0to4_k0to4", "ts": 1.0, "dur": 1.0}
+    run = {**launch, "cat": "gpu_user_annotation", "ts": 5.0, "dur": 40.0}
+    (found,) = measured([{"traceEvents": [launch, run]}])
+    assert (found.start, found.stop) == pytest.approx((5e-6, 45e-6))
 
 
 def test_the_exchange_graph() -> None:

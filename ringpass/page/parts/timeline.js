@@ -1,4 +1,9 @@
-// The timeline of each rank: planned, and measured where the page was given a profile.
+// The timeline of each rank: planned, and measured where the page was given profiles.
+
+function measuredWords(now) {
+  const left = now.found - now.rank.length;
+  return `Measured: ${seconds(now.span)}, all attentions, forward and backward${left ? `, without the last ${count(left)} of ${count(now.found)} ranges: profile fewer steps to see all` : ""}.`;
+}
 
 panels.timeline = async (graph, panel) => {
   const data = await more;
@@ -37,7 +42,7 @@ panels.timeline = async (graph, panel) => {
       of[rank][now.lane[i]] += (now.stop[i] - now.start[i]) * scale;
       of[rank].end = Math.max(of[rank].end, now.stop[i] * scale);
     });
-    words.textContent = which === "planned" ? `${(report.slowest?.[chosen.graph] || [])[chosen.schedule] || ""} In all ${amount(now.span, now.unit)}${now.unit === "s" ? "" : ": work is counted in FLOPs, and a byte as 100 of them"}.` : `Measured: ${seconds(now.span)} in all.`;
+    words.textContent = which === "planned" ? `${(report.slowest?.[chosen.graph] || [])[chosen.schedule] || ""} In all ${amount(now.span, now.unit)}${now.unit === "s" ? "" : ": work is counted in FLOPs, and a byte as 100 of them"}.` : measuredWords(now);
     sums.replaceChildren(table([
       { name: "rank", of: (r) => r.rank, kind: "number" },
       ...["tile", "transfer", "wait", "end"].map((lane) => ({ name: { tile: "in tiles", transfer: "in transfers", wait: "waits", end: "ends at" }[lane], of: (r) => r[lane], kind: "number", text: (x) => amount(x, now.unit) })),
