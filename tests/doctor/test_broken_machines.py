@@ -26,6 +26,7 @@ from ringpass.errors import OptionError
 from ringpass.torch_features import TESTED_TORCH
 from tests.support.ports import free_port
 from tests.support.repository import ROOT
+from tests.support.small_disk import small_disk
 
 LIMIT = 2.0  # seconds
 
@@ -245,20 +246,8 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
 # --- no space ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def full_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 64 KiB; skips where it cannot be mounted."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_no_space_for_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with full_disk(tmp_path) as small:
+    with small_disk(tmp_path) as small:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(small / "cache"))
         found = named([*compiler.caches()], "inductor cache")
     assert found.status is Status.PROBLEM and "No space left on device" in found.found
@@ -274,7 +263,7 @@ def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_doctor_on_a_full_disk(tmp_path: Path) -> None:
     """The whole command goes on to its end."""
-    with full_disk(tmp_path) as small:
+    with small_disk(tmp_path) as small:
         code, found = finished(
             doctor("--timeout", "120", environment={"TORCHINDUCTOR_CACHE_DIR": str(small / "cache")})
         )
