@@ -6,8 +6,12 @@
 The copy of the model shares everything with the original but its modules and tensors; a parameter that two modules
 share is one fake, too.  Tensors on the device "meta" are seen on `device`.
 
-Contract: the model and its inputs are not changed, and no memory is taken for either.  Dynamo's cache is emptied before
-and after, so that no run sees the lengths of another: what the process has compiled is compiled again at its next call.
+Integers and booleans stay real, up to KNOWN of them in a tensor, and so does what is made of them alone: a model that
+reads the sizes of pictures or the lengths of texts takes the branches that it takes in a run.
+
+Contract: the model and its inputs are not changed, and no memory is taken for either, but for copies of those integers.
+Dynamo's cache is emptied before and after, so that no run sees the lengths of another: what the process has compiled is
+compiled again at its next call.
 """
 
 from __future__ import annotations
@@ -23,18 +27,82 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 
 from ringpass.errors import InputError, RingpassError, UnsupportedError
 from ringpass.logging_calls import skip_logging_calls
 
 Backend = Callable[..., Any]
+KNOWN = 2**20
+"""Elements of a tensor that stays real."""
+SHAPED_BY_DATA = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
+FACTORIES = ("_like", "aten::new_")
+"""What the names of ops have in them that take a shape from a tensor, and no value."""
+
+
+class KnownMode(FakeTensorMode):
+    """Fake tensors, beside real ones: integers that are made of real tensors, or of numbers, are real."""
+
+    inside = False  # of an op that a fake is decomposed into: nothing is real there
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return super().dispatch(func, types, args, kwargs)
+        self.inside = True
+        try:
+            if not self._stays_real(func, types, args, kwargs):
+                _refuse_unknown(func, args, kwargs)
+                return super().dispatch(func, types, args, kwargs)
+        finally:
+            self.inside = False
+        with no_dispatch():
+            return func(*args, **kwargs)
+
+    def _stays_real(self, func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor | torch.SymInt)]
+        drawn = torch.Tag.nondeterministic_seeded in getattr(func, "tags", [torch.Tag.nondeterministic_seeded])
+        if drawn or not all(isinstance(x, Tensor) and is_known(x) for x in given):
+            return False
+        if given and any(tag in func.tags for tag in SHAPED_BY_DATA):
+            return True
+        integers = not given or any(name in func.name() for name in FACTORIES)
+        made = super().dispatch(func, types, args, kwargs)
+        found = [x for x in pytree.tree_leaves(made) if isinstance(x, Tensor)]
+        return all(x.numel() <= KNOWN and not (integers and has_fractions(x)) for x in found)
+
+
+def is_known(tensor: Tensor) -> bool:
+    """Whether a tensor is real, and small enough to stay so."""
+    return type(tensor) is Tensor and tensor.device.type != "meta" and tensor.numel() <= KNOWN
+
+
+def has_fractions(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor are neither integers nor booleans."""
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
+
+
+def _refuse_unknown(func: Any, args: Any, kwargs: Any) -> None:
+    """Raises UnsupportedError where an op would write what is not known to a real tensor, whose data may be read."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    named = {**dict(zip((x.name for x in schema.arguments), args, strict=False)), **kwargs}
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for x in pytree.tree_leaves(named.get(argument.name)):
+                if isinstance(x, Tensor) and is_known(x):
+                    raise UnsupportedError(
+                        f"explain runs without data, but for integers, and {func.name()} writes other values to a "
+                        "tensor of integers between or in the graphs of the model: make that tensor of what is written"
+                    )
 
 
 class Fakes:
     """The fakes of one call: one for each tensor, however often it is met."""
 
     def __init__(self, device: str) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.mode = KnownMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.device = torch.device(device)
         self.known: dict[int, Tensor] = {}
         self.originals: list[Tensor] = []  # alive as long as their ids are keys
@@ -50,11 +118,13 @@ class Fakes:
         if is_lazy(tensor):
             raise InputError("a lazy module has no shapes before its first call: call the model once, then explain it")
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if is_known(tensor) and tensor.layout == torch.strided and not has_fractions(tensor):
+            return tensor.clone()
         if device.type != "meta" and not isinstance(tensor, FakeTensor):
             return self.mode.from_tensor(tensor, static_shapes=True)
         device = self.device if device.type == "meta" else device
-        with self.mode:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        made = FakeTensor(self.mode, empty, device)
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(made, tensor.requires_grad)
         return made.requires_grad_(tensor.requires_grad)
@@ -105,9 +175,9 @@ def run_fake(
         except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
             what = str(error).splitlines()[0]
             raise UnsupportedError(
-                f"explain runs without data, and outside of the compiled graphs the model reads the data of a tensor "
-                f"({what}): its next steps cannot be known. Fix what the model branches on before the call, such as an "
-                "attention mask that is checked for being all ones, or take the branch out"
+                f"explain runs without data, but for integers that it is given, and outside of the compiled graphs the "
+                f"model reads the data of a tensor ({what}): its next steps cannot be known. Pass integers and "
+                "booleans with their values, not on 'meta'; take out what branches on other numbers"
             ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, RingpassError):

@@ -210,6 +210,37 @@ def test_bad_input() -> None:
         ringpass.explain(reads, torch.empty(4), world_size=2)
 
 
+class Pictures(nn.Module):
+    """Blocks that read, between graphs, how many tokens each picture of `sizes` (rows, columns) has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor, sizes: Tensor, exists: Tensor) -> Tensor:
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), (sizes[:, 0] * sizes[:, 1]).cumsum(0)])
+        ends = torch.tensor([*ends[:-1], ends[-1]]) + torch.arange(len(ends)) * 0
+        parts = [self.block(x[:, a:b]).sum() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        return torch.stack(parts).sum() if bool(exists.all()) else x.sum()
+
+
+def test_integers_are_read() -> None:
+    """What a model reads from integers and booleans, between its graphs, is what it reads in a run; not on `meta`."""
+    sizes, exists = torch.tensor([[8, 4], [16, 4]]), torch.ones(1, 96, dtype=torch.bool)
+    report = ringpass.explain(Pictures(), torch.empty(1, 96, 16), sizes, exists, world_size=4)
+    assert [axis.tokens for graph in report.graphs for axis in graph.axes] == [32, 64]
+    assert sizes.tolist() == [[8, 4], [16, 4]]
+
+    def writes(x: Tensor, sizes: Tensor) -> Tensor:
+        sizes[:, 0] = x[0, :2, 0].long()
+        return x[:, : int(sizes[0, 0])]
+
+    with pytest.raises(UnsupportedError, match="to a tensor of integers"):
+        ringpass.explain(writes, torch.empty(1, 96, 16), sizes, world_size=4)
+    with pytest.raises(UnsupportedError, match="not on 'meta'"):
+        ringpass.explain(Pictures(), torch.empty(1, 96, 16), sizes, exists.to("meta"), world_size=4)
+
+
 # --- the documentation ------------------------------------------------------------------------------------------------
 
 
