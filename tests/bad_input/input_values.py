@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.bad_input.block import model, once, step, tokens
+from tests.bad_input.block import gradients, model, once, step, tokens
 from tests.bad_input.rank_cases import Cases, OnRing, Values
 from tests.support.models import WIDTH
 
@@ -357,12 +357,25 @@ def resized(on_ring: OnRing) -> Values:
     return [on_ring(call)(x) + 0]
 
 
-@use("an input written between forward and backward")
+@use("an input written between forward and backward", ranks=(1,))
 def written_before_backward(on_ring: OnRing) -> Values:
-    net, x = model(), tokens(length=LENGTH)
-    x = x.requires_grad_()
+    net, x = model(), tokens(needs_grad=True)
     y = on_ring(net)(x)
     with torch.no_grad():
         x.mul_(2)
     y.pow(2).mean().backward()
     return [x]
+
+
+@use("an input written between forward and backward: gradients of what was passed", ranks=(2, 3))
+def written_beside_local_tokens(on_ring: OnRing) -> Values:
+    """One device refuses it, so there the input is not written."""
+    net, x = model(), tokens(needs_grad=True)
+    run = on_ring(net)
+    y = run(x)
+    if run is not net:
+        with torch.no_grad():
+            x.mul_(2)
+    y.pow(2).mean().backward()
+    assert x.grad is not None
+    return [x.grad, *gradients(net)]
