@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ringpass.amounts import size
 from ringpass.explain.data import ReportData
 from ringpass.explain.request import Request
 
@@ -65,7 +66,7 @@ def longest(request: Request, report: ReportData, peak_of: Callable[[Request], i
             else:
                 found = _shorter(found, peaks[found], device["bytes"], request.world)
         if fits:
-            return {**told, "tokens": fits, "verified": True, "why": f"its peak is {peaks[fits]} bytes"}
+            return {**told, "tokens": fits, "verified": True, "why": f"its peak is {size(peaks[fits])}"}
     except Exception as error:
         text = f"the model does not run at another length: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         return {**told, "why": text}
