@@ -18,6 +18,7 @@ DEVICES: Mapping[str, int] = {
 """Bytes of memory as published, in units of 10^9; what a driver and a process group take is not left out."""
 UNITS = {"gb": GB, "gib": 2**30, "mb": 10**6, "mib": 2**20, "g": GB, "m": 10**6, "b": 1}
 LINES = 3
+UNEVEN = 1.1  # times the mean work
 GIVEN = "the option 'layout'"
 """How the reason for a layout begins that was asked for."""
 
@@ -80,9 +81,8 @@ def verdict_of(
     problems = list(_problems(graphs, breaks, world))
     if device is not None and limit is not None and not fits:
         change = _what_saves(graphs)
-        problems.insert(
-            0, Problem(f"memory does not fit: a rank needs {size(peak)}, {device.name} has {size(limit)}", change)
-        )
+        has = size(limit) if device.name == size(limit) else f"{size(limit)} ({device.name})"
+        problems.insert(0, Problem(f"memory does not fit: a rank needs {size(peak)} of {has}", change))
     efficiency, why = _efficiency(graphs)
     lines = [problem.text for problem in problems[:LINES]]
     if len(problems) > LINES:
@@ -139,6 +139,13 @@ def _problems(graphs: Sequence[GraphReport], breaks: Sequence[Event], world: int
             f"({len(gathers)} gather{'s' * (len(gathers) > 1)} in all)",
             worst.remedy,
         ))  # fmt: skip
+    given = [graph for graph in graphs if any(axis.why.startswith(GIVEN) for axis in graph.axes)]
+    uneven = max((site.balance or 1.0 for graph in given for site in graph.sites), default=1.0)
+    if uneven > UNEVEN:  # `auto` has weighed the other layouts
+        out.append(Problem(
+            f"the busiest rank does {uneven:.2f} times the mean work of attention, in the layout that the options give",
+            "leave the option 'layout' out, or try layout='zigzag' or 'striped'",
+        ))  # fmt: skip
     return out
 
 
@@ -177,13 +184,8 @@ def _what_saves(graphs: Sequence[GraphReport]) -> str:
 
 
 def _improvement(graphs: Sequence[GraphReport], efficiency: float | None) -> str | None:
-    """What to try where nothing is wrong; not another layout than the one that `auto` chose of all."""
-    sites = [site for graph in graphs for site in graph.sites if site.balance is not None]
-    given = [graph for graph in graphs if any(axis.why.startswith(GIVEN) for axis in graph.axes)]
-    uneven = max((s for graph in given for s in graph.sites), key=lambda site: site.balance or 1.0, default=None)
-    if uneven is not None and uneven.balance is not None and uneven.balance > 1.1:
-        return f"the busiest rank does {uneven.balance:.2f} times the mean work: try layout='striped' or 'zigzag'"
-    if efficiency is None and sites:
+    """What to try where nothing is wrong."""
+    if efficiency is None and any(site.balance is not None for graph in graphs for site in graph.sites):
         return "describe the machine (option 'machine'), so that ways are weighed by time"
     return None
 

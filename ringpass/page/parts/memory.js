@@ -4,8 +4,9 @@ panels.memory = (graph, panel) => {
   const memory = graph?.memory;
   if (!memory?.program?.length) { panel.append(missing("This report has no estimate of memory.")); return; }
   const program = memory.program, peak = Math.max(...program.map((p) => p.live)), top = program.findIndex((p) => p.live === peak);
+  const always = Math.max(0, (memory.peak || peak) - peak);
   const turn = program.findIndex((p) => p.phase === "backward");
-  panel.append(element("p", {}, `At most ${bytes(memory.peak || peak)}, at ${program[top].node} of the ${program[top].phase}.`));
+  panel.append(element("p", {}, `At most ${bytes(memory.peak || peak)}, at ${program[top].node} of the ${program[top].phase}: the dashed line.`));
   const named = Object.entries(memory.kinds || {}).filter(([, n]) => n);
   const most = Math.max(1, ...named.map(([, n]) => n));
   panel.append(element("div", { class: "bars" }, ...named.sort((a, b) => b[1] - a[1]).flatMap(([kind, n]) => [
@@ -54,7 +55,7 @@ panels.memory = (graph, panel) => {
   function read(i) {
     here = Math.max(0, Math.min(program.length - 1, i));
     const p = program[here];
-    readout.textContent = `${p.phase}, ${p.node}: ${bytes(p.live)} alive`;
+    readout.textContent = `${p.phase}, ${p.node}: ${bytes(p.live)} alive${always ? `, and ${bytes(always)} that are there all the time, such as parameters and inputs` : ""}`;
     picture.paint();
   }
   panel.append(element("h3", {}, "Over the program"), element("div", {}, picture), readout);

@@ -42,7 +42,7 @@ panels.timeline = async (graph, panel) => {
       of[rank][now.lane[i]] += (now.stop[i] - now.start[i]) * scale;
       of[rank].end = Math.max(of[rank].end, now.stop[i] * scale);
     });
-    words.textContent = which === "planned" ? `${(report.slowest?.[chosen.graph] || [])[chosen.schedule] || ""} In all ${amount(now.span, now.unit)}${now.unit === "s" ? "" : ": work is counted in FLOPs, and a byte as 100 of them"}.` : measuredWords(now);
+    words.textContent = which === "planned" ? `${(report.slowest?.[chosen.graph] || [])[chosen.schedule] || ""} The last rank ends at ${amount(now.span, now.unit)}${now.unit === "s" ? "" : ": work is counted in FLOPs, and a byte as 100 of them"}.` : measuredWords(now);
     sums.replaceChildren(table([
       { name: "rank", of: (r) => r.rank, kind: "number" },
       ...["tile", "transfer", "wait", "end"].map((lane) => ({ name: { tile: "in tiles", transfer: "in transfers", wait: "waits", end: "ends at" }[lane], of: (r) => r[lane], kind: "number", text: (x) => amount(x, now.unit) })),
