@@ -115,7 +115,7 @@ OTHERS: dict[str, Call] = {
     "means": over(lambda parts, h: sum(c.mean(1) for c in parts)),
     "some joined": over(lambda parts, h: (torch.cat(parts[:2], 1).sin(), parts[2].cos())),
     "in another order": over(lambda parts, h: torch.cat(parts[::-1], 1).sin()),
-    "against each other": over(lambda parts, h: (parts[1] * parts[2]).sin()),
+    "against each other": over(lambda parts, h: parts[1] * parts[2] * 2),  # a sine of large numbers is ill-conditioned
     "shifted": over(lambda parts, h: [c[:, 1:] - c[:, :-1] for c in parts]),
     "padded": over(lambda parts, h: [F.pad(c, (0, 0, 2, 0)).sin() for c in parts]),
     "padded and joined": over(lambda parts, h: torch.cat([F.pad(c, (0, 0, 1, -1)) * c for c in parts], 1)),
