@@ -46,6 +46,10 @@ class KnownMode(FakeTensorMode):
     inside = False  # of an op that a fake is decomposed into: nothing is real there
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What `func` makes of its arguments: real where all that it is made of is, and small; else fake.
+
+        Raises UnsupportedError where it would write a fake value to a real tensor.
+        """
         kwargs = kwargs or {}
         if self.inside:
             return super().dispatch(func, types, args, kwargs)
