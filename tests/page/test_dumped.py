@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,10 @@ def test_dump_open_takes_a_profile_of_each_rank(
     zipped.write_bytes(gzip.compress(files[1].read_bytes()))
     start = ["dump", "open", str(dump[0]), "--no-browser", "--trace"]
     assert main([*start, str(files[0]), str(zipped)]) == 0
-    assert "ranks" in (dump[0] / "index.html").read_text()
+    packed = re.search(r'id="more"[^>]*>([^<]+)<', (dump[0] / "index.html").read_text())
+    assert packed is not None
+    shown = json.loads(zlib.decompress(base64.b64decode(packed[1])))["measured"]
+    assert sorted(shown["rank"]) == [0, 1] and shown["span"] == 2.0 and shown["found"] == 2
     capsys.readouterr()
     for wrong, said in (
         ([str(files[1]), str(zipped)], "rank0.json.gz is of rank 0, as "),
