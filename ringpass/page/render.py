@@ -39,11 +39,11 @@ def render(report: Mapping[str, Any], texts: Mapping[str, str], profiles: Sequen
     """
     graphs = report.get("graphs", [])
     plans = [[planned_of(schedule) for schedule in graph.get("schedules") or ()] for graph in graphs]
-    events = measured(profiles)
+    ran = measured(profiles)
     more = {
         "code": [code.as_data(code.stages(_of_graph(texts, i))) for i in range(max(1, len(graphs)))],
         "timelines": [[_columns(events, unit) for events, unit in of] for of in plans],
-        "measured": {**_columns(events[:SHOWN], "s"), "found": len(events)} if profiles else None,
+        "measured": {**_columns(ran[:SHOWN], "s"), "found": len(ran)} if profiles else None,
     }
     template = Environment(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
