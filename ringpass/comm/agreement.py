@@ -1,10 +1,10 @@
 """The ranks of a ring check that they agree in every call of a compiled graph.
 
 Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
-graph that it is about to run, a checksum of its inputs, one of weights (of all in a graph's first call, then of a few
-in each, by turns) and a random seed.  All ranks see all headers, so they reach the same decision: continue with rank
-0's seed, or raise the same MismatchError.  On a mismatch they exchange details through the store, to name the ranks and
-the first difference.
+graph that it is about to run, of the order of backwards since the last call, a checksum of its inputs, one of weights
+(of all in a graph's first call, then of a few in each, by turns) and a random seed.  All ranks see all headers, so they
+reach the same decision: continue with rank 0's seed, or raise the same MismatchError.  On a mismatch they exchange
+details through the store, to name the ranks and the first difference.
 
     comparison = agreement.begin(args, number, device)     # the headers are gathered; rank 0's number is on the device
     comparison.finish()                                    # they are read on the host, and compared
@@ -113,7 +113,8 @@ class Agreement:
 
     def _said(self, args: Sequence[object]) -> Said:
         """What the header and the details say of the arguments, and of those weights whose turn it is."""
-        said, number = Said([], [], [], later=self.compared > 0), 0
+        since, self.ring.backwards = self.ring.backwards, []
+        said, number = Said([], [], [], later=self.compared > 0, backwards=_calls(since)), 0
         for name, value in zip(self.names, args, strict=False):
             if isinstance(value, torch.nn.Parameter):
                 if not self.compared or (self.every and (self.compared - number) % self.every == 0):
@@ -127,7 +128,8 @@ class Agreement:
 
     def _header(self, said: Said, mine: int, checksums: Sequence[Tensor]) -> Tensor:
         """[mine, graph, other inputs, inputs, weights], int64, on the device of the checksums."""
-        known = torch.tensor([mine, self.graph, digest(json.dumps(said.others))], dtype=torch.int64)
+        others = digest(json.dumps([said.backwards, said.others]))
+        known = torch.tensor([mine, self.graph, others], dtype=torch.int64)
         return torch.cat([onto(known, checksums[0].device), *map(combined, checksums)])
 
     def running(self, part: str) -> Running:
@@ -169,13 +171,15 @@ class Agreement:
 class Said:
     """What a rank says of its arguments: texts, and checksums of tensors, which are on their devices.
 
-    `later`: the weights were equal in an earlier call.
+    `later`: the weights were equal in an earlier call.  `backwards`: of which calls the backward has run since the last
+    one, in order.
     """
 
     others: Sheet
     inputs: list[tuple[str, Tensor]]
     weights: list[tuple[str, Tensor]]
     later: bool = False
+    backwards: str = ""
 
     def __str__(self) -> str:
         """How many values of each kind are compared."""
@@ -191,8 +195,17 @@ class Said:
         weights = "updated weights" if self.later else "weights"
         names = [f"values of input {name}" for name, _ in self.inputs]
         names += [f"{weights} {name}" for name, _ in self.weights]
-        texts = [(f"values of input {name}", text) for name, text in self.others]
+        texts = [(BACKWARDS, self.backwards), *((f"values of input {name}", text) for name, text in self.others)]
         return texts + [(name, str(x)) for name, x in zip(names, checksums, strict=True)]
+
+
+def _calls(numbers: Sequence[int]) -> str:
+    """Calls as a message lists them.
+
+    >>> _calls([3, 2])
+    'that of call 3, that of call 2'
+    """
+    return ", ".join(f"that of call {number}" for number in numbers) or "none"
 
 
 def _stacked(checksums: Sequence[tuple[str, Tensor]], device: torch.device) -> Tensor:
@@ -244,11 +257,14 @@ def _first_difference(a: Iterable[tuple[str, str]], b: Iterable[tuple[str, str]]
     return None
 
 
+BACKWARDS = "backwards since the last call"
 ONE_HASH_SEED = "Where the model goes through a set of strings, start all ranks with one PYTHONHASHSEED."
 ADVICE = {
     "call": "Every rank must make the same calls in the same order: all share an input by ringpass.sharded, or none.",
     "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per "
     "rank, gives each its own. Shard the data over the data-parallel ranks only.",
+    "backwards": "Every rank must run the backward of the same calls in the same order: what NCCL sends carries no "
+    "name, and meets what another call sends. Do not use the gradients since then: go on from a checkpoint.",
     "weights": "Every rank must start from the same weights: call torch.manual_seed with one seed before building the "
     "model, or broadcast the state dict from rank 0.",
     "updated": "They were equal in an earlier call: every rank must take and skip the same optimizer steps, with the "

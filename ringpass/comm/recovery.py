@@ -41,6 +41,7 @@ def begin_backward(ring: Ring, running: Running) -> None:
     """Notes that a backward begins.  Raises PeerError if the ranks cannot go on after a failed call."""
     settle(ring)
     ring.running = ring.backward = running
+    ring.backwards.append(running.call)
 
 
 def end_backward(ring: Ring) -> None:
@@ -66,6 +67,7 @@ def settle(ring: Ring) -> None:
         ring.store.delete([f"gave_up/{ring.epoch - 1}/{ring.rank}"])  # which all ranks have read
     ring.calls, ring.notices = _meet(ring)
     _replace(ring)
+    ring.backwards.clear()
     ring.gave_up = ""
 
 

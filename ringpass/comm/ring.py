@@ -59,9 +59,10 @@ class Ring:
     which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
     its store may be the old one, and holds the keys of then.
 
-    `running`: what this rank is doing; `backward`: the backward that began and has not ended.  `waits_since`: when the
-    exchange began that the host waits for.  `noticed`: whether a notice of this rank stands, `notices`: how many it has
-    given; `heard`: how many all ranks had given when none was news to this one (`comm.notices`).
+    `running`: what this rank is doing; `backward`: the backward that began and has not ended; `backwards`: the calls
+    whose backward began since all ranks were last compared.  `waits_since`: when the exchange began that the host waits
+    for.  `noticed`: whether a notice of this rank stands, `notices`: how many it has given; `heard`: how many all ranks
+    had given when none was news to this one (`comm.notices`).
 
     Of calls that failed here (`comm.recovery`): `gave_up`, what this rank says of the last one, until all ranks have
     met again; `epoch`, how often they have; `own`, the process group that they then made; `left` and `kept`, exchanges
@@ -89,6 +90,7 @@ class Ring:
     heard: int = 0
     waits_since: float | None = None
     backward: Running | None = None
+    backwards: list[int] = field(default_factory=list)
     calling: threading.RLock = field(default_factory=threading.RLock)
 
     @property

@@ -6,11 +6,15 @@ import os
 import time
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
+from torch.fx import GraphModule
 
+from ringpass.comm.ring import Running
 from ringpass.kernels import table as kernels
 from ringpass.passes.dump import Dump
+from ringpass.passes.pipeline import Pipeline
 from tests.support.failure_cases import LIMIT, TEXTS, TO_BEGIN, Case, Run, Told, full_disk, out_of_memory, told
 from tests.support.model_parity import compiled
 from tests.support.models import MODELS, batch_for, loss_of
@@ -46,6 +50,20 @@ def memory_on_one_rank_unseen(run: Run) -> Any:
 def full_disk_in_a_compilation(run: Run) -> Any:
     run.run = run.compiled(dump=os.environ.get("RINGPASS_TEST_DUMP", "/tmp/ringpass_test_dump"))
     with run.breaking(Dump, "write", 2, full_disk):
+        run.step()
+
+
+def full_disk_in_a_backward(run: Run) -> Any:
+    """A backward is compiled when it first runs."""
+    run.run = run.compiled()
+    real = Pipeline.lowered
+
+    def lowered(self: Pipeline, stage: str, gm: GraphModule) -> None:
+        if stage == "backward" and run.rank == 1:
+            full_disk()
+        real(self, stage, gm)
+
+    with patch.object(Pipeline, "lowered", lowered):
         run.step()
 
 
@@ -93,6 +111,13 @@ def backwards_in_another_order(run: Run) -> Any:
     losses = [loss_of(run.run(**TEXTS)) for _ in range(2)]
     for loss in losses if run.rank != 1 else reversed(losses):
         loss.backward()
+
+
+def backwards_without_tags(run: Run) -> Any:
+    """As with NCCL, whose exchanges carry no tags: those of two backwards meet, and no wait fails."""
+    with patch.object(Running, "tags", 0):
+        backwards_in_another_order(run)
+    run.step()
 
 
 def other_order(run: Run) -> Any:
@@ -143,6 +168,12 @@ LIVING = (
         slow=True,
     ),
     Case("a full disk on one rank, in a compilation", full_disk_in_a_compilation, others(*DISK, first=DISK[1:])),
+    Case(
+        "a full disk on one rank, in the compilation of a backward",
+        full_disk_in_a_backward,
+        others("rank 1 failed to compile the backward of call 2", DISK[1], first=DISK[1:]),
+        limit=TO_BEGIN,
+    ),
     Case("another batch on one rank", other_batch, ("MismatchError", "differ in values of input"), goes_on=True),
     Case(
         "another compiler on one rank",
@@ -168,6 +199,13 @@ LIVING = (
         "two backwards in another order on one rank",
         backwards_in_another_order,
         others(f"{BACKWARD}2", first=("PeerError", f"{BACKWARD}3")),
+        slow=True,
+    ),
+    Case(
+        "two backwards in another order on one rank, as with NCCL",
+        backwards_without_tags,
+        ("MismatchError", "backwards since the last call", "that of call 3, that of call 2"),
+        goes_on=True,
     ),
     Case("other models first on one rank", other_order, ("MismatchError",), slow=True, limit=TO_BEGIN),
     Case("an output that one rank does not use", output_alone, others("was used on rank", first=()), slow=True),
