@@ -138,7 +138,8 @@ def break_off(pg: dist.ProcessGroup) -> None:
     """
     if "gloo" not in str(dist.get_backend_config(pg)) or pg.size() == 1:
         return
-    with suppress(RuntimeError, ValueError):  # a wait of gloo that runs out closes all connections of its group
-        waiting = dist.irecv(torch.empty(1), group=pg, group_src=(pg.rank() + 1) % pg.size(), tag=2**30)
-        if waiting is not None:
-            waiting.wait(AT_ONCE)
+    for distance in range(1, pg.size()):  # a wait of gloo that runs out closes all connections of its group
+        with suppress(RuntimeError, ValueError):  # that connection is closed already
+            waiting = dist.irecv(torch.empty(1), group=pg, group_src=(pg.rank() + distance) % pg.size(), tag=2**30)
+            if waiting is not None:
+                waiting.wait(AT_ONCE)
