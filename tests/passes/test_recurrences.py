@@ -24,10 +24,11 @@ from ringpass.passes.partition.partitioned import Partitioned
 from ringpass.passes.partition.placement_plan import PlacementPlan
 from tests.support import sharded_ops, thread_ranks
 from tests.support.marks import slow
-from tests.support.sharded_ops import Case, check_attentions, inputs, planned_programs
+from tests.support.sharded_ops import Case, check_programs, inputs, planned_programs
 
 B, H, K, V, CHUNK = 2, 3, 2, 4, 8
 S = 75  # 10 chunks, of which the last has 3 tokens
+FEW = 23  # tokens of a recurrence without chunks: its graph has so many steps
 Call = Callable[..., Tensor]
 
 
@@ -115,9 +116,9 @@ def attended(mix: Call) -> Call:
     return call
 
 
-def case(mix: Call, count: int = S) -> Case:
+def case(mix: Call, count: int | None = None) -> Case:
     """The recurrence on `count` tokens, between attention and a norm."""
-    return Case("mul.Tensor", attended(mix), shapes(count))
+    return Case("mul.Tensor", attended(mix), shapes(count or (FEW if mix is by_token else S)))
 
 
 def count_of(target: Any, programs: list[Partitioned]) -> int:
@@ -133,27 +134,27 @@ def count_of(target: Any, programs: list[Partitioned]) -> int:
 @pytest.mark.parametrize("mix", RECURRENCES)
 def test_states_pass(mix: Call, layout: str, world: int) -> None:
     whole = case(mix)
-    sent, received = (
-        count_of(op, planned_programs(whole, layout, world)) for op in (ops.send_states, ops.receive_states)
-    )
+    made = planned_programs(whole, layout, world)
+    sent, received = (count_of(op, made) for op in (ops.send_states, ops.receive_states))
     assert sent == received
     assert bool(sent) == (world > 1)
-    assert check_attentions(whole, layout, world) == []
+    assert check_programs(whole, made) == []
 
 
 @pytest.mark.parametrize("mix", (delta_rule, two_states))
 def test_chunks_that_divide_the_length(mix: Call) -> None:
     """The tokens of the attention are those of the chunks; between contiguous ranks each state passes once."""
     whole = case(mix, 80)
-    assert count_of(ops.send_states, planned_programs(whole, "contiguous", 3)) == 2 * (1 + (mix is two_states))
-    assert check_attentions(whole, "contiguous", 3) == []
+    made = planned_programs(whole, "contiguous", 3)
+    assert count_of(ops.send_states, made) == 2 * (1 + (mix is two_states))
+    assert check_programs(whole, made) == []
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def choices_of(whole: Case, layout: str, world: int) -> list[str]:
-    """What the dump says of the recurrences of a graph."""
+def with_choices(whole: Case, layout: str, world: int) -> tuple[list[Partitioned], list[str]]:
+    """Each rank's program, and what the dump says of the recurrences of a graph."""
     kept: list[list[str]] = []
 
     def seen(stage: str, result: object) -> None:
@@ -161,13 +162,13 @@ def choices_of(whole: Case, layout: str, world: int) -> list[str]:
             kept.append(result.choices)
 
     with patch.object(sharded_ops, "verify", seen):
-        planned_programs(whole, layout, world)
-    return next(lines for lines in reversed(kept) if lines)
+        made = planned_programs(whole, layout, world)
+    return made, next(lines for lines in reversed(kept) if lines)
 
 
-def sent_bytes(whole: Case, layout: str, world: int) -> tuple[int, int]:
+def sent_bytes(whole: Case, made: list[Partitioned]) -> tuple[int, int]:
     """(bytes of states, bytes of tokens) that all ranks together send in a forward, attention left out."""
-    made, given, totals = planned_programs(whole, layout, world), inputs(whole), [0, 0]
+    given, totals = inputs(whole), [0, 0]
     exchange = thread_ranks.Rendezvous._all_to_all
 
     def counting(sent: Tensor, dst: int | None, *args: Any) -> Any:
@@ -180,7 +181,7 @@ def sent_bytes(whole: Case, layout: str, world: int) -> tuple[int, int]:
 
     counted = patch.object(states, "p2p", SimpleNamespace(start=counting))
     with counted, patch.object(thread_ranks.Rendezvous, "_all_to_all", moving), torch.no_grad():
-        thread_ranks.run(world, lambda rank, group: made[rank].gm(*given))
+        thread_ranks.run(len(made), lambda rank, group: made[rank].gm(*given))
     return totals[0], totals[1]
 
 
@@ -188,26 +189,27 @@ def sent_bytes(whole: Case, layout: str, world: int) -> tuple[int, int]:
 @pytest.mark.parametrize("layout", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("mix", (delta_rule, two_states, by_token))
 def test_bytes_are_those_of_the_formula(mix: Call, layout: str, world: int) -> None:
-    (line,) = choices_of(case(mix), layout, world)
+    made, (line,) = with_choices(case(mix), layout, world)
     total, of_states, _, of_tokens, other = map(
         int, re.findall(r"moves (\d+) .*\((\d+) .* in (\d+) .*, (\d+) of tokens.* (\d+);", line)[0]
     )
     assert line.endswith("states pass") == (total < other)
     assert total == of_states + of_tokens
-    assert sent_bytes(case(mix), layout, world) == (of_states, of_tokens)
+    assert sent_bytes(case(mix), made) == (of_states, of_tokens)
 
 
 def test_state_bytes_do_not_grow_with_the_length() -> None:
     """Twice the tokens: the same states, one from each rank to the next."""
-    short, long = (sent_bytes(case(delta_rule, count), "contiguous", 3)[0] for count in (75, 150))
-    assert short == long == 2 * B * H * K * V * 8
+    short, long = (case(delta_rule, count) for count in (75, 150))
+    sent = [sent_bytes(whole, planned_programs(whole, "contiguous", 3))[0] for whole in (short, long)]
+    assert sent == [2 * B * H * K * V * 8] * 2
 
 
 def test_all_to_all_where_it_moves_less() -> None:
     """Few tokens and a large state."""
     width = H * 128
     whole = Case("mul.Tensor", attended(wide_state), ((B, 32, width), (width, width), (width, width)))
-    (line,) = choices_of(whole, "contiguous", 2)
+    _, (line,) = with_choices(whole, "contiguous", 2)
     assert "taken: all-to-all" in line
 
 

@@ -158,15 +158,16 @@ def assert_close(got: Tensor, want: Tensor, full: Tensor, tolerance: float = 1e-
 
 def check_on_shards(case: Case, layout: str, world: int, tokens: int = S) -> list[str]:
     """Asserts that each rank has its shard of outputs and full gradients; why it gathered values, outputs left out."""
-    return _check(case, rank_programs(case, layout, world, tokens))
+    return check_programs(case, rank_programs(case, layout, world, tokens))
 
 
 def check_attentions(case: Case, layout: str, world: int, tolerance: float = 1e-12, **options: Any) -> list[str]:
     """`check_on_shards` of a call with attentions, on the axes that the compiler plans."""
-    return _check(case, planned_programs(case, layout, world, **options), tolerance)
+    return check_programs(case, planned_programs(case, layout, world, **options), tolerance)
 
 
-def _check(case: Case, made: list[Partitioned], tolerance: float = 1e-12) -> list[str]:
+def check_programs(case: Case, made: list[Partitioned], tolerance: float = 1e-12) -> list[str]:
+    """`check_on_shards` of programs that are made already, one for each rank."""
     given, world = inputs(case), len(made)
     want = after_product(case, wanted=True)(*given)
     generator = torch.Generator().manual_seed(1)
