@@ -213,7 +213,7 @@ def on_cpu(on_ring: OnRing) -> Values:
     return gradients(net)
 
 
-@use("compiled autograd (`torch._dynamo.compiled_autograd._enable`) with `aot_eager` around `backward`", fast=True)
+@use("compiled autograd (`torch._dynamo.compiled_autograd._enable`) with `aot_eager` around `backward`")
 def compiled_autograd(on_ring: OnRing) -> Values:
     return under_compiled_autograd(on_ring, torch.compile(backend="aot_eager"))
 

@@ -43,7 +43,7 @@ def received(group: dist.ProcessGroup, length: int, window: int, layout: str, ti
 
 
 @pytest.mark.parametrize("layout", (slow("contiguous"), "zigzag"))
-@pytest.mark.parametrize(("length", "window", "tile"), [(97, 0, 1024), (1031, 350, 32)])
+@pytest.mark.parametrize(("length", "window", "tile"), [slow(97, 0, 1024), (1031, 350, 32)])
 def test_bytes_received_are_those_needed(workers: Workers, length: int, window: int, tile: int, layout: str) -> None:
     for ranks in (2, 5):
         token = 2 * BATCH * KEY_HEADS * WIDTH * 4  # keys and values, float32

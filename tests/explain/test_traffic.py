@@ -29,7 +29,7 @@ OPTIONS: list[dict[str, Any]] = [
     ("name", "ranks", "length", "options"),
     [
         ("gpt2", 2, 23, {}),
-        ("llama", 3, 23, {"unroll_limit": 0}),
+        slow("llama", 3, 23, {"unroll_limit": 0}),
         slow("llama", 3, 23, {}),
         slow("t5", 3, 23, {}),
         slow("gpt2", 3, 23, {}),
@@ -68,7 +68,7 @@ KINDS: list[tuple[str, dict[str, Any], set[str]]] = [
     [
         ("halos", 3, *KINDS[0][1:]),
         ("scan", 2, *KINDS[1][1:]),
-        *((name, 2, options, kinds) for name, options, kinds in KINDS[2:]),
+        *((name, 2, options, kinds) for name, options, kinds in (*KINDS[2:4], KINDS[5])),
         *(
             slow(name, ranks, options, kinds)
             for name, options, kinds in KINDS

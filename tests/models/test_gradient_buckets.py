@@ -59,7 +59,7 @@ def in_small_buckets(group: dist.ProcessGroup, job: Any, *args: Any, **options: 
         return job(group, *args, **options)
 
 
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("compiler", ("aot_eager", slow("inductor")))
 def test_kinds_of_parameters(workers: Workers, compiler: str) -> None:
     assert max(workers.run(in_small_buckets, 3, mixed, compiler=compiler)) < 1e-10
 

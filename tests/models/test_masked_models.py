@@ -31,7 +31,7 @@ from tests.support.process_ranks import Workers
 from tests.support.traffic import received_bytes, remote_keys_needed
 
 EXACT = 1e-10
-PADDED = (slow("gpt2"), slow("llama"), "mistral", slow("gemma3"), "bert", slow("modernbert"), slow("t5"))
+PADDED = (slow("gpt2"), slow("llama"), slow("mistral"), slow("gemma3"), "bert", slow("modernbert"), slow("t5"))
 
 
 @pytest.mark.parametrize("name", (slow("gemma3"), "bert", slow("modernbert"), slow("t5")))

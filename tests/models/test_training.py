@@ -57,12 +57,19 @@ def test_gradients_accumulate(workers: Workers) -> None:
     assert all(error < 1e-9 for error in workers.run(accumulated, 2))
 
 
+class Loss(nn.Module):
+    """The least that has a loss: an attention and a mean over tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True).pow(2).mean()
+
+
 def scaled_in_place(group: dist.ProcessGroup) -> list[bool]:
     """Whether each loss of three calls may be written to, as transformers' Trainer does, under Inductor."""
-    model = MODELS["gpt2"].make(torch.float32)
-    run, views = compiled(model, group, compiler="inductor"), []
+    run, views = compiled(Loss(), group, compiler="inductor"), []
     for seed in range(3):
-        loss = loss_of(run(**batch_for("gpt2", 23, True, seed=seed)))
+        torch.manual_seed(seed)
+        loss = run(torch.randn(1, 2, 23, 8, requires_grad=True))
         views.append(loss._is_view())
         loss *= 2
         loss.backward()
@@ -112,7 +119,7 @@ def compilations(group: dist.ProcessGroup, lengths: list[int], dynamic: bool | N
     return counts, max(errors)
 
 
-@pytest.mark.parametrize(("many", "dynamic"), [(5, None), (3, True), slow(20, None), slow(20, True)])
+@pytest.mark.parametrize(("many", "dynamic"), [(3, None), slow(3, True), slow(20, None), slow(20, True)])
 def test_lengths_share_a_compilation(workers: Workers, many: int, dynamic: bool | None) -> None:
     """The first is compiled for its own length, the second for any; with dynamic=True, the first for any already."""
     drawn = random.Random(0)

