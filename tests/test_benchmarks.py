@@ -110,6 +110,7 @@ def test_planning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"classify \S+ \(bound <= 10: met\) s; plan \S+ \(bound <= 30: met\) s", _last(capsys))
 
 
+@pytest.mark.slow
 def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     density.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert _last(capsys).startswith("time over density x dense: window 0.50")
@@ -127,6 +128,7 @@ def test_density(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert dense_mask(pattern, 256).double().mean().item() == case["case"]["density"]
 
 
+@pytest.mark.slow
 def test_dilation_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dilation_length.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert _last(capsys).startswith("a token's time over that at 128 tokens, at most")
@@ -178,6 +180,7 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"at P=2, times P, over that of one process: \S+ \(bound <= 1.15", _last(capsys))
 
 
+@pytest.mark.slow
 def test_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peaks.main(["--quick", "--out", str(tmp_path / "found.json")])
     assert re.match(

@@ -79,7 +79,7 @@ def printed_on_ring(group: dist.ProcessGroup, source: str, folder: str) -> str:
     return page.getvalue()
 
 
-@pytest.mark.parametrize("guide", ["long_sequences", "trainer", slow("images")])
+@pytest.mark.parametrize("guide", ["long_sequences", slow("trainer"), slow("images")])
 def test_losses_are_those_of_one_rank(workers: Workers, tmp_path: Path, guide: str) -> None:
     if guide == "trainer":
         pytest.importorskip("accelerate")

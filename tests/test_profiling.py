@@ -20,6 +20,7 @@ from ringpass.page.profile import measured
 from ringpass.page.timeline import LANES
 from ringpass.profiling import profiled
 from ringpass.schedule.site import SITES
+from tests.support.marks import slow
 from tests.support.model_parity import compiled
 from tests.support.process_ranks import Workers
 
@@ -73,8 +74,8 @@ def matching(found: Counter[str], pattern: str) -> int:
 
 @pytest.mark.parametrize(
     "options",
-    [{"compiler": "inductor"}, {"compiler": "aot_eager", "unroll_limit": 0}],
-    ids=["unrolled", "rolled"],
+    [{"compiler": "aot_eager"}, slow({"compiler": "inductor"}), {"compiler": "aot_eager", "unroll_limit": 0}],
+    ids=["unrolled", "generated", "rolled"],
 )
 def test_a_range_for_each_tile_and_transfer(workers: Workers, options: dict[str, Any]) -> None:
     for found, steps in workers.run(ranges, WORLD, options):

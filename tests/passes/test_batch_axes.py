@@ -74,7 +74,7 @@ PICTURED: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("world", (slow(2), 3))
 @pytest.mark.parametrize("write", PICTURED)
 def test_rows_of_a_divided_sequence_in_another(write: str, world: int) -> None:
     case = Case("matmul.default", pictured(PICTURED[write]), (TOKENS, (B, 9, WIDTH), SQUARE))
@@ -179,13 +179,13 @@ def left_to_decay(x: Tensor, w: Tensor) -> Tensor:
 RECURRENCES = (gated_delta, state_space, linear_attention, token_by_token)
 
 
-@pytest.mark.parametrize("world", (2, 3, slow(5)))
+@pytest.mark.parametrize("world", (slow(2), 3, slow(5)))
 @pytest.mark.parametrize("mix", (*RECURRENCES, left_to_decay, transform, running_norm))
 def test_what_needs_all_tokens(mix: Call, world: int) -> None:
     assert check_attentions(Case("mul.Tensor", between(mix), (TOKENS, SQUARE)), "zigzag", world) == []
 
 
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("world", (slow(2), 4))
 @pytest.mark.parametrize("mix", RECURRENCES)
 def test_values_of_a_recurrence_shrink_with_the_ranks(mix: Call, world: int) -> None:
     """The largest value of a rank is its part of the largest one; an all-to-all gives a part of what it is given.
@@ -245,7 +245,7 @@ def masked(x: Tensor, w: Tensor) -> Tensor:
     return y.view(B, PLACES, FRAMES, WIDTH).transpose(1, 2)
 
 
-@pytest.mark.parametrize("world", (2, 3))
+@pytest.mark.parametrize("world", (slow(2), 3))
 @pytest.mark.parametrize("call", (by_views, by_dims, masked))
 def test_factorised_attention_moves_one_axis_only(call: Call, world: int) -> None:
     case = Case("mul.Tensor", call, ((B, FRAMES * PLACES, WIDTH), SQUARE))
@@ -278,7 +278,7 @@ SCORES: tuple[Call, ...] = (
 )
 
 
-@pytest.mark.parametrize("world", (2, 3, slow(5)))
+@pytest.mark.parametrize("world", (slow(2), 3, slow(5)))
 @pytest.mark.parametrize("score", SCORES)
 def test_what_sums_over_a_batch_axis_adds_the_sums_of_ranks(score: Call, world: int) -> None:
     """With more ranks than rows, and than channels, some have nothing to sum."""

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ringpass import ops
 from ringpass.passes.detect.detect import detect
 from ringpass.schedule.site import lookup
+from tests.support.marks import slow
 from tests.support.sharded_ops import Case, captured_of, check_attentions, planned_programs
 
 B, H, G, S, D = 3, 4, 2, 13, 4
@@ -189,7 +190,7 @@ def test_moderate_fills_stay_what_they_are(attend: Attend) -> None:
         assert check(case, world, tolerance=4e-12) == []
 
 
-@pytest.mark.parametrize("world", (1, 2, 5))
+@pytest.mark.parametrize("world", (slow(1), slow(2), 5))
 @pytest.mark.parametrize("options", ({}, {"comm": "allgather"}, {"layout": "zigzag"}, {"hilbert": (3, 4)}))
 @pytest.mark.parametrize("attend", (filled, added_to_sdpa))
 def test_rows_without_a_key_under_options(attend: Attend, options: dict[str, Any], world: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ringpass.layouts.layout import Layout
 from tests.support import thread_ranks
+from tests.support.marks import slow
 from tests.support.sharded_ops import Case, after_product, check_on_shards, inputs, rank_programs
 
 ROWS, TOKENS, WIDTH, VOCAB = 2, 31, 4, 7
@@ -94,7 +95,7 @@ CASES: dict[str, tuple[Call, tuple[tuple[int, ...], ...]]] = {
 }
 
 
-@pytest.mark.parametrize("world", (2, 3, 5))
+@pytest.mark.parametrize("world", (slow(2), 3, slow(5)))
 @pytest.mark.parametrize("layout", ("contiguous", "zigzag"))
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_gathered(name: str, layout: str, world: int) -> None:
@@ -130,7 +131,7 @@ OTHERS: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("world", (2, 5))
+@pytest.mark.parametrize("world", (slow(2), 5))
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ops_on_sections_are_exact(name: str, world: int) -> None:
     check_on_shards(Case("slice.Tensor", OTHERS[name], HIDDEN), "contiguous", world, TOKENS)

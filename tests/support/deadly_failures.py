@@ -150,6 +150,7 @@ DEADLY = (
         stopped_in_an_exchange,
         ("PeerError", "exchange of step", BROKE, "within 4 s (option 'timeout')"),
         victim=1,
+        slow=True,
     ),
     Case(
         "the host of the store is killed in the ring",
