@@ -123,7 +123,7 @@ def without_exchanges(run: Step) -> Step:
     buffers: dict[int, Tensor] = {}
 
     def start(
-        sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
+        sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str, label: str = ""
     ) -> p2p.PendingExchange:
         if tag not in buffers:
             buffers[tag] = sent.clone() if sent.numel() == received.numel() else torch.randn(received.numel())

@@ -77,11 +77,14 @@ def take_in_flight(group: str) -> list[PendingExchange]:
     return list(found.values())
 
 
-def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str) -> PendingExchange:
+def start(
+    sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str, label: str = ""
+) -> PendingExchange:
     """Starts sending `sent` (1-D) to group rank `dst` and filling `received` (1-D) from `src`.
 
     `dst` None: nothing to send; `src` None: nothing to receive.  Messages between two ranks match by `tag`,
-    within a forward or a backward of one call (NCCL has no tags).  Raises PeerError if another rank died.
+    within a forward or a backward of one call (NCCL has no tags).  `label`: as in PendingExchange.  Raises PeerError if
+    another rank died.
     """
     ring, pg = RINGS.get(group), process_group(group)
     tag += ring.running.tags if ring is not None else 0
@@ -92,6 +95,6 @@ def start(sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag:
         ops.append(dist.P2POp(dist.irecv, sendable(received), group=pg, tag=tag, group_peer=src))
     moved("exchange", received.nbytes if src is not None else 0)
     try:
-        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src), group)
+        return PendingExchange(received, sent, dist.batch_isend_irecv(ops), (dst, src), group, label)
     except RuntimeError as error:
-        raise lost((dst, src), error, ring) from error
+        raise lost((dst, src), error, ring, label) from error

@@ -131,7 +131,7 @@ def _exchange(
         received = message.new_empty(numel, dtype=dtype)
         peers = (None if rank == NOBODY else rank for rank in (dst, src))
         to, of = peers
-        return [started(p2p.start(message, to, received, of, tag, group), label)]
+        return [started(p2p.start(message, to, received, of, tag, group, label), label)]
 
 
 def started(pending: p2p.PendingExchange, label: str) -> Tensor:

@@ -23,6 +23,7 @@ from ringpass.ops.library import Context, define, differentiate, implement, unch
 
 TAG = 2
 """Of all messages: a pair's transfers are matched by their order."""
+LABEL = "transfer of a recurrence's state"
 
 define("begin_states(Tensor[] entering) -> Tensor")
 define("send_states(Tensor[] states, int dst, str group) -> Tensor")
@@ -40,22 +41,17 @@ def _token(like: Tensor) -> Tensor:
     return like.new_zeros(1, dtype=torch.float32)
 
 
-def _complete(transfer: p2p.PendingExchange) -> None:
-    transfer.label = "transfer of a recurrence's state"
-    transfer.wait()
-
-
 def _send(states: list[Tensor], dst: int, group: str) -> Tensor:
     token, state = states
     message = state.contiguous().view(-1)
-    _complete(p2p.start(message, dst, message, None, TAG, group))
+    p2p.start(message, dst, message, None, TAG, group, LABEL).wait()
     return _token(token)
 
 
 def _receive(token: Tensor, shape: Sequence[int], dtype: torch.dtype, src: int, group: str) -> list[Tensor]:
     state = token.new_empty(shape, dtype=dtype)
     message = state.view(-1)
-    _complete(p2p.start(message, None, message, src, TAG, group))
+    p2p.start(message, None, message, src, TAG, group, LABEL).wait()
     return [_token(token), state]
 
 

@@ -24,10 +24,10 @@ def messages(mask: str, layout: str, dtype: torch.dtype) -> tuple[set[torch.dtyp
     seen: set[torch.dtype] = set()
     real = thread_ranks.Mailboxes.start
 
-    def start(self: Any, sent: Tensor, dst: Any, received: Tensor, src: Any, tag: int, group: str) -> Any:
+    def start(self: Any, sent: Tensor, dst: Any, received: Tensor, src: Any, tag: int, *names: str) -> Any:
         if tag % 2:
             seen.update(x.dtype for x, peer in ((sent, dst), (received, src)) if peer is not None)
-        return real(self, sent, dst, received, src, tag, group)
+        return real(self, sent, dst, received, src, tag, *names)
 
     given = tensors(64, (4, 2), 8, dtype, "cpu")
     with one_thread(), patch.object(thread_ranks.Mailboxes, "start", start):

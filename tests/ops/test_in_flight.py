@@ -129,11 +129,11 @@ def watching(alive: list[list[int]]) -> Any:
     """`Mailboxes.start` that notes the bytes of a rank's received buffers that are alive when it starts an exchange."""
     real, seen = thread_ranks.Mailboxes.start, [list[tuple[StorageWeakRef, int]]() for _ in range(WORLD)]
 
-    def start(self: Any, sent: Any, dst: Any, received: Tensor, src: Any, tag: int, group: str) -> Any:
+    def start(self: Any, sent: Any, dst: Any, received: Tensor, src: Any, tag: int, group: str, label: str) -> Any:
         rank = int(group.removeprefix(thread_ranks.NAME))
         seen[rank].append((StorageWeakRef(received.untyped_storage()), received.nbytes))
         alive[rank].append(sum(size for ref, size in seen[rank] if not ref.expired()))
-        return real(self, sent, dst, received, src, tag, group)
+        return real(self, sent, dst, received, src, tag, group, label)
 
     return patch.object(thread_ranks.Mailboxes, "start", start)
 

@@ -154,9 +154,11 @@ def counted(world: int) -> Iterator[dict[str, list[int]]]:
     found = {name: [0] * world for name in ("keys", "pooled", "gathered")}
     start, run = Mailboxes.start, Rendezvous.__call__
 
-    def counting_start(self: Mailboxes, sent: Tensor, dst: Any, received: Tensor, src: Any, *rest: Any) -> Any:
-        found["keys"][_rank(rest[-1])] += received.nbytes if src is not None else 0
-        return start(self, sent, dst, received, src, *rest)
+    def counting_start(
+        self: Mailboxes, sent: Tensor, dst: Any, received: Tensor, src: Any, tag: int, group: str, *rest: Any
+    ) -> Any:
+        found["keys"][_rank(group)] += received.nbytes if src is not None else 0
+        return start(self, sent, dst, received, src, tag, group, *rest)
 
     def counting_run(self: Rendezvous, collective: Any, out: Tensor, *given: Any, group: str) -> None:
         rank = _rank(group)

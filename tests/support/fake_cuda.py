@@ -144,7 +144,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _checked_start(
-    sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
+    sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str, label: str = ""
 ) -> p2p.PendingExchange:
     """In place of `p2p.start`: nothing is sent."""
     for x in (sent, received):

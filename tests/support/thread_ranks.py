@@ -67,7 +67,7 @@ class Mailboxes:
         self.posted: dict[tuple[int, int, int, str], int] = {}
 
     def start(
-        self, sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str
+        self, sent: Tensor, dst: int | None, received: Tensor, src: int | None, tag: int, group: str, label: str = ""
     ) -> p2p.PendingExchange:
         """In place of `p2p.start`."""
         rank = int(group.removeprefix(NAME))

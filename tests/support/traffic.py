@@ -19,9 +19,9 @@ def received_bytes() -> Iterator[list[int]]:
     """Bytes that this rank receives inside: of keys and values, and of their gradients."""
     totals, start = [0, 0], p2p.start
 
-    def counting(sent: Tensor, dst: Any, received: Tensor, src: Any, tag: int, name: str) -> p2p.PendingExchange:
+    def counting(sent: Tensor, dst: Any, received: Tensor, src: Any, tag: int, *names: str) -> p2p.PendingExchange:
         totals[tag % 2] += received.nbytes
-        return start(sent, dst, received, src, tag, name)
+        return start(sent, dst, received, src, tag, *names)
 
     with patch.object(p2p, "start", counting):
         yield totals
