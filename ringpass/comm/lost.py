@@ -65,8 +65,9 @@ def _await_collective(work: dist.Work, ring: Ring, end: float) -> None:
             work.wait(timedelta(seconds=max(0.001, min(LOOK, left))))
             return
         except RuntimeError as error:
-            if work.is_completed():
-                raise
+            if work.is_completed():  # as the limit passed, or with an error, which this wait raises
+                work.wait()
+                return
             told = notices(ring)
             if told or left <= LOOK:
                 break_off(ring.carrier)

@@ -10,6 +10,7 @@ one.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from functools import cache
@@ -17,6 +18,8 @@ from functools import cache
 from ringpass.comm.lost import LOOK, break_off
 from ringpass.comm.notices import notices
 from ringpass.comm.ring import RINGS, Ring
+
+log = logging.getLogger(__name__)
 
 
 def end_waits_in_vain(ring: Ring) -> None:
@@ -34,8 +37,15 @@ def _look_on() -> None:
     while True:
         time.sleep(LOOK)
         for ring in list(RINGS.values()):
-            since = ring.waits_since
-            if since is not None and time.monotonic() - since > LOOK:
-                carrier = ring.carrier
-                if notices(ring) and ring.waits_since == since and ring.carrier is carrier:
-                    break_off(carrier)
+            try:
+                _look_at(ring)
+            except Exception:  # of a group that is destroyed meanwhile; this thread serves all others
+                log.debug("a look at the notices of ring %s failed", ring.name, exc_info=True)
+
+
+def _look_at(ring: Ring) -> None:
+    since = ring.waits_since
+    if since is not None and time.monotonic() - since > LOOK:
+        carrier = ring.carrier
+        if notices(ring) and ring.waits_since == since and ring.carrier is carrier:
+            break_off(carrier)

@@ -15,8 +15,9 @@ from torch._C._distributed_c10d import HashStore
 
 from ringpass.comm import notices as notes
 from ringpass.comm import store as stores
+from ringpass.comm import waits
 from ringpass.comm.flight_recorder import recording, switched_on
-from ringpass.comm.lost import what
+from ringpass.comm.lost import await_work, what
 from ringpass.comm.notices import described, give_notice, notices, telling, withdraw_notice
 from ringpass.comm.ring import RINGS, Ring, Running
 from ringpass.comm.store import RingStore
@@ -123,6 +124,42 @@ def test_a_wait_that_runs_out_is_no_error() -> None:
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
+
+
+class Late:
+    """What a collective is that completes as its wait runs out."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def wait(self, limit: Any = None) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_what_completes_as_a_wait_runs_out_is_complete() -> None:
+    work: Any = Late()
+    await_work([work], rings()[0], torch.device("cpu"))
+    assert work.waits == 2
+
+
+def test_the_thread_that_ends_waits_survives_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ring, *_), seen = rings(), list[Ring]()
+
+    def look(at: Ring) -> None:
+        seen.append(at)
+        raise TypeError("a group that is gone")
+
+    monkeypatch.setattr(waits, "RINGS", {"gone": ring})
+    monkeypatch.setattr(waits, "_look_at", look)
+    monkeypatch.setattr(time, "sleep", lambda _: 1 / (3 - len(seen)))
+    with pytest.raises(ZeroDivisionError):
+        waits._look_on()
+    assert len(seen) == 3
 
 
 def test_labels_are_told_by_step_and_place() -> None:

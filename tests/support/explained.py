@@ -67,14 +67,14 @@ class Counting:
             self.add(self.of(collective, *args))
             return begin(collective, *args, **how)
 
-        def numbered(gm: GraphModule, inputs: Any, unroll_limit: int, left: int, show: Any, *around: Any) -> Any:
+        def numbered(gm: GraphModule, inputs: Any, unroll_limit: int, left: int, show: Any) -> Any:
             number = next(self.numbers)
 
             def shown(stage: str, graph: GraphModule) -> None:
                 self.phases[graph] = number, stage
                 show(stage, graph)
 
-            return aot_eager(gm, inputs, unroll_limit, left, shown, *around)
+            return aot_eager(gm, inputs, unroll_limit, left, shown)
 
         def by_node(forward: Any) -> Any:
             return make_boxed_func(ByNode(forward.__self__, self).run)
