@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,8 +123,7 @@ def _compiled(
         graph = GraphRun(read, "", made, rank, config, {}, told, break_of(gm), stages.dump.path)
         shown = reported.add(graph, stages)
     seen = stages.dumps or reported is not None
-    around = partial(_telling_of_backward, ring)
-    run = compile_partitioned(made.program, config, inductor, rank, made.left, shown.lowered, seen, shown.coded, around)
+    run = compile_partitioned(made.program, config, inductor, rank, made.left, shown.lowered, seen, shown.coded)
     agreement = Agreement(
         ring, _facts(made, config), _names(read.captured), config.compare_weights, sites=_sites(made), line=_line(read)
     )
@@ -133,13 +131,6 @@ def _compiled(
 
 
 skip_logging_calls()
-
-
-def _telling_of_backward(ring: Ring, stage: str) -> AbstractContextManager[None]:
-    """Tells the others if a stage does not compile while its backward runs, for which they then wait."""
-    if ring.backward is None:
-        return nullcontext()
-    return telling(ring, f"failed to compile the {stage} of call {ring.backward.call}")
 
 
 def _is_recompilation() -> bool:

@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ringpass.comm.agreement import Agreement, Comparison
 from ringpass.comm.collectives import Shard
-from ringpass.comm.recovery import begin_backward, end_backward, give_up
+from ringpass.comm.recovery import begin_backward, end_backward, give_up, give_up_backward
 from ringpass.comm.ring import Ring, Running
 from ringpass.config import RingConfig
 from ringpass.devices import device_of
@@ -20,6 +21,8 @@ from ringpass.passes.partition.partitioned import Partitioned, ShardedInput, Sha
 from ringpass.profiling import in_range, profiled
 from ringpass.shards import OUTPUTS, on_all_ranks
 
+WATCHED = "_ringpass_ring"
+"""Set on an autograd function whose failures are told."""
 COMPARED_FIRST = 2  # calls of each graph that are compared before they run, on a GPU too
 
 
@@ -95,6 +98,8 @@ def _forward(ring: Ring, running: Running) -> Iterator[None]:
     with ring.doing(running):
         try:
             yield
+        except _StopRecomputationError:  # a checkpoint has what it wants of the call, which is complete
+            raise
         except BaseException as error:
             give_up(ring, error)
             raise
@@ -106,9 +111,30 @@ def _watch_backward(results: Sequence[Any], ring: Ring, running: Running) -> Non
         return
     for node in (x.grad_fn for x in results if isinstance(x, torch.Tensor)):
         if node is not None and type(node).__name__.startswith("CompiledFunction"):
+            _tell_of_failures(type(node)._forward_cls, ring)  # type: ignore[attr-defined]
             node.register_prehook(lambda _: begin_backward(ring, running))
             node.register_hook(lambda *_: end_backward(ring))
             return
+
+
+def _tell_of_failures(function: Any, ring: Ring) -> None:
+    """Makes the rank give up a backward of this autograd function, which AOTAutograd made of one graph, if it raises.
+
+    The backward is compiled when it first runs, so what fails may be its compilation.
+    """
+    if getattr(function, WATCHED, None) is ring:
+        return
+    run = function.backward
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        try:
+            return run(ctx, *grads)
+        except BaseException as error:
+            give_up_backward(ring, error)
+            raise
+
+    function.backward = staticmethod(backward)
+    setattr(function, WATCHED, ring)
 
 
 def _compares_first(program: Partitioned, agreement: Agreement, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from torch._guards import TracingContext
 
 from ringpass import ops
 from ringpass.comm.collectives import Shard
-from ringpass.comm.recovery import settle
+from ringpass.comm.recovery import give_up, settle
 from ringpass.comm.ring import Ring
 from ringpass.errors import PeerError
 from ringpass.layouts.redistribution import held_by
@@ -208,8 +208,12 @@ class LazyOutput(Tensor):
                     "needs all ranks: use it on every rank of the ring (print on one rank what all ranks computed), or "
                     "on none."
                 )
-            with torch.inference_mode(False), torch.enable_grad():  # a first use under no_grad is not the last
-                self.gathered = _Gather.apply(self)  # type: ignore[no-untyped-call]
+            try:
+                with torch.inference_mode(False), torch.enable_grad():  # a first use under no_grad is not the last
+                    self.gathered = _Gather.apply(self)  # type: ignore[no-untyped-call]
+            except BaseException as error:  # such as out of memory: the others are in the gather, or come to it
+                give_up(o.ring, error)
+                raise
             self.local = self.gathered.new_empty(0)
         return self.gathered
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,6 @@ Show = Callable[[str, GraphModule], None]
 """Is given the stage, "forward" or "backward", and its lowered graph."""
 ShowCode = Callable[[str, str], None]
 """Is given the stage and the code that Inductor generated for it."""
-Around = Callable[[str], AbstractContextManager[None]]
-"""Is given the stage, and surrounds its compilation: the backward is compiled when it first runs."""
 Compiled = Callable[..., Any]
 """What a backend returns to Dynamo: the graph's inputs -> its outputs."""
 
@@ -46,7 +43,7 @@ def compile_unpartitioned(gm: GraphModule, inputs: Sequence[Any], inductor: dict
     """Compiles `gm` as torch would without ringpass; `inductor`: patches of Inductor's configuration."""
     if compiler == "aot_eager":
         return aot_eager(gm, inputs, 0, sys.maxsize, _unseen)
-    return _compile_fx(gm, inputs, inductor or None)
+    return _inductor(gm, inputs, inductor or None)
 
 
 def compile_partitioned(
@@ -57,25 +54,24 @@ def compile_partitioned(
     left: int,
     show: Show,
     shown: bool,
-    show_code: ShowCode,
-    around: Around,
+    show_code: ShowCode | None = None,
 ) -> Compiled:
     """Compiles one rank's program.  `show` sees the lowered forward and backward, `show_code` Inductor's code of them.
 
     `left`: how many attentions stay as the model wrote them.  `shown`: someone looks at the stages, so the caches,
-    which would skip them, are left out.  `around` surrounds the compilation of each stage.
+    which would skip them, are left out.
     """
     gm, inputs = program.gm, list(program.inputs)
     if config.compiler == "aot_eager":
-        return aot_eager(gm, inputs, config.unroll_limit, left, show, around)
+        return aot_eager(gm, inputs, config.unroll_limit, left, show)
     _register_collectives()
     key = rank.rank, rank.world, rank.group, config.unroll_limit, left
     patches = {**inductor, "post_grad_custom_pre_pass": _Lower(key, show)}
     if not shown:
-        return _inductor(gm, inputs, patches, _unseen_code, around)
+        return _inductor(gm, inputs, patches)
     patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return _inductor(gm, inputs, patches, show_code, around)
+        return _inductor(gm, inputs, patches, show_code)
 
 
 def show_lowered(
@@ -106,55 +102,35 @@ def show_lowered(
         compile_fx(gm, list(inputs), inner_compile=inner, config_patches=inductor or None)  # type: ignore[arg-type]
 
 
-def _compile_fx(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None, inner: Any = None) -> Compiled:
+def _inductor(
+    gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None, show_code: ShowCode | None = None
+) -> Compiled:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(inputs), inner_compile=inner or compile_fx_inner, config_patches=patches)  # type: ignore[return-value]
-
-
-def _inductor(
-    gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any], show_code: ShowCode, around: Around
-) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx_inner
-
     def inner(*args: Any, **kwargs: Any) -> Any:
-        stage = "backward" if kwargs.get("is_backward") else "forward"
-        with around(stage):
-            made = compile_fx_inner(*args, **kwargs)
-            if code := getattr(made, "source_code", ""):
-                show_code(stage, code)
+        made = compile_fx_inner(*args, **kwargs)
+        if show_code and (code := getattr(made, "source_code", "")):
+            show_code("backward" if kwargs.get("is_backward") else "forward", code)
         return made
 
-    return _compile_fx(gm, inputs, patches, inner)
+    chosen = inner if show_code else compile_fx_inner
+    return compile_fx(gm, list(inputs), inner_compile=chosen, config_patches=patches)  # type: ignore[return-value]
 
 
 def _unseen(stage: str, graph: GraphModule) -> None:
     """A `Show` that looks at nothing."""
 
 
-def _unseen_code(stage: str, code: str) -> None:
-    """A `ShowCode` that looks at nothing."""
-
-
-def _alone(stage: str) -> AbstractContextManager[None]:
-    """An `Around` that does nothing."""
-    return nullcontext()
-
-
-def aot_eager(
-    gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: int, show: Show, around: Around = _alone
-) -> Compiled:
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], unroll_limit: int, left: int, show: Show) -> Compiled:
     """Runs the lowered forward and backward graphs as they are, without code generation.
 
-    `unroll_limit`: as in RingConfig; `left`: how many attentions stay as the model wrote them; `around` surrounds the
-    compilation of each stage.
+    `unroll_limit`: as in RingConfig; `left`: how many attentions stay as the model wrote them.
     """
 
     def compiler(stage: str) -> Callable[[GraphModule, Any], Compiled]:
         def compile_graph(graph: GraphModule, _: Any) -> Compiled:
-            with around(stage):
-                show(stage, lower_module(graph, unroll_limit, left))
-                _reshape_views(graph)
+            show(stage, lower_module(graph, unroll_limit, left))
+            _reshape_views(graph)
             boxed: Compiled = make_boxed_func(graph.forward)
             return boxed
 

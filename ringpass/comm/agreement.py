@@ -46,9 +46,9 @@ class Agreement:
     """What the ranks compare for one compiled graph.
 
     `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.
-    `every`: all weights are compared in the first call, and from then on each in one of so many calls; 0: never again.
-    `compared`: number of calls that were.  For messages, `sites`: where in the model its attentions are, `line`: where
-    the graph begins.
+    `every`: all weights are compared in the first call, and in the first one after a call that failed (`epoch`: of the
+    ring, in the last call); from then on each in one of so many calls; 0: never again.  `compared`: number of calls.
+    For messages, `sites`: where in the model its attentions are, `line`: where the graph begins.
     """
 
     ring: Ring
@@ -56,6 +56,7 @@ class Agreement:
     names: tuple[str, ...]
     every: int = 0
     compared: int = 0
+    epoch: int = 0
     sites: tuple[str, ...] = ()
     line: str = ""
 
@@ -98,11 +99,16 @@ class Agreement:
                 f"the ring's process group ({dist.get_backend_config(ring.pg)}) moves no tensors of the host, and this "
                 "call has no others: move the model and its inputs to the GPU, or pass init_process_group(device_id=..)"
             )
-        said = self._said(args)
-        log.debug("rank %d comes to call %d: %s", ring.rank, ring.calls, said)
-        checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
         try:
-            headers = gather_headers(self._header(said, mine, checksums), ring)
+            said = self._said(args)
+            log.debug("rank %d comes to call %d: %s", ring.rank, ring.calls, said)
+            checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
+            header = self._header(said, mine, checksums)
+        except BaseException as error:
+            give_up(ring, error, self.running("comparison"))
+            raise
+        try:
+            headers = gather_headers(header, ring)
         except RuntimeError as error:
             failure = self.lost(error)
             give_up(ring, failure, self.running("comparison"))
@@ -115,9 +121,11 @@ class Agreement:
         """What the header and the details say of the arguments, and of those weights whose turn it is."""
         since, self.ring.backwards = self.ring.backwards, []
         said, number = Said([], [], [], later=self.compared > 0, backwards=_calls(since)), 0
+        every_weight = not self.compared or self.epoch != self.ring.epoch  # of a call that failed some may be updated
+        self.epoch = self.ring.epoch
         for name, value in zip(self.names, args, strict=False):
             if isinstance(value, torch.nn.Parameter):
-                if not self.compared or (self.every and (self.compared - number) % self.every == 0):
+                if every_weight or (self.every and (self.compared - number) % self.every == 0):
                     said.weights.append((name, checksum(value)))
                 number += 1
             elif isinstance(value, Tensor):
@@ -238,7 +246,9 @@ class Comparison:
             try:
                 numbers = self.copied.read(self.agreement.ring.timeout)
             except (RuntimeError, TimeoutError) as error:
-                raise self.agreement.lost(error) from error
+                failure = self.agreement.lost(error)
+                give_up(self.agreement.ring, failure, self.agreement.running("comparison"))
+                raise failure from error
             width = (len(numbers) - self.said.checksums) // self.agreement.ring.world
             rows = [numbers[i : i + width] for i in range(0, width * self.agreement.ring.world, width)]
             self.numbers = [number for number, *_ in rows]

@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ringpass.comm.lost import LOOK, break_off
@@ -41,7 +42,19 @@ def begin_backward(ring: Ring, running: Running) -> None:
     """Notes that a backward begins.  Raises PeerError if the ranks cannot go on after a failed call."""
     settle(ring)
     ring.running = ring.backward = running
+    ring.backward_task = _pass_of_autograd()
     ring.backwards.append(running.call)
+
+
+def give_up_backward(ring: Ring, error: BaseException | None) -> None:
+    """Notes that the backward under way has failed, by `error` if that is known."""
+    failed, ring.backward = ring.backward, None
+    give_up(ring, error, failed)
+
+
+def _pass_of_autograd() -> int:
+    """The number of the pass of autograd that this thread is in; a checkpoint makes calls within one; -1 outside."""
+    return torch._C._current_graph_task_id()
 
 
 def end_backward(ring: Ring) -> None:
@@ -54,18 +67,17 @@ def settle(ring: Ring) -> None:
 
     Raises PeerError within the limit if another rank has not given up a call too.
     """
-    if ring.backward is not None:
-        failed, ring.backward = ring.backward, None
-        give_up(ring, None, failed)
+    if ring.backward is not None and ring.backward_task != _pass_of_autograd():
+        give_up_backward(ring, None)
     if not ring.gave_up:
         return
     own = f"gave_up/{ring.epoch}/{ring.rank}"
     withdraw_notice(ring)
     ring.store.set(own, f"{ring.calls},{ring.notices} {ring.gave_up}")
     ring.store.add("notices", 1)
+    ring.calls, ring.notices = _meet(ring)
     if ring.epoch:
         ring.store.delete([f"gave_up/{ring.epoch - 1}/{ring.rank}"])  # which all ranks have read
-    ring.calls, ring.notices = _meet(ring)
     _replace(ring)
     ring.backwards.clear()
     ring.gave_up = ""

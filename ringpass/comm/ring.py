@@ -59,7 +59,8 @@ class Ring:
     which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
     its store may be the old one, and holds the keys of then.
 
-    `running`: what this rank is doing; `backward`: the backward that began and has not ended; `backwards`: the calls
+    `running`: what this rank is doing; `backward`: the backward that began and has not ended, and `backward_task`, the
+    number of autograd's pass in which it did; `backwards`: the calls
     whose backward began since all ranks were last compared.  `waits_since`: when the exchange began that the host waits
     for.  `noticed`: whether a notice of this rank stands, `notices`: how many it has given; `heard`: how many all ranks
     had given when none was news to this one (`comm.notices`).
@@ -90,6 +91,7 @@ class Ring:
     heard: int = 0
     waits_since: float | None = None
     backward: Running | None = None
+    backward_task: int = -1
     backwards: list[int] = field(default_factory=list)
     calling: threading.RLock = field(default_factory=threading.RLock)
 
@@ -175,12 +177,12 @@ class Ring:
 
     @contextmanager
     def doing(self, running: Running) -> Iterator[None]:
-        """What this rank is doing inside, for the messages of errors."""
+        """What this rank is doing inside, for the messages of errors; a call may be made within a backward."""
         self.running = running
         try:
             yield
         finally:
-            self.running = replace(running, part="")
+            self.running = self.backward or replace(running, part="")
 
     def await_everyone(self, key: str, seconds: float | None = None) -> list[int]:
         """Waits until all ranks have reached `key`; returns the ranks that did not within `seconds`, or `timeout`.
@@ -308,7 +310,9 @@ def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
     found = RINGS.get(name)
     if found is None:
         found = RINGS[name] = Ring(pg, timeout or TIMEOUT)
-    elif found.pg is not pg:  # destroyed, and made again with the same name
+    elif found.pg is not pg and pg is not None and (found.rank, found.world) == (pg.rank(), pg.size()):
+        found.renew()  # destroyed, and made again with the same name: graphs that are compiled hold this ring
+    elif found.pg is not pg:
         found = RINGS[name] = Ring(pg, timeout or TIMEOUT, renewals=found.renewals + 1)
     found.timeout = timeout or found.timeout
     return found

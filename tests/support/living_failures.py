@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch.fx import GraphModule
 
+from ringpass.comm import agreement, collectives
 from ringpass.comm.ring import Running
+from ringpass.errors import PeerError
 from ringpass.kernels import table as kernels
 from ringpass.passes.dump import Dump
 from ringpass.passes.pipeline import Pipeline
@@ -65,6 +69,33 @@ def full_disk_in_a_backward(run: Run) -> Any:
 
     with patch.object(Pipeline, "lowered", lowered):
         run.step()
+
+
+def memory_in_an_output(run: Run) -> Any:
+    """Outputs are gathered when they are used, after the call."""
+    outputs = run.run(**TEXTS)
+    with run.breaking(collectives, "gather", 1, out_of_memory):
+        outputs[0].sum()
+
+
+def memory_in_a_comparison(run: Run) -> Any:
+    with run.breaking(agreement, "checksum", 1, out_of_memory):
+        run.step()
+
+
+def step_after_a_failure(run: Run) -> Any:
+    """Rank 1 updates its weights after a call that failed on all ranks."""
+    with run.breaking(kernels, "forward", 3, out_of_memory, rank=None), suppress(torch.OutOfMemoryError, PeerError):
+        run.step()
+    *_, last = run.model.parameters()
+    before = last.detach().clone()
+    try:
+        with torch.no_grad():
+            last.add_(float(run.rank == 1))
+        run.step()
+    finally:
+        with torch.no_grad():
+            last.copy_(before)
 
 
 def other_batch(run: Run) -> Any:
@@ -167,11 +198,30 @@ LIVING = (
         goes_on=True,
         slow=True,
     ),
+    Case(
+        "out of memory on one rank, while an output is gathered",
+        memory_in_an_output,
+        others("rank 1 gave up what followed call 2", *MEMORY, first=MEMORY),
+        goes_on=True,
+    ),
+    Case(
+        "out of memory on one rank, while the ranks are compared",
+        memory_in_a_comparison,
+        others("rank 1 gave up the comparison of call 2", *MEMORY, first=MEMORY),
+        goes_on=True,
+        slow=True,
+    ),
+    Case(
+        "a step of one rank after a call that failed on all",
+        step_after_a_failure,
+        ("MismatchError", "updated weights"),
+        goes_on=True,
+    ),
     Case("a full disk on one rank, in a compilation", full_disk_in_a_compilation, others(*DISK, first=DISK[1:])),
     Case(
         "a full disk on one rank, in the compilation of a backward",
         full_disk_in_a_backward,
-        others("rank 1 failed to compile the backward of call 2", DISK[1], first=DISK[1:]),
+        others("rank 1 gave up the backward of call 2", DISK[1], first=DISK[1:]),
         limit=TO_BEGIN,
     ),
     Case("another batch on one rank", other_batch, ("MismatchError", "differ in values of input"), goes_on=True),
@@ -182,7 +232,13 @@ LIVING = (
         slow=True,
         limit=TO_BEGIN,
     ),
-    Case("other requires_grad on one rank", other_gradients, ("MismatchError", "needs a gradient"), limit=TO_BEGIN),
+    Case(
+        "other requires_grad on one rank",
+        other_gradients,
+        ("MismatchError", "needs a gradient"),
+        slow=True,
+        limit=TO_BEGIN,
+    ),
     Case(
         "one call more on two ranks",
         one_call_more,
