@@ -186,7 +186,7 @@ def started(about: dict[str, Any]) -> tuple[list[list[tuple[str, int]]], list[li
     real = thread_ranks.Mailboxes.start
 
     def watched(self: Any, *given: Any) -> p2p.PendingExchange:
-        *_, tag, group = given
+        tag, group = given[4:6]
         what = (GRADIENTS if tag % 2 else KEYS), tag // 2
         found[int(group.removeprefix(thread_ranks.NAME))].append(what)
         return real(self, *given)
