@@ -70,7 +70,8 @@ def _negated(inner: Expr) -> Expr:
         return _joined("or" if inner.op == "and" else "and", [simplify(call("not", a)) for a in inner.args])
     if isinstance(inner, Call) and inner.op in OPPOSITE and all(_integer(a) for a in inner.args):
         return simplify(Call(OPPOSITE[inner.op], inner.args))
-    return call("not", simplify(inner))
+    simpler = simplify(inner)
+    return call("not", inner) if simpler == inner else _negated(simpler)
 
 
 def _integer(expr: Expr) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ringpass.masks.evaluate import evaluate
@@ -33,6 +33,7 @@ def test_one_form_for_each_mask(form: str) -> None:
 
 
 @settings(max_examples=400, deadline=None)
+@example(parse("not(not((x1[b, k] < x1[b, k]) * 1))"), 0)
 @given(bools(data=True), st.integers(0, 100))
 def test_the_value_is_the_same_everywhere(expr: Expr, seed: int) -> None:
     shape = BATCH, HEADS, QUERIES, KEYS
