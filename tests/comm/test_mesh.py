@@ -178,6 +178,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_dimensions_is_one_ring(tmp_path: Path) -> None:
     """On four ranks all heads would be divided by four; the inner dimension bounds that to two."""
     script = tmp_path / "two.py"
