@@ -42,7 +42,7 @@ def begin_backward(ring: Ring, running: Running) -> None:
     """Notes that a backward begins.  Raises PeerError if the ranks cannot go on after a failed call."""
     settle(ring)
     ring.running = ring.backward = running
-    ring.backward_task = _pass_of_autograd()
+    ring.backward_task = _graph_task()
     ring.backwards.append(running.call)
 
 
@@ -52,8 +52,8 @@ def give_up_backward(ring: Ring, error: BaseException | None) -> None:
     give_up(ring, error, failed)
 
 
-def _pass_of_autograd() -> int:
-    """The number of the pass of autograd that this thread is in; a checkpoint makes calls within one; -1 outside."""
+def _graph_task() -> int:
+    """The number of the graph task of autograd that this thread runs; a checkpoint makes calls within one; -1: none."""
     return torch._C._current_graph_task_id()
 
 
@@ -67,7 +67,7 @@ def settle(ring: Ring) -> None:
 
     Raises PeerError within the limit if another rank has not given up a call too.
     """
-    if ring.backward is not None and ring.backward_task != _pass_of_autograd():
+    if ring.backward is not None and ring.backward_task != _graph_task():
         give_up_backward(ring, None)
     if not ring.gave_up:
         return

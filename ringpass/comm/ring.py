@@ -60,7 +60,7 @@ class Ring:
     its store may be the old one, and holds the keys of then.
 
     `running`: what this rank is doing; `backward`: the backward that began and has not ended, and `backward_task`, the
-    number of autograd's pass in which it did; `backwards`: the calls whose backward began since the ranks were last
+    graph task of autograd in which it did; `backwards`: the calls whose backward began since the ranks were last
     compared.  `waits_since`: when the exchange began that the host waits for.  `noticed`: whether a notice of this rank
     stands, `notices`: how many it has given; `heard`: how many all ranks had given when none was news to this one
     (`comm.notices`).
