@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -116,17 +117,19 @@ def _replace(ring: Ring) -> None:
     ranks, backend = dist.get_process_group_ranks(ring.pg), dist.get_backend(ring.pg)
     if backend == dist.Backend.UNDEFINED:
         backend = dist.Backend(dist.get_backend_config(ring.pg))  # several, by device
+    device = ring.pg.bound_device_id
     try:
-        made, _ = c10d._new_process_group_helper(
-            len(ranks),
-            ring.rank,
-            ranks,
-            backend,
-            c10d._get_default_store(),
-            group_name=f"ringpass_{ring.name}_{ring.renewals}_{ring.epoch}",  # used once, as its keys stay in the store
-            timeout=ring.limit,
-            device_id=ring.pg.bound_device_id,
-        )
+        with _without_split():
+            made, _ = c10d._new_process_group_helper(
+                len(ranks),
+                ring.rank,
+                ranks,
+                backend,
+                c10d._get_default_store(),
+                group_name=f"ringpass_{ring.name}_{ring.renewals}_{ring.epoch}",  # once, as its keys stay in the store
+                timeout=ring.limit,
+                device_id=device,
+            )
     except RuntimeError as error:
         raise PeerError(
             f"rank {ring.rank} {ring.gave_up}, and then could not connect to the other ranks again: {error}. "
@@ -143,3 +146,19 @@ def _replace(ring: Ring) -> None:
             dist.destroy_process_group(before)
     ring.left = []
     log.warning("rank %d %s; all ranks did so, and go on with the next call", ring.rank, ring.gave_up)
+
+
+@contextmanager
+def _without_split() -> Iterator[None]:
+    """Makes process groups with connections of their own inside.
+
+    NCCL would otherwise split those of the default group, in which all its ranks must take part, and in which what
+    failed may be under way.
+    """
+    default = dist.group.WORLD
+    assert default is not None, "the ring's process group is one of its subgroups"
+    bound, default.bound_device_id = default.bound_device_id, None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
