@@ -68,7 +68,7 @@ def _await_collective(work: dist.Work, ring: Ring, end: float) -> None:
             if work.is_completed():  # as the limit passed, or with an error, which this wait raises
                 work.wait()
                 return
-            told = notices(ring)
+            told = notices(ring, waiting=True)
             if told or left <= LOOK:
                 break_off(ring.carrier)
                 if told:

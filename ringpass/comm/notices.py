@@ -19,6 +19,7 @@ from textwrap import shorten
 from types import TracebackType
 
 from ringpass.comm.ring import RINGS, Ring
+from ringpass.comm.store import SilentStoreError
 from ringpass.errors import PeerError
 
 LONGEST = 400  # characters of a notice
@@ -41,8 +42,11 @@ def withdraw_notice(ring: Ring) -> None:
         ring.store.delete([f"notice/{ring.rank}"])
 
 
-def notices(ring: Ring) -> list[str]:
-    """What other ranks have told, by rank; nothing where the store cannot be read."""
+def notices(ring: Ring, waiting: bool = False) -> list[str]:
+    """What other ranks have told, by rank, or that the store is lost.
+
+    `waiting`: the rank waits on if there are none; a store that is silent is none, since it may answer yet.
+    """
     if ring.pg is None or ring.world == 1:
         return []
     others = [rank for rank in range(ring.world) if rank != ring.rank]
@@ -53,7 +57,7 @@ def notices(ring: Ring) -> list[str]:
         given = ring.store.get_all(f"notice/{rank}" for rank in others)
         met = ring.store.get_all(f"gave_up/{ring.epoch}/{rank}" for rank in others)
     except PeerError as error:
-        return [str(error)]
+        return [] if waiting and isinstance(error, SilentStoreError) else [str(error)]
     found = []
     for rank, notice, gave_up in zip(others, given, met, strict=True):
         number, _, text = notice.partition(" ")
@@ -87,8 +91,8 @@ def notice_when_python_ends() -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)  # first: the store may not answer
         for ring in list(RINGS.values()):
             give_notice(ring, f"ended after call {ring.calls} by {described(error)}")
-        before(kind, error, trace)
 
     sys.excepthook = hook

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,69 +27,80 @@ def text_under(store: dist.distributed_c10d.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
+class SilentStoreError(PeerError):
+    """The store does not answer, and may still do so."""
+
+
 class RingStore:
-    """Keys under `ringpass/<renewals>` of `store`.
+    """Keys under `ringpass/<renewals>` of `store`, over a connection of their own.
 
     `rank`: this rank, for messages.  What waits for an answer runs in a thread, since a store whose process is stopped
     keeps its caller for ever.  After a failure every request fails at once, until an answer comes after all.
     """
 
     def __init__(self, store: dist.distributed_c10d.Store, rank: int, renewals: int = 0) -> None:
-        self._store = dist.distributed_c10d.PrefixStore(f"ringpass/{renewals}", store)
+        self._shared = dist.distributed_c10d.PrefixStore(f"ringpass/{renewals}", store)
         self._rank = rank
         self._requests: SimpleQueue[Callable[[], None]] | None = None
-        self._broken: str | None = None
+        self._lost: tuple[type[PeerError], str] | None = None
+
+    @cached_property
+    def _store(self) -> dist.distributed_c10d.Store:
+        """A connection of its own: one that is shared answers nobody while another ring waits for a key."""
+        return self._asked(lambda: _connected(self._shared))
 
     def set(self, key: str, text: str) -> None:
         """Sets a key; waits for nobody."""
+        store = self._store
         self._check()
         try:
-            self._store.set(key, text)
+            store.set(key, text)
         except RuntimeError as error:
             raise self._gone(error) from error
 
     def get(self, key: str) -> str:
         """The text under a key; an empty one if nobody has set it."""
-        return self._asked(lambda: text_under(self._store, key))
+        store = self._store
+        return self._asked(lambda: text_under(store, key))
 
     def get_all(self, keys: Iterable[str]) -> list[str]:
         """The texts under several keys."""
-        wanted = list(keys)
-        return self._asked(lambda: [text_under(self._store, key) for key in wanted])
+        store, wanted = self._store, list(keys)
+        return self._asked(lambda: [text_under(store, key) for key in wanted])
 
     def add(self, key: str, number: int) -> int:
         """The number under a key, after `number` was added."""
-        return self._asked(lambda: int(self._store.add(key, number)))
+        store = self._store
+        return self._asked(lambda: int(store.add(key, number)))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes keys, those that are there."""
-        unwanted = list(keys)
-        self._asked(lambda: [self._store.delete_key(key) for key in unwanted])
+        store, unwanted = self._store, list(keys)
+        self._asked(lambda: [store.delete_key(key) for key in unwanted])
 
     def wait(self, keys: Iterable[str], seconds: float) -> bool:
         """Whether all keys were set within so many seconds."""
-        wanted = list(keys)
+        store, wanted = self._store, list(keys)
 
         def waited() -> bool:
             try:
-                self._store.wait(wanted, timedelta(seconds=seconds))
+                store.wait(wanted, timedelta(seconds=seconds))
             except dist.DistNetworkError:
                 raise
             except RuntimeError:
-                return bool(self._store.check(wanted))
+                return bool(store.check(wanted))
             return True
 
         return self._asked(waited, seconds)
 
     def clone(self) -> dist.distributed_c10d.Store:
-        """A connection of its own to the same keys, for another thread; it has no limits."""
-        store: Any = self._store
-        found: dist.distributed_c10d.Store = store.clone()
-        return found
+        """Another connection to the same keys, for another thread; it has no limits."""
+        return _connected(self._shared)
 
     def num_keys(self) -> int:
         """The number of keys in the whole store."""
-        return self._asked(lambda: int(self._store.num_keys()))
+        store = self._store
+        return self._asked(lambda: int(store.num_keys()))
 
     def _asked(self, request: Callable[[], T], more: float = 0.0) -> T:
         """What `request` returns, within ANSWER seconds and `more`."""
@@ -98,7 +110,7 @@ class RingStore:
         def run() -> None:
             try:
                 answer = request()
-                self._broken = None  # it answers, if late
+                self._lost = None  # it answers, if late
                 answers.put((True, answer))
             except RuntimeError as error:
                 answers.put((False, error))
@@ -118,15 +130,29 @@ class RingStore:
 
     def _gone(self, error: Exception) -> PeerError:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._broken = (
+        kind = SilentStoreError if isinstance(error, TimeoutError) else PeerError
+        text = (
             f"rank {self._rank} lost the process group's store ({first}): the process that hosts it has died, stopped "
             "or ended, the launcher's under torchrun, rank 0's otherwise: look for the first error in its output."
         )
-        return PeerError(self._broken)
+        self._lost = kind, text
+        return kind(text)
 
     def _check(self) -> None:
-        if self._broken is not None:
-            raise PeerError(self._broken)
+        if self._lost is not None:
+            kind, text = self._lost
+            raise kind(text)
+
+
+def _connected(store: Any) -> dist.distributed_c10d.Store:
+    """A new connection to the same keys; the store itself if it is of this process, and has no connections."""
+    try:
+        found: dist.distributed_c10d.Store = store.clone()
+    except RuntimeError as error:
+        if "pure virtual" not in str(error):
+            raise
+        found = store
+    return found
 
 
 def _serve(requests: SimpleQueue[Callable[[], None]]) -> None:

@@ -47,5 +47,5 @@ def _look_at(ring: Ring) -> None:
     since = ring.waits_since
     if since is not None and time.monotonic() - since > LOOK:
         carrier = ring.carrier
-        if notices(ring) and ring.waits_since == since and ring.carrier is carrier:
+        if notices(ring, waiting=True) and ring.waits_since == since and ring.carrier is carrier:
             break_off(carrier)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from ringpass.comm import notices as notes
 from ringpass.comm import store as stores
@@ -95,8 +96,8 @@ def test_a_script_that_ends_by_an_exception_gives_a_notice() -> None:
 
 def test_a_store_that_does_not_answer_is_an_error_in_time() -> None:
     store = RingStore(HashStore(), 2)
-    hanging: Any = SimpleNamespace(check=lambda keys: time.sleep(2))
-    with patch.object(stores, "ANSWER", 0.2), patch.object(store, "_store", hanging):
+    store._store = cast(Any, SimpleNamespace(check=lambda keys: time.sleep(2)))
+    with patch.object(stores, "ANSWER", 0.2):
         begun = time.monotonic()
         with pytest.raises(PeerError, match="rank 2 lost the process group's store .no answer within 0.2 s"):
             store.get("at/0")
@@ -117,6 +118,28 @@ def test_a_broken_connection_to_the_store_is_a_peer_error() -> None:
     ring = rings()[0]
     ring.__dict__["store"] = store
     assert "lost the process group's store" in notices(ring)[0]
+
+
+def test_a_silent_store_ends_no_wait() -> None:
+    """It may answer yet; in the message of a wait that ended, it counts."""
+    ring, store = rings()[0], RingStore(HashStore(), 0)
+    store._store, ring.__dict__["store"] = cast(Any, SimpleNamespace(check=lambda keys: time.sleep(1))), store
+    with patch.object(stores, "ANSWER", 0.1):
+        assert notices(ring, waiting=True) == []
+        assert "no answer within 0.1 s" in notices(ring)[0]
+        time.sleep(1.5)
+    assert notices(ring) == [], "it has answered meanwhile"
+
+
+def test_a_ring_that_waits_for_a_key_holds_up_no_other_one() -> None:
+    shared = TCPStore("127.0.0.1", 0, is_master=True)
+    waiting, other = (RingStore(shared, 0, renewals) for renewals in (0, 1))
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(waiting.wait, ["nobody sets this"], 3.0)
+        time.sleep(0.5)
+        other.set("at/0", "12")
+        assert other.get("at/0") == "12" and not found.done()
+    assert found.result() is False
 
 
 def test_a_wait_that_runs_out_is_no_error() -> None:
