@@ -4,9 +4,9 @@
 
 A step of a GPT-2 of 2 layers through `backend="ring_dilated"`. Each round takes three:
 
-    all checks     as it is: each call compares the graph, the inputs and a hundredth of the weights
+    all checks     as it is: calls compare the graph, the inputs and a hundredth of the weights, backwards their call
     calls alone    with options={"compare_weights": 0}: weights are compared in the first call alone
-    none           the comparison taken out of the package, for this benchmark
+    none           the comparisons taken out of the package, for this benchmark
 
 Sizes of messages, hooks on the backward and what a rank leaves in the store for the others are in all three.
 """
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.paired import Case, against, arguments, collect, conclude, interleaved, on_ranks, screen, spread
 from benchmarks.step_time import model_step
+from ringpass.comm import agreement
 from ringpass.comm.agreement import Agreement, Comparison, Said
 from ringpass.comm.headers import onto, to_host
 
@@ -49,7 +50,7 @@ def job(args: argparse.Namespace) -> Iterator[Any]:
     checked, calls, bare = step(100), step(0), step(100)
 
     def unchecked() -> None:
-        with patch.object(Agreement, "begin", _equal):
+        with patch.object(Agreement, "begin", _equal), patch.object(agreement, "as_messages", lambda *_: False):
             bare()
 
     for run in (checked, calls, bare):

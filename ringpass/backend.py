@@ -14,14 +14,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._dynamo.exc import RestartAnalysis
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from ringpass import metrics
 from ringpass.comm.agreement import Agreement
-from ringpass.comm.notices import notice_when_python_ends, telling
-from ringpass.comm.ring import Ring, ring_of
-from ringpass.comm.waits import end_waits_in_vain
+from ringpass.comm.notices import notice_when_python_ends
+from ringpass.comm.recovery import giving_up
+from ringpass.comm.ring import Ring, Running, ring_of
 from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, lone_call, replicated_call
 from ringpass.config import RingConfig
@@ -77,7 +78,8 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     ring = ring_of(config.ring, config.timeout)
-    with telling(ring, f"failed to compile a graph after call {ring.calls}"):
+    # a restart is no failure: Dynamo traces and compiles again
+    with giving_up(ring, Running(ring.calls + 1, "compilation"), unless=RestartAnalysis):
         return _compiled(gm, example_inputs, config, ring, inductor, options or {}, mode)
 
 
@@ -91,7 +93,6 @@ def _compiled(
     mode: str | None,
 ) -> Callable[..., Any]:
     """The function that runs `gm` on this rank, compiled."""
-    end_waits_in_vain(ring)
     notice_when_python_ends()
     _refuse_saving()
     _warn_of_autotuning(ring, inductor)

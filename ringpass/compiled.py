@@ -11,7 +11,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from ringpass.comm.agreement import Agreement, Comparison
 from ringpass.comm.collectives import Shard
-from ringpass.comm.recovery import begin_backward, end_backward, give_up, give_up_backward
+from ringpass.comm.recovery import end_backward, give_up_backward, giving_up
 from ringpass.comm.ring import Ring, Running
 from ringpass.config import RingConfig
 from ringpass.devices import device_of
@@ -52,12 +52,13 @@ def compiled_call(
         backward = agreement.running("backward")
 
         def launch() -> Any:
-            with _forward(ring, agreement.running("forward")):
+            # a checkpoint stops its recomputation once it has what it wants
+            with ring.doing(agreement.running("forward")), giving_up(ring, unless=_StopRecomputationError):
                 ring.warm_up(device)
                 args = [_argument(x, sharded.get(i), ring) for i, x in enumerate(given)]
                 with _generator(comparison, device) if program.draws else nullcontext():
                     found = run(*args, comparison.seed) if program.seeded else run(*args)
-                _watch_backward(found, ring, backward)
+                _watch_backward(found, agreement, backward, device)
                 return found
 
         typed = any(x is not y for x, y in zip(given, passed, strict=True))
@@ -92,27 +93,15 @@ def _finish(comparison: Comparison) -> None:
         comparison.finish()
 
 
-@contextmanager
-def _forward(ring: Ring, running: Running) -> Iterator[None]:
-    """What this rank does inside, for messages; an exception that leaves it makes the rank give up the call."""
-    with ring.doing(running):
-        try:
-            yield
-        except _StopRecomputationError:  # a checkpoint has what it wants of the call, which is complete
-            raise
-        except BaseException as error:
-            give_up(ring, error)
-            raise
-
-
-def _watch_backward(results: Sequence[Any], ring: Ring, running: Running) -> None:
+def _watch_backward(results: Sequence[Any], agreement: Agreement, running: Running, device: torch.device) -> None:
     """Lets the ring know when the backward of a call begins and when it ends, by hooks on its node of autograd."""
+    ring = agreement.ring
     if ring.world == 1:
         return
     for node in (x.grad_fn for x in results if isinstance(x, torch.Tensor)):
         if node is not None and type(node).__name__.startswith("CompiledFunction"):
             _tell_of_failures(type(node)._forward_cls, ring)  # type: ignore[attr-defined]
-            node.register_prehook(lambda _: begin_backward(ring, running))
+            node.register_prehook(lambda _: agreement.begin_backward(running, device))
             node.register_hook(lambda *_: end_backward(ring))
             return
 

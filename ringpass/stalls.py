@@ -115,10 +115,11 @@ class Watcher:
 
     def _of(self, ring: Ring, rank: int) -> str:
         """What the store says of another rank."""
-        call, label = (text_under(self._store(ring), f"{what}/{rank}") for what in ("at", "waits"))
-        behind = " (behind)" if int(call or 0) < ring.calls else ""
+        at, label = (text_under(self._store(ring), f"{what}/{rank}") for what in ("at", "waits"))
+        call = int(at.partition(" ")[0] or 0)
+        behind = " (behind)" if call < ring.calls else ""
         what = f"waits for {awaited(label)}" if label else "waits for nobody (it computes, is stopped, or died)"
-        return f"rank {rank} is in call {call or 0}{behind} and {what}"
+        return f"rank {rank} is in call {call}{behind} and {what}"
 
 
 def awaited(label: str) -> str:

@@ -1,10 +1,10 @@
 """The ranks of a ring check that they agree in every call of a compiled graph.
 
-Every call of a compiled graph starts with one small collective, in which each rank sends a header: a digest of the
-graph that it is about to run, of the order of backwards since the last call, a checksum of its inputs, one of weights
-(of all in a graph's first call, then of a few in each, by turns) and a random seed.  All ranks see all headers, so they
-reach the same decision: continue with rank 0's seed, or raise the same MismatchError.  On a mismatch they exchange
-details through the store, to name the ranks and the first difference.
+Every call of a compiled graph, and over gloo every backward, starts with one small exchange, in which each rank sends a
+header: a digest of the graph that it is about to run, of the order of backwards since the last call, a checksum of its
+inputs, one of weights (of all in a graph's first call, then of a few in each, by turns) and a random seed.  All ranks
+see all headers, so they reach the same decision: continue with rank 0's seed, or raise the same MismatchError.  On a
+mismatch they exchange details through the store, to name the ranks and the first difference.
 
     comparison = agreement.begin(args, number, device)     # the headers are gathered; rank 0's number is on the device
     comparison.finish()                                    # they are read on the host, and compared
@@ -19,7 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,12 +28,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ringpass.comm.flight_recorder import recording
-from ringpass.comm.headers import HostCopy, checksum, combined, digest, gather_headers, header_device, onto, to_host
+from ringpass.comm.headers import (
+    HostCopy,
+    as_messages,
+    checksum,
+    combined,
+    digest,
+    gather_headers,
+    header_device,
+    onto,
+    to_host,
+)
 from ringpass.comm.lost import GaveUpError, first_sentence
 from ringpass.comm.notices import notices, withdraw_notice
-from ringpass.comm.recovery import give_up, settle
+from ringpass.comm.recovery import begin_backward, give_up, giving_up, settle
 from ringpass.comm.ring import Ring, Running
 from ringpass.errors import InputError, MismatchError, OptionError, PeerError
+from ringpass.profiling import profiled
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -48,7 +59,8 @@ class Agreement:
     `facts`: (name, text) pairs that must be equal on all ranks.  `names`: those of the arguments, in order.
     `every`: all weights are compared in the first call, and in the first one after a call that failed (`epoch`: of the
     ring, in the last call); from then on each in one of so many calls; 0: never again.  `compared`: number of calls.
-    For messages, `sites`: where in the model its attentions are, `line`: where the graph begins.
+    For messages, `sites`: where in the model its attentions are, `line`: where the graph begins.  `backward`: what is
+    compared is that backward, and not a call.  The fact "call" says what kind of call it is.
     """
 
     ring: Ring
@@ -59,6 +71,7 @@ class Agreement:
     epoch: int = 0
     sites: tuple[str, ...] = ()
     line: str = ""
+    backward: Running | None = None
 
     @cached_property
     def graph(self) -> int:
@@ -92,30 +105,47 @@ class Agreement:
         settle(ring)
         withdraw_notice(ring)
         ring.calls, ring.since = ring.calls + 1, time.monotonic()
-        ring.store.set(f"at/{ring.rank}", str(ring.calls))  # one key per rank, for those that wait in vain
         where = header_device(ring.pg, device)
         if where is None:
             raise OptionError(
                 f"the ring's process group ({dist.get_backend_config(ring.pg)}) moves no tensors of the host, and this "
                 "call has no others: move the model and its inputs to the GPU, or pass init_process_group(device_id=..)"
             )
-        try:
+        with giving_up(ring, self.comparing):
             said = self._said(args)
-            log.debug("rank %d comes to call %d: %s", ring.rank, ring.calls, said)
-            checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
-            header = self._header(said, mine, checksums)
-        except BaseException as error:
-            give_up(ring, error, self.running("comparison"))
-            raise
+            log.debug("rank %d comes to %s: %s", ring.rank, self.came, said)
+            comparison = self._gathered(said, mine, where)
+        log.debug("rank %d: all %d ranks came to %s", ring.rank, ring.world, self.came)
+        return replace(comparison, seed=onto(comparison.seed, device))
+
+    def begin_backward(self, running: Running, device: torch.device) -> None:
+        """Notes that the backward of a call on `device` begins: over gloo, after a check that all ranks begin it.
+
+        Elsewhere the host would have to wait for the device, so the next call compares the order of backwards.  Raises
+        MismatchError, on all ranks, if one is at another backward or call, and PeerError as `begin` does.
+        """
+        ring = self.ring
+        settle(ring)
+        where = header_device(ring.carrier, device)
+        if where is not None and as_messages(ring.carrier, where):
+            agreement = Agreement(ring, (("call", str(running)),), (), backward=running)
+            with profiled("compare the ranks"):
+                with giving_up(ring, running):
+                    comparison = agreement._gathered(Said([], [], []), 0, where)
+                comparison.finish()
+        begin_backward(ring, running)
+
+    def _gathered(self, said: Said, mine: int, where: torch.device) -> Comparison:
+        """The headers of all ranks on `where`, to be compared.  Raises PeerError if a rank does not come."""
+        ring = self.ring
+        ring.come()
+        checksums = [_stacked(tensors, where) for tensors in (said.inputs, said.weights)]
         try:
-            headers = gather_headers(header, ring)
+            headers = gather_headers(self._header(said, mine, checksums), ring)
         except RuntimeError as error:
-            failure = self.lost(error)
-            give_up(ring, failure, self.running("comparison"))
-            raise failure from error
-        log.debug("rank %d: all %d ranks came to call %d", ring.rank, ring.world, ring.calls)
+            raise self.lost(error) from error
         copied = to_host(torch.cat([headers.view(-1), *checksums]))
-        return Comparison(self, said, copied, onto(headers[0, 0].clone(), device))
+        return Comparison(self, said, copied, headers[0, 0].clone())
 
     def _said(self, args: Sequence[object]) -> Said:
         """What the header and the details say of the arguments, and of those weights whose turn it is."""
@@ -144,6 +174,19 @@ class Agreement:
         """What this rank does in a `part` of the call, for messages."""
         return Running(self.ring.calls, part, self.sites, self.line)
 
+    @property
+    def comparing(self) -> Running:
+        """What this rank does while it is compared, for messages."""
+        return self.backward or self.running("comparison")
+
+    @property
+    def came(self) -> str:
+        """To what this rank has come, for messages."""
+        if self.backward is not None:
+            return str(self.backward)
+        kind = dict(self.facts).get("call", "a compiled model")
+        return f"call {self.ring.calls} of {kind}{f' ({self.line})' if self.line else ''}"
+
     def lost(self, error: Exception) -> PeerError:
         """The error of a call to which not all ranks came; `error`: how it showed."""
         return PeerError(f"{self._absent(error)}{recording()}")
@@ -151,7 +194,7 @@ class Agreement:
     def _absent(self, error: Exception) -> str:
         """A message that says which ranks did not reach this call, and why, where they have told."""
         ring = self.ring
-        came = f"rank {ring.rank} came to call {ring.calls} of a compiled model{f' ({self.line})' if self.line else ''}"
+        came = f"rank {ring.rank} came to {self.came}"
         if told := str(error) if isinstance(error, GaveUpError) else "; ".join(notices(ring)):
             return f"{came}, and others do not: {told.rstrip('.')}."
         absent = ring.absent()
@@ -165,12 +208,18 @@ class Agreement:
     def mismatch(self, mine: Sheet) -> MismatchError:
         """The error that names the first rank that differs from rank 0, and its first difference.
 
-        `mine`: what this rank has to say.  All ranks that see the difference call this together.
+        `mine`: what this rank has to say.  All ranks that see the difference call this together.  Ranks that came to
+        different calls give them up.
         """
-        sheets = self.ring.exchange_texts(json.dumps([*self.facts, *mine]))
-        ours, *_ = found = [[(name, text) for name, text in json.loads(sheet)] for sheet in sheets]
-        for other, sheet in enumerate(found):
-            if difference := _first_difference(ours, sheet):
+        texts = self.ring.exchange_texts(json.dumps([self.came, *self.facts, *mine]))
+        (came, *ours), *_ = found = [json.loads(text) for text in texts]
+        for other, (came_there, *theirs) in enumerate(found):
+            difference = _first_difference(ours, theirs)
+            if difference is not None and difference[0] == "call":
+                error = MismatchError(_advice(other, "call", came, came_there))
+                give_up(self.ring, error, self.comparing)
+                return error
+            if difference is not None:
                 return MismatchError(_advice(other, *difference))
         return MismatchError("the ranks' checksums differ, their details do not: this is a defect of ringpass")
 
@@ -247,7 +296,7 @@ class Comparison:
                 numbers = self.copied.read(self.agreement.ring.timeout)
             except (RuntimeError, TimeoutError) as error:
                 failure = self.agreement.lost(error)
-                give_up(self.agreement.ring, failure, self.agreement.running("comparison"))
+                give_up(self.agreement.ring, failure, self.agreement.comparing)
                 raise failure from error
             width = (len(numbers) - self.said.checksums) // self.agreement.ring.world
             rows = [numbers[i : i + width] for i in range(0, width * self.agreement.ring.world, width)]
@@ -270,7 +319,8 @@ def _first_difference(a: Iterable[tuple[str, str]], b: Iterable[tuple[str, str]]
 BACKWARDS = "backwards since the last call"
 ONE_HASH_SEED = "Where the model goes through a set of strings, start all ranks with one PYTHONHASHSEED."
 ADVICE = {
-    "call": "Every rank must make the same calls in the same order: all share an input by ringpass.sharded, or none.",
+    "call": "Every rank must make the same calls, and run their backwards, in the same order; all share an input by "
+    "ringpass.sharded, or none.",
     "values": "Every rank of the ring must pass the same batch: a DistributedSampler, or shuffling with a seed per "
     "rank, gives each its own. Shard the data over the data-parallel ranks only.",
     "backwards": "Every rank must run the backward of the same calls in the same order: what NCCL sends carries no "

@@ -4,6 +4,9 @@
     headers     those of all ranks, (P, n), gathered into one tensor
     HostCopy    these on their way to the host
 
+Over gloo they are messages with a number in place of a collective: where ranks differ in what they do, a collective
+meets another one, of another size, at which gloo ends the process.
+
 On CUDA nothing waits for the device but `HostCopy.read`: what the host knows goes there from pinned memory, checksums
 are combined there, and the headers come back by an asynchronous copy.
 """
@@ -14,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +25,13 @@ from torch import Tensor
 
 from ringpass.comm.lost import await_work
 from ringpass.comm.ring import Ring
+from ringpass.comm.waits import end_waits_in_vain
 from ringpass.torch_features import gather_equal
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SAMPLE = 65536
 POLL = 1e-4  # seconds between two looks at a copy that is under way
+TAGS = 2**30 + 1  # where the tags of headers begin, beyond those of exchanges (`Running.tags`)
 
 
 def digest(text: str) -> int:
@@ -116,9 +122,33 @@ def gather_headers(header: Tensor, ring: Ring) -> Tensor:
     On CUDA it returns at once: the device waits.
     """
     everyone = header.new_empty((ring.world, *header.shape))
-    work: dist.Work = gather_equal()(everyone.view(-1), header, group=ring.carrier, async_op=True)
-    await_work([work], ring, header.device)
+    if as_messages(ring.carrier, header.device):
+        _exchange(header, everyone, ring)
+    else:
+        work: dist.Work = gather_equal()(everyone.view(-1), header, group=ring.carrier, async_op=True)
+        await_work([work], ring, header.device)
     return everyone
+
+
+def as_messages(pg: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether headers on `device` are messages: those that gloo carries."""
+    return device.type == "cpu" and _backends(pg).get("cpu") == "gloo"
+
+
+def _exchange(header: Tensor, everyone: Tensor, ring: Ring) -> None:
+    """Fills `everyone` (P, n) with the headers that all ranks sent under this number."""
+    end_waits_in_vain()
+    pg, tag = ring.carrier, TAGS + ring.headers % 2**20
+    everyone[ring.rank] = header
+    others = [rank for rank in range(ring.world) if rank != ring.rank]
+    works: list[Any] = []
+    try:
+        works += [dist.irecv(everyone[rank], group=pg, group_src=rank, tag=tag) for rank in others]
+        works += [dist.isend(header, group=pg, group_dst=rank, tag=tag) for rank in others]
+        await_work(works, ring, header.device, between_two=True)
+    except RuntimeError:
+        ring.left.append((works, everyone))  # what is under way stays alive
+        raise
 
 
 def header_device(pg: dist.ProcessGroup, device: torch.device) -> torch.device | None:
@@ -126,7 +156,12 @@ def header_device(pg: dist.ProcessGroup, device: torch.device) -> torch.device |
 
     None: the group moves no tensors of the host, and is bound to no device.
     """
-    backends = dict(entry.split(":") for entry in str(dist.get_backend_config(pg)).split(","))
+    backends = _backends(pg)
     if backends.get(device.type, "gloo") != "gloo":
         return device
     return torch.device("cpu") if "cpu" in backends else pg.bound_device_id
+
+
+def _backends(pg: dist.ProcessGroup) -> dict[str, str]:
+    """The backend of each type of device."""
+    return dict(entry.split(":") for entry in str(dist.get_backend_config(pg)).split(","))

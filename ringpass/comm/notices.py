@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from textwrap import shorten
 from types import TracebackType
@@ -73,16 +72,6 @@ def described(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     where = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {first}{where}"
-
-
-@contextmanager
-def telling(ring: Ring, what: str) -> Iterator[None]:
-    """Tells the other ranks of an exception that leaves the block: `what` happened, and by which error."""
-    try:
-        yield
-    except Exception as error:
-        give_notice(ring, f"{what} by {described(error)}")
-        raise
 
 
 @cache

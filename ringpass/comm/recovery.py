@@ -4,6 +4,7 @@ What the call had started stays under way, and would meet what later calls start
 through the store before they start anything else, and go on with a process group of their own.
 
     give_up(ring, error)      # where the exception passes; it is raised on
+    with giving_up(ring): ..  # the same, of any exception that leaves the block
     settle(ring)              # before the next call, backward or gather: returns once all ranks have given up a call
 
 A rank that gave up alone cannot go on: `settle` raises PeerError there, and the waits of the others name it.
@@ -39,9 +40,22 @@ def give_up(ring: Ring, error: BaseException | None, running: Running | None = N
     give_notice(ring, ring.gave_up)
 
 
+@contextmanager
+def giving_up(
+    ring: Ring, running: Running | None = None, unless: type[BaseException] | tuple[()] = ()
+) -> Iterator[None]:
+    """Gives up what this rank is `running` if an exception leaves the block, `unless` it is one that ends no call."""
+    try:
+        yield
+    except unless:
+        raise
+    except BaseException as error:
+        give_up(ring, error, running)
+        raise
+
+
 def begin_backward(ring: Ring, running: Running) -> None:
-    """Notes that a backward begins.  Raises PeerError if the ranks cannot go on after a failed call."""
-    settle(ring)
+    """Notes that a backward begins."""
     ring.running = ring.backward = running
     ring.backward_task = _graph_task()
     ring.backwards.append(running.call)
@@ -74,9 +88,9 @@ def settle(ring: Ring) -> None:
         return
     own = f"gave_up/{ring.epoch}/{ring.rank}"
     withdraw_notice(ring)
-    ring.store.set(own, f"{ring.calls},{ring.notices} {ring.gave_up}")
+    ring.store.set(own, f"{ring.calls},{ring.headers},{ring.notices} {ring.gave_up}")
     ring.store.add("notices", 1)
-    ring.calls, ring.notices = _meet(ring)
+    ring.calls, ring.headers, ring.notices = _meet(ring)
     if ring.epoch:
         ring.store.delete([f"gave_up/{ring.epoch - 1}/{ring.rank}"])  # which all ranks have read
     _replace(ring)
@@ -84,8 +98,8 @@ def settle(ring: Ring) -> None:
     ring.gave_up = ""
 
 
-def _meet(ring: Ring) -> tuple[int, int]:
-    """Waits until all ranks have given up a call; returns the most calls and notices that a rank had."""
+def _meet(ring: Ring) -> Iterator[int]:
+    """Waits until all ranks have given up a call; returns the most calls, headers and notices that a rank had."""
     keys = [f"gave_up/{ring.epoch}/{rank}" for rank in range(ring.world)]
     end = time.monotonic() + ring.timeout
     while not ring.store.wait(keys, min(LOOK, ring.timeout)):
@@ -94,8 +108,8 @@ def _meet(ring: Ring) -> tuple[int, int]:
         on = [rank for rank in missing if begun[rank] > ring.calls]
         if missing and (on or time.monotonic() > end):
             raise PeerError(_alone(ring, on, missing))
-    counts = [text.split()[0].split(",") for text in ring.store.get_all(keys)]
-    return max(int(calls) for calls, _ in counts), max(int(given) for _, given in counts)
+    counts = [map(int, text.split()[0].split(",")) for text in ring.store.get_all(keys)]
+    return map(max, zip(*counts, strict=True))
 
 
 def _alone(ring: Ring, on: list[int], missing: list[int]) -> str:
@@ -105,7 +119,8 @@ def _alone(ring: Ring, on: list[int], missing: list[int]) -> str:
     told = "; ".join(notices(ring))
     return (
         f"rank {ring.rank} {ring.gave_up}; rank {names} {did}. A batch can be skipped only if every rank skips it: "
-        f"agree on that, by an all_reduce of a flag, or start again from a checkpoint.{f' {told}' if told else ''}"
+        "agree on that, by an all_reduce of a flag over another process group, or start again from a checkpoint."
+        f"{f' {told}' if told else ''}"
     )
 
 

@@ -54,7 +54,8 @@ class Ring:
     """The ranks that share a sequence, seen from one of them.
 
     `pg`: their process group, None for a single process without one.  `timeout`: the longest wait for another rank, in
-    seconds.  `calls`: number of compared calls so far; `since`: when the last one began, by the monotonic clock.
+    seconds.  `calls`: number of compared calls so far; `since`: when the last one began, by the monotonic clock;
+    `headers`: how often the ranks were compared, in calls and, over gloo, in backwards.
     `warm`: the GPUs on which all ranks have met.  `met`, `told`: the keys of the store in which ranks last met, and in
     which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
     its store may be the old one, and holds the keys of then.
@@ -75,6 +76,7 @@ class Ring:
     pg: dist.ProcessGroup | None
     timeout: float
     calls: int = 0
+    headers: int = 0
     since: float = 0.0
     warm: set[torch.device] = field(default_factory=set)
     met: tuple[str, ...] = ()
@@ -207,12 +209,12 @@ class Ring:
         return []
 
     def exchange_texts(self, mine: str) -> list[str]:
-        """The text of each rank, by rank.  All ranks call this in the same call of a compiled model.
+        """The text of each rank, by rank.  All ranks call this after the same comparison.
 
         Returns once all ranks have read all texts, or after `READ` seconds: the rank that hosts the store may then end.
         Raises PeerError if a rank does not tell its text in time.
         """
-        store, keys = self.store, [f"differ/{self.calls}/{rank}" for rank in range(self.world)]
+        store, keys = self.store, [f"differ/{self.headers}/{rank}" for rank in range(self.world)]
         store.delete(self.told)
         store.set(keys[self.rank], mine)
         self.told = (keys[self.rank],)
@@ -225,16 +227,26 @@ class Ring:
             )
         texts = store.get_all(keys)
         with suppress(PeerError):  # the rank that hosts the store may end once all have read
-            self.await_everyone(f"read/{self.calls}", min(READ, self.timeout))
+            self.await_everyone(f"read/{self.headers}", min(READ, self.timeout))
         return texts
+
+    def come(self) -> None:
+        """Notes, in the store too, that this rank comes to a comparison: one key per rank, for those that wait."""
+        self.headers += 1
+        self.store.set(f"at/{self.rank}", f"{self.calls} {self.headers}")
 
     def begun(self) -> list[int]:
         """How many calls each rank has begun, by rank."""
-        return [int(calls or 0) for calls in self.store.get_all(f"at/{rank}" for rank in range(self.world))]
+        return [calls for calls, _ in self._at()]
 
     def absent(self) -> list[int]:
-        """The ranks that have not begun as many calls as this one."""
-        return [rank for rank, calls in enumerate(self.begun()) if calls < self.calls]
+        """The ranks that have not come to the comparison to which this one has."""
+        return [rank for rank, (_, headers) in enumerate(self._at()) if headers < self.headers]
+
+    def _at(self) -> list[tuple[int, int]]:
+        """(calls, headers) of each rank, by rank."""
+        texts = self.store.get_all(f"at/{rank}" for rank in range(self.world))
+        return [(int(calls), int(headers)) for calls, _, headers in ((text or "0 0").partition(" ") for text in texts)]
 
 
 def resolved(name: str) -> dist.ProcessGroup:

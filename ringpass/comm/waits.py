@@ -4,7 +4,7 @@ gloo ends a wait for an exchange in one way alone, by its limit, so the thread t
 does, this one looks once a second at the notices of the others, and breaks off the ring's process group if it finds
 one.
 
-    end_waits_in_vain(ring)  # starts the thread, once in a process
+    end_waits_in_vain()      # starts the thread, once in a process
     ring.waits_since         # when the wait began that the ring is in; None: it is in none
 """
 
@@ -22,14 +22,9 @@ from ringpass.comm.ring import RINGS, Ring
 log = logging.getLogger(__name__)
 
 
-def end_waits_in_vain(ring: Ring) -> None:
-    """Sees to it that waits of `ring` end when another rank has given up."""
-    if ring.pg is not None and ring.world > 1:
-        _start()
-
-
 @cache
-def _start() -> None:
+def end_waits_in_vain() -> None:
+    """Sees to it that waits of any ring of this process end when another rank has given up."""
     threading.Thread(target=_look_on, name="ringpass waits", daemon=True).start()
 
 

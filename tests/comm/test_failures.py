@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.exc import RestartAnalysis
 
+from ringpass import backend
+from ringpass.comm.ring import ring_of
 from tests.failure_table import PATH, rows
 from tests.support.deadly_failures import DEADLY, deadly
 from tests.support.failure_cases import RANKS, Case, Told
 from tests.support.living_failures import LIVING, living
 from tests.support.marks import slow
+from tests.support.model_parity import compiled
+from tests.support.models import WIDTH, Block
 from tests.support.ports import free_port
-from tests.support.process_ranks import Outcome, spawn
+from tests.support.process_ranks import Outcome, Workers, spawn
 
 BOUND = 240.0  # seconds for all processes of a test, on a busy machine
 EXACT = 1e-10
@@ -38,6 +48,41 @@ def test_ranks_that_live_on(numbers: tuple[int, ...]) -> None:
     for rank, found in results(spawn(living, RANKS, numbers, timeout=BOUND)).items():
         for number, told in zip(numbers, found, strict=True):  # type: ignore[call-overload]
             check(LIVING[number], rank, told)
+
+
+class Scaled(nn.Module):
+    """An attention whose result is scaled by a number that the caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(causal=True)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        y: Tensor = self.block(x) * scale
+        return y
+
+
+def compiled_anew(group: dist.ProcessGroup) -> int:
+    """How often the ranks met after a failure, where Dynamo makes a number of the graph a tensor and starts again."""
+    run, x, restarts = compiled(Scaled(), group), torch.randn(2, 23, WIDTH), []
+    real, before = backend._compiled, ring_of(group).epoch
+
+    def watched(*args: Any) -> Any:
+        try:
+            return real(*args)
+        except RestartAnalysis as restart:
+            restarts.append(restart)
+            raise
+
+    with patch.object(backend, "_compiled", watched):
+        for scale in (1.0, 2.5):
+            run(x, scale)
+    assert restarts
+    return ring_of(group).epoch - before
+
+
+def test_a_compilation_that_starts_anew_is_no_failure(workers: Workers) -> None:
+    assert workers.run(compiled_anew, 2) == [0, 0]
 
 
 @pytest.mark.parametrize("number", [slow(i) if case.slow else i for i, case in enumerate(DEADLY)])

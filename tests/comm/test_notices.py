@@ -19,7 +19,8 @@ from ringpass.comm import store as stores
 from ringpass.comm import waits
 from ringpass.comm.flight_recorder import recording, switched_on
 from ringpass.comm.lost import await_work, what
-from ringpass.comm.notices import described, give_notice, notices, telling, withdraw_notice
+from ringpass.comm.notices import described, give_notice, notices, withdraw_notice
+from ringpass.comm.recovery import giving_up
 from ringpass.comm.ring import RINGS, Ring, Running
 from ringpass.comm.store import RingStore
 from ringpass.errors import PeerError
@@ -47,12 +48,12 @@ def raised() -> ValueError:
 
 def test_the_others_read_a_notice_until_it_is_withdrawn() -> None:
     first, second, third = rings()
-    with pytest.raises(ValueError), telling(second, "failed to compile a graph"):
+    with pytest.raises(ValueError), giving_up(second, Running(3, "compilation")):
         raise raised()
     give_notice(second, "and something later, which nobody needs")
     for ring in (first, third):
         (said,) = notices(ring)
-        assert said.startswith("rank 1 failed to compile a graph by ValueError: a bad file, ")
+        assert said.startswith("rank 1 gave up the compilation of call 3 by ValueError: a bad file, ")
     assert notices(second) == []
     withdraw_notice(second)
     assert notices(first) == notices(third) == []
