@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -338,7 +339,7 @@ def refused(group: dist.ProcessGroup) -> list[str]:
 def test_shards_that_do_not_fit_are_refused_on_every_rank(workers: Workers) -> None:
     for said in workers.run(refused, 3):
         for text, wanted in zip(said, REFUSED, strict=True):
-            assert wanted in text, said
+            assert re.search(wanted, text), said
 
 
 REFUSED = (
@@ -347,6 +348,6 @@ REFUSED = (
     "differ in shard: rank 0 has torch.float64",
     "got 'zigzak'",
     "outputs='local'",
-    "differ in call: rank 0 has a compiled model, rank 1 has ringpass.sharded",
-    "[2, 23, 8] sharded",
+    r"differ in call: rank 0 has call \d+ of a compiled model \(test_shards.py:\d+\), rank 1 has call \d+ of ringpass",
+    r"\[2, 23, 8\] sharded",
 )
