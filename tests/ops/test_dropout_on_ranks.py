@@ -35,7 +35,7 @@ def alone(workers: Workers) -> dict[str, Tensor]:
     return found  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("ranks", "degree"), [slow(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "degree"), [slow(2, 1), slow(3, 1), (4, 2)])
 def test_same_masks_at_any_size(workers: Workers, alone: dict[str, Tensor], ranks: int, degree: int) -> None:
     for got in workers.run(trained, ranks, 5, ulysses_degree=degree):
         for name, want in alone.items():
