@@ -141,7 +141,8 @@ def _replace(ring: Ring) -> None:
                 ranks,
                 backend,
                 c10d._get_default_store(),
-                group_name=f"ringpass_{ring.name}_{ring.renewals}_{ring.epoch}",  # once, as its keys stay in the store
+                # used once, as its keys stay in the store
+                group_name=f"ringpass_{ring.name}_{ring.store.generation}_{ring.epoch}",
                 timeout=ring.limit,
                 device_id=device,
             )

@@ -57,8 +57,7 @@ class Ring:
     seconds.  `calls`: number of compared calls so far; `since`: when the last one began, by the monotonic clock;
     `headers`: how often the ranks were compared, in calls and, over gloo, in backwards.
     `warm`: the GPUs on which all ranks have met.  `met`, `told`: the keys of the store in which ranks last met, and in
-    which this one last told the others a text.  `renewals`: how often the process group was destroyed and made anew;
-    its store may be the old one, and holds the keys of then.
+    which this one last told the others a text.
 
     `running`: what this rank is doing; `backward`: the backward that began and has not ended, and `backward_task`, the
     graph task of autograd in which it did; `backwards`: the calls whose backward began since the ranks were last
@@ -81,7 +80,6 @@ class Ring:
     warm: set[torch.device] = field(default_factory=set)
     met: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
-    renewals: int = 0
     running: Running = Running()
     gave_up: str = ""
     epoch: int = 0
@@ -128,7 +126,12 @@ class Ring:
     def store(self) -> RingStore:
         """The part of the process group's key-value store that ringpass uses."""
         assert self.pg is not None, "a single process waits for nobody"
-        return RingStore(self.pg.get_group_store(), self.rank, self.renewals)
+        return RingStore(self.pg.get_group_store(), self.rank, self.world)
+
+    def leave_store(self) -> None:
+        """Ends the connection to the store, which is made again when it is used."""
+        if "store" in self.__dict__:
+            self.__dict__.pop("store").close()
 
     def renew(self) -> None:
         """Takes the process group of today if that of before was destroyed and made anew.
@@ -148,8 +151,8 @@ class Ring:
                 f"made anew, where this is rank {now.rank()} of {now.size()}: call torch._dynamo.reset(), after which "
                 "the model is compiled for the ranks of today"
             )
-        fresh = Ring(now, self.timeout, renewals=self.renewals + 1)
-        self.__dict__.pop("store", None)
+        fresh = Ring(now, self.timeout)
+        self.leave_store()
         self.__dict__.update({of.name: getattr(fresh, of.name) for of in fields(fresh)})
 
     def warm_up(self, device: torch.device) -> None:
@@ -168,9 +171,9 @@ class Ring:
         calling = self.calling  # `renew` makes another
         if not calling.acquire(blocking=False):
             raise UnsupportedError(
-                f"two threads of rank {self.rank} call compiled models of one ring at once, and ranks know calls by "
-                "their order alone: make them one after the other, in the same order on all ranks, or give each thread "
-                "a process group of its own (option 'group')"
+                f"two threads of rank {self.rank} run compiled models of one ring at once, forward or backward, and "
+                "ranks know calls by their order alone: make them one after the other, in the same order on all ranks, "
+                "or give each thread a process group of its own (option 'group')"
             )
         try:
             yield
@@ -319,12 +322,16 @@ def ring_of(pg: dist.ProcessGroup | None, timeout: float | None = None) -> Ring:
     if pg is None and dist.is_available() and dist.is_initialized():
         pg = dist.group.WORLD
     name = pg.group_name if pg else "alone"
+    for ring in list(RINGS.values()):
+        if ring.pg is not None and registered(ring.name) is None:  # destroyed, and maybe made anew later
+            ring.leave_store()
     found = RINGS.get(name)
     if found is None:
         found = RINGS[name] = Ring(pg, timeout or TIMEOUT)
     elif found.pg is not pg and pg is not None and (found.rank, found.world) == (pg.rank(), pg.size()):
         found.renew()  # destroyed, and made again with the same name: graphs that are compiled hold this ring
     elif found.pg is not pg:
-        found = RINGS[name] = Ring(pg, timeout or TIMEOUT, renewals=found.renewals + 1)
+        found.leave_store()
+        found = RINGS[name] = Ring(pg, timeout or TIMEOUT)
     found.timeout = timeout or found.timeout
     return found

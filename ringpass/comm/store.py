@@ -32,22 +32,35 @@ class SilentStoreError(PeerError):
 
 
 class RingStore:
-    """Keys under `ringpass/<renewals>` of `store`, over a connection of their own.
+    """Keys of `rank` of `world` ranks in `store`, over a connection of their own.
 
-    `rank`: this rank, for messages.  What waits for an answer runs in a thread, since a store whose process is stopped
-    keeps its caller for ever.  After a failure every request fails at once, until an answer comes after all.
+    What waits for an answer runs in a thread, since a store whose process is stopped keeps its caller for ever.  After
+    a failure every request fails at once, until an answer comes after all.
     """
 
-    def __init__(self, store: dist.distributed_c10d.Store, rank: int, renewals: int = 0) -> None:
-        self._shared = dist.distributed_c10d.PrefixStore(f"ringpass/{renewals}", store)
+    def __init__(self, store: dist.distributed_c10d.Store, rank: int, world: int) -> None:
+        self._shared = dist.distributed_c10d.PrefixStore(f"ringpass/{world}", store)
         self._rank = rank
-        self._requests: SimpleQueue[Callable[[], None]] | None = None
+        self._requests: SimpleQueue[Callable[[], None] | None] | None = None
         self._lost: tuple[type[PeerError], str] | None = None
+
+    @cached_property
+    def generation(self) -> int:
+        """How many process groups of this name and size have used the store: it may hold the keys of earlier ones."""
+        return self._asked(lambda: int(self._shared.add(f"joined/{self._rank}", 1)))
 
     @cached_property
     def _store(self) -> dist.distributed_c10d.Store:
         """A connection of its own: one that is shared answers nobody while another ring waits for a key."""
-        return self._asked(lambda: _connected(self._shared))
+        keys = dist.distributed_c10d.PrefixStore(str(self.generation), self._shared)
+        return self._asked(lambda: _connected(keys))
+
+    def close(self) -> None:
+        """Ends the thread and the connection; a request makes them again."""
+        if self._requests is not None:
+            self._requests.put(None)
+        self._requests = None
+        self.__dict__.pop("_store", None)
 
     def set(self, key: str, text: str) -> None:
         """Sets a key; waits for nobody."""
@@ -95,7 +108,7 @@ class RingStore:
 
     def clone(self) -> dist.distributed_c10d.Store:
         """Another connection to the same keys, for another thread; it has no limits."""
-        return _connected(self._shared)
+        return _connected(self._store)
 
     def num_keys(self) -> int:
         """The number of keys in the whole store."""
@@ -155,7 +168,7 @@ def _connected(store: Any) -> dist.distributed_c10d.Store:
     return found
 
 
-def _serve(requests: SimpleQueue[Callable[[], None]]) -> None:
-    """The thread that asks the store."""
-    while True:
-        requests.get()()
+def _serve(requests: SimpleQueue[Callable[[], None] | None]) -> None:
+    """The thread that asks the store, until it reads None."""
+    while (request := requests.get()) is not None:
+        request()

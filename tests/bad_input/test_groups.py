@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ringpass import RingConfig
 from ringpass.comm.ring import ring_of
-from ringpass.errors import OptionError
+from ringpass.errors import MismatchError, OptionError
 from tests.bad_input.block import gradients, loss_of, model, tokens
 from tests.support.errors import error_message
 from tests.support.model_parity import relative
@@ -92,6 +93,35 @@ def test_a_group_destroyed_and_made_anew(tmp_path: Path) -> None:
         assert max(first, second, reset, copied, last) < 1e-10, outcome.result
         assert "'0', for whose ranks the model was compiled, was destroyed" in gone
         assert "was made anew, where this is rank" in other and "torch._dynamo.reset()" in other
+
+
+def names_used_again(_: Any, directory: str) -> list[Any]:
+    """A group of ranks 0 and 1, then one of all three that has its name; a rank's threads while one and none exists."""
+    rank = dist.get_rank()
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        error_of(OnRing(group=pair))
+    threads = [sum(thread.name == "ringpass store" for thread in threading.enumerate())]
+    dist.barrier()
+    made_anew(rank, 3, Path(directory, "second"))
+    everyone = dist.new_group([0, 1, 2])
+    assert everyone.group_name == pair.group_name if rank < 2 else True
+    torch._dynamo.reset()
+    run = OnRing(group=everyone)
+    error, x = error_of(run), tokens()
+    x[0, 0] += rank
+    said = error_message(MismatchError, lambda: run(x))
+    threads.append(sum(thread.name == "ringpass store" for thread in threading.enumerate()))
+    return [error, said, threads]
+
+
+@pytest.mark.slow
+def test_ranks_of_different_histories_share_a_group(tmp_path: Path) -> None:
+    for rank, outcome in enumerate(spawn(names_used_again, 3, str(tmp_path), timeout=SLOWEST)):
+        assert outcome.error is None and not outcome.timed_out, outcome
+        error, said, threads = outcome.result
+        assert error < 1e-10 and "differ in values of input" in said
+        assert threads == [int(rank < 2), 1], "that of a group which is gone has ended"
 
 
 def two_groups(_: Any) -> list[float]:

@@ -96,7 +96,7 @@ def test_a_script_that_ends_by_an_exception_gives_a_notice() -> None:
 
 
 def test_a_store_that_does_not_answer_is_an_error_in_time() -> None:
-    store = RingStore(HashStore(), 2)
+    store = RingStore(HashStore(), 2, 3)
     store._store = cast(Any, SimpleNamespace(check=lambda keys: time.sleep(2)))
     with patch.object(stores, "ANSWER", 0.2):
         begun = time.monotonic()
@@ -111,7 +111,7 @@ def test_a_broken_connection_to_the_store_is_a_peer_error() -> None:
     def broken(*_: object) -> None:
         raise dist.DistNetworkError("Connection reset by peer")
 
-    store = RingStore(HashStore(), 2)
+    store = RingStore(HashStore(), 2, 3)
     gone: Any = SimpleNamespace(wait=broken, set=broken)
     store._store = gone
     with pytest.raises(PeerError, match="Connection reset by peer"):
@@ -123,7 +123,7 @@ def test_a_broken_connection_to_the_store_is_a_peer_error() -> None:
 
 def test_a_silent_store_ends_no_wait() -> None:
     """It may answer yet; in the message of a wait that ended, it counts."""
-    ring, store = rings()[0], RingStore(HashStore(), 0)
+    ring, store = rings()[0], RingStore(HashStore(), 0, 3)
     store._store, ring.__dict__["store"] = cast(Any, SimpleNamespace(check=lambda keys: time.sleep(1))), store
     with patch.object(stores, "ANSWER", 0.1):
         assert notices(ring, waiting=True) == []
@@ -134,7 +134,7 @@ def test_a_silent_store_ends_no_wait() -> None:
 
 def test_a_ring_that_waits_for_a_key_holds_up_no_other_one() -> None:
     shared = TCPStore("127.0.0.1", 0, is_master=True)
-    waiting, other = (RingStore(shared, 0, renewals) for renewals in (0, 1))
+    waiting, other = (RingStore(shared, 0, world) for world in (2, 3))
     with ThreadPoolExecutor() as pool:
         found = pool.submit(waiting.wait, ["nobody sets this"], 3.0)
         time.sleep(0.5)
@@ -144,7 +144,7 @@ def test_a_ring_that_waits_for_a_key_holds_up_no_other_one() -> None:
 
 
 def test_a_wait_that_runs_out_is_no_error() -> None:
-    assert not RingStore(HashStore(), 0).wait(["nobody sets this"], 0.05)
+    assert not RingStore(HashStore(), 0, 3).wait(["nobody sets this"], 0.05)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.support.process_ranks import Workers
 
 def replaced(group: dist.ProcessGroup) -> tuple[bool, bool]:
     """Whether the new group splits the connections of the default one, which is bound to a GPU; whether it works."""
-    default, ring, split = dist.group.WORLD, Ring(group, 30.0, renewals=100), list[object]()
+    default, ring, split = dist.group.WORLD, Ring(group, 30.0), list[object]()
     assert default is not None
     with patch.object(dist.distributed_c10d, "_get_split_source", split.append):
         default.bound_device_id = torch.device("cuda", 0)
