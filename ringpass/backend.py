@@ -14,15 +14,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._dynamo.exc import RestartAnalysis
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from ringpass import metrics
 from ringpass.comm.agreement import Agreement
-from ringpass.comm.notices import notice_when_python_ends
-from ringpass.comm.recovery import giving_up
-from ringpass.comm.ring import Ring, Running, ring_of
+from ringpass.comm.notices import notice_when_python_ends, telling
+from ringpass.comm.recovery import compiling
+from ringpass.comm.ring import Ring, ring_of
 from ringpass.comm.wrapper_checks import concerns
 from ringpass.compiled import compiled_call, lone_call, replicated_call
 from ringpass.config import RingConfig
@@ -36,6 +35,7 @@ from ringpass.logging_calls import skip_logging_calls
 from ringpass.option_checks import one_of
 from ringpass.passes.capture.capture import Captured
 from ringpass.passes.lower.codegen import compile_partitioned, compile_unpartitioned
+from ringpass.passes.op_rules.attention import attentions
 from ringpass.passes.op_rules.spec import Rank
 from ringpass.passes.pipeline import Pipeline
 from ringpass.profiling import in_range
@@ -78,8 +78,10 @@ def ring_dilated(
     config = RingConfig.from_options(options)
     inductor = _inductor_options(config, mode)
     ring = ring_of(config.ring, config.timeout)
-    # a restart is no failure: Dynamo traces and compiles again
-    with giving_up(ring, Running(ring.calls + 1, "compilation"), unless=RestartAnalysis):
+    _refuse_saving()
+    # a graph without attention is never compared, and a rank may compile it alone
+    alone = telling(ring, f"failed to compile a graph after call {ring.calls}")
+    with compiling(ring) if attentions(gm.graph) else alone:
         return _compiled(gm, example_inputs, config, ring, inductor, options or {}, mode)
 
 
@@ -94,7 +96,6 @@ def _compiled(
 ) -> Callable[..., Any]:
     """The function that runs `gm` on this rank, compiled."""
     notice_when_python_ends()
-    _refuse_saving()
     _warn_of_autotuning(ring, inductor)
     _check_data_parallel_wrappers(ring, config)
     if config.explain is not None:

@@ -101,8 +101,9 @@ def _watch_backward(results: Sequence[Any], agreement: Agreement, running: Runni
     for node in (x.grad_fn for x in results if isinstance(x, torch.Tensor)):
         if node is not None and type(node).__name__.startswith("CompiledFunction"):
             _tell_of_failures(type(node)._forward_cls, ring)  # type: ignore[attr-defined]
-            node.register_prehook(lambda _: agreement.begin_backward(running, device))
-            node.register_hook(lambda *_: end_backward(ring))
+            # compiled autograd would trace them
+            node.register_prehook(torch._dynamo.disable(lambda _: agreement.begin_backward(running, device)))
+            node.register_hook(torch._dynamo.disable(lambda *_: end_backward(ring)))
             return
 
 

@@ -125,11 +125,12 @@ class Agreement:
         MismatchError, on all ranks, if one is at another backward or call, and PeerError as `begin` does.
         """
         ring = self.ring
+        ring.renew()
         settle(ring)
         where = header_device(ring.carrier, device)
         if where is not None and as_messages(ring.carrier, where):
             agreement = Agreement(ring, (("call", str(running)),), (), backward=running)
-            with profiled("compare the ranks"):
+            with ring.one_thread(), profiled("compare the ranks"):
                 with giving_up(ring, running):
                     comparison = agreement._gathered(Said([], [], []), 0, where)
                 comparison.finish()
@@ -211,13 +212,15 @@ class Agreement:
         `mine`: what this rank has to say.  All ranks that see the difference call this together.  Ranks that came to
         different calls give them up.
         """
-        texts = self.ring.exchange_texts(json.dumps([self.came, *self.facts, *mine]))
-        (came, *ours), *_ = found = [json.loads(text) for text in texts]
-        for other, (came_there, *theirs) in enumerate(found):
+        ring = self.ring
+        texts = ring.exchange_texts(json.dumps([ring.calls, self.came, *self.facts, *mine]))
+        (_, came, *ours), *_ = found = [json.loads(text) for text in texts]
+        for other, (_, came_there, *theirs) in enumerate(found):
             difference = _first_difference(ours, theirs)
             if difference is not None and difference[0] == "call":
                 error = MismatchError(_advice(other, "call", came, came_there))
-                give_up(self.ring, error, self.comparing)
+                give_up(ring, error, self.comparing)
+                ring.calls = max(calls for calls, *_ in found)  # none has gone on
                 return error
             if difference is not None:
                 return MismatchError(_advice(other, *difference))

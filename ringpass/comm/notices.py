@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from textwrap import shorten
 from types import TracebackType
@@ -72,6 +73,16 @@ def described(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     where = f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {first}{where}"
+
+
+@contextmanager
+def telling(ring: Ring, what: str) -> Iterator[None]:
+    """Tells the other ranks of an exception that leaves the block: `what` happened, and by which error."""
+    try:
+        yield
+    except Exception as error:
+        give_notice(ring, f"{what} by {described(error)}")
+        raise
 
 
 @cache

@@ -5,6 +5,7 @@ through the store before they start anything else, and go on with a process grou
 
     give_up(ring, error)      # where the exception passes; it is raised on
     with giving_up(ring): ..  # the same, of any exception that leaves the block
+    with compiling(ring): ..  # the same, of a call whose graph is compiled inside
     settle(ring)              # before the next call, backward or gather: returns once all ranks have given up a call
 
 A rank that gave up alone cannot go on: `settle` raises PeerError there, and the waits of the others name it.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.exc import RestartAnalysis
 
 from ringpass.comm.lost import LOOK, break_off
 from ringpass.comm.notices import described, give_notice, notices, withdraw_notice
@@ -51,6 +53,23 @@ def giving_up(
         raise
     except BaseException as error:
         give_up(ring, error, running)
+        raise
+
+
+@contextmanager
+def compiling(ring: Ring) -> Iterator[None]:
+    """Gives up the next call if an exception leaves the block, in which a graph of that call is compiled.
+
+    Raises PeerError if the ranks cannot go on after a failed call.
+    """
+    settle(ring)
+    try:
+        yield
+    except RestartAnalysis:  # no failure: Dynamo traces and compiles again
+        raise
+    except BaseException as error:
+        ring.calls += 1  # the others have begun it, or will
+        give_up(ring, error, Running(ring.calls, "compilation"))
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from tests.support.deadly_failures import DEADLY, deadly
 from tests.support.failure_cases import RANKS, Case, Told
 from tests.support.living_failures import LIVING, living
 from tests.support.marks import slow
-from tests.support.model_parity import compiled
+from tests.support.model_parity import compiled, relative
 from tests.support.models import WIDTH, Block
 from tests.support.ports import free_port
 from tests.support.process_ranks import Outcome, Workers, spawn
@@ -83,6 +84,21 @@ def compiled_anew(group: dist.ProcessGroup) -> int:
 
 def test_a_compilation_that_starts_anew_is_no_failure(workers: Workers) -> None:
     assert workers.run(compiled_anew, 2) == [0, 0]
+
+
+def compiled_alone(group: dist.ProcessGroup) -> float:
+    """The error of a step after rank 0 alone failed to compile a function without attention."""
+    model, x = Block(causal=True).double(), torch.randn(2, 23, WIDTH, dtype=torch.float64)
+    run, wanted = compiled(model, group, timeout=20.0), model(x)
+    run(x)
+    if group.rank() == 0:
+        with patch.object(backend, "compile_unpartitioned", side_effect=OSError("no compiler")), suppress(Exception):
+            compiled(nn.Sigmoid(), group)(x)
+    return max(relative(run(x) + 0, wanted) for _ in range(2))
+
+
+def test_what_a_rank_compiles_alone_may_fail(workers: Workers) -> None:
+    assert max(workers.run(compiled_alone, 2)) < EXACT
 
 
 @pytest.mark.parametrize("number", [slow(i) if case.slow else i for i, case in enumerate(DEADLY)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -52,9 +53,26 @@ def memory_on_one_rank_unseen(run: Run) -> Any:
 
 
 def full_disk_in_a_compilation(run: Run) -> Any:
+    """Rank 1 tries again at once, the others later."""
     run.run = run.compiled(dump=os.environ.get("RINGPASS_TEST_DUMP", "/tmp/ringpass_test_dump"))
-    with run.breaking(Dump, "write", 2, full_disk):
+    with run.breaking(Dump, "write", 2, full_disk), _pausing(run.rank != 1):
         run.step()
+
+
+def full_disk_in_two_compilations(run: Run) -> Any:
+    with suppress(Exception):
+        full_disk_in_a_compilation(run)
+    full_disk_in_a_compilation(run)
+
+
+@contextmanager
+def _pausing(pauses: bool) -> Iterator[None]:
+    """Takes some time after an error, as for a message to the user."""
+    try:
+        yield
+    except Exception:
+        time.sleep(PAUSE * pauses)
+        raise
 
 
 def full_disk_in_a_backward(run: Run) -> Any:
@@ -134,9 +152,10 @@ def skipped_backward(run: Run) -> Any:
 
 def skipped_backward_and_on(run: Run) -> Any:
     """Rank 1 goes on with the next call."""
-    if run.rank == 1:
-        run.run(**TEXTS)
-    run.step()
+    with _pausing(run.rank == 1):
+        if run.rank == 1:
+            run.run(**TEXTS)
+        run.step()
 
 
 def backwards_in_another_order(run: Run) -> Any:
@@ -180,6 +199,7 @@ def others(*texts: str, first: tuple[str, ...]) -> dict[int, tuple[str, ...]]:
     return {0: ("PeerError", *texts), 1: first, 2: ("PeerError", *texts)}
 
 
+PAUSE = 2.0  # seconds, longer than ranks look for each other
 MEMORY = ("OutOfMemoryError",)
 DISK = "rank 1 gave up the compilation of call 2", "No space left"
 LIVING = (
@@ -223,6 +243,14 @@ LIVING = (
         full_disk_in_a_compilation,
         others(*DISK, first=DISK[1:]),
         goes_on=True,
+        limit=TO_BEGIN,
+    ),
+    Case(
+        "a full disk on one rank, in two compilations",
+        full_disk_in_two_compilations,
+        others("rank 1 gave up the compilation of call 3", *DISK[1:], first=DISK[1:]),
+        goes_on=True,
+        slow=True,
         limit=TO_BEGIN,
     ),
     Case(
