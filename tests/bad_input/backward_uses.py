@@ -218,6 +218,11 @@ def compiled_autograd(on_ring: OnRing) -> Values:
     return under_compiled_autograd(on_ring, torch.compile(backend="aot_eager"))
 
 
+@use("compiled autograd with Inductor around `backward`")
+def compiled_autograd_by_inductor(on_ring: OnRing) -> Values:
+    return under_compiled_autograd(on_ring, torch.compile(backend="inductor"))
+
+
 @use('compiled autograd with `backend="ring_dilated"` around `backward`: its graph runs as it is')
 def compiled_autograd_by_ringpass(on_ring: OnRing) -> Values:
     return under_compiled_autograd(on_ring, torch.compile(backend="ring_dilated"))
