@@ -18,7 +18,7 @@ from functools import cache
 from textwrap import shorten
 from types import TracebackType
 
-from ringpass.comm.ring import RINGS, Ring
+from ringpass.comm.ring import RINGS, Ring, registered
 from ringpass.comm.store import SilentStoreError
 from ringpass.errors import PeerError
 
@@ -93,6 +93,7 @@ def notice_when_python_ends() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)  # first: the store may not answer
         for ring in list(RINGS.values()):
-            give_notice(ring, f"ended after call {ring.calls} by {described(error)}")
+            if registered(ring.name) is ring.pg:  # its process group was not destroyed
+                give_notice(ring, f"ended after call {ring.calls} by {described(error)}")
 
     sys.excepthook = hook

@@ -83,6 +83,7 @@ def test_a_script_that_ends_by_an_exception_gives_a_notice() -> None:
     with (
         patch.object(sys, "excepthook", lambda *given: seen.append(given)),
         patch.dict(RINGS, {"r": second}, clear=True),
+        patch.object(notes, "registered", lambda name: second.pg),
     ):
         notes.notice_when_python_ends()
         error = raised()
