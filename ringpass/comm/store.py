@@ -47,13 +47,13 @@ class RingStore:
     @cached_property
     def generation(self) -> int:
         """How many process groups of this name and size have used the store: it may hold the keys of earlier ones."""
-        return self._asked(lambda: int(self._shared.add(f"joined/{self._rank}", 1)))
+        return self._answer(lambda: int(self._shared.add(f"joined/{self._rank}", 1)))
 
     @cached_property
     def _store(self) -> dist.distributed_c10d.Store:
         """A connection of its own: one that is shared answers nobody while another ring waits for a key."""
         keys = dist.distributed_c10d.PrefixStore(str(self.generation), self._shared)
-        return self._asked(lambda: _connected(keys))
+        return self._answer(lambda: _connected(keys))
 
     def close(self) -> None:
         """Ends the thread and the connection; a request makes them again."""
@@ -73,29 +73,27 @@ class RingStore:
 
     def get(self, key: str) -> str:
         """The text under a key; an empty one if nobody has set it."""
-        store = self._store
-        return self._asked(lambda: text_under(store, key))
+        return self._asked(lambda store: text_under(store, key))
 
     def get_all(self, keys: Iterable[str]) -> list[str]:
         """The texts under several keys."""
-        store, wanted = self._store, list(keys)
-        return self._asked(lambda: [text_under(store, key) for key in wanted])
+        wanted = list(keys)
+        return self._asked(lambda store: [text_under(store, key) for key in wanted])
 
     def add(self, key: str, number: int) -> int:
         """The number under a key, after `number` was added."""
-        store = self._store
-        return self._asked(lambda: int(store.add(key, number)))
+        return self._asked(lambda store: int(store.add(key, number)))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes keys, those that are there."""
-        store, unwanted = self._store, list(keys)
-        self._asked(lambda: [store.delete_key(key) for key in unwanted])
+        unwanted = list(keys)
+        self._asked(lambda store: [store.delete_key(key) for key in unwanted])
 
     def wait(self, keys: Iterable[str], seconds: float) -> bool:
         """Whether all keys were set within so many seconds."""
-        store, wanted = self._store, list(keys)
+        wanted = list(keys)
 
-        def waited() -> bool:
+        def waited(store: dist.distributed_c10d.Store) -> bool:
             try:
                 store.wait(wanted, timedelta(seconds=seconds))
             except dist.DistNetworkError:
@@ -112,11 +110,15 @@ class RingStore:
 
     def num_keys(self) -> int:
         """The number of keys in the whole store."""
-        store = self._store
-        return self._asked(lambda: int(store.num_keys()))
+        return self._asked(lambda store: int(store.num_keys()))
 
-    def _asked(self, request: Callable[[], T], more: float = 0.0) -> T:
-        """What `request` returns, within ANSWER seconds and `more`."""
+    def _asked(self, request: Callable[[dist.distributed_c10d.Store], T], more: float = 0.0) -> T:
+        """What `request` of the connection returns, within ANSWER seconds and `more`."""
+        store = self._store
+        return self._answer(lambda: request(store), more)
+
+    def _answer(self, request: Callable[[], T], more: float = 0.0) -> T:
+        """What `request` returns in the thread, within ANSWER seconds and `more`."""
         self._check()
         answers: SimpleQueue[tuple[bool, T | RuntimeError]] = SimpleQueue()
 
