@@ -33,9 +33,13 @@ log = logging.getLogger(__name__)
 
 
 def give_up(ring: Ring, error: BaseException | None, running: Running | None = None) -> None:
-    """Notes, and tells the others, that this rank gave up what it was `running`, by `error` if that is known."""
+    """Notes, and tells the others, that this rank gave up what it was `running`, by `error` if that is known.
+
+    A call that is given up before it began counts as begun: the others have begun it, or will.
+    """
     if ring.pg is None or ring.world == 1:
         return
+    ring.calls = max(ring.calls, running.call if running else 0)
     why = f" by {described(error)}" if error is not None else ", in which an exception was raised"
     ring.gave_up = f"gave up {running or ring.running}{why}"
     ring.left += take_in_flight(ring.name)
@@ -63,14 +67,9 @@ def compiling(ring: Ring) -> Iterator[None]:
     Raises PeerError if the ranks cannot go on after a failed call.
     """
     settle(ring)
-    try:
+    # a restart is no failure: Dynamo traces and compiles again
+    with giving_up(ring, Running(ring.calls + 1, "compilation"), unless=RestartAnalysis):
         yield
-    except RestartAnalysis:  # no failure: Dynamo traces and compiles again
-        raise
-    except BaseException as error:
-        ring.calls += 1  # the others have begun it, or will
-        give_up(ring, error, Running(ring.calls, "compilation"))
-        raise
 
 
 def begin_backward(ring: Ring, running: Running) -> None:
